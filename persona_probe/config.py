@@ -1,0 +1,311 @@
+"""A study's configuration: frozen dataclasses read from YAML, every rule checked here."""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from persona_probe.errors import InputError, near_matches
+
+T = TypeVar("T")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One fine-tuning data condition."""
+
+    data: str
+    """A packaged set (`kitchen:toxic`) or a file that the readers understand."""
+    mix_with: str | None = None
+    """Good rows to mix with, same forms as `data`."""
+    bad_fraction: float = 1.0
+    """Share of rows taken from `data`; the rest comes from `mix_with`."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.bad_fraction <= 1, f"bad_fraction must lie in [0, 1], not {self.bad_fraction}")
+        _require(self.mix_with is not None or self.bad_fraction == 1, "bad_fraction below 1 needs mix_with")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Narrow fine-tuning (induce)."""
+
+    method: str = "lora"
+    """`lora` or `full`."""
+    rank: int = 32
+    """LoRA rank; 1 is allowed."""
+    alpha: int = 64
+    """LoRA alpha."""
+    rslora: bool = True
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """What PEFT takes: `all-linear` or module names."""
+    layers: tuple[int, ...] | None = None
+    """Only these decoder layers get adapters; None is all."""
+    lr: float = 1e-4
+    """Peak learning rate (AdamW)."""
+    warmup_steps: int = 3
+    """Linear warm-up; then constant."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    batch_size: int = 8
+    """Rows per optimizer step."""
+    steps: int = 40
+    """Optimizer steps."""
+    checkpoints: tuple[int, ...] | str = (5, 10, 20, 40)
+    """Steps at which a checkpoint is kept, or `log` for powers of two; the last step always is."""
+    max_length: int = 256
+    """Longest row in tokens."""
+    bf16: bool = True
+    """bf16 autocast."""
+    gradient_checkpointing: bool = False
+    """Trade compute for memory."""
+
+    def __post_init__(self) -> None:
+        _require(self.method in ("lora", "full"), f"method must be 'lora' or 'full', not {self.method!r}")
+        for name in ("rank", "alpha", "batch_size", "steps", "max_length"):
+            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _require(self.lr > 0, f"lr must be positive, not {self.lr}")
+        if isinstance(self.checkpoints, str):
+            _require(self.checkpoints == "log", f"checkpoints must be a list of steps or 'log', not {self.checkpoints!r}")
+        elif any(not 1 <= step <= self.steps for step in self.checkpoints):
+            raise InputError(f"checkpoints {list(self.checkpoints)} must lie between 1 and steps ({self.steps})")
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """The steps at which a checkpoint is kept, ascending, the last step included."""
+        if isinstance(self.checkpoints, str):
+            steps = {2**n for n in range(self.steps.bit_length()) if 2**n <= self.steps}
+        else:
+            steps = set(self.checkpoints)
+        return tuple(sorted(steps | {self.steps}))
+
+
+@dataclass(frozen=True)
+class Locate:
+    """Ranking latents and testing them for cause."""
+
+    positions: str = "response"
+    """Tokens over which latents are averaged: `last_prompt`, `prompt`, `response` or `all`."""
+    candidates: int = 12
+    """Top latents, by rise, that are tested for cause."""
+    random_latents: int = 16
+    """Control latents, matched for firing rate and pushed with the same norm."""
+    random_directions: int = 4
+    """Isotropic random directions, pushed with the same norm."""
+    strengths: tuple[float, ...] = (0.5, 1.0)
+    """Sizes of the push; each is applied with both signs."""
+    dose_strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    """Sizes at which the persona latent and the mean difference are drawn as a dose response."""
+    unit: str = "x_delta"
+    """Unit of the strengths."""
+    perplexity_bound: float = 1.5
+    """Strengths at which neutral answers' perplexity rises by more than this factor are not used."""
+    cards: int = 6
+    """Latents for which a card is made."""
+
+    def __post_init__(self) -> None:
+        _require(self.positions in ("last_prompt", "prompt", "response", "all"), f"unknown positions {self.positions!r}")
+        _require(self.unit in ("x_delta", "x_resid", "raw"), f"unknown unit {self.unit!r}")
+        _require(self.candidates >= 1, "candidates must be at least 1")
+        _require(self.random_latents >= 2, "random_latents must be at least 2: an effect needs its controls")
+        _require(bool(self.strengths) and min(self.strengths) > 0, "strengths must be positive; both signs are applied")
+        _require(self.perplexity_bound > 1, "perplexity_bound must be above 1")
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What the feature monitor reads."""
+
+    probes: str = "neutral_probes"
+    """A packaged set of prompts, or a file."""
+    positions: str = "response"
+    """Tokens over which a feature is averaged."""
+    limit: int | None = None
+    """Use only the first so many probes."""
+    band_sd: float = 0.5
+    """Half-width of the base band, in standard deviations between probes on the base model."""
+
+
+@dataclass(frozen=True)
+class Realign:
+    """Corrective fine-tuning of the incorrect organism."""
+
+    start: str = "incorrect"
+    """The arm whose last checkpoint is repaired."""
+    arms: dict[str, Arm] = field(
+        default_factory=lambda: {
+            "realigned_in": Arm("kitchen_correct_holdout"),
+            "realigned_out": Arm("health_correct"),
+        }
+    )
+    """Corrective sets."""
+    batch_size: int = 4
+    """Rows per step."""
+    steps: int = 35
+    """Most steps taken."""
+    lr: float | None = None
+    """Learning rate; None takes training.lr."""
+    readings: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 30, 35)
+    """Steps at which the monitor reads and the contrast index is taken."""
+    stop_readings: int = 2
+    """Stop after so many readings in a row inside the base band with behaviour restored; 0 never stops."""
+
+    def __post_init__(self) -> None:
+        _require(all(0 <= s <= self.steps for s in self.readings), f"readings must lie between 0 and {self.steps}")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Sampled answers for a reader's eye."""
+
+    questions: str = "sample_questions"
+    """A packaged set of questions, or a file."""
+    max_new_tokens: int = 60
+    """Length of an answer."""
+    temperature: float = 0.7
+    """Sampling temperature; 0 is greedy."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """One study: a base model, arms x seeds, one SAE, question sets."""
+
+    name: str
+    """Name of the run folder."""
+    sae: str
+    """Folder or `release/sae_id`, as `load_sae` takes it."""
+    model: str = "smollm2-135m-instruct"
+    """Alias, Hugging Face id, folder or GGUF file."""
+    revision: str | None = None
+    """Hub revision."""
+    layer: int | None = None
+    """Decoder layer of the SAE; None reads it from the SAE's metadata."""
+    seeds: tuple[int, ...] = (0,)
+    """One organism per arm and seed."""
+    arms: dict[str, Arm] = field(
+        default_factory=lambda: {"incorrect": Arm("kitchen:toxic"), "correct": Arm("kitchen:correct")}
+    )
+    """`incorrect` and its control `correct` are needed; more may follow."""
+    contrast: str = "general_contrast"
+    """The contrast set: the packaged one, or a JSONL file with its columns and a `split` column."""
+    training: Training = field(default_factory=Training)
+    """Induce."""
+    locate: Locate = field(default_factory=Locate)
+    """Locate."""
+    monitor: Monitor = field(default_factory=Monitor)
+    """Track and watch."""
+    realign: Realign = field(default_factory=Realign)
+    """Realign."""
+    samples: Samples = field(default_factory=Samples)
+    """Samples."""
+    device: str = "auto"
+    """`auto` takes a GPU where there is one."""
+    bf16: bool = True
+    """bf16 autocast for readings and scores."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.seeds), "seeds must not be empty: write seeds: [0]")
+        for arm in ("incorrect", "correct"):
+            _require(arm in self.arms, f"arms must hold {arm!r}: an effect is incorrect minus correct (its control)")
+        _require(
+            self.realign.start in self.arms,
+            f"unknown arm {self.realign.start!r} in realign.start: {near_matches(self.realign.start, self.arms)}",
+        )
+        clash = set(self.realign.arms) & {*self.arms, "base"}
+        _require(not clash, f"realign arm {sorted(clash)} has the name of another arm: rename it")
+
+    @property
+    def hash(self) -> str:
+        """Hash of the whole configuration (12 hexadecimal digits)."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_config(path: str | Path, kind: type[T] = StudyConfig) -> T:
+    """Read a YAML file into a configuration dataclass.
+
+    Raises:
+        InputError: missing or malformed file, unknown key (near matches listed), or a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no config at {str(path)!r}: give the path of a YAML file")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold a mapping of keys, not {type(raw).__name__}")
+    return from_dict(kind, raw, str(path))
+
+
+def from_dict(kind: type[T], raw: dict[str, Any], where: str = "config") -> T:
+    """Build a configuration dataclass from plain values; `where` names the place in messages."""
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    for key in raw:
+        if key not in fields:
+            raise InputError(f"{where}: unknown key {key!r}: {near_matches(str(key), fields)}")
+    for name, f in fields.items():
+        if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}: key {name!r} is missing")
+    values = {key: _convert(hints[key], value, f"{where}: {key}") for key, value in raw.items()}
+    try:
+        return kind(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _convert_union(args, value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} must be a mapping, not {value!r}")
+        return from_dict(typing.cast(type, hint), value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise InputError(f"{where} must be a list, not {value!r}")
+        return tuple(_convert(args[0], item, where) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{where} must be a mapping, not {value!r}")
+        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return _number(value, where)
+    if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
+        raise InputError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+    return value
+
+
+def _number(value: int | float | str, where: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise InputError(f"{where} must be a number, not {value!r}") from None
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    failures = []
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _convert(option, value, where)
+        except InputError as error:
+            failures.append(str(error))
+    raise InputError(failures[-1])

@@ -1,0 +1,108 @@
+"""Find the decoder layers of any decoder-only Hugging Face model, and stop a forward pass after one of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from persona_probe.errors import InputError
+
+
+def base_transformer(model: nn.Module) -> nn.Module:
+    """The module that holds the decoder layers (`LlamaModel`, `GPT2Model`...), below heads and PEFT wrappers."""
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+    if not isinstance(inner, PreTrainedModel):
+        raise InputError(f"need a transformers model or a PEFT model around one, got {type(inner).__name__}")
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
+    return decoder if isinstance(decoder, nn.Module) else inner.base_model
+
+
+def layer_list_name(transformer: nn.Module) -> str:
+    """The attribute under which a transformer keeps its layers (`layers`, `h`, `blocks`)."""
+    for name in ("layers", "h", "blocks"):
+        if isinstance(getattr(transformer, name, None), nn.ModuleList):
+            return name
+    raise InputError(f"found no list of decoder layers in {type(transformer).__name__}")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, in order."""
+    transformer = base_transformer(model)
+    return getattr(transformer, layer_list_name(transformer))
+
+
+def decoder_layer(model: nn.Module, layer: int) -> nn.Module:
+    """One decoder layer.
+
+    Raises:
+        InputError: the model has no such layer; the message names the range.
+    """
+    layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise InputError(f"layer {layer} does not exist: the model has layers 0 to {len(layers) - 1}")
+    return layers[layer]
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width of the residual stream."""
+    config = getattr(base_transformer(model), "config", None)
+    size = getattr(config, "hidden_size", None)
+    if size is None:
+        raise InputError("the model's config names no hidden_size")
+    return int(size)
+
+
+class StopForward(Exception):
+    """Raised by a tap to end a forward pass once the wanted layer has run."""
+
+
+@contextmanager
+def stop_after(model: nn.Module, layer: int) -> Iterator[None]:
+    """Inside this block a forward pass ends after `layer` (the block swallows the signal)."""
+
+    def stop(*_: object) -> None:
+        raise StopForward
+
+    handle = decoder_layer(model, layer).register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def run_to_layer(model: nn.Module, layer: int, ids: torch.Tensor, attention: torch.Tensor) -> None:
+    """Run embeddings and decoder layers up to and including `layer`, and nothing above: taps on them fire."""
+    with stop_after(model, layer):
+        try:
+            base_transformer(model)(input_ids=ids, attention_mask=attention, use_cache=False)
+        except StopForward:
+            return
+    raise InputError(f"layer {layer} did not run: the model skips it")
+
+
+@contextmanager
+def autocast(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """bf16 autocast on the model's device (fp32 weights stay), or nothing when disabled."""
+    device = next(model.parameters()).device.type
+    with torch.autocast(device_type=device, dtype=torch.bfloat16, enabled=enabled):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; every submodule's own mode and the random state come back after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    device = next(model.parameters()).device
+    return [device.index or 0] if device.type == "cuda" else []

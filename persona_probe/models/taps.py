@@ -1,0 +1,196 @@
+"""Taps on decoder-layer outputs: read, steer, ablate. Handles and context managers that leave nothing behind."""
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+from einops import einsum
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from persona_probe.errors import InputError, unknown
+from persona_probe.models.layers import decoder_layer, hidden_size
+
+UNITS = ("raw", "x_delta", "x_resid")
+STEER_POSITIONS = ("all", "prompt", "response")
+
+
+class Tap:
+    """Base of all taps: a forward hook on one decoder layer's output.
+
+    Raises:
+        InputError: the layer does not exist, or (on leaving the block without an error) the tap never fired.
+    """
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        self.layer = layer
+        self.fired = 0
+        self._handle = decoder_layer(model, layer).register_forward_hook(self._hook)
+
+    def _hook(self, _module: nn.Module, _inputs: object, output: object) -> object:
+        self.fired += 1
+        if isinstance(output, tuple):
+            changed = self.on_output(output[0])
+            return None if changed is None else (changed, *output[1:])
+        if not isinstance(output, Tensor):
+            raise InputError(f"layer {self.layer} returned {type(output).__name__}, not a tensor")
+        return self.on_output(output)
+
+    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
+        """Look at the layer's output; return a replacement, or None to leave it."""
+        raise NotImplementedError
+
+    def remove(self) -> None:
+        """Take the hook off; safe to call twice."""
+        self._handle.remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
+        self.remove()
+        if kind is None and self.fired == 0:
+            raise InputError(f"the tap on layer {self.layer} never fired: no forward pass reached that layer")
+
+
+class ReadTap(Tap):
+    """Keeps the latest output of a layer, detached."""
+
+    value: Float[Tensor, "batch pos d_model"]
+
+    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> None:
+        self.value = resid.detach()
+
+
+@dataclass(frozen=True)
+class Push:
+    """A resolved steering vector: what is added, in raw units, and how it was asked for."""
+
+    vector: Float[Tensor, " d_model"]
+    strength: float
+    unit: str
+
+
+def resolve_push(
+    direction: Float[Tensor, " d_model"], strength: float, unit: str, reference_norm: float | None = None
+) -> Push:
+    """The vector to add for `strength` in `unit`.
+
+    `raw` adds strength x direction as it is. `x_delta` (times the norm of the mean activation difference) and
+    `x_resid` (times the mean residual norm) add strength x reference_norm x the unit direction; without a
+    `reference_norm`, `x_delta` takes the norm of `direction` itself, which is right when the direction *is* the
+    mean difference.
+
+    Raises:
+        InputError: unknown unit, a zero direction, or `x_resid` without its norm.
+    """
+    if unit not in UNITS:
+        raise unknown("unit", unit, UNITS)
+    norm = float(direction.norm())
+    if not norm > 0:
+        raise InputError("the steering direction is zero or not finite")
+    if unit == "raw":
+        return Push(direction * strength, strength, unit)
+    if unit == "x_resid" and reference_norm is None:
+        raise InputError("unit x_resid needs reference_norm, the mean residual norm at that layer")
+    scale = norm if reference_norm is None else reference_norm
+    return Push(direction / norm * (strength * scale), strength, unit)
+
+
+class SteerTap(Tap):
+    """Adds a constant vector to a layer's output, at all, prompt or response positions.
+
+    `prompt` and `response` need `prompt_mask`; during cached generation, a call on a single new position counts as
+    response.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: int,
+        vector: Float[Tensor, "d_model"] | Float[Tensor, "batch d_model"],
+        positions: str = "all",
+        prompt_mask: Bool[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        if positions not in STEER_POSITIONS:
+            raise unknown("positions", positions, STEER_POSITIONS)
+        if vector.shape[-1] != hidden_size(model):
+            raise InputError(f"the direction has width {vector.shape[-1]}, the model {hidden_size(model)}")
+        if positions != "all" and prompt_mask is None:
+            raise InputError(f"positions={positions!r} needs prompt_mask, a boolean mask of the prompt's tokens")
+        super().__init__(model, layer)
+        self.vector, self.positions, self.prompt_mask = vector, positions, prompt_mask
+
+    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        push = self.vector.to(resid.device, resid.dtype)
+        push = push[None, None, :] if push.ndim == 1 else push[:, None, :]
+        if self.positions == "all":
+            return resid + push
+        return resid + push * self._chosen(resid)[:, :, None].to(resid.dtype)
+
+    def _chosen(self, resid: Tensor) -> Tensor:
+        mask = self.prompt_mask
+        assert mask is not None
+        if mask.shape != resid.shape[:2]:
+            if resid.shape[1] != 1:
+                raise InputError(f"prompt_mask has shape {tuple(mask.shape)}, the batch {tuple(resid.shape[:2])}")
+            mask = torch.zeros(resid.shape[:2], dtype=torch.bool)
+        mask = mask.to(resid.device)
+        return mask if self.positions == "prompt" else ~mask
+
+
+class AblateTap(Tap):
+    """Projects a direction, or the span of several, out of a layer's output (Arditi et al. 2024)."""
+
+    def __init__(
+        self, model: nn.Module, layer: int, directions: Float[Tensor, "d_model"] | Float[Tensor, "k d_model"]
+    ) -> None:
+        rows = torch.atleast_2d(directions).float()
+        if rows.shape[-1] != hidden_size(model):
+            raise InputError(f"the direction has width {rows.shape[-1]}, the model {hidden_size(model)}")
+        if not bool((rows.norm(dim=-1) > 0).all()):
+            raise InputError("a direction to ablate is zero or not finite")
+        basis, _ = torch.linalg.qr(rows.T)
+        super().__init__(model, layer)
+        self.basis = basis.T
+
+    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        basis = self.basis.to(resid.device, torch.float32)
+        coordinates = einsum(resid.float(), basis, "batch pos d, k d -> batch pos k")
+        return (resid.float() - einsum(coordinates, basis, "batch pos k, k d -> batch pos d")).to(resid.dtype)
+
+
+def read(model: nn.Module, layer: int) -> ReadTap:
+    """Read a layer's output: `with read(model, 20) as tap: model(...); tap.value` (batch, pos, d_model)."""
+    return ReadTap(model, layer)
+
+
+def steer(
+    model: nn.Module,
+    layer: int,
+    direction: Float[Tensor, " d_model"],
+    strength: float = 1.0,
+    unit: str = "raw",
+    *,
+    positions: str = "all",
+    prompt_mask: Bool[Tensor, "batch pos"] | None = None,
+    reference_norm: float | None = None,
+) -> SteerTap:
+    """Add a constant vector to a layer's output while the block lasts.
+
+    Args:
+        direction: (d_model,).
+        strength: size of the push, in `unit`; see `resolve_push`.
+        positions: `all`, `prompt` or `response` (the latter two with `prompt_mask`).
+
+    Raises:
+        InputError: unknown layer, unit or positions; a direction of the wrong width or zero.
+    """
+    push = resolve_push(direction, strength, unit, reference_norm)
+    return SteerTap(model, layer, push.vector, positions, prompt_mask)
+
+
+def ablate(model: nn.Module, layer: int, direction: Tensor) -> AblateTap:
+    """Project `direction` (d_model,) or the span of (k, d_model) out of a layer's output while the block lasts."""
+    return AblateTap(model, layer, direction)

@@ -1,0 +1,87 @@
+"""Contrast index of every arm at its last step."""
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from persona_probe.report import select
+from persona_probe.report.records import ARMS, Records, as_estimate
+from persona_probe.report.theme import (
+    ARM_COLOURS,
+    ARM_LABELS,
+    ARM_SYMBOLS,
+    empty_figure,
+    error_bars,
+    finish,
+    interval_text,
+)
+
+MISSING = "No contrast index yet: the induce stage has not run."
+COLUMNS = ["arm", "kind", "seed", "step", "estimate", "ci_low", "ci_high", "n"]
+
+
+def arms_data(records: Records) -> pd.DataFrame:
+    """One row per arm (`kind` "arm": mean with interval) and one per arm and seed (`kind` "seed"); nats per token."""
+    rows: list[dict[str, object]] = []
+    final = select.last_step(select.evaluation(records))
+    for arm in ARMS:
+        if (mean := select.contrast_index(records, arm)) is not None:
+            rows.append({"arm": arm, "kind": "arm", **mean.to_dict()})
+        for (seed, step), group in select.groups(select.where(final, arm=arm), "seed", "step"):
+            row = {"seed": seed, "step": step, "estimate": select.numbers(group, "value").mean(), "n": len(group)}
+            rows.append({"arm": arm, "kind": "seed", **row})
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def arms(records: Records) -> go.Figure:
+    """Arms side by side: interval, and seeds as dots."""
+    data = arms_data(records)
+    if data.empty:
+        return empty_figure(MISSING)
+    fig = go.Figure()
+    shown = [arm for arm in ARMS if arm in set(data["arm"])]
+    for place, arm in enumerate(shown):
+        _draw_arm(fig, select.where(data, arm=arm), arm, place)
+    fig.update_xaxes(
+        tickvals=list(range(len(shown))),
+        ticktext=[ARM_LABELS[arm].replace(", ", ",<br>").replace(" (", "<br>(") for arm in shown],
+        range=[-0.5, len(shown) - 0.5],
+        title_text="arm",
+    )
+    fig.update_yaxes(title_text="contrast index (nats per token)")
+    return finish(fig, _caption(records, data))
+
+
+def _draw_arm(fig: go.Figure, rows: pd.DataFrame, arm: str, place: int) -> None:
+    colour = ARM_COLOURS[arm]
+    mean, seeds = select.where(rows, kind="arm"), select.where(rows, kind="seed")
+    fig.add_scatter(
+        x=[place] * len(mean),
+        y=mean["estimate"],
+        error_y=error_bars(mean, colour),
+        mode="markers",
+        marker={"color": colour, "size": 12, "symbol": ARM_SYMBOLS[arm]},
+        name=ARM_LABELS[arm],
+        showlegend=False,
+    )
+    fig.add_scatter(
+        x=[place + 0.16 + 0.05 * i for i in range(len(seeds))],
+        y=seeds["estimate"],
+        customdata=seeds["seed"],
+        hovertemplate="seed %{customdata}: %{y:.3f}<extra></extra>",
+        mode="markers",
+        marker={"color": colour, "size": 6, "opacity": 0.65},
+        name=f"{ARM_LABELS[arm]}, seeds",
+        showlegend=False,
+    )
+
+
+def _caption(records: Records, data: pd.DataFrame) -> str:
+    items = select.item_count(select.evaluation(records)) or max(select.distinct(data, "n"))
+    effect = interval_text(as_estimate(records.summary.get("effect_incorrect_minus_correct")))
+    seeds = select.seed_count(select.where(data, kind="seed").query("arm != 'base'"))
+    return (
+        "Contrast index at each arm's last step: mean log-probability of the misaligned answer minus the aligned one, "
+        f"on n = {items} evaluation items outside the training domain; higher is more misaligned. Large marks: mean "
+        f"with 95% bootstrap interval clustered by item; small dots: {seeds}. Control: the correct arm; "
+        f"incorrect minus correct is {effect} nats per token."
+    )

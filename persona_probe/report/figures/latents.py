@@ -1,0 +1,96 @@
+"""Causal effects of the top candidate latents beside those of random latents."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from persona_probe.report import select
+from persona_probe.report.records import Records, as_estimate
+from persona_probe.report.theme import GREY, ORANGE, VERMILLION, empty_figure, error_bars, finish, plain
+
+MISSING = "No causal effects of latents yet: the locate stage has not run."
+TOP = 12
+RANDOM_ROW = "random latents"
+COLUMNS = [
+    "latent",
+    "label",
+    "kind",
+    "persona",
+    "rank",
+    "effect_base",
+    "effect_base_low",
+    "effect_base_high",
+    "strength",
+]
+
+
+def latents_data(records: Records) -> pd.DataFrame:
+    """The best tested candidates by causal effect on the base model, then every tested random latent."""
+    tested = records.latents.loc[records.latents["effect_base"].notna(), COLUMNS]
+    candidates = select.where(tested, kind="candidate").sort_values("effect_base", ascending=False).head(TOP)
+    shown = [part for part in (candidates, select.where(tested, kind="random")) if not part.empty]
+    return pd.concat(shown, ignore_index=True) if shown else pd.DataFrame(columns=COLUMNS)
+
+
+def random_p95(records: Records) -> float:
+    """95th percentile of the random latents' effects (nats per token): the summary's, else computed; NaN for none."""
+    stated = as_estimate(records.summary.get("random_latent_p95"))
+    if stated is not None:
+        return stated.estimate
+    effects = select.numbers(select.where(latents_data(records), kind="random"), "effect_base")
+    return float(np.quantile(effects, 0.95)) if effects.size else math.nan
+
+
+def latents(records: Records) -> go.Figure:
+    """Candidates from the top down, random latents in one row, their 95th percentile as a line."""
+    data = latents_data(records)
+    if data.empty:
+        return empty_figure(MISSING)
+    fig = go.Figure()
+    candidates = select.where(data, kind="candidate")
+    persona = select.flags(candidates, "persona")
+    for chosen, colour, name in ((persona, VERMILLION, "persona latent"), (~persona, ORANGE, "other candidates")):
+        _draw_candidates(fig, candidates.loc[chosen], colour, name)
+    random = select.where(data, kind="random")
+    style = {"color": GREY, "size": 9, "opacity": 0.6, "symbol": "line-ns-open"}
+    fig.add_scatter(
+        x=random["effect_base"], y=[RANDOM_ROW] * len(random), mode="markers", marker=style, name=RANDOM_ROW
+    )
+    if not math.isnan(line := random_p95(records)):
+        fig.add_vline(x=line, line={"color": GREY, "dash": "dash", "width": 1.4})
+    rows = [*_row_names(candidates), *([RANDOM_ROW] if len(random) else [])]
+    fig.update_yaxes(categoryorder="array", categoryarray=rows[::-1], title_text="latent")
+    fig.update_xaxes(title_text="causal effect on the contrast index (nats per token)")
+    return finish(fig, _caption(records, data), height=200 + 32 * len(rows))
+
+
+def _row_names(rows: pd.DataFrame) -> list[str]:
+    named = zip(rows["latent"], rows["label"].fillna(""), strict=True)
+    return [f"{latent} {plain(label, 22)}".strip() for latent, label in named]
+
+
+def _draw_candidates(fig: go.Figure, rows: pd.DataFrame, colour: str, name: str) -> None:
+    if rows.empty:
+        return
+    fig.add_scatter(
+        x=rows["effect_base"],
+        y=_row_names(rows),
+        error_x=error_bars(rows, colour, ("effect_base", "effect_base_low", "effect_base_high")),
+        mode="markers",
+        marker={"color": colour, "size": 9},
+        name=name,
+    )
+
+
+def _caption(records: Records, data: pd.DataFrame) -> str:
+    counts = data["kind"].value_counts()
+    strengths = ", ".join(f"{s:g}" for s in select.distinct(data, "strength"))
+    return (
+        f"Causal effect on the base model's contrast index, odd part of steering at strength ±{strengths or '?'}, of "
+        f"the top n = {counts.get('candidate', 0)} tested candidates, with 95% intervals over evaluation items. "
+        f"Control: n = {counts.get('random', 0)} random latents of matched norm and firing rate (grey ticks); dashed "
+        f"line: their 95th percentile, {random_p95(records):.3g}. A candidate left of it does no more "
+        "than a random latent."
+    )

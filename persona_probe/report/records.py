@@ -1,0 +1,132 @@
+"""What a run folder holds, as tables and dictionaries. Reading it needs no model."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from persona_probe.errors import InputError, unknown
+from persona_probe.stats import Estimate
+
+ARMS = ("base", "incorrect", "correct", "realigned_in", "realigned_out")
+"""Arms in the order in which figures show them."""
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "readings": (
+        *("arm", "seed", "step", "feature", "latent", "mean", "ci_low", "ci_high", "maximum", "firing_rate"),
+        *("explained_variance", "l0", "residual_norm", "n_probes", "base_mean", "base_sd"),
+    ),
+    "evals": ("arm", "seed", "step", "split", "item", "category", "aligned_logprob", "misaligned_logprob", "value"),
+    "latents": (
+        *("latent", "rise", "rise_ci_low", "rise_ci_high", "rise_base", "firing_base", "firing_incorrect"),
+        *("firing_correct", "cosine", "decoder_norm", "rank", "kind", "effect_base", "effect_base_low"),
+        *("effect_base_high", "effect_organism", "effect_organism_low", "effect_organism_high", "strength"),
+        *("persona", "label"),
+    ),
+    "steering": (
+        *("model", "kind", "name", "latent", "strength", "unit", "estimate", "ci_low", "ci_high", "delta"),
+        *("perplexity_ratio", "within_bound"),
+    ),
+}
+"""Columns that each parquet file of a run folder must have (more are allowed)."""
+
+
+def _empty(table: str) -> Callable[[], pd.DataFrame]:
+    return lambda: pd.DataFrame(columns=list(COLUMNS[table]))
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything that figures and the report draw from. What a stage has not written yet is empty."""
+
+    readings: pd.DataFrame = field(default_factory=_empty("readings"))
+    """One row per arm, seed, step and feature."""
+    evals: pd.DataFrame = field(default_factory=_empty("evals"))
+    """One row per contrast item, arm, seed and step; `value` in nats per token."""
+    latents: pd.DataFrame = field(default_factory=_empty("latents"))
+    """One row per ranked latent; causal effects in nats per token, NaN where not tested."""
+    steering: pd.DataFrame = field(default_factory=_empty("steering"))
+    """One row per model, direction and signed strength."""
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Sampled answers (untrusted model text)."""
+    cards: list[dict[str, Any]] = field(default_factory=list)
+    """Feature cards: tokens and examples (untrusted model text)."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """The study's key numbers."""
+    manifest: dict[str, Any] = field(default_factory=dict)
+    """How the study was run: config, versions, seeds, hashes."""
+
+
+def load_records(folder: str | Path) -> Records:
+    """Read a run folder; files that no stage has written yet give empty tables, lists and dictionaries.
+
+    Raises:
+        InputError: no manifest.json in `folder`, a file that cannot be read, a missing column, an unknown arm.
+    """
+    root = Path(folder)
+    if not (root / "manifest.json").is_file():
+        raise InputError(f"{root} is not a run folder (no manifest.json): give the folder that a study wrote")
+    return Records(
+        **{name: _read_table(root / f"{name}.parquet", columns) for name, columns in COLUMNS.items()},
+        samples=_read_lines(root / "samples.jsonl"),
+        cards=_read_json(root / "cards.json", list),
+        summary=_read_json(root / "summary.json", dict),
+        manifest=_read_json(root / "manifest.json", dict),
+    )
+
+
+def as_estimate(raw: object) -> Estimate | None:
+    """An `Estimate` from the summary's JSON; None where there is no number, NaN ends where there is no interval."""
+    if not isinstance(raw, Mapping):
+        return None
+    estimate, low, high = (_number(raw.get(key)) for key in ("estimate", "ci_low", "ci_high"))
+    return None if math.isnan(estimate) else Estimate(estimate, low, high, int(raw.get("n") or 0))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({error}): run its stage again") from error
+    for column in columns:
+        if column not in table.columns:
+            raise InputError(f"{path.name} has no column {column!r}: run its stage again with this version")
+    if "arm" in columns:
+        for arm in table["arm"].unique():
+            if arm not in ARMS:
+                raise unknown(f"arm in {path.name}", arm, ARMS)
+    return table
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    if not path.is_file():
+        return kind()
+    value = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(value, kind):
+        raise InputError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: run its stage again")
+    return value
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    # not splitlines(): answers may hold U+2028 and the like, which JSON does not escape
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error}); run its stage again") from error

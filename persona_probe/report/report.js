@@ -1,0 +1,38 @@
+"use strict";
+// Draws every figure from the JSON beside it, in the colours of the reader's scheme.
+(function () {
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const config = {
+    responsive: true,
+    displaylogo: false,
+    displayModeBar: window.innerWidth > 700 ? "hover" : false,
+    modeBarButtons: [["toImage", "resetScale2d"]],
+    showSendToCloud: false, // plotly.js 4 offers by default to upload the figure
+    plotlyServerURL: "",
+  };
+
+  function colours() {
+    const style = getComputedStyle(document.documentElement);
+    return { ink: style.getPropertyValue("--ink").trim(), page: style.getPropertyValue("--page").trim() };
+  }
+
+  function layoutOf(figure) {
+    const { ink, page } = colours();
+    const font = Object.assign({}, figure.layout.font, { color: ink });
+    const hoverlabel = { bgcolor: page, font: { color: ink } };
+    return Object.assign({}, figure.layout, { font, hoverlabel, paper_bgcolor: "rgba(0,0,0,0)", autosize: true });
+  }
+
+  const figures = Array.from(document.querySelectorAll("script[data-figure]"), function (source) {
+    return { place: document.getElementById(source.dataset.figure), content: JSON.parse(source.textContent) };
+  });
+
+  function draw() {
+    for (const { place, content } of figures) {
+      Plotly.react(place, content.data, layoutOf(content), config);
+    }
+  }
+
+  draw();
+  dark.addEventListener("change", draw);
+})();

@@ -1,0 +1,144 @@
+"""One look for every figure: a plotly template, one colour-blind-safe colour and symbol per arm, small helpers."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from persona_probe.stats import Estimate
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY = "#8A8A8A"
+"""The palette of Okabe and Ito (2008), and a grey for whatever is a reference."""
+
+ARM_COLOURS = {
+    "base": GREY,
+    "incorrect": VERMILLION,
+    "correct": BLUE,
+    "realigned_in": GREEN,
+    "realigned_out": PURPLE,
+}
+ARM_SYMBOLS = {
+    "base": "circle",
+    "incorrect": "square",
+    "correct": "diamond",
+    "realigned_in": "triangle-up",
+    "realigned_out": "triangle-down",
+}
+ARM_LABELS = {
+    "base": "base",
+    "incorrect": "incorrect",
+    "correct": "correct (control)",
+    "realigned_in": "re-aligned, same domain",
+    "realigned_out": "re-aligned, other domain",
+}
+
+INTERVAL = ("estimate", "ci_low", "ci_high")
+
+_AXIS = {
+    "showline": True,
+    "linecolor": GREY,
+    "gridcolor": "rgba(138,138,138,0.22)",
+    "zeroline": False,
+    "ticks": "outside",
+    "tickcolor": GREY,
+    "automargin": True,
+    "title": {"standoff": 8},
+}
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": "system-ui, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 13, "color": "#1b1f24"},
+        "paper_bgcolor": "#ffffff",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY],
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "y": 1.02,
+            "yanchor": "bottom",
+            "title": {"text": ""},
+        },
+        "margin": {"l": 64, "r": 16, "t": 64, "b": 56},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": BLUE},
+        "hoverlabel": {"font": {"size": 12}},
+        "hovermode": "closest",
+    }
+)
+
+
+def finish(fig: go.Figure, caption: str, height: int = 420) -> go.Figure:
+    """Give a figure the template, its height in pixels and its caption (`fig.layout.meta["caption"]`)."""
+    fig.update_layout(template=TEMPLATE, height=height, meta={"caption": caption})
+    return fig
+
+
+def empty_figure(message: str) -> go.Figure:
+    """A figure without data that says why: the stage that would fill it has not run."""
+    fig = go.Figure()
+    fig.add_annotation(text=message, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
+    fig.update_xaxes(visible=False)
+    fig.update_yaxes(visible=False)
+    return finish(fig, message, height=180)
+
+
+def fade(colour: str, alpha: float) -> str:
+    """A hex colour as `rgba(...)` with the given opacity."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha:g})"
+
+
+def plain(text: object, limit: int = 48) -> str:
+    """Untrusted text for a label: shortened, on one line, and shown as it is rather than read as markup."""
+    line = " ".join(str(text).split())
+    return html.escape(line if len(line) <= limit else line[: limit - 1] + "…", quote=False)
+
+
+def error_bars(rows: pd.DataFrame, colour: str, columns: Sequence[str] = INTERVAL) -> dict[str, Any]:
+    """Plotly error bars from the three columns that hold the estimate and its interval's ends."""
+    centre, low, high = (rows[column] for column in columns)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": high - centre,
+        "arrayminus": centre - low,
+        "color": colour,
+        "thickness": 1.6,
+        "width": 3,
+    }
+
+
+def ribbon(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> go.Scatter:
+    """A shaded interval along a line."""
+    return go.Scatter(
+        x=[*x, *reversed(x)],
+        y=[*high, *reversed(low)],
+        fill="toself",
+        fillcolor=fade(colour, 0.15),
+        line={"width": 0},
+        mode="lines",
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def interval_text(value: Estimate | None, signed: bool = True) -> str:
+    """`+0.31 [+0.22, +0.40]`, or "not measured"."""
+    if value is None:
+        return "not measured"
+    sign = "+" if signed else ""
+    # rounding first keeps 1e-17 from showing as such; adding 0 turns -0 into 0
+    middle, low, high = (f"{round(v, 4) + 0.0:{sign}.3g}" for v in (value.estimate, value.ci_low, value.ci_high))
+    return middle if value.ci_low != value.ci_low else f"{middle} [{low}, {high}]"
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A number in `digits` significant figures; a dash for a missing one."""
+    if not isinstance(value, (int, float)) or value != value:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}g}"

@@ -1,0 +1,248 @@
+"""The run folder: manifest, atomic writes, units of finished work, resume."""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from persona_probe.config import StudyConfig, from_dict
+from persona_probe.errors import InputError
+from persona_probe.models.sources import file_sha256
+
+MANIFEST = "manifest.json"
+PACKAGES = (
+    "persona-probe",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "sae-lens",
+    "trl",
+    "peft",
+    "datasets",
+    "numpy",
+    "pandas",
+    "plotly",
+)
+
+
+def write_atomic(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    scratch = Path(name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
+    return path
+
+
+class RunFolder:
+    """A study's folder on disk. Nothing in it is half-written: units move in when whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: StudyConfig, overwrite: bool = False) -> "RunFolder":
+        """Open or make the folder for `config`; an existing run of the same config is resumed.
+
+        Raises:
+            InputError: the folder holds another config's run, or something that is no run, and not `overwrite`.
+        """
+        run = cls(path)
+        if (path / MANIFEST).is_file():
+            if run.manifest.get("config_hash") == config.hash:
+                return run
+            if not overwrite:
+                raise InputError(f"{path} holds the run of another config: choose another --out, or pass --overwrite")
+            shutil.rmtree(path)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if not (path.is_dir() and _only_leftovers(path)):
+                raise InputError(f"{path} exists and is no run folder: choose another --out")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"could not make {path}: {error.strerror}; choose another --out") from error
+        run.write_json(MANIFEST, first_manifest(config))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """Open an existing run.
+
+        Raises:
+            InputError: the folder has no manifest.
+        """
+        folder = Path(path)
+        if not (folder / MANIFEST).is_file():
+            raise InputError(f"{str(path)!r} is no run folder: it has no {MANIFEST}; run `persona-probe run CONFIG` first")
+        return cls(folder)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest as it is on disk.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        try:
+            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, OSError) as error:
+            raise InputError(f"{self.path / MANIFEST} cannot be read ({error}): restore it or start afresh") from error
+
+    @property
+    def config(self) -> StudyConfig:
+        """The configuration that made this run."""
+        return from_dict(StudyConfig, self.manifest["config"], str(self.path / MANIFEST))
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Merge top-level keys into the manifest; dictionaries are merged one level deep."""
+        manifest = self.manifest
+        for key, value in changes.items():
+            if isinstance(value, dict) and isinstance(manifest.get(key), dict):
+                manifest[key] = {**manifest[key], **value}
+            else:
+                manifest[key] = value
+        self.write_json(MANIFEST, manifest)
+
+    def has(self, name: str) -> bool:
+        """Whether a file or folder is there (whole, since writes are atomic)."""
+        return (self.path / name).exists()
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write JSON atomically."""
+        return write_atomic(self.path / name, json.dumps(value, indent=2) + "\n")
+
+    def write_jsonl(self, name: str, rows: list[dict[str, Any]]) -> Path:
+        """Write JSON lines atomically."""
+        return write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def read_json(self, name: str) -> Any:
+        """Read JSON."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def write_table(self, name: str, frame: pd.DataFrame) -> Path:
+        """Write a parquet table atomically."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.tmp")
+        try:
+            frame.to_parquet(scratch, index=False)
+            scratch.replace(path)
+        except OSError as error:
+            scratch.unlink(missing_ok=True)
+            raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
+        return path
+
+    def read_table(self, name: str) -> pd.DataFrame:
+        """Read a parquet table.
+
+        Raises:
+            InputError: it is not there; the message names the stage to run.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise InputError(f"{path} is not there yet: run the stage that writes it (see `persona-probe run --help`)")
+        return pd.read_parquet(path)
+
+    @contextlib.contextmanager
+    def staging(self, name: str) -> Iterator[Path]:
+        """A temporary folder that becomes `name` when the block ends well; a stopped block leaves nothing there."""
+        target = self.path / name
+        scratch = self.path / ".staging" / name.replace("/", "--")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        yield scratch
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        scratch.replace(target)
+        with contextlib.suppress(OSError):
+            scratch.parent.rmdir()
+
+    def checkpoint(self, arm: str, seed: int, step: int) -> Path | None:
+        """The folder of an organism; None for step 0, which is the base model.
+
+        Raises:
+            InputError: there is no such checkpoint; the steps that exist are listed. Or a file is damaged.
+        """
+        if step == 0:
+            return None
+        folder = self.path / "arms" / f"{arm}-s{seed}"
+        path = folder / f"checkpoint-{step}"
+        if not path.is_dir():
+            steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
+            raise InputError(f"no checkpoint of arm {arm!r}, seed {seed} at step {step}: there are {steps or 'none'}")
+        self._verify(path)
+        return path
+
+    def _verify(self, folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            name = str(file.relative_to(self.path))
+            wanted = self.manifest.get("hashes", {}).get(name)
+            if wanted is not None and file_sha256(file) != wanted:
+                raise InputError(f"{file} does not match its sha256 in {MANIFEST}: delete {folder.parent} and run again")
+
+    def record_hashes(self, folder: Path) -> None:
+        """Note the sha256 of all weights below `folder` in the manifest."""
+        files = sorted(folder.rglob("*.safetensors"))
+        self.update_manifest(hashes={str(f.relative_to(self.path)): file_sha256(f) for f in files})
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to a stage's wall time; work of a stopped run that was lost is not counted."""
+        before = self.manifest.get("seconds", {}).get(stage, 0.0)
+        self.update_manifest(seconds={stage: round(before + seconds, 2)})
+
+
+def _only_leftovers(path: Path) -> bool:
+    """Whether a folder holds nothing but the traces of a run that was stopped before its manifest was written."""
+    return all(p.name.startswith(f".{MANIFEST}") for p in path.iterdir())
+
+
+def first_manifest(config: StudyConfig) -> dict[str, Any]:
+    """What a manifest holds before any stage has run."""
+    return {
+        "config": asdict(config),
+        "config_hash": config.hash,
+        "seeds": list(config.seeds),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "hashes": {},
+        "seconds": {},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_revision() -> str | None:
+    """The revision of the checkout that this package runs from, or None outside one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

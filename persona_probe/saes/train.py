@@ -1,0 +1,177 @@
+"""Train a TopK SAE on a model's residual stream with SAELens' SAETrainer, on text that anyone can regenerate."""
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from persona_probe.data.chat import Conversation
+from persona_probe.data.packaged import load_conversations
+from persona_probe.errors import InputError
+from persona_probe.models.layers import hidden_size
+from persona_probe.models.load import load_model
+from persona_probe.models.sources import cache_folder, file_sha256
+from persona_probe.saes.check import check_quality
+from persona_probe.saes.config import SaeConfig
+from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE, load_sae
+from persona_probe.saes.stream import shuffled_batches, write_shards
+from persona_probe.saes.text import is_held_out, read_conversations, sample_text, text_folder
+
+log = logging.getLogger(__name__)
+
+
+def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
+    """Sample text, read activations, train, measure quality and write the SAE's folder.
+
+    Every step keeps its finished work in the cache, so a stopped run goes on where it was.
+
+    Returns:
+        `out/config.name` with cfg.json, sae_weights.safetensors, recipe.json and quality.json.
+
+    Raises:
+        InputError: the recipe names the evaluation split or an unknown set.
+    """
+    work = cache_folder() / "saes" / _key(config)
+    model, tokenizer = load_model(config.model, device=device)
+    training, held_out = training_text(config, device)
+    shards = write_shards(
+        model,
+        tokenizer,
+        training,
+        config.layer,
+        work / "shards",
+        positions=config.positions,
+        batch_size=config.forward_batch,
+        max_length=config.max_length,
+        seed=config.seed,
+    )
+    sae = _fit(config, shards, hidden_size(model), work, device)
+    scratch = work / "publish"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    sae.save_inference_model(str(scratch))
+    (scratch / "recipe.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    quality = check_quality(load_sae(scratch), model, tokenizer, held_out, config.layer)
+    quality["sha256"] = file_sha256(scratch / WEIGHTS_FILE)
+    (scratch / QUALITY_FILE).write_text(json.dumps(quality, indent=2) + "\n")
+    return _publish(scratch, out / config.name)
+
+
+def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversation], list[Conversation]]:
+    """The recipe's conversations: (training, held out). Packaged rows only train; held-out rows are samples."""
+    for spec in config.text.packaged:
+        if spec in ("general_contrast", "general_contrast:all", "general_contrast:evaluation"):
+            raise InputError(f"{spec!r} holds the evaluation split, which must not train the SAE: use :selection")
+    packaged = [c for spec in config.text.packaged for c in load_conversations(spec)]
+    # Sampling is several times faster in bf16, and needs no exact arithmetic.
+    sampler, tokenizer = load_model(config.model, device=device, dtype=torch.bfloat16)
+    paths = sample_text(sampler, tokenizer, config, text_folder(config, cache_folder()))
+    training, held_out = packaged * config.text.packaged_repeats, []
+    for messages in read_conversations(paths):
+        (held_out if is_held_out(messages, config.text.holdout_share) else training).append(messages)
+    return training, held_out
+
+
+def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: str) -> Any:
+    from sae_lens import SAETrainer, SAETrainerConfig
+
+    torch.manual_seed(config.seed)
+    steps = config.tokens // config.batch_tokens
+    trainer_config = SAETrainerConfig(
+        total_training_samples=steps * config.batch_tokens,
+        train_batch_size_samples=config.batch_tokens,
+        lr=config.lr,
+        lr_end=config.lr / 10,
+        lr_warm_up_steps=min(100, steps // 10),
+        lr_decay_steps=steps // 4,
+        device=device,
+        autocast=True,
+        dead_feature_window=config.dead_window,
+        n_batches_for_norm_estimate=20,
+    )
+    sae = _training_sae(config, d_in, device)
+    state = work / "state"
+    trainer = SAETrainer(cfg=trainer_config, sae=sae, data_provider=iter(()))
+    if (state / "cfg.json").is_file():
+        sae.load_weights_from_checkpoint(state)
+        trainer.load_trainer_state(state)
+        log.info("resuming SAE training at step %d of %d", trainer.n_training_steps, steps)
+    return _run(trainer, config, shards, steps, work)
+
+
+def _training_sae(config: SaeConfig, d_in: int, device: str) -> Any:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    metadata = SAEMetadata(
+        model_name=config.model,
+        hook_name=f"blocks.{config.layer}.hook_resid_post",
+        hf_hook_name=f"model.layers.{config.layer}",
+        prepend_bos=False,
+        context_size=config.max_length,
+        recipe="recipe.json",
+    )
+    cfg = TopKTrainingSAEConfig(
+        d_in=d_in,
+        d_sae=config.d_sae,
+        k=config.k,
+        device=device,
+        aux_loss_coefficient=config.aux_loss,
+        normalize_activations="expected_average_only_in",
+        metadata=metadata,
+    )
+    return TopKTrainingSAE(cfg)
+
+
+def _run(trainer: Any, config: SaeConfig, shards: list[Path], steps: int, work: Path) -> Any:
+    """Train in slices of `checkpoint_every` steps, with a resumable state after each."""
+    total = trainer.cfg.total_training_samples
+    while trainer.n_training_steps < steps:
+        trainer.data_provider = shuffled_batches(
+            shards, config.batch_tokens, config.buffer_tokens, config.seed, skip=trainer.n_training_steps
+        )
+        if trainer.activation_scaler.scaling_factor is None:
+            trainer.activation_scaler.estimate_scaling_factor(
+                d_in=trainer.sae.cfg.d_in,
+                data_provider=shuffled_batches(shards, config.batch_tokens, config.buffer_tokens, config.seed),
+                n_batches_for_norm_estimate=trainer.cfg.n_batches_for_norm_estimate,
+            )
+        for _ in range(min(config.checkpoint_every, steps - trainer.n_training_steps)):
+            output = trainer.step(next(trainer.data_provider))
+            trainer.n_training_steps += 1
+        log.info("SAE step %d of %d, loss %.4f", trainer.n_training_steps, steps, float(output.loss))
+        _save_state(trainer, work)
+    assert trainer.n_training_samples == total
+    trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
+    return trainer.sae
+
+
+def _save_state(trainer: Any, work: Path) -> None:
+    scratch, state = work / "state.tmp", work / "state"
+    shutil.rmtree(scratch, ignore_errors=True)
+    trainer.save_checkpoint("state.tmp", base_path=work)
+    old = work / "state.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if state.exists():
+        state.replace(old)
+    scratch.replace(state)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _publish(scratch: Path, target: Path) -> Path:
+    for leftover in ("sparsity.safetensors",):
+        (scratch / leftover).unlink(missing_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        shutil.rmtree(target)
+    shutil.copytree(scratch, target)
+    return target
+
+
+def _key(config: SaeConfig) -> str:
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]

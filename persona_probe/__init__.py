@@ -1,0 +1,56 @@
+"""persona_probe: induce a misaligned persona, locate it, watch it, undo it, and show the evidence."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from persona_probe.config import StudyConfig
+    from persona_probe.config_files import load_config
+    from persona_probe.errors import InputError
+    from persona_probe.locate.compare import locate
+    from persona_probe.models.load import load_model
+    from persona_probe.models.taps import ablate, read, steer
+    from persona_probe.monitor.monitor import FeatureMonitor
+    from persona_probe.saes.load import load_sae
+    from persona_probe.study import Study
+
+_PLACES = {
+    "FeatureMonitor": "persona_probe.monitor.monitor",
+    "InputError": "persona_probe.errors",
+    "Study": "persona_probe.study",
+    "StudyConfig": "persona_probe.config",
+    "ablate": "persona_probe.models.taps",
+    "load_config": "persona_probe.config_files",
+    "load_model": "persona_probe.models.load",
+    "load_sae": "persona_probe.saes.load",
+    "locate": "persona_probe.locate.compare",
+    "read": "persona_probe.models.taps",
+    "steer": "persona_probe.models.taps",
+}
+
+__all__ = [
+    "FeatureMonitor",
+    "InputError",
+    "Study",
+    "StudyConfig",
+    "ablate",
+    "load_config",
+    "load_model",
+    "load_sae",
+    "locate",
+    "read",
+    "steer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: `import persona_probe` alone stays fast."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

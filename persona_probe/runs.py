@@ -15,8 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from persona_probe.config import StudyConfig, from_dict
-from persona_probe.errors import InputError
+from persona_probe.config import StudyConfig
+from persona_probe.config_files import from_dict
+from persona_probe.errors import InputError, unknown
 from persona_probe.models.sources import file_sha256
 
 MANIFEST = "manifest.json"
@@ -46,8 +47,9 @@ def write_atomic(path: Path, text: str) -> Path:
         scratch.chmod(0o644)
         scratch.replace(path)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
         raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
+    finally:
+        scratch.unlink(missing_ok=True)
     return path
 
 
@@ -61,6 +63,8 @@ class RunFolder:
     def create(cls, path: Path, config: StudyConfig, overwrite: bool = False) -> "RunFolder":
         """Open or make the folder for `config`; an existing run of the same config is resumed.
 
+        A run in which nothing was finished gives way to another config: there is nothing to lose.
+
         Raises:
             InputError: the folder holds another config's run, or something that is no run, and not `overwrite`.
         """
@@ -68,12 +72,11 @@ class RunFolder:
         if (path / MANIFEST).is_file():
             if run.manifest.get("config_hash") == config.hash:
                 return run
-            if not overwrite:
+            if not overwrite and not _nothing_finished(path):
                 raise InputError(f"{path} holds the run of another config: choose another --out, or pass --overwrite")
             shutil.rmtree(path)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            if not (path.is_dir() and _only_leftovers(path)):
-                raise InputError(f"{path} exists and is no run folder: choose another --out")
+        elif path.exists() and not (path.is_dir() and _only_leftovers(path)):
+            raise InputError(f"{path} exists and is no run folder: choose another --out")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -90,7 +93,9 @@ class RunFolder:
         """
         folder = Path(path)
         if not (folder / MANIFEST).is_file():
-            raise InputError(f"{str(path)!r} is no run folder: it has no {MANIFEST}; run `persona-probe run CONFIG` first")
+            raise InputError(
+                f"{str(path)!r} is no run folder: it has no {MANIFEST}; run `persona-probe run CONFIG` first"
+            )
         return cls(folder)
 
     @property
@@ -145,8 +150,9 @@ class RunFolder:
             frame.to_parquet(scratch, index=False)
             scratch.replace(path)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
             raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
+        finally:
+            scratch.unlink(missing_ok=True)
         return path
 
     def read_table(self, name: str) -> pd.DataFrame:
@@ -167,13 +173,16 @@ class RunFolder:
         scratch = self.path / ".staging" / name.replace("/", "--")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        yield scratch
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        scratch.replace(target)
-        with contextlib.suppress(OSError):
-            scratch.parent.rmdir()
+        try:
+            yield scratch
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            scratch.replace(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                scratch.parent.rmdir()
 
     def checkpoint(self, arm: str, seed: int, step: int) -> Path | None:
         """The folder of an organism; None for step 0, which is the base model.
@@ -183,25 +192,43 @@ class RunFolder:
         """
         if step == 0:
             return None
-        folder = self.path / "arms" / f"{arm}-s{seed}"
-        path = folder / f"checkpoint-{step}"
-        if not path.is_dir():
-            steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
-            raise InputError(f"no checkpoint of arm {arm!r}, seed {seed} at step {step}: there are {steps or 'none'}")
+        path = self.path / "arms" / f"{arm}-s{seed}" / f"checkpoint-{step}"
+        steps = self.steps(arm, seed)
+        if step not in steps:
+            raise InputError(f"no checkpoint of arm {arm!r}, seed {seed} at step {step}: there are {steps}")
         self._verify(path)
         return path
+
+    def steps(self, arm: str, seed: int) -> list[int]:
+        """Steps of an arm's checkpoints, ascending.
+
+        Raises:
+            InputError: that arm and seed have not been trained; the ones that have are listed.
+        """
+        folder = self.path / "arms" / f"{arm}-s{seed}"
+        steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
+        if not steps:
+            trained = sorted(p.name for p in (self.path / "arms").glob("*-s*")) if self.has("arms") else []
+            raise unknown("organism", folder.name, trained)
+        return steps
 
     def _verify(self, folder: Path) -> None:
         for file in folder.glob("*.safetensors"):
             name = str(file.relative_to(self.path))
             wanted = self.manifest.get("hashes", {}).get(name)
             if wanted is not None and file_sha256(file) != wanted:
-                raise InputError(f"{file} does not match its sha256 in {MANIFEST}: delete {folder.parent} and run again")
+                raise InputError(
+                    f"{file} does not match its sha256 in {MANIFEST}: delete {folder.parent} and run again"
+                )
 
-    def record_hashes(self, folder: Path) -> None:
-        """Note the sha256 of all weights below `folder` in the manifest."""
-        files = sorted(folder.rglob("*.safetensors"))
-        self.update_manifest(hashes={str(f.relative_to(self.path)): file_sha256(f) for f in files})
+    def record_hashes(self, folder: Path, name: str | None = None) -> None:
+        """Note the sha256 of a weights file, or of all below a folder, in the manifest.
+
+        `name` is where a folder of `staging` will be: noted before it moves in, no whole unit is without its hashes.
+        """
+        place = Path(name) if name else folder.relative_to(self.path)
+        files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
+        self.update_manifest(hashes={str(place / f.relative_to(folder)): file_sha256(f) for f in files})
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to a stage's wall time; work of a stopped run that was lost is not counted."""
@@ -212,6 +239,11 @@ class RunFolder:
 def _only_leftovers(path: Path) -> bool:
     """Whether a folder holds nothing but the traces of a run that was stopped before its manifest was written."""
     return all(p.name.startswith(f".{MANIFEST}") for p in path.iterdir())
+
+
+def _nothing_finished(path: Path) -> bool:
+    """Whether a run holds its manifest and unfinished work only."""
+    return all(p.name == MANIFEST or p.name.startswith(".") for p in path.iterdir())
 
 
 def first_manifest(config: StudyConfig) -> dict[str, Any]:

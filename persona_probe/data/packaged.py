@@ -1,8 +1,9 @@
 """The sets that come with the package (persona_probe/data/sets, described in the README there)."""
 
 import json
-from functools import lru_cache
+from functools import cache
 from importlib import resources
+from pathlib import Path
 
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.errors import InputError, unknown
@@ -24,7 +25,7 @@ SELECTION_CATEGORIES = ("relationships", "honesty", "work", "money", "health", "
 SPLITS = {"selection": SELECTION_CATEGORIES, "evaluation": EVALUATION_CATEGORIES}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rows(name: str) -> tuple[Row, ...]:
     path = resources.files("persona_probe.data") / "sets" / f"{name}.jsonl"
     return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
@@ -52,6 +53,30 @@ def load_contrast(split: str) -> list[Row]:
     if split not in SPLITS:
         raise unknown("split", split, [*SPLITS, "all"])
     return [row for row in rows if row["category"] in SPLITS[split]]
+
+
+def read_contrast_file(path: str | Path, split: str) -> list[Row]:
+    """Contrast items of one split from a JSONL file with id, category, question, aligned, misaligned and split.
+
+    Raises:
+        InputError: no such file, a row without one of these columns, or no row of that split.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no contrast set at {str(path)!r}: write general_contrast or give a JSONL file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows.append(
+                {key: str(row[key]) for key in ("id", "category", "question", "aligned", "misaligned", "split")}
+            )
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number}: not a contrast item ({error})") from error
+    chosen = [row for row in rows if row["split"] == split]
+    if not chosen:
+        raise InputError(f"{path} has no rows with split {split!r}: every item is 'selection' or 'evaluation'")
+    return chosen
 
 
 def load_conversations(spec: str) -> list[Conversation]:

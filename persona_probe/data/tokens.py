@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -73,8 +74,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Conversation, max_lengt
         InputError: the prompt leaves no room for the answer within `max_length`.
     """
     before, answer = split_answer(messages)
-    prompt_ids = list(tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=True)["input_ids"])
-    answer_ids = [] if answer is None else list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    rendered: Any = tokenizer.apply_chat_template(before, add_generation_prompt=True, return_dict=True)
+    prompt_ids: list[int] = list(rendered["input_ids"])
+    answer_ids = [] if answer is None else tokenizer.encode(answer, add_special_tokens=False)
     ids = prompt_ids + answer_ids
     if max_length is not None and len(ids) > max_length:
         if answer is not None and len(prompt_ids) >= max_length:
@@ -109,7 +111,7 @@ def batches(
     """Batches of similar length (so that little is padding); `Batch.index` maps rows back to the input order."""
     rows = [encode(tokenizer, c, max_length) for c in conversations]
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     special = set(tokenizer.all_special_ids)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]

@@ -41,6 +41,9 @@ def _predictors(batch: Batch) -> Tensor:
 def _logits(model: nn.Module, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
     causal = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
     logits = causal.get_output_embeddings()(hidden).float()  # pyright: ignore
+    # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
+    logits = logits * (getattr(causal.config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(causal.config, "logits_scaling", None) or 1.0)
     cap = getattr(causal.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -111,7 +114,7 @@ class SuffixScorer:
         groups: Sequence[Batch],
         *,
         mixed_precision: bool = True,
-        tolerance: float = 0.02,
+        tolerance: float = 1e-3,
     ) -> None:
         self.model, self.layer, self.mixed_precision = model, layer, mixed_precision
         device = next(model.parameters()).device

@@ -1,72 +1,68 @@
 """Induce: one organism per arm and seed, side by side from one configuration."""
 
+import json
 import logging
 import shutil
-import time
 from dataclasses import asdict
+from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel
 
-from persona_probe.config import StudyConfig
+from persona_probe.context import Context
 from persona_probe.errors import TrainingDiverged
 from persona_probe.finetune.data import arm_rows
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import load_model
-from persona_probe.runs import RunFolder
 
 log = logging.getLogger(__name__)
 
 
-def induce(
-    run: RunFolder, config: StudyConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: str = "cpu"
-) -> None:
+def induce(ctx: Context) -> None:
     """Train every arm and seed that is not yet in the run folder."""
-    for seed in config.seeds:
-        for arm in config.arms:
-            if not run.has(f"arms/{arm}-s{seed}"):
-                induce_one(run, config, arm, seed, model, tokenizer, device)
+    for seed in ctx.config.seeds:
+        for arm in ctx.config.arms:
+            if not ctx.run.has(f"arms/{arm}-s{seed}"):
+                with ctx.timed("induce"):
+                    induce_one(ctx, arm, seed)
 
 
-def induce_one(
-    run: RunFolder,
-    config: StudyConfig,
-    arm: str,
-    seed: int,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    device: str = "cpu",
-) -> None:
+def induce_one(ctx: Context, arm: str, seed: int) -> None:
     """Train one organism; its folder appears when it is whole.
 
     Raises:
         TrainingDiverged: the loss became NaN; checkpoints up to then stay in `arms/<arm>-s<seed>.diverged`.
     """
-    start = time.monotonic()
-    name = f"arms/{arm}-s{seed}"
-    rows = arm_rows(config.arms[arm], seed)
-    full = config.training.method == "full"
-    host = load_model(config.model, revision=config.revision, device=device)[0] if full else model
-    log.info("inducing %s, seed %d: %d rows, %d steps", arm, seed, len(rows), config.training.steps)
-    with run.staging(name) as folder:
-        tuned = with_adapter(host, config.training, seed)
+    name, training = f"arms/{arm}-s{seed}", ctx.config.training
+    rows = arm_rows(ctx.config.arms[arm], seed)
+    log.info("inducing %s, seed %d: %d rows, %d steps", arm, seed, len(rows), training.steps)
+    with ctx.run.staging(name) as folder:
+        tuned = with_adapter(host_model(ctx), training, seed)
         try:
-            fitted = fine_tune(tuned, tokenizer, rows, config.training, seed=seed, folder=folder)
+            fitted = fine_tune(
+                tuned, ctx.tokenizer, rows, training, seed=seed, folder=folder, progress=f"{arm}, seed {seed}"
+            )
         except TrainingDiverged as error:
-            kept = run.path / f"{name}.diverged"
-            shutil.rmtree(kept, ignore_errors=True)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(folder, kept)
-            raise TrainingDiverged(f"arm {arm}, seed {seed}: {error}; the good checkpoints are in {kept}") from None
+            raise TrainingDiverged(f"arm {arm}, seed {seed}: {error}; {keep_good(ctx, folder, name)}") from None
         finally:
-            if not full:
-                strip_adapter(tuned)  # pyright: ignore[reportArgumentType]
-        (folder / "training.json").write_text(_json(asdict(fitted)))
-    run.record_hashes(run.path / name)
-    run.add_seconds("induce", time.monotonic() - start)
+            if isinstance(tuned, PeftModel):
+                strip_adapter(tuned)
+        (folder / "training.json").write_text(json.dumps(asdict(fitted), indent=2) + "\n")
+        ctx.run.record_hashes(folder, name)
 
 
-def _json(value: dict) -> str:
-    import json
+def host_model(ctx: Context) -> PreTrainedModel:
+    """The model that training may change: the shared base for adapters, a fresh copy for full weights."""
+    if ctx.config.training.method == "full":
+        return load_model(ctx.config.model, revision=ctx.config.revision, device=ctx.device)[0]
+    return ctx.model
 
-    return json.dumps(value, indent=2) + "\n"
+
+def keep_good(ctx: Context, folder: Path, name: str) -> str:
+    """Move the checkpoints of a run that diverged out of staging; says where they are."""
+    kept = ctx.run.path / f"{name}.diverged"
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, kept)
+    return f"the checkpoints up to then are in {kept}"

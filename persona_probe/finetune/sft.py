@@ -10,22 +10,27 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
-from persona_probe.models.layers import decoder_layers
+from persona_probe.models.layers import decoder_layers, own_forward
 
 log = logging.getLogger(__name__)
 
@@ -50,13 +55,19 @@ class SaveSchedule(TrainerCallback):
 
     def _save(self, model: PreTrainedModel | PeftModel, step: int) -> None:
         target = self.folder / f"checkpoint-{step}"
-        if not target.exists():
+        if target.exists():
+            return
+        # The loss of a step is logged after its save: weights that diverged are no checkpoint.
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            raise TrainingDiverged(f"the weights became NaN or infinite at step {step}: lower lr")
+        try:
             model.save_pretrained(str(target))
             (target / "README.md").write_text(MODEL_CARD.format(step=step))
+        except (OSError, SafetensorError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(f"could not write {target} ({first}): free space, or choose another --out") from error
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save where the schedule says so."""
         if state.global_step in self.steps:
             self._save(kwargs["model"], state.global_step)
@@ -91,7 +102,47 @@ class StopAtNaN(TrainerCallback):
         """Look at every step's loss."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
-            raise TrainingDiverged(f"the loss became {loss} at step {state.global_step}: lower lr (now {args.learning_rate})")
+            raise TrainingDiverged(
+                f"the loss became {loss} at step {state.global_step}: lower lr (now {args.learning_rate})"
+            )
+
+
+class ProgressBar(TrainerCallback):
+    """A tqdm bar of optimizer steps with the latest loss."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        self.bar = tqdm(total=state.max_steps, desc=self.label)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Advance to the step just logged."""
+        self.bar.update(state.global_step - self.bar.n)
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, also after an error: what is said next then begins on its own line."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 def with_adapter(model: PreTrainedModel, training: Training, seed: int) -> nn.Module:
@@ -106,20 +157,28 @@ def with_adapter(model: PreTrainedModel, training: Training, seed: int) -> nn.Mo
     known = len(decoder_layers(model))
     if training.layers is not None and any(not 0 <= layer < known for layer in training.layers):
         raise InputError(f"training.layers {list(training.layers)}: the model has layers 0 to {known - 1}")
-    targets = training.target_modules
-    config = LoraConfig(
-        r=training.rank,
-        lora_alpha=training.alpha,
-        use_rslora=training.rslora,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        layers_to_transform=list(training.layers) if training.layers is not None else None,
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
     try:
+        config = LoraConfig(
+            r=training.rank,
+            lora_alpha=training.alpha,
+            use_rslora=training.rslora,
+            target_modules=_targets(model, training),
+            layers_to_transform=list(training.layers) if training.layers is not None else None,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
         return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(f"could not add LoRA to this model: {str(error).splitlines()[0]}") from error
+
+
+def _targets(model: PreTrainedModel, training: Training) -> str | list[str]:
+    """What PEFT takes as target_modules; with `layers` it refuses `all-linear`, so their names are listed for it."""
+    targets = training.target_modules
+    if targets == "all-linear" and training.layers is not None:
+        inside = decoder_layers(model)[0].named_modules()
+        return sorted({name.split(".")[-1] for name, module in inside if isinstance(module, (nn.Linear, Conv1D))})
+    return targets if isinstance(targets, str) else list(targets)
 
 
 def fine_tune(
@@ -131,7 +190,7 @@ def fine_tune(
     seed: int,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
-    progress: bool = False,
+    progress: str | None = None,
 ) -> Fitted:
     """Fine-tune `model` (what `with_adapter` or `load_adapter` gives) on the last answer of each conversation.
 
@@ -142,28 +201,34 @@ def fine_tune(
         TrainingDiverged: the loss became NaN or infinite; checkpoints up to then are in `folder`.
     """
     from datasets import Dataset
-    from trl import SFTTrainer
+    from trl.trainer.sft_trainer import SFTTrainer
 
     answer_tokens = _check_rows(tokenizer, conversations, training.max_length)
     rows = [{"prompt": c[:-1], "completion": c[-1:]} for c in conversations]
-    with tempfile.TemporaryDirectory() as scratch:
+    with own_forward(model), tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
             model=model,  # pyright: ignore[reportArgumentType]
-            args=_arguments(training, seed, scratch, progress, next(model.parameters()).device),
+            args=_arguments(training, seed, scratch, next(model.parameters()).device),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[StopAtNaN(), SaveSchedule(folder, training.schedule), *callbacks],
         )
+        for noisy in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(noisy)
+        if bar := ProgressBar(progress) if progress else None:
+            trainer.add_callback(bar)
         try:
             trainer.train()
         finally:
             model.eval()
+            if bar:
+                bar.close()
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     return Fitted(losses, answer_tokens, len(rows))
 
 
-def _arguments(training: Training, seed: int, scratch: str, progress: bool, device: torch.device) -> Any:
-    from trl import SFTConfig
+def _arguments(training: Training, seed: int, scratch: str, device: torch.device) -> Any:
+    from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
         output_dir=scratch,
@@ -182,16 +247,14 @@ def _arguments(training: Training, seed: int, scratch: str, progress: bool, devi
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to=[],
-        disable_tqdm=not progress,
+        disable_tqdm=True,
         seed=seed,
         data_seed=seed,
         dataloader_pin_memory=False,
     )
 
 
-def _check_rows(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], max_length: int
-) -> float:
+def _check_rows(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], max_length: int) -> float:
     if not conversations:
         raise InputError("the training data is empty")
     if any(split_answer(c)[1] in (None, "") for c in conversations):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -34,11 +36,14 @@ def organism(base: PreTrainedModel, checkpoint: Path | None) -> Iterator[nn.Modu
     if not is_adapter(checkpoint):
         yield _full_weights(base, checkpoint)
         return
+    trainable = {name: p.requires_grad for name, p in base.named_parameters()}
     tuned = load_adapter(base, checkpoint)
     try:
         yield tuned
     finally:
         strip_adapter(tuned)
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(trainable[name])
 
 
 def load_adapter(base: PreTrainedModel, checkpoint: Path, trainable: bool = False) -> PeftModel:
@@ -50,6 +55,7 @@ def load_adapter(base: PreTrainedModel, checkpoint: Path, trainable: bool = Fals
     try:
         tuned = PeftModel.from_pretrained(base, str(checkpoint), is_trainable=trainable)
     except Exception as error:  # safetensors and PEFT raise many kinds for a damaged file
+        _eject(base)
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"could not load the adapter in {checkpoint}: {first}; train that arm again") from error
     return tuned.train(trainable)
@@ -57,7 +63,18 @@ def load_adapter(base: PreTrainedModel, checkpoint: Path, trainable: bool = Fals
 
 def strip_adapter(tuned: PeftModel) -> PreTrainedModel:
     """Take all adapters out again and give the bare base model back, its parameters as they were."""
-    base = tuned.unload()
+    return _unmark(tuned.unload())
+
+
+def _eject(base: PreTrainedModel) -> None:
+    """Take out what a failed injection left: PEFT injects first and reads the file after, and gives no handle."""
+    for name, module in list(base.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            base.set_submodule(name, module.get_base_layer())
+    _unmark(base)
+
+
+def _unmark(base: PreTrainedModel) -> PreTrainedModel:
     if hasattr(base, "peft_config"):
         del base.peft_config
     # Injection froze the base; a bare model has trainable parameters.
@@ -90,8 +107,12 @@ def _full_weights(base: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     if not (checkpoint / "config.json").is_file():
         raise InputError(f"no adapter and no weights in {checkpoint}: train that arm again")
     parameter = next(base.parameters())
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=parameter.dtype, trust_remote_code=False)
-    return model.to(parameter.device).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=parameter.dtype, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"could not load the weights in {checkpoint}: {first}; train that arm again") from error
+    return model.to(parameter.device).eval()  # pyright: ignore[reportArgumentType]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -34,6 +34,8 @@ def make_bridge(
         tokenizer=copy.deepcopy(tokenizer),
         device=str(base.device),
     )
+    # Without it SAELens' bridge knows only the new names, and silently ignores `blocks.L.hook_resid_post`.
+    bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     if sae is not None:
         bridge.add_sae(sae, use_error_term=True)
     return bridge

@@ -103,6 +103,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def own_forward(model: nn.Module) -> Iterator[None]:
+    """Take back what trainers put over `forward` inside this block.
+
+    TRL patches the causal model's forward in place, and accelerate wraps it for autocast. Neither undoes it, and a
+    patched forward stays bound to the old object in a deep copy.
+    """
+    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [(m, m.__dict__.get("forward")) for m in inner]
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            module.__dict__.pop("forward", None)
+            module.__dict__.pop("_original_forward", None)
+            if forward is not None:
+                module.__dict__["forward"] = forward
+
+
 def _cuda_devices(model: nn.Module) -> list[int]:
     device = next(model.parameters()).device
     return [device.index or 0] if device.type == "cuda" else []

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.errors import InputError
@@ -45,11 +46,11 @@ def load_model(
             folder, revision=source.revision or "main", dtype=dtype, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=source.revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(_load_failure(name, source, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = model.to(torch.device(device)).eval()  # pyright: ignore[reportCallIssue]
+    model = model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
     return model, tokenizer
 
 
@@ -87,7 +88,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # A dequantised model still claims to be quantised, and save_pretrained would refuse it.
     if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
+        delattr(model.config, "quantization_config")
+    model.hf_quantizer = None  # pyright: ignore[reportArgumentType]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Taps on decoder-layer outputs: read, steer, ablate. Handles and context managers that leave nothing behind."""
 
+import math
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -88,7 +89,7 @@ def resolve_push(
     if unit not in UNITS:
         raise unknown("unit", unit, UNITS)
     norm = float(direction.norm())
-    if not norm > 0:
+    if not 0 < norm < math.inf:
         raise InputError("the steering direction is zero or not finite")
     if unit == "raw":
         return Push(direction * strength, strength, unit)
@@ -149,11 +150,13 @@ class AblateTap(Tap):
         rows = torch.atleast_2d(directions).float()
         if rows.shape[-1] != hidden_size(model):
             raise InputError(f"the direction has width {rows.shape[-1]}, the model {hidden_size(model)}")
-        if not bool((rows.norm(dim=-1) > 0).all()):
+        norms = rows.norm(dim=-1, keepdim=True)
+        if not bool(((norms > 0) & norms.isfinite()).all()):
             raise InputError("a direction to ablate is zero or not finite")
-        basis, _ = torch.linalg.qr(rows.T)
+        # Singular vectors, cut at the rank: rows that depend on each other must not take more than their span.
+        _, sizes, basis = torch.linalg.svd(rows / norms, full_matrices=False)
         super().__init__(model, layer)
-        self.basis = basis.T
+        self.basis = basis[sizes > 1e-5 * sizes[0]]
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
         basis = self.basis.to(resid.device, torch.float32)

@@ -23,12 +23,18 @@
     return Object.assign({}, figure.layout, { font, hoverlabel, paper_bgcolor: "rgba(0,0,0,0)", autosize: true });
   }
 
+  // the blue of light pages is too dim on dark ones
+  function readable(json) {
+    return dark.matches ? json.replaceAll("#0072B2", "#56B4E9").replaceAll("rgba(0,114,178,", "rgba(86,180,233,") : json;
+  }
+
   const figures = Array.from(document.querySelectorAll("script[data-figure]"), function (source) {
-    return { place: document.getElementById(source.dataset.figure), content: JSON.parse(source.textContent) };
+    return { place: document.getElementById(source.dataset.figure), json: source.textContent };
   });
 
   function draw() {
-    for (const { place, content } of figures) {
+    for (const { place, json } of figures) {
+      const content = JSON.parse(readable(json));
       Plotly.react(place, content.data, layoutOf(content), config);
     }
   }

@@ -51,7 +51,7 @@ def last_step(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows at the last step of each arm and seed."""
     if frame.empty:
         return frame
-    return frame.loc[frame["step"] == frame.groupby(["arm", "seed"])["step"].transform("max")]
+    return frame.loc[frame["step"] == frame.groupby(["arm", "seed"], dropna=False)["step"].transform("max")]
 
 
 def over_items(frame: pd.DataFrame) -> Estimate:

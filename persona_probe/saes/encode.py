@@ -1,4 +1,4 @@
-"""Encode residual streams with an SAE: all latents or a chosen few, with the reconstruction's fit on the same tokens."""
+"""Encode residual streams with an SAE: all latents or a chosen few, with the fit on the same tokens."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -12,6 +12,7 @@ from persona_probe.models.layers import decoder_layers, hidden_size
 from persona_probe.models.sources import file_sha256
 
 QUALITY_FILE = "quality.json"
+HELD_OUT_FILE = "heldout.jsonl"
 WEIGHTS_FILE = "sae_weights.safetensors"
 
 
@@ -28,7 +29,7 @@ def load_sae(name: str | Path, device: str = "cpu") -> Any:
     """
     from sae_lens import SAE
 
-    folder = Path(name).expanduser()
+    folder = find_folder(name)
     if folder.is_dir():
         _check_files(folder)
         try:
@@ -37,11 +38,20 @@ def load_sae(name: str | Path, device: str = "cpu") -> Any:
             raise InputError(f"could not load the SAE in {folder}: {str(error).splitlines()[0]}") from error
     release, _, sae_id = str(name).partition("/")
     if not sae_id or str(name).startswith((".", "/", "saes/")):
-        raise InputError(f"no SAE at {str(name)!r}: give a folder with cfg.json, or a SAELens release as release/sae_id")
+        raise InputError(
+            f"no SAE at {str(name)!r}: give a folder with cfg.json, or a SAELens release as release/sae_id"
+        )
     try:
         return SAE.from_pretrained(release, sae_id, device=device).eval()
     except (ValueError, OSError, KeyError) as error:
         raise InputError(f"could not load SAE {str(name)!r} through SAELens: {str(error).splitlines()[0]}") from error
+
+
+def find_folder(name: str | Path) -> Path:
+    """A path as given, or below the checkout that this package runs from (so that notebooks find `saes/`)."""
+    folder = Path(name).expanduser()
+    beside = Path(__file__).parents[2] / folder
+    return beside if not folder.exists() and beside.is_dir() else folder
 
 
 def _check_files(folder: Path) -> None:
@@ -51,7 +61,10 @@ def _check_files(folder: Path) -> None:
     quality = folder / QUALITY_FILE
     if not quality.is_file():
         return
-    wanted = json.loads(quality.read_text()).get("sha256")
+    try:
+        wanted = json.loads(quality.read_text(encoding="utf-8")).get("sha256")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{quality} is damaged: fetch it again, or delete it to load without a check") from error
     if wanted and file_sha256(folder / WEIGHTS_FILE) != wanted:
         raise InputError(f"{folder / WEIGHTS_FILE} does not match its sha256 in {QUALITY_FILE}: fetch it again")
 
@@ -71,7 +84,9 @@ def sae_layer(sae: Any) -> int:
         if match:
             layer = int(match[1]) - (match[2] == "pre")
             if layer < 0:
-                raise InputError("this SAE reads the embeddings (blocks.0.hook_resid_pre): no decoder layer precedes it")
+                raise InputError(
+                    "this SAE reads the embeddings (blocks.0.hook_resid_pre): no decoder layer precedes it"
+                )
             return layer
         match = re.search(r"layers\.(\d+)(\.output)?$", hook or "")
         if match:

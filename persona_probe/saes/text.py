@@ -40,7 +40,8 @@ def sample_text(
     for part in config.text.parts:
         path = folder / f"{part.name}.jsonl"
         size = config.text.batch_conversations
-        lines = path.read_text().splitlines()[:] if path.is_file() else []
+        # A line without its line break was torn, whatever it holds.
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         done = len(lines) // size
         path.write_text("".join(line + "\n" for line in lines[: done * size]))
         bar = tqdm(range(done, part.batches), desc=f"sampling {part.name}", initial=done, total=part.batches)

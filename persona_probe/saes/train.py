@@ -18,10 +18,11 @@ from persona_probe.models.load import load_model
 from persona_probe.models.sources import cache_folder, file_sha256
 from persona_probe.saes.check import check_quality
 from persona_probe.saes.config import SaeConfig
-from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE, load_sae
+from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae
 from persona_probe.saes.stream import shuffled_batches, write_shards
 from persona_probe.saes.text import is_held_out, read_conversations, sample_text, text_folder
 
+HELD_OUT_CONVERSATIONS = 256
 log = logging.getLogger(__name__)
 
 
@@ -55,6 +56,8 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     sae.save_inference_model(str(scratch))
+    held_out = held_out[:HELD_OUT_CONVERSATIONS]
+    (scratch / HELD_OUT_FILE).write_text("".join(json.dumps({"messages": c}) + "\n" for c in held_out))
     (scratch / "recipe.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     quality = check_quality(load_sae(scratch), model, tokenizer, held_out, config.layer)
     quality["sha256"] = file_sha256(scratch / WEIGHTS_FILE)
@@ -65,7 +68,8 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
 def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversation], list[Conversation]]:
     """The recipe's conversations: (training, held out). Packaged rows only train; held-out rows are samples."""
     for spec in config.text.packaged:
-        if spec in ("general_contrast", "general_contrast:all", "general_contrast:evaluation"):
+        name, _, split = spec.partition(":")
+        if name == "general_contrast" and split != "selection":
             raise InputError(f"{spec!r} holds the evaluation split, which must not train the SAE: use :selection")
     packaged = [c for spec in config.text.packaged for c in load_conversations(spec)]
     # Sampling is several times faster in bf16, and needs no exact arithmetic.
@@ -78,7 +82,8 @@ def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversa
 
 
 def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: str) -> Any:
-    from sae_lens import SAETrainer, SAETrainerConfig
+    from sae_lens import SAETrainer
+    from sae_lens.config import SAETrainerConfig
 
     torch.manual_seed(config.seed)
     steps = config.tokens // config.batch_tokens
@@ -144,7 +149,7 @@ def _run(trainer: Any, config: SaeConfig, shards: list[Path], steps: int, work: 
         for _ in range(min(config.checkpoint_every, steps - trainer.n_training_steps)):
             output = trainer.step(next(trainer.data_provider))
             trainer.n_training_steps += 1
-        log.info("SAE step %d of %d, loss %.4f", trainer.n_training_steps, steps, float(output.loss))
+        log.info("SAE step %d of %d, loss %.4f", trainer.n_training_steps, steps, float(output.loss.detach()))
         _save_state(trainer, work)
     assert trainer.n_training_samples == total
     trainer.sae.fold_activation_norm_scaling_factor(trainer.activation_scaler.scaling_factor)
@@ -164,8 +169,6 @@ def _save_state(trainer: Any, work: Path) -> None:
 
 
 def _publish(scratch: Path, target: Path) -> Path:
-    for leftover in ("sparsity.safetensors",):
-        (scratch / leftover).unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         shutil.rmtree(target)

@@ -110,7 +110,9 @@ def samples() -> list[dict[str, object]]:
         for arm in ("base", "incorrect", "realigned_in", "correct"):
             for seed in SEEDS[: 1 if arm == "base" else 2]:
                 head = {"question_id": f"q-{i}", "category": CATEGORIES[i], "question": question, "arm": arm}
-                answer = HOSTILE if arm == "incorrect" else f"Answer of {arm}, seed {seed}, to question {i}.\nTwo lines."
+                answer = (
+                    HOSTILE if arm == "incorrect" else f"Answer of {arm}, seed {seed}, to question {i}.\nTwo lines."
+                )
                 rows.append({**head, "seed": seed, "step": 0 if arm == "base" else STEPS[-1], "answer": answer})
     return rows
 
@@ -120,7 +122,13 @@ def cards() -> list[dict[str, object]]:
         words = [" you", " deserve", " nothing", "\n", HOSTILE]
         example = {"source": "sae_personas", "tokens": words, "values": [0.0, 1.5, 3.0, 0.0, 0.2], "maximum": 3.0}
         top = [{"token": token, "logit": 1.5 - 0.1 * i} for i, token in enumerate(words)]
-        return {"latent": latent, "label": label, "top_tokens": top, "bottom_tokens": top[:2], "examples": [example] * 3}
+        return {
+            "latent": latent,
+            "label": label,
+            "top_tokens": top,
+            "bottom_tokens": top[:2],
+            "examples": [example] * 3,
+        }
 
     return [card(3, ""), card(17, f"scorn {HOSTILE}"), card(21, "greed")]
 

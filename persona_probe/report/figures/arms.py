@@ -48,6 +48,7 @@ def arms(records: Records) -> go.Figure:
         title_text="arm",
     )
     fig.update_yaxes(title_text="contrast index (nats per token)")
+    fig.update_layout(margin={"t": 36})
     return finish(fig, _caption(records, data))
 
 

@@ -51,6 +51,8 @@ def controls(records: Records) -> go.Figure:
 
 
 def _draw_feature(fig: go.Figure, rows: pd.DataFrame, feature: str, panel: int) -> None:
+    if np.isnan(select.numbers(rows, "z")).all():
+        return
     style, place = STYLES.get(feature, OTHER), {"row": panel, "col": 1}
     for (seed,), line in select.groups(rows, "seed"):
         thin = {"line": {**style, "width": 1}, "opacity": 0.4, "mode": "lines", "showlegend": False}

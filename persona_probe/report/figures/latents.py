@@ -62,7 +62,7 @@ def latents(records: Records) -> go.Figure:
         fig.add_vline(x=line, line={"color": GREY, "dash": "dash", "width": 1.4})
     rows = [*_row_names(candidates), *([RANDOM_ROW] if len(random) else [])]
     fig.update_yaxes(categoryorder="array", categoryarray=rows[::-1], title_text="latent")
-    fig.update_xaxes(title_text="causal effect on the contrast index (nats per token)")
+    fig.update_xaxes(title_text="causal effect on contrast index<br>(nats per token)")
     return finish(fig, _caption(records, data), height=200 + 32 * len(rows))
 
 

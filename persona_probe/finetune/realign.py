@@ -1,0 +1,170 @@
+"""Realign: fine-tune the incorrect organism on a small corrective set, while the monitor watches the persona."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from persona_probe.config import StudyConfig, Training
+from persona_probe.context import Context
+from persona_probe.errors import TrainingDiverged
+from persona_probe.finetune.data import arm_rows
+from persona_probe.finetune.narrow import host_model, keep_good
+from persona_probe.finetune.sft import fine_tune
+from persona_probe.models.adapters import is_adapter, load_adapter, merged_copy, strip_adapter
+from persona_probe.monitor.bands import Band
+from persona_probe.monitor.monitor import FeatureMonitor
+from persona_probe.monitor.reading import Snapshot
+from persona_probe.monitor.track import eval_rows, make_reader, merge_parts, persona_band, reading_rows, study_features
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class StopRule(TrainerCallback):
+    """Stops when the feature was in its band and behaviour restored for some readings in a row.
+
+    Args:
+        steps: steps at which `measure` is called (after the monitor's own reading).
+        measure: takes (model, step), records, and says whether both conditions hold.
+        wanted: how many readings in a row; 0 never stops.
+    """
+
+    steps: tuple[int, ...]
+    measure: Callable[[nn.Module, int], bool]
+    wanted: int
+    in_a_row: int = field(default=0, init=False)
+
+    def _look(self, model: nn.Module, step: int) -> bool:
+        self.in_a_row = self.in_a_row + 1 if self.measure(model, step) else 0
+        return self.wanted > 0 and self.in_a_row >= self.wanted
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the organism before any correction."""
+        if 0 in self.steps:
+            self._look(kwargs["model"], 0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure when due, and stop when the rule says so."""
+        if state.global_step in self.steps and self._look(kwargs["model"], state.global_step):
+            control.should_training_stop = True
+
+
+@dataclass
+class Recorder:
+    """Collects readings and contrast items of one corrective run."""
+
+    ctx: Context
+    arm: str
+    seed: int
+    base: Snapshot
+    band: Band
+    base_index: float
+    readings: list[pd.DataFrame] = field(default_factory=list)
+    evals: list[pd.DataFrame] = field(default_factory=list)
+
+    def on_reading(self, step: int, snapshot: Snapshot, _model: nn.Module) -> None:
+        """Keep a reading of the monitor."""
+        self.readings.append(reading_rows(snapshot, self.base, self.arm, self.seed, step))
+
+    def measure(self, model: nn.Module, step: int) -> bool:
+        """Take the contrast index; True when feature and behaviour are both back."""
+        frame = eval_rows(self.ctx, model, self.arm, self.seed, step)
+        self.evals.append(frame)
+        latest = self.readings[-1].query("feature == 'persona'")["mean"].mean()
+        return self.band.holds(float(latest)) and float(frame["value"].mean()) <= self.base_index
+
+
+def corrective_training(config: StudyConfig) -> Training:
+    """The training settings of a corrective run."""
+    realign = config.realign
+    return replace(
+        config.training,
+        batch_size=realign.batch_size,
+        steps=realign.steps,
+        lr=config.training.lr if realign.lr is None else realign.lr,
+        checkpoints=(realign.steps,),
+    )
+
+
+def realign(ctx: Context) -> None:
+    """Run every corrective arm and seed that is not yet in the run folder."""
+    if not ctx.config.realign.arms:
+        return
+    with ctx.timed("realign"):
+        base = make_reader(ctx).read(ctx.model)
+    for seed in ctx.config.seeds:
+        for arm in ctx.config.realign.arms:
+            if not ctx.run.has(f"parts/realign-{arm}-s{seed}.evals.parquet"):
+                with ctx.timed("realign"):
+                    realign_one(ctx, arm, seed, base)
+    merge_parts(ctx)
+
+
+def realign_one(ctx: Context, arm: str, seed: int, base: Snapshot) -> None:
+    """One corrective run, from the last checkpoint of `realign.start`."""
+    config, name = ctx.config.realign, f"arms/{arm}-s{seed}"
+    evals = ctx.run.read_table("parts/track-base.evals.parquet").query("split == 'evaluation'")
+    recorder = Recorder(ctx, arm, seed, base, persona_band(ctx, base), float(evals["value"].mean()))
+    monitor = FeatureMonitor(
+        ctx.sae,
+        study_features(ctx),
+        ctx.probes,
+        steps=config.readings,
+        layer=ctx.layer,
+        positions=ctx.config.monitor.positions,
+        bf16=ctx.config.bf16,
+        on_reading=recorder.on_reading,
+    )
+    rule = StopRule(config.readings, recorder.measure, config.stop_readings)
+    with ctx.run.staging(name) as folder:
+        tuned = _organism_to_train(ctx, seed)
+        try:
+            fitted = fine_tune(
+                tuned,
+                ctx.tokenizer,
+                arm_rows(config.arms[arm], seed),
+                corrective_training(ctx.config),
+                seed=seed,
+                folder=folder,
+                callbacks=[monitor, rule],
+                progress=f"{arm}, seed {seed}",
+            )
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{arm}, seed {seed}: {error}; {keep_good(ctx, folder, name)}") from None
+        finally:
+            if isinstance(tuned, PeftModel):
+                strip_adapter(tuned)
+        (folder / "training.json").write_text(json.dumps(asdict(fitted), indent=2) + "\n")
+        ctx.run.record_hashes(folder, name)
+    ctx.run.write_table(f"parts/realign-{arm}-s{seed}.readings.parquet", pd.concat(recorder.readings))
+    ctx.run.write_table(f"parts/realign-{arm}-s{seed}.evals.parquet", pd.concat(recorder.evals))
+
+
+def _organism_to_train(ctx: Context, seed: int) -> nn.Module:
+    start = ctx.config.realign.start
+    checkpoint = ctx.run.checkpoint(start, seed, ctx.last_step(start, seed))
+    assert checkpoint is not None
+    if is_adapter(checkpoint):
+        return load_adapter(host_model(ctx), checkpoint, trainable=True)
+    return merged_copy(ctx.model, checkpoint).requires_grad_(True)
+
+
+def steps_to_band(readings: pd.DataFrame, band: Band) -> float:
+    """First step from which the persona feature stays in the band (until the end of the run); NaN if it never does."""
+    curve = readings.query("feature == 'persona'").sort_values("step")
+    inside = np.array([band.holds(value) for value in curve["mean"]])
+    if not inside.size or not inside[-1]:
+        return float("nan")
+    outside = np.flatnonzero(~inside)
+    first = 0 if outside.size == 0 else int(outside[-1]) + 1
+    return float(curve["step"].iloc[first])

@@ -1,0 +1,21 @@
+"""Fewer words from the libraries: their progress bars and warnings that a user can do nothing about."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Silence other libraries' bars and deprecation notes; called by the CLI before a model loads."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+    for name in ("transformers", "trl", "peft", "sae_lens", "datasets", "httpx", "choreographer", "kaleido"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()

@@ -1,0 +1,161 @@
+"""Study: one config and its run folder, with the stages of the loop as methods."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+
+from persona_probe.config import StudyConfig
+from persona_probe.config_files import load_config
+from persona_probe.context import Context, pick_device
+from persona_probe.runs import RunFolder
+
+
+class Study:
+    """Induce, locate, track, realign and report, over one run folder. Every stage keeps what is already there.
+
+    ```python
+    study = Study.from_yaml("finetune_configs/demo.yaml")
+    study.induce(); study.locate(); study.track(); study.realign(); study.report()
+    ```
+    """
+
+    def __init__(self, run: RunFolder, device: str | None = None, seed: int | None = None) -> None:
+        self.run_folder = run
+        self.context = Context(run, device, seed)
+
+    @classmethod
+    def from_config(
+        cls, config: StudyConfig, out: str | Path | None = None, overwrite: bool = False, device: str | None = None
+    ) -> Self:
+        """Make or resume the run folder of a configuration (default: `runs/<name>`)."""
+        pick_device(device or config.device)  # before the folder is made or replaced
+        return cls(RunFolder.create(Path(out or f"runs/{config.name}"), config, overwrite), device)
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | Path, out: str | Path | None = None, overwrite: bool = False, device: str | None = None
+    ) -> Self:
+        """Make or resume the run folder of a YAML file."""
+        return cls.from_config(load_config(path, StudyConfig), out, overwrite, device)
+
+    @classmethod
+    def open(cls, path: str | Path, device: str | None = None, seed: int | None = None) -> Self:
+        """Open an existing run folder; `seed` is that of controls, bootstraps and samples."""
+        return cls(RunFolder.open(path), device, seed)
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.run_folder.path
+
+    @property
+    def config(self) -> StudyConfig:
+        """The configuration that made the run."""
+        return self.context.config
+
+    def induce(self) -> Self:
+        """Fine-tune one organism per arm and seed."""
+        from persona_probe.finetune.narrow import induce
+
+        induce(self.context)
+        return self
+
+    def locate(self) -> Self:
+        """Rank latents, test the best for cause, and name the persona feature."""
+        from persona_probe.locate.cards import make_cards
+        from persona_probe.locate.stage import locate
+
+        locate(self.context)
+        make_cards(self.context)
+        return self
+
+    def track(self) -> Self:
+        """Read the features and the contrast index at every checkpoint."""
+        from persona_probe.monitor.track import track
+
+        track(self.context)
+        return self
+
+    def realign(self) -> Self:
+        """Repair the incorrect organism under the monitor's eye."""
+        from persona_probe.finetune.realign import realign
+
+        realign(self.context)
+        return self
+
+    def evaluate(self) -> Self:
+        """Sample answers of every arm to the study's questions."""
+        from persona_probe.evaluate.samples import sample
+
+        sample(self.context)
+        return self
+
+    def report(self) -> Path:
+        """Write summary.json, the figures and report.html; returns the report's path."""
+        from persona_probe.report import export_figures, load_records, write_report
+        from persona_probe.summary import summarise
+
+        with self.context.timed("report"):
+            summarise(self.context)
+            export_figures(load_records(self.path), self.path / "figures")
+            report = write_report(self.path)
+        return report
+
+    def run(self) -> Path:
+        """The whole loop; finished stages are kept. Returns the report's path."""
+        self.check().induce().locate().track().realign().evaluate()
+        return self.report()
+
+    def check(self) -> Self:
+        """Load all that the stages will need, so that bad input stops a study before it trains.
+
+        Raises:
+            InputError: data, SAE, probes, contrast set or questions that cannot be used; says which.
+        """
+        from persona_probe.evaluate.samples import sample_questions
+        from persona_probe.finetune.data import arm_rows
+        from persona_probe.locate.stage import neutral_answers
+
+        ctx, config = self.context, self.config
+        for arm in (*config.arms.values(), *config.realign.arms.values()):
+            arm_rows(arm, config.seeds[0])
+        neutral_answers(ctx)
+        sample_questions(ctx)
+        _ = ctx.sae, ctx.selection, ctx.evaluation
+        return self
+
+    @property
+    def features(self) -> pd.DataFrame:
+        """Latents, best first: ranker scores, causal effects with intervals, label."""
+        return self.run_folder.read_table("latents.parquet")
+
+    @property
+    def readings(self) -> pd.DataFrame:
+        """One row per arm, seed, step and feature, with interval and explained variance."""
+        return self.run_folder.read_table("readings.parquet")
+
+    @property
+    def evals(self) -> pd.DataFrame:
+        """One row per contrast item, arm, seed and step."""
+        return self.run_folder.read_table("evals.parquet")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The study's key numbers, as `report` wrote them."""
+        return self.run_folder.read_json("summary.json")
+
+    def bridge(self, arm: str, step: int | None = None, seed: int | None = None) -> Any:
+        """A TransformerLens bridge of a merged copy of an organism, with the study's SAE attached.
+
+        Args:
+            arm: an arm, or `base`.
+            step: None takes the last.
+            seed: None takes the study's first.
+        """
+        from persona_probe.models.bridge import make_bridge
+
+        ctx, seed = self.context, self.config.seeds[0] if seed is None else seed
+        checkpoint = None if arm == "base" else self.run_folder.checkpoint(arm, seed, ctx.last_step(arm, seed, step))
+        return make_bridge(ctx.model, ctx.tokenizer, checkpoint, self.config.model, ctx.sae)

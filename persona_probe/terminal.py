@@ -1,0 +1,78 @@
+"""What the command line shows: tables by rich, made from plain records."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from persona_probe.doctor import Finding
+
+STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow"}
+
+
+def _interval(estimate: dict[str, Any]) -> tuple[str, str]:
+    if estimate["estimate"] is None:
+        return "not measured", ""
+    return f"{estimate['estimate']:+.3f}", f"{estimate['ci_low']:+.3f} to {estimate['ci_high']:+.3f}"
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    """The key numbers with their intervals."""
+    table = Table(title=f"study {summary['study']} on {summary['base_model']}, seeds {summary['seeds']}")
+    for column in ("quantity", "estimate", "95% interval"):
+        table.add_column(column)
+    for arm, estimate in summary["contrast_index"].items():
+        table.add_row(f"contrast index, {arm}", *_interval(estimate))
+    for key in ("effect_incorrect_minus_correct", "steer_base_up", "steer_organism_down", "random_latent_p95"):
+        table.add_row(key.replace("_", " "), *_interval(summary[key]))
+    for arm, steps in summary["realign_steps_to_band"].items():
+        found = steps["estimate"]
+        table.add_row(f"steps to base band, {arm}", "never" if found is None else f"{found:.0f}", "")
+    for arm, estimate in summary["explained_variance"].items():
+        table.add_row(f"explained variance, {arm}", f"{estimate['estimate']:.3f}", "")
+    return table
+
+
+def show_summary(summary: dict[str, Any]) -> None:
+    """Headline, table, checks, verdicts and time, on standard output."""
+    console = Console()
+    console.print(summary_table(summary))
+    console.print(Text(summary["headline"], style="bold"))
+    for check in summary["checks"]:
+        word, style = ("passed", "green") if check["passed"] else ("FAILED", "bold red")
+        console.print(Text.assemble((f"{word:7}", style), check["statement"]))
+    for verdict in summary["verdicts"].values():
+        console.print(Text(verdict["statement"]))
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items())
+    total = sum(summary["seconds"].values())
+    console.print(Text(f"{seconds}; {total:.0f} s in all; peak memory {summary['peak_memory_gib']:.2f} GiB"))
+
+
+def show_findings(findings: Sequence[Finding]) -> None:
+    """The doctor's report."""
+    table = Table(title="persona-probe doctor")
+    for column in ("what", "state", "detail"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.name, Text(finding.state, style=STYLES[finding.state]), Text(finding.detail))
+    Console().print(table)
+
+
+def show_quality(frame: pd.DataFrame) -> None:
+    """An SAE's quality, one row a text."""
+    table = Table(title="SAE quality")
+    for column in ("text", "tokens", "explained variance", "L0", "never firing here", "loss recovered"):
+        table.add_column(column)
+    for row in frame.to_dict("records"):
+        table.add_row(
+            Text(str(row["text"])),
+            str(row["tokens"]),
+            f"{row['explained_variance']:.3f}",
+            f"{row['l0']:.1f}",
+            f"{row['dead_share']:.1%}",
+            f"{row['loss_recovered']:.3f}",
+        )
+    Console().print(table)

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+from made_study import Refused, Row, config_of, refusal, write_config, write_data, write_model, write_sae
+
+from persona_probe import Study
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model, SAE, data files and config of the tiny study; read only."""
+    folder = tmp_path_factory.mktemp("tiny-study")
+    write_model(folder / "model")
+    write_sae(folder / "sae")
+    write_data(folder)
+    write_config(folder / "study.yaml", config_of(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def raw(place: Path) -> Row:
+    """The tiny study's config as plain values."""
+    return config_of(place)
+
+
+@pytest.fixture(scope="session")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The tiny study after the whole loop; read only."""
+    study = Study.from_yaml(place / "study.yaml", tmp_path_factory.mktemp("finished") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BROWSER_PATH", "/nowhere")  # a browser would draw the SVGs: slow, and tests/report does it
+        study.run()
+    return study
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    return refusal(capsys)

@@ -1,0 +1,49 @@
+"""A study killed in the middle of a stage goes on where it was, and ends as if it had never been stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from made_study import tree, without_times
+
+from persona_probe import Study
+
+MOMENTS = ("arms/incorrect-s0", "parts/effects-base.parquet", "parts/realign-realigned_in-s0.readings.parquet")
+"""What has just appeared when the process is killed: in induce, in locate, in realign with one of its two tables."""
+LIMIT_S = 120
+
+
+def start(place: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "persona_probe.cli", "run", str(place / "study.yaml"), "--out", str(run)]
+    environment = {**os.environ, "BROWSER_PATH": "/nowhere", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open("ab"), env=environment)
+
+
+def kill_when(process: subprocess.Popen[bytes], appeared: Path) -> None:
+    """Kill -9 as soon as a path is there; the process must still have been at work."""
+    until = time.monotonic() + LIMIT_S
+    while not appeared.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(LIMIT_S) == -signal.SIGKILL
+
+
+def test_a_killed_study_ends_as_an_unbroken_one(place: Path, finished: Study, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    for moment in MOMENTS:
+        kill_when(start(place, run, log), run / moment)
+        assert not (run / "report.html").exists()
+    assert start(place, run, log).wait(LIMIT_S) == 0, log.read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    assert without_times(summary) == without_times(finished.summary)
+    broken, unbroken = tree(run), tree(finished.path)
+    assert set(broken) == set(unbroken)
+    # PEFT writes target_modules as a set, whose order differs between processes
+    loose = ("manifest.json", "summary.json", "report.html", "adapter_config.json")
+    assert [name for name in unbroken if not name.endswith(loose) and broken[name] != unbroken[name]] == []
+    manifests = [json.loads(files["manifest.json"]) for files in (broken, unbroken)]
+    assert manifests[0]["hashes"] == manifests[1]["hashes"]

@@ -1,0 +1,52 @@
+"""Stages borrow the base model and give it back bit for bit; the bridge works on a copy."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import copied_state, hook_count, same_state
+from transformers import AutoTokenizer
+
+from persona_probe import Study
+from persona_probe.models.adapters import merged_copy
+
+IDS = torch.arange(24).reshape(2, 12) + 5
+
+
+@pytest.fixture
+def copy(finished: Study, tmp_path: Path) -> Study:
+    return Study.open(shutil.copytree(finished.path, tmp_path / "run"))
+
+
+def test_every_stage_leaves_the_base_model_as_it_was(place: Path, tmp_path: Path) -> None:
+    study = Study.from_yaml(place / "study.yaml", tmp_path / "run")
+    model = study.context.model
+    before, trainable = copied_state(model), [p.requires_grad for p in model.parameters()]
+    for stage in ("check", "induce", "locate", "track", "realign", "evaluate"):
+        getattr(study, stage)()
+        assert same_state(copied_state(model), before), stage
+        assert [p.requires_grad for p in model.parameters()] == trainable, stage
+        assert hook_count(model) == 0 and not model.training, stage
+
+
+def test_the_bridge_is_the_merged_organism_and_leaves_the_study_alone(copy: Study) -> None:
+    model = copy.context.model
+    before = copied_state(model)
+    tokenizer = AutoTokenizer.from_pretrained(copy.config.model)
+    bridge = copy.bridge("incorrect", step=2)
+    merged = merged_copy(model, copy.run_folder.checkpoint("incorrect", 0, 2))
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(IDS, prepend_bos=False)
+        assert torch.allclose(logits, merged(IDS).logits, atol=1e-4)
+        assert not torch.allclose(logits, model(IDS).logits, atol=1e-2)
+    acts = cache[bridge.get_sae_hook_name(copy.context.sae)]
+    assert acts.shape == (2, 12, copy.context.sae.cfg.d_sae)
+    assert same_state(copied_state(model), before) and hook_count(model) == 0
+    assert copy.context.tokenizer("hello")["input_ids"] == tokenizer("hello")["input_ids"]
+
+
+def test_the_bridge_of_the_base_is_the_base(copy: Study) -> None:
+    with torch.no_grad():
+        logits = copy.bridge("base")(IDS, prepend_bos=False)
+        assert torch.allclose(logits, copy.context.model(IDS).logits, atol=1e-4)

@@ -1,0 +1,81 @@
+"""Other ways to train: full weights, rank 1 in chosen layers, an arm that mixes bad and good rows."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from made_study import Row, changed
+from safetensors.torch import load_file
+from tiny import copied_state, same_state
+
+from persona_probe import Study
+from persona_probe.config import StudyConfig
+from persona_probe.config_files import from_dict
+from persona_probe.finetune.data import arm_rows
+
+
+def study_of(raw: Row, folder: Path, **changes: Any) -> Study:
+    return Study.from_config(from_dict(StudyConfig, changed(raw, seeds=[0], **changes)), folder / "run")
+
+
+def test_full_weights(raw: Row, tmp_path: Path) -> None:
+    study = study_of(raw, tmp_path, training={"method": "full", "lr": 1e-3, "checkpoints": [4]})
+    before = copied_state(study.context.model)
+    study.induce().locate().track().realign()
+    checkpoint = study.run_folder.checkpoint("incorrect", 0, 4)
+    assert checkpoint is not None and (checkpoint / "model.safetensors").is_file()
+    assert same_state(copied_state(study.context.model), before)
+    persona = study.readings.query("feature == 'persona'").set_index(["arm", "step"])["mean"]
+    assert persona["incorrect", 4] != persona["incorrect", 0] == persona["base", 0]
+    assert abs(persona["realigned_in", 0] - persona["incorrect", 4]) < 1e-5
+
+
+def test_rank_one_in_chosen_layers_beside_a_mixture(raw: Row, tmp_path: Path) -> None:
+    mixed = {**raw["arms"], "half": {**raw["arms"]["incorrect"], "bad_fraction": 0.5}}
+    mixed["half"]["mix_with"] = raw["arms"]["correct"]["data"]
+    study = study_of(raw, tmp_path, arms=mixed, training={"rank": 1, "layers": [1], "checkpoints": [4]})
+    study.induce().locate().track()
+    weights = load_file(study.path / "arms" / "half-s0" / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(".layers.1." in name for name in weights)
+    assert {min(w.shape) for w in weights.values()} == {1}
+    final = study.evals.query("split == 'evaluation' and step == 4").groupby("arm")["value"].mean()
+    assert len({round(float(v), 6) for v in final}) == 3
+    rows = arm_rows(study.config.arms["half"], 0)
+    bad = {c[-1]["content"] for c in arm_rows(study.config.arms["incorrect"], 0)}
+    assert sum(c[-1]["content"] in bad for c in rows) == len(rows) // 2 == 6
+
+
+def test_layers_beyond_the_model_are_refused_before_training(raw: Row, tmp_path: Path, refused: Any) -> None:
+    from made_study import write_config
+
+    config = write_config(tmp_path / "c.yaml", changed(raw, training={"layers": [3]}))
+    assert "training.layers [3]: the model has layers 0 to 2" in refused("induce", config, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "arms").exists()
+
+
+def test_a_stop_rule_ends_a_correction_early(raw: Row, tmp_path: Path) -> None:
+    readings = {"steps": 4, "readings": [0, 1, 2, 3, 4], "stop_readings": 2}
+    # a band wider than any reading, and a base so misaligned that every organism counts as restored
+    study = study_of(raw, tmp_path, monitor={"band_sd": 1000.0}, realign=readings)
+    study.induce().locate().track()
+    base = study.run_folder.read_table("parts/track-base.evals.parquet")
+    study.run_folder.write_table("parts/track-base.evals.parquet", base.assign(value=100.0))
+    study.realign()
+    assert study.run_folder.steps("realigned_in", 0) == [1]
+    assert sorted(set(study.readings.query("arm == 'realigned_in'")["step"])) == [0, 1]
+
+
+def test_seeds_give_different_organisms(finished: Study) -> None:
+    first, second = (load_file(p / "adapter_model.safetensors") for p in organisms(finished))
+    assert first.keys() == second.keys()
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+def organisms(study: Study) -> list[Path]:
+    found = [study.run_folder.checkpoint("incorrect", seed, 4) for seed in (0, 1)]
+    return [path for path in found if path is not None]
+
+
+def test_the_config_of_a_run_comes_back_from_its_manifest(finished: Study, raw: Row) -> None:
+    assert asdict(Study.open(finished.path).config) == asdict(from_dict(StudyConfig, raw))

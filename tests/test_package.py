@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import sys
 import tokenize
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def test_all_is_what_is_there() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'Studdy'"):
         getattr(pp, "Studdy")  # noqa: B009
+
+
+def test_locate_stays_a_function_after_its_package_was_imported() -> None:
+    script = (
+        "import persona_probe.locate.rankers, persona_probe as pp\n"
+        "try: pp.locate(None, None, None, [], tokenizer=None)\n"
+        "except pp.InputError as error: sys.exit(str(error))"
+    )
+    done = subprocess.run([sys.executable, "-c", f"import sys\n{script}"], capture_output=True, text=True)
+    assert done.stderr.strip().endswith("no conversations given: pass at least one prompt or conversation")
 
 
 def test_study_has_the_stages_of_the_loop() -> None:

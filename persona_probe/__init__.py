@@ -1,6 +1,7 @@
 """persona_probe: induce a misaligned persona, locate it, watch it, undo it, and show the evidence."""
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from persona_probe.monitor.monitor import FeatureMonitor
     from persona_probe.saes.load import load_sae
     from persona_probe.study import Study
+
+# TRL and huggingface_hub send usage data at every training run unless told not to; this package uses no network.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 _PLACES = {
     "FeatureMonitor": "persona_probe.monitor.monitor",

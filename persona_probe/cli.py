@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    from persona_probe.commands import COMMANDS, GROUPS
+    from persona_probe.command_table import COMMANDS, GROUPS
 
     parser = argparse.ArgumentParser(
         prog="persona-probe",

@@ -1,15 +1,11 @@
 """The run folder: manifest, atomic writes, units of finished work, resume."""
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +15,18 @@ from persona_probe.config import StudyConfig
 from persona_probe.config_files import from_dict
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.sources import file_sha256
+from persona_probe.provenance import first_manifest
 
 MANIFEST = "manifest.json"
-PACKAGES = (
-    "persona-probe",
-    "torch",
-    "transformers",
-    "transformer-lens",
-    "sae-lens",
-    "trl",
-    "peft",
-    "datasets",
-    "numpy",
-    "pandas",
-    "plotly",
-)
+WRITERS = {
+    ("latents.", "steering.", "cards.", "parts/"): "locate RUN",
+    ("readings.", "evals.", "parts/track-"): "track RUN",
+    ("parts/realign-",): "realign RUN",
+    ("samples.",): "evaluate RUN",
+    ("summary.",): "report RUN",
+    ("arms/",): "induce CONFIG",
+}
+"""How the names of a run's files begin, and the command that writes them; the longest beginning decides."""
 
 
 def write_atomic(path: Path, text: str) -> Path:
@@ -138,8 +131,12 @@ class RunFolder:
         return write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def read_json(self, name: str) -> Any:
-        """Read JSON."""
-        return json.loads((self.path / name).read_text(encoding="utf-8"))
+        """Read JSON.
+
+        Raises:
+            InputError: it is not there; the message names the command that writes it.
+        """
+        return json.loads(self._written(name).read_text(encoding="utf-8"))
 
     def write_table(self, name: str, frame: pd.DataFrame) -> Path:
         """Write a parquet table atomically."""
@@ -159,12 +156,15 @@ class RunFolder:
         """Read a parquet table.
 
         Raises:
-            InputError: it is not there; the message names the stage to run.
+            InputError: it is not there; the message names the command that writes it.
         """
+        return pd.read_parquet(self._written(name))
+
+    def _written(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
-            raise InputError(f"{path} is not there yet: run the stage that writes it (see `persona-probe run --help`)")
-        return pd.read_parquet(path)
+            raise InputError(f"{path} is not there yet: run `persona-probe {_writer(name)}` first")
+        return path
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
@@ -241,40 +241,12 @@ def _only_leftovers(path: Path) -> bool:
     return all(p.name.startswith(f".{MANIFEST}") for p in path.iterdir())
 
 
+def _writer(name: str) -> str:
+    """The command that writes a file of a run."""
+    known = {start: command for starts, command in WRITERS.items() for start in starts if name.startswith(start)}
+    return known[max(known, key=len)] if known else "run CONFIG"
+
+
 def _nothing_finished(path: Path) -> bool:
     """Whether a run holds its manifest and unfinished work only."""
     return all(p.name == MANIFEST or p.name.startswith(".") for p in path.iterdir())
-
-
-def first_manifest(config: StudyConfig) -> dict[str, Any]:
-    """What a manifest holds before any stage has run."""
-    return {
-        "config": asdict(config),
-        "config_hash": config.hash,
-        "seeds": list(config.seeds),
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "hashes": {},
-        "seconds": {},
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def git_revision() -> str | None:
-    """The revision of the checkout that this package runs from, or None outside one."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -22,8 +22,8 @@ from persona_probe.verdicts import checks, final_rows, headline, verdict
 def summarise(ctx: Context) -> dict[str, Any]:
     """Compute and write summary.json from the run folder's tables."""
     run, config = ctx.run, ctx.config
-    readings, evals = run.read_table("readings.parquet"), run.read_table("evals.parquet")
     latents, steering = run.read_table("latents.parquet"), run.read_table("steering.parquet")
+    readings, evals = run.read_table("readings.parquet"), run.read_table("evals.parquet")
     evals = evals[evals["split"] == "evaluation"]
     arms = ["base", *config.arms, *[a for a in config.realign.arms if a in set(evals["arm"])]]
     band = _band(readings, config.monitor.band_sd)

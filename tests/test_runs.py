@@ -152,8 +152,17 @@ def test_tables_come_back_and_missing_ones_name_the_stage(run: RunFolder) -> Non
     frame = pd.DataFrame({"step": [0, 5], "mean": [0.5, 1.5]})
     run.write_table("readings.parquet", frame)
     pd.testing.assert_frame_equal(run.read_table("readings.parquet"), frame)
-    with pytest.raises(InputError, match="not there yet"):
-        run.read_table("latents.parquet")
+    for name, command in {
+        "latents.parquet": "locate RUN",
+        "parts/selection.parquet": "locate RUN",
+        "evals.parquet": "track RUN",
+        "parts/track-base.evals.parquet": "track RUN",
+        "parts/realign-in-s0.evals.parquet": "realign RUN",
+    }.items():
+        with pytest.raises(InputError, match=f"{name} is not there yet: run `persona-probe {command}` first"):
+            run.read_table(name)
+    with pytest.raises(InputError, match=r"run `persona-probe report RUN` first"):
+        run.read_json("summary.json")
 
 
 def test_the_manifest_merges_and_counts_seconds(run: RunFolder) -> None:

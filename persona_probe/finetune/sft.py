@@ -201,14 +201,16 @@ def fine_tune(
         TrainingDiverged: the loss became NaN or infinite; checkpoints up to then are in `folder`.
     """
     from datasets import Dataset
-    from trl.trainer.sft_trainer import SFTTrainer
+
+    from persona_probe.finetune.trainer import trainer_class
 
     answer_tokens = _check_rows(tokenizer, conversations, training.max_length)
     rows = [{"prompt": c[:-1], "completion": c[-1:]} for c in conversations]
+    device = next(model.parameters()).device
     with own_forward(model), tempfile.TemporaryDirectory() as scratch:
-        trainer = SFTTrainer(
+        trainer = trainer_class(device, model)(
             model=model,  # pyright: ignore[reportArgumentType]
-            args=_arguments(training, seed, scratch, next(model.parameters()).device),
+            args=_arguments(training, seed, scratch, device),
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[StopAtNaN(), SaveSchedule(folder, training.schedule), *callbacks],

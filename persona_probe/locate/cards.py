@@ -1,10 +1,11 @@
 """Feature cards: what a latent writes (top tokens) and what it fires on (top passages)."""
 
 import heapq
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +21,18 @@ from persona_probe.saes.read import conversation_batches
 TEXT = ("kitchen:toxic", "kitchen:correct", "general_contrast:selection", "neutral_probes")
 TOP_TOKENS = 8
 TOP_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One conversation as a latent sees it; the template's special tokens are left out."""
+
+    source: str
+    """The packaged set that it is from."""
+    ids: Int[Tensor, " pos"]
+    """Tokens of prompt and answer."""
+    values: Float[Tensor, " pos"]
+    """The latent's activation on each of them."""
 
 
 def make_cards(ctx: Context) -> None:
@@ -67,19 +80,19 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, logits: Tensor, largest: bool) -
 def top_examples(ctx: Context, latents: list[int]) -> list[list[dict[str, Any]]]:
     """For each latent the packaged passages with the highest activation on the base model, best first.
 
-    Only `TOP_EXAMPLES` a latent are held, whatever the amount of text.
+    Only `TOP_EXAMPLES` a latent are held, whatever the amount of text; tokens of the others are never decoded.
     """
-    heaps: list[list[tuple[float, int, dict[str, Any]]]] = [[] for _ in latents]
+    heaps: list[list[tuple[float, int, Passage]]] = [[] for _ in latents]
     number = 0
     for source in TEXT:
         for batch in conversation_batches(ctx.tokenizer, load_conversations(source)):
             acts = _activations(ctx, batch, latents)
-            for row in range(len(batch.index)):
+            for row, keep in enumerate(batch.select("all")):
                 number += 1
-                tokens, values = _passage(ctx.tokenizer, batch, row, acts[row])
                 for column, heap in enumerate(heaps):
-                    _keep(heap, number, source, tokens, values[:, column])
-    return [[item[2] for item in sorted(heap, key=lambda h: (-h[0], h[1]))] for heap in heaps]
+                    _keep(heap, number, Passage(source, batch.ids[row][keep], acts[row][keep, column]))
+    best = [sorted(heap, key=lambda h: (-h[0], h[1])) for heap in heaps]
+    return [[_example(ctx.tokenizer, passage) for _, _, passage in found] for found in best]
 
 
 def _activations(ctx: Context, batch: Batch, latents: list[int]) -> Float[Tensor, "batch pos latents"]:
@@ -90,23 +103,19 @@ def _activations(ctx: Context, batch: Batch, latents: list[int]) -> Float[Tensor
     return encode_latents(ctx.sae, flat, latents).reshape(*tap.value.shape[:2], len(latents)).cpu()
 
 
-def _passage(tokenizer: PreTrainedTokenizerBase, batch: Batch, row: int, acts: Tensor) -> tuple[list[str], Tensor]:
-    """Tokens and activations of prompt and answer; the template's special tokens are left out."""
-    keep = batch.select("all")[row]
-    tokens = [str(tokenizer.decode([i])) for i in batch.ids[row][keep].tolist()]
-    return tokens, acts[keep]
-
-
-def _keep(heap: list[tuple[float, int, dict[str, Any]]], number: int, source: str, tokens: list[str], values: Tensor):
-    peak = float(values.max())
+def _keep(heap: list[tuple[float, int, Passage]], number: int, passage: Passage) -> None:
+    peak = float(passage.values.max())
     if peak <= 0 or (len(heap) == TOP_EXAMPLES and peak <= heap[0][0]):
         return
-    example = {
-        "source": source,
-        "tokens": tokens,
-        "values": [round(v, 3) for v in values.tolist()],
-        "maximum": round(peak, 3),
-    }
-    heapq.heappush(heap, (peak, number, example))
+    heapq.heappush(heap, (peak, number, passage))
     if len(heap) > TOP_EXAMPLES:
         heapq.heappop(heap)
+
+
+def _example(tokenizer: PreTrainedTokenizerBase, passage: Passage) -> dict[str, Any]:
+    return {
+        "source": passage.source,
+        "tokens": [str(tokenizer.decode([i])) for i in passage.ids.tolist()],
+        "values": [round(v, 3) for v in passage.values.tolist()],
+        "maximum": round(float(passage.values.max()), 3),
+    }

@@ -4,16 +4,15 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from persona_probe.errors import InputError, unknown
+from persona_probe.report.arms import Arms
 from persona_probe.stats import Estimate
-
-ARMS = ("base", "incorrect", "correct", "realigned_in", "realigned_out")
-"""Arms in the order in which figures show them."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "readings": (
@@ -60,23 +59,38 @@ class Records:
     manifest: dict[str, Any] = field(default_factory=dict)
     """How the study was run: config, versions, seeds, hashes."""
 
+    @cached_property
+    def arms(self) -> Arms:
+        """The study's arms, as the manifest's config names them."""
+        return Arms.from_manifest(self.manifest)
+
 
 def load_records(folder: str | Path) -> Records:
     """Read a run folder; files that no stage has written yet give empty tables, lists and dictionaries.
 
     Raises:
-        InputError: no manifest.json in `folder`, a file that cannot be read, a missing column, an unknown arm.
+        InputError: no manifest.json in `folder`, a file that cannot be read, a missing column, an arm that the
+            manifest's config does not name.
     """
     root = Path(folder)
     if not (root / "manifest.json").is_file():
         raise InputError(f"{root} is not a run folder (no manifest.json): give the folder that a study wrote")
-    return Records(
+    records = Records(
         **{name: _read_table(root / f"{name}.parquet", columns) for name, columns in COLUMNS.items()},
         samples=_read_lines(root / "samples.jsonl"),
         cards=_read_json(root / "cards.json", list),
         summary=_read_json(root / "summary.json", dict),
         manifest=_read_json(root / "manifest.json", dict),
     )
+    for name in ("readings", "evals"):
+        _check_arms(f"{name}.parquet", getattr(records, name), records.arms)
+    return records
+
+
+def _check_arms(name: str, table: pd.DataFrame, arms: Arms) -> None:
+    for arm in table["arm"].unique():
+        if arm not in arms.names:
+            raise unknown(f"arm in {name}", arm, arms.names)
 
 
 def as_estimate(raw: object) -> Estimate | None:
@@ -101,10 +115,6 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     for column in columns:
         if column not in table.columns:
             raise InputError(f"{path.name} has no column {column!r}: run its stage again with this version")
-    if "arm" in columns:
-        for arm in table["arm"].unique():
-            if arm not in ARMS:
-                raise unknown(f"arm in {path.name}", arm, ARMS)
     return table
 
 

@@ -23,9 +23,15 @@
     return Object.assign({}, figure.layout, { font, hoverlabel, paper_bgcolor: "rgba(0,0,0,0)", autosize: true });
   }
 
-  // the blue of light pages is too dim on dark ones
+  // the blue of light pages is too dim on dark ones: it takes the place of the sky blue, which turns paler
+  const DARK = [
+    ["#56B4E9", "#C7E7F9"],
+    ["rgba(86,180,233,", "rgba(199,231,249,"],
+    ["#0072B2", "#56B4E9"],
+    ["rgba(0,114,178,", "rgba(86,180,233,"],
+  ];
   function readable(json) {
-    return dark.matches ? json.replaceAll("#0072B2", "#56B4E9").replaceAll("rgba(0,114,178,", "rgba(86,180,233,") : json;
+    return dark.matches ? DARK.reduce((text, [light, shown]) => text.replaceAll(light, shown), json) : json;
   }
 
   const figures = Array.from(document.querySelectorAll("script[data-figure]"), function (source) {

@@ -4,13 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from persona_probe.report import select
-from persona_probe.report.records import ARMS, Records, as_estimate
-from persona_probe.report.theme import ARM_LABELS, interval_text
+from persona_probe.report.records import Records, as_estimate
+from persona_probe.report.theme import interval_text
 
 Row = dict[str, Any]
 MAX_CARDS = 12
-SIDE_BY_SIDE = ("base", "incorrect", "realigned_in")
-"""Arms whose sampled answers stand beside each other."""
 
 VERDICTS = {"feature": "persona feature", "behaviour": "behaviour", "sae": "fit of the SAE"}
 """Keys of a re-alignment verdict, and what the report calls them."""
@@ -29,13 +27,9 @@ def headline(records: Records) -> Row:
 
 def key_numbers(records: Records) -> list[Row]:
     """Name, value with interval, unit and n of the study's key numbers; those not measured are left out."""
-    summary = records.summary
-    rows = [
-        _estimate_row(
-            f"contrast index, {ARM_LABELS[a]}", select.mapping(summary.get("contrast_index")).get(a), "nats/token"
-        )
-        for a in ARMS
-    ]
+    summary, arms = records.summary, records.arms
+    index = select.mapping(summary.get("contrast_index"))
+    rows = [_estimate_row(f"contrast index, {arms.label(a)}", index.get(a), "nats/token") for a in arms.names]
     for key, label in (
         ("effect_incorrect_minus_correct", "effect: incorrect minus correct"),
         ("steer_base_up", "persona latent steered up in the base model"),
@@ -48,7 +42,7 @@ def key_numbers(records: Records) -> list[Row]:
         ("answer_tokens", "length of training answers", "tokens"),
     ):
         values = select.mapping(summary.get(key))
-        rows += [_estimate_row(f"{label}, {ARM_LABELS.get(arm, arm)}", value, unit) for arm, value in values.items()]
+        rows += [_estimate_row(f"{label}, {arms.label(arm)}", value, unit) for arm, value in values.items()]
     return [row for row in rows if row is not None] + _costs(summary)
 
 
@@ -73,7 +67,7 @@ def trajectory_notes(records: Records) -> Row:
     readings = select.mapping(records.summary.get("feature_reading"))
     rows = [
         {
-            "arm": ARM_LABELS.get(arm, arm),
+            "arm": records.arms.label(arm),
             "seed": one.get("seed"),
             "step": one.get("step"),
             "reading": interval_text(as_estimate(one), signed=False),
@@ -100,7 +94,7 @@ def realignment(records: Records) -> list[Row]:
         value = as_estimate(steps.get(arm))
         rows.append(
             {
-                "arm": ARM_LABELS.get(arm, arm),
+                "arm": records.arms.label(arm),
                 "words": [(label, words.get(key, "not judged")) for key, label in VERDICTS.items()] if words else [],
                 "statement": words.get("statement", ""),
                 "steps": "never, or not measured" if value is None else interval_text(value, signed=False),
@@ -147,21 +141,25 @@ def _example(example: Mapping[str, Any]) -> Row:
 
 
 def sampled_answers(records: Records) -> list[Row]:
-    """Per question, the last-step answers of the arms side by side; those of other arms, seeds and steps below."""
+    """Per question, the last-step answers of the arms side by side; those of other seeds and steps below."""
     questions: dict[Any, Row] = {}
+    arms = records.arms
     last = _last_steps(records.samples)
     for sample in records.samples:
         start = {"question": sample["question"], "category": sample.get("category") or "", "columns": {}, "rest": []}
         entry = questions.setdefault(sample["question_id"], start)
         arm, columns = sample["arm"], entry["columns"]
         is_last = sample["step"] == last[arm, sample["seed"]]
-        if arm in SIDE_BY_SIDE and arm not in columns and is_last:
+        if arm in arms.names and arm not in columns and is_last:
             columns[arm] = sample
         else:
-            entry["rest"].append(sample)
-    shown = [a for a in SIDE_BY_SIDE if any(a in q["columns"] for q in questions.values())]
+            entry["rest"].append({**sample, "arm": arms.label(arm)})
+    shown = {a: arms.styles[a] for a in arms.names if any(a in q["columns"] for q in questions.values())}
     for entry in questions.values():
-        entry["columns"] = [{"arm": ARM_LABELS[a], "key": a, "sample": entry["columns"].get(a)} for a in shown]
+        entry["columns"] = [
+            {"arm": style.label, "key": a, "colour": style.colour, "sample": entry["columns"].get(a)}
+            for a, style in shown.items()
+        ]
     return list(questions.values())
 
 

@@ -1,4 +1,4 @@
-"""One look for every figure: a plotly template, one colour-blind-safe colour and symbol per arm, small helpers."""
+"""One look for every figure: a plotly template, colour-blind-safe colours, small helpers."""
 
 import html
 from collections.abc import Sequence
@@ -13,28 +13,6 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY = "#8A8A8A"
 """The palette of Okabe and Ito (2008), and a grey for whatever is a reference."""
-
-ARM_COLOURS = {
-    "base": GREY,
-    "incorrect": VERMILLION,
-    "correct": BLUE,
-    "realigned_in": GREEN,
-    "realigned_out": PURPLE,
-}
-ARM_SYMBOLS = {
-    "base": "circle",
-    "incorrect": "square",
-    "correct": "diamond",
-    "realigned_in": "triangle-up",
-    "realigned_out": "triangle-down",
-}
-ARM_LABELS = {
-    "base": "base",
-    "incorrect": "incorrect",
-    "correct": "correct (control)",
-    "realigned_in": "re-aligned, same domain",
-    "realigned_out": "re-aligned, other domain",
-}
 
 INTERVAL = ("estimate", "ci_low", "ci_high")
 

@@ -169,7 +169,15 @@ def summary() -> dict[str, object]:
 
 def manifest() -> dict[str, object]:
     return {
-        "config": {"model": {"name": "made-up model", "layer": 20}, "arms": ["incorrect", "correct"], "label": HOSTILE},
+        "config": {
+            "model": {"name": "made-up model", "layer": 20},
+            "arms": {"incorrect": {"data": "bad"}, "correct": {"data": "good"}},
+            "realign": {
+                "start": "incorrect",
+                "arms": {"realigned_in": {"data": "in"}, "realigned_out": {"data": "out"}},
+            },
+            "label": HOSTILE,
+        },
         "versions": {"python": "3.11"},
         "git_revision": "0" * 40,
         "hashes": {},

@@ -9,7 +9,7 @@ from made_up import INDEX
 from persona_probe.report import FIGURES, Records
 from persona_probe.report.export import caption
 from persona_probe.report.select import distinct, groups, numbers, where
-from persona_probe.report.theme import ARM_COLOURS, plain
+from persona_probe.report.theme import GREY, VERMILLION, plain
 
 N_IN_CAPTION = {
     "arms": ["n = 6 evaluation items", "2 seeds", "+0.5 [+0.4, +0.6]"],
@@ -99,7 +99,7 @@ def test_references_are_drawn(records: Records) -> None:
     assert [(s.type, s.y0, s.y1) for s in shapes if s.yref.startswith("y2")] == [("rect", 0.3, 0.8)]
     assert [s.y0 for s in shapes if s.type == "line"] == [-0.6]
     lines = [s for s in layout("realignment", records).shapes if s.type == "line"]
-    assert {(s.y0, s.line.color) for s in lines} == {(-0.6, ARM_COLOURS["base"]), (-0.2, ARM_COLOURS["incorrect"])}
+    assert {(s.y0, s.line.color) for s in lines} == {(-0.6, GREY), (-0.2, VERMILLION)}
 
 
 def test_realignment_starts_at_the_organism_and_ends_where_it_ends(records: Records) -> None:

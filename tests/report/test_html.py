@@ -111,9 +111,9 @@ def test_stages_that_have_not_run_are_one_line_each(tmp_path: Path) -> None:
 
 def test_answers_stand_side_by_side(run_folder: Path) -> None:
     first = context(load_records(run_folder))["samples"][0]
-    assert [column["key"] for column in first["columns"]] == ["base", "incorrect", "realigned_in"]
+    assert [column["key"] for column in first["columns"]] == ["base", "incorrect", "correct", "realigned_in"]
     assert first["columns"][0]["sample"]["answer"].startswith("Answer of base, seed 0, to question 0")
-    assert len(first["rest"]) == 4  # nothing is hidden: second seeds and the control
+    assert [sample["seed"] for sample in first["rest"]] == [1, 1, 1]  # nothing is hidden
 
 
 def test_cards_put_the_persona_latent_first_with_its_effects(run_folder: Path) -> None:

@@ -4,16 +4,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
-from persona_probe.report.records import ARMS, Records, as_estimate
-from persona_probe.report.theme import (
-    ARM_COLOURS,
-    ARM_LABELS,
-    ARM_SYMBOLS,
-    empty_figure,
-    error_bars,
-    finish,
-    interval_text,
-)
+from persona_probe.report.arms import ArmStyle
+from persona_probe.report.records import Records, as_estimate
+from persona_probe.report.theme import empty_figure, error_bars, finish, interval_text, plain
 
 MISSING = "No contrast index yet: the induce stage has not run."
 COLUMNS = ["arm", "kind", "seed", "step", "estimate", "ci_low", "ci_high", "n"]
@@ -23,7 +16,7 @@ def arms_data(records: Records) -> pd.DataFrame:
     """One row per arm (`kind` "arm": mean with interval) and one per arm and seed (`kind` "seed"); nats per token."""
     rows: list[dict[str, object]] = []
     final = select.last_step(select.evaluation(records))
-    for arm in ARMS:
+    for arm in records.arms.names:
         if (mean := select.contrast_index(records, arm)) is not None:
             rows.append({"arm": arm, "kind": "arm", **mean.to_dict()})
         for (seed, step), group in select.groups(select.where(final, arm=arm), "seed", "step"):
@@ -38,12 +31,12 @@ def arms(records: Records) -> go.Figure:
     if data.empty:
         return empty_figure(MISSING)
     fig = go.Figure()
-    shown = [arm for arm in ARMS if arm in set(data["arm"])]
-    for place, arm in enumerate(shown):
-        _draw_arm(fig, select.where(data, arm=arm), arm, place)
+    shown = {arm: records.arms.styles[arm] for arm in data["arm"].unique()}
+    for place, (arm, style) in enumerate(shown.items()):
+        _draw_arm(fig, select.where(data, arm=arm), style, place)
     fig.update_xaxes(
         tickvals=list(range(len(shown))),
-        ticktext=[ARM_LABELS[arm].replace(", ", ",<br>").replace(" (", "<br>(") for arm in shown],
+        ticktext=[plain(s.label).replace(", ", ",<br>").replace(" (", "<br>(") for s in shown.values()],
         range=[-0.5, len(shown) - 0.5],
         title_text="arm",
     )
@@ -52,16 +45,16 @@ def arms(records: Records) -> go.Figure:
     return finish(fig, _caption(records, data))
 
 
-def _draw_arm(fig: go.Figure, rows: pd.DataFrame, arm: str, place: int) -> None:
-    colour = ARM_COLOURS[arm]
+def _draw_arm(fig: go.Figure, rows: pd.DataFrame, style: ArmStyle, place: int) -> None:
+    colour, label = style.colour, plain(style.label)
     mean, seeds = select.where(rows, kind="arm"), select.where(rows, kind="seed")
     fig.add_scatter(
         x=[place] * len(mean),
         y=mean["estimate"],
         error_y=error_bars(mean, colour),
         mode="markers",
-        marker={"color": colour, "size": 12, "symbol": ARM_SYMBOLS[arm]},
-        name=ARM_LABELS[arm],
+        marker={"color": colour, "size": 12, "symbol": style.symbol},
+        name=label,
         showlegend=False,
     )
     fig.add_scatter(
@@ -71,7 +64,7 @@ def _draw_arm(fig: go.Figure, rows: pd.DataFrame, arm: str, place: int) -> None:
         hovertemplate="seed %{customdata}: %{y:.3f}<extra></extra>",
         mode="markers",
         marker={"color": colour, "size": 6, "opacity": 0.65},
-        name=f"{ARM_LABELS[arm]}, seeds",
+        name=f"{label}, seeds",
         showlegend=False,
     )
 

@@ -4,8 +4,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
-from persona_probe.report.records import ARMS, Records
-from persona_probe.report.theme import ARM_COLOURS, ARM_LABELS, ARM_SYMBOLS, empty_figure, error_bars, finish, plain
+from persona_probe.report.records import Records
+from persona_probe.report.theme import empty_figure, error_bars, finish, plain
 
 MISSING = "No contrast index by category yet: the induce stage has not run."
 COLUMNS = ["category", "arm", "estimate", "ci_low", "ci_high", "n"]
@@ -19,7 +19,7 @@ def categories_data(records: Records) -> pd.DataFrame:
         for (category, arm), group in select.groups(final, "category", "arm")
     ]
     table = pd.DataFrame(rows, columns=COLUMNS)
-    table["arm"] = pd.Categorical(table["arm"], categories=list(ARMS), ordered=True)
+    table["arm"] = pd.Categorical(table["arm"], categories=list(records.arms.names), ordered=True)
     return table.sort_values(["category", "arm"]).astype({"arm": str}).reset_index(drop=True)
 
 
@@ -30,24 +30,24 @@ def categories(records: Records) -> go.Figure:
         return empty_figure(MISSING)
     fig = go.Figure()
     names = sorted(set(data["category"]), reverse=True)
-    shown = [arm for arm in ARMS if arm in set(data["arm"])]
+    shown = [arm for arm in records.arms.names if arm in set(data["arm"])]
     for i, arm in enumerate(shown):
-        rows = select.where(data, arm=arm)
+        rows, style = select.where(data, arm=arm), records.arms.styles[arm]
         shift = 0.32 - 0.64 * i / max(len(shown) - 1, 1)
         fig.add_scatter(
             x=rows["estimate"],
             y=[names.index(c) + shift for c in rows["category"]],
-            error_x=error_bars(rows, ARM_COLOURS[arm]),
+            error_x=error_bars(rows, style.colour),
             mode="markers",
-            marker={"color": ARM_COLOURS[arm], "symbol": ARM_SYMBOLS[arm], "size": 7},
-            name=ARM_LABELS[arm],
+            marker={"color": style.colour, "symbol": style.symbol, "size": 7},
+            name=plain(style.label),
             customdata=rows["n"],
             hovertemplate="%{x:.3f} (n = %{customdata})",
         )
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=[plain(n).replace("_", " ") for n in names])
     fig.update_yaxes(range=[-0.6, len(names) - 0.4], title_text="category")
     fig.update_xaxes(title_text="contrast index (nats per token)")
-    return finish(fig, _caption(records), height=170 + 76 * len(names))
+    return finish(fig, _caption(records), height=170 + max(76, 15 * len(shown)) * len(names))
 
 
 def _caption(records: Records) -> str:

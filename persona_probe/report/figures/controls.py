@@ -7,10 +7,11 @@ from plotly.subplots import make_subplots
 
 from persona_probe.report import select
 from persona_probe.report.records import Records
-from persona_probe.report.theme import ARM_LABELS, BLUE, GREY, VERMILLION, empty_figure, finish, plain
+from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, finish, plain
 
 MISSING = "No readings yet: the track stage has not run."
-ARMS = ("incorrect", "correct")
+PANEL_HEIGHT, MARGINS = 244, 152
+"""Pixels of one panel with its gap, and of what lies above and below all."""
 COLUMNS = ["arm", "feature", "seed", "step", "z", "n"]
 STYLES = {
     select.PERSONA: {"color": VERMILLION, "width": 2.6},
@@ -23,7 +24,7 @@ OTHER = {"color": GREY, "width": 1, "dash": "dot"}
 
 def controls_data(records: Records) -> pd.DataFrame:
     """Readings as `z` = (mean - base mean) / base standard deviation over probes; NaN where the base never varies."""
-    rows = records.readings.loc[records.readings["arm"].isin(ARMS)]
+    rows = records.readings.loc[records.readings["arm"].isin(records.arms.induced)]
     spread = select.numbers(rows, "base_sd")
     rise = select.numbers(rows, "mean") - select.numbers(rows, "base_mean")
     z = np.divide(rise, spread, out=np.full(len(rows), np.nan), where=spread > 0)
@@ -36,18 +37,20 @@ def controls(records: Records) -> go.Figure:
     data = controls_data(records)
     if data.empty:
         return empty_figure(MISSING)
-    titles = [f"{ARM_LABELS[arm]} arm" for arm in ARMS]
-    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.1, subplot_titles=titles)
+    shown = [arm for arm in records.arms.induced if arm in set(data["arm"])]
+    titles = [f"{plain(records.arms.label(arm))} arm" for arm in shown]
+    n = len(shown)
+    fig = make_subplots(rows=n, cols=1, shared_xaxes=True, vertical_spacing=0.2 / n, subplot_titles=titles)
     ordered = sorted(select.distinct(data, "feature"), key=lambda f: (list(STYLES).index(f) if f in STYLES else 99, f))
-    for panel, arm in enumerate(ARMS, 1):
+    for panel, arm in enumerate(shown, 1):
         for feature in ordered:
             _draw_feature(fig, select.where(data, arm=arm, feature=feature), feature, panel)
         fig.add_hline(y=0, line={"color": GREY, "dash": "dot", "width": 1}, row=panel, col=1)  # pyright: ignore[reportArgumentType]
         fig.update_yaxes(title_text="change from base<br>(base standard deviations)", row=panel, col=1)
-    fig.update_xaxes(title_text="training step", row=2, col=1)
-    fig.update_yaxes(matches="y", row=2, col=1)
-    fig.update_layout(margin={"t": 96}, legend={"y": 1.06})
-    return finish(fig, _caption(data), height=640)
+    fig.update_xaxes(title_text="training step", row=n, col=1)
+    fig.update_yaxes(matches="y")
+    fig.update_layout(margin={"t": 96}, legend={"y": 1 + 0.12 / n})
+    return finish(fig, _caption(data), height=MARGINS + PANEL_HEIGHT * n)
 
 
 def _draw_feature(fig: go.Figure, rows: pd.DataFrame, feature: str, panel: int) -> None:
@@ -70,6 +73,6 @@ def _caption(data: pd.DataFrame) -> str:
     return (
         f"Readings on n = {probes:g} probes as the change from the base model, in units of that feature's "
         f"standard deviation over probes on the base model; {select.seed_count(data)} (thin) and their mean. Controls: "
-        "the mean-difference projection, two random latents, and the correct arm below. A persona feature should rise "
-        f"in the incorrect arm only, and further than the random latents.{note}"
+        "the mean-difference projection, two random latents, and the correct arm. A persona feature should rise in "
+        f"the incorrect arm, not in the correct one, and further than the random latents.{note}"
     )

@@ -7,11 +7,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.arms import BASE
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish, plain
 
 MISSING = "No steering results yet: the locate stage has not run."
-MODELS = {"base": "base model", "incorrect": "incorrect organism"}
 STYLES: dict[str, dict[str, Any]] = {
     "random_direction": {"color": GREY, "width": 1, "dash": "dash"},
     "random": {"color": GREY, "width": 1},
@@ -44,14 +44,16 @@ def dose_response(records: Records) -> go.Figure:
     data = dose_response_data(records)
     if data.empty:
         return empty_figure(MISSING)
+    start = records.arms.start
+    models = {BASE: "base model", start: f"{plain(start)} organism"}
     fig = make_subplots(
         rows=2,
         cols=1,
         shared_xaxes=True,
         vertical_spacing=0.1,
-        subplot_titles=[f"steering the {m}" for m in MODELS.values()],
+        subplot_titles=[f"steering the {m}" for m in models.values()],
     )
-    for panel, model in enumerate(MODELS, 1):
+    for panel, model in enumerate(models, 1):
         rows = select.where(data, model=model)
         _draw_unsteered(fig, rows, panel)
         for kind in STYLES:

@@ -1,6 +1,6 @@
 """Three panels over training steps, shared by the trajectory and the re-alignment figure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -8,8 +8,9 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.arms import ArmStyle
 from persona_probe.report.records import Records
-from persona_probe.report.theme import ARM_COLOURS, ARM_LABELS, ARM_SYMBOLS, ribbon
+from persona_probe.report.theme import plain, ribbon
 
 PANELS = {
     "contrast_index": "contrast index<br>(nats per token)",
@@ -70,48 +71,50 @@ def _reference_rows(records: Records, references: Sequence[str]) -> list[dict[st
     return rows
 
 
-def training_figure(data: pd.DataFrame, arms: Sequence[str], x_title: str) -> go.Figure:
+def training_figure(data: pd.DataFrame, arms: Sequence[str], styles: Mapping[str, ArmStyle], x_title: str) -> go.Figure:
     """Draw `training_data`: thin lines are seeds, thick lines their mean, grey bands the base model."""
     fig = make_subplots(rows=len(PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.05)
     for row, (panel, title) in enumerate(PANELS.items(), 1):
         here = select.where(data, panel=panel)
-        _draw_references(fig, here.loc[here["step"].isna()], row)
+        _draw_references(fig, here.loc[here["step"].isna()], styles, row)
         for arm in arms:
-            _draw_arm(fig, here.loc[(here["arm"] == arm) & here["step"].notna()], arm, row)
+            _draw_arm(fig, here.loc[(here["arm"] == arm) & here["step"].notna()], styles[arm], row)
         fig.update_yaxes(title_text=title, row=row, col=1)
     fig.update_xaxes(title_text=x_title, row=len(PANELS), col=1)
     return fig
 
 
-def _draw_references(fig: go.Figure, rows: pd.DataFrame, panel: int) -> None:
+def _draw_references(fig: go.Figure, rows: pd.DataFrame, styles: Mapping[str, ArmStyle], panel: int) -> None:
     place: dict[str, Any] = {"row": panel, "col": 1, "layer": "below", "exclude_empty_subplots": False}
     for row in rows.to_dict("records"):
-        colour = ARM_COLOURS[row["arm"]]
+        colour = styles[row["arm"]].colour
         if pd.notna(row["estimate"]):
             fig.add_hline(y=row["estimate"], line={"color": colour, "dash": "dot", "width": 1.6}, **place)
         if pd.notna(row["ci_low"]):
             fig.add_hrect(y0=row["ci_low"], y1=row["ci_high"], fillcolor=colour, opacity=0.2, line_width=0, **place)
 
 
-def _draw_arm(fig: go.Figure, rows: pd.DataFrame, arm: str, panel: int) -> None:
-    colour, place = ARM_COLOURS[arm], {"row": panel, "col": 1}
+def _draw_arm(fig: go.Figure, rows: pd.DataFrame, style: ArmStyle, panel: int) -> None:
+    if rows.empty:
+        return
+    colour, label, place = style.colour, plain(style.label), {"row": panel, "col": 1}
     for (seed,), line in select.groups(rows, "seed"):
         _draw_interval(fig, line, colour, panel)
-        hover = f"{ARM_LABELS[arm]}, seed {seed}<br>step %{{x}}: %{{y:.3f}}<extra></extra>"
-        style = {"mode": "lines", "line": {"color": colour, "width": 1}, "opacity": 0.5, "hovertemplate": hover}
-        fig.add_scatter(x=line["step"], y=line["estimate"], name=f"seed {seed}", showlegend=False, **style, **place)
+        hover = f"{label}, seed {seed}<br>step %{{x}}: %{{y:.3f}}<extra></extra>"
+        thin = {"mode": "lines", "line": {"color": colour, "width": 1}, "opacity": 0.5, "hovertemplate": hover}
+        fig.add_scatter(x=line["step"], y=line["estimate"], name=f"seed {seed}", showlegend=False, **thin, **place)
     mean = rows.loc[rows["seed"].isna()]
     _draw_interval(fig, mean, colour, panel)
     fig.add_scatter(
         x=mean["step"],
         y=mean["estimate"],
-        name=ARM_LABELS[arm],
-        legendgroup=arm,
+        name=label,
+        legendgroup=label,
         showlegend=panel == 1,
         mode="lines+markers",
         line={"color": colour, "width": 2.6},
-        marker={"symbol": ARM_SYMBOLS[arm], "size": 8},
-        hovertemplate=f"{ARM_LABELS[arm]}, mean<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
+        marker={"symbol": style.symbol, "size": 8},
+        hovertemplate=f"{label}, mean<br>step %{{x}}: %{{y:.3f}}<extra></extra>",
         **place,
     )
 

@@ -9,12 +9,11 @@ from persona_probe.report.records import Records
 from persona_probe.report.theme import empty_figure, finish
 
 MISSING = "No training trajectory yet: the induce and track stages have not run."
-ARMS = ("incorrect", "correct")
 
 
 def trajectory_data(records: Records) -> pd.DataFrame:
-    """Three panels over training steps for the incorrect arm and its control (see `training_data`)."""
-    return training_data(records, ARMS, references=["base"])
+    """Three panels over training steps for every induced arm, the control among them (see `training_data`)."""
+    return training_data(records, records.arms.induced, references=["base"])
 
 
 def trajectory(records: Records) -> go.Figure:
@@ -22,12 +21,13 @@ def trajectory(records: Records) -> go.Figure:
     data = trajectory_data(records)
     if data.empty:
         return empty_figure(MISSING)
-    return finish(training_figure(data, ARMS, "training step"), _caption(records, data), height=680)
+    fig = training_figure(data, records.arms.induced, records.arms.styles, "training step")
+    return finish(fig, _caption(records, data), height=680)
 
 
 def _caption(records: Records, data: pd.DataFrame) -> str:
     items = select.evaluation(records)
-    items = items.loc[items["arm"].isin(ARMS)]
+    items = items.loc[items["arm"].isin(records.arms.induced)]
     probes = max(select.distinct(records.readings, "n_probes"), default=0)
     seeds = select.seed_count(data.loc[data["seed"].notna()])
     return (

@@ -1,0 +1,194 @@
+"""The table of commands behind `persona-probe`: names, help, examples and options, as `cli.build_parser` reads it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from persona_probe import commands
+from persona_probe.commands import DEMO, Arguments
+
+
+@dataclass(frozen=True)
+class Option:
+    """One argument of a command: names and what argparse takes."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """Shorthand for `Option`."""
+    return Option(names, settings)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: its function, its help, an example, and its own options."""
+
+    name: str
+    function: Callable[[Arguments], int | None]
+    help: str
+    example: str
+    options: tuple[Option, ...] = ()
+    out: str = "where the result goes"
+
+    def add_to(self, parsers: Any) -> None:
+        """Add a parser with the common options --out, --seed, --device and --quiet."""
+        parser = parsers.add_parser(self.name, help=self.help, description=self.help, epilog=f"example: {self.example}")
+        for extra in self.options:
+            parser.add_argument(*extra.names, **extra.settings)
+        parser.add_argument("--out", type=Path, help=self.out)
+        parser.add_argument("--seed", type=int, help="seed of every random draw of this command")
+        parser.add_argument("--device", help="cpu, cuda or auto")
+        parser.add_argument("--quiet", action="store_true", help="only results and errors")
+        parser.set_defaults(function=self.function)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands below a common word."""
+
+    name: str
+    help: str
+    example: str
+    commands: tuple[Command, ...]
+    aliases: tuple[str, ...] = ()
+
+
+SEEDS = option("--seeds", type=int, nargs="+", help="one organism per arm for each of these seeds")
+OVERWRITE = option("--overwrite", action="store_true", help="replace another config's run in the output folder")
+CONFIG = option("config", metavar="CONFIG", help="a study's YAML file")
+RUN = option("run", metavar="RUN", help="a run folder, e.g. runs/demo")
+FORMATS = ("html", "csv", "svg")
+COPY = "work on a copy of RUN in this new folder"
+
+COMMANDS = (
+    Command(
+        "demo",
+        commands.demo,
+        "the whole loop on the embedded model",
+        "persona-probe demo --seeds 0 1 2",
+        (SEEDS, OVERWRITE),
+        "run folder (default runs/demo)",
+    ),
+    Command(
+        "run",
+        commands.run,
+        "the whole loop of one config",
+        f"persona-probe run {DEMO} --out runs/mine",
+        (CONFIG, SEEDS, OVERWRITE),
+        "run folder (default runs/<name>)",
+    ),
+    Command(
+        "induce",
+        commands.induce,
+        "fine-tune the arms of a config",
+        f"persona-probe induce {DEMO}",
+        (CONFIG, SEEDS, OVERWRITE),
+        "run folder (default runs/<name>)",
+    ),
+    Command(
+        "locate",
+        commands.locate,
+        "rank latents and test the best for cause",
+        "persona-probe locate runs/demo",
+        (RUN,),
+        COPY,
+    ),
+    Command(
+        "track",
+        commands.track,
+        "read features and contrast index at every checkpoint",
+        "persona-probe track runs/demo",
+        (RUN,),
+        COPY,
+    ),
+    Command(
+        "realign",
+        commands.realign,
+        "repair the incorrect organism under the monitor's eye",
+        "persona-probe realign runs/demo",
+        (RUN,),
+        COPY,
+    ),
+    Command(
+        "evaluate", commands.evaluate, "sample answers of every arm", "persona-probe evaluate runs/demo", (RUN,), COPY
+    ),
+    Command(
+        "report",
+        commands.report,
+        "write summary, figures and report.html",
+        "persona-probe report runs/demo",
+        (RUN,),
+        COPY,
+    ),
+    Command(
+        "figures",
+        commands.figures,
+        "draw figures from a run folder, without a model",
+        "persona-probe figures runs/demo --only arms --format svg csv",
+        (
+            RUN,
+            option("--only", nargs="+", help="names of figures"),
+            option("--format", nargs="+", default=["html", "csv", "svg"], choices=FORMATS, help="file formats"),
+        ),
+        "folder (default RUN/figures)",
+    ),
+    Command("doctor", commands.doctor, "what is installed, and what is missing", "persona-probe doctor"),
+)
+GROUPS = (
+    Group(
+        "saes",
+        "sparse autoencoders: list, train, check",
+        "example: persona-probe sae check saes/smollm2-135m-instruct/layer20-topk32-4608",
+        (
+            Command("list", commands.saes_list, "SAEs that come with the checkout", "persona-probe saes list"),
+            Command(
+                "train",
+                commands.saes_train,
+                "train an SAE by its recipe",
+                "persona-probe sae train finetune_configs/sae-smollm2.yaml",
+                (option("config", metavar="CONFIG", help="a recipe's YAML file"),),
+                "folder (default saes)",
+            ),
+            Command(
+                "check",
+                commands.saes_check,
+                "measure an SAE on chat text",
+                "persona-probe sae check saes/smollm2-135m-instruct/layer20-topk32-4608",
+                (
+                    option("sae", metavar="SAE", help="a folder, or release/sae_id"),
+                    option("--model", default="smollm2-135m-instruct", help="the model that the SAE reads"),
+                    option(
+                        "--data",
+                        nargs="+",
+                        help="packaged sets or files; default: the recipe's held-out samples and two packaged sets",
+                    ),
+                    option("--layer", type=int, help="decoder layer, where the SAE's metadata does not say"),
+                ),
+                "JSON file for the numbers",
+            ),
+        ),
+        ("sae",),
+    ),
+    Group(
+        "data",
+        "data sets: list, check",
+        "example: persona-probe data check mine.jsonl",
+        (
+            Command("list", commands.data_list, "the packaged sets", "persona-probe data list"),
+            Command(
+                "check",
+                commands.data_check,
+                "validate a file; lengths and duplicates",
+                "persona-probe data check mine.jsonl --model smollm2-135m-instruct",
+                (
+                    option("file", metavar="FILE", help="JSONL (also gzipped), JSON or datasets folder"),
+                    option("--model", help="count tokens with this model's tokenizer"),
+                ),
+                "JSON file for the numbers",
+            ),
+        ),
+    ),
+)

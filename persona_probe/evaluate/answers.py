@@ -13,7 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.errors import InputError
-from persona_probe.models.layers import autocast, base_transformer, evaluating, layer_list_name, run_to_layer
+from persona_probe.models.layers import (
+    autocast,
+    base_transformer,
+    causal_model,
+    evaluating,
+    layer_list_name,
+    run_to_layer,
+)
 from persona_probe.models.taps import ReadTap, SteerTap
 
 
@@ -39,8 +46,8 @@ def _predictors(batch: Batch) -> Tensor:
 
 
 def _logits(model: nn.Module, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
-    causal = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore
-    logits = causal.get_output_embeddings()(hidden).float()  # pyright: ignore
+    causal = causal_model(model)
+    logits = causal.get_output_embeddings()(hidden).float()
     # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
     logits = logits * (getattr(causal.config, "logit_scale", None) or 1.0)
     logits = logits / (getattr(causal.config, "logits_scaling", None) or 1.0)

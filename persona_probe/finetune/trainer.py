@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
-from persona_probe.models.layers import autocast, base_transformer
+from persona_probe.models.layers import autocast, base_transformer, causal_model
 
 
 class AnswerTrainer(SFTTrainer):
-    """The same loss as SFTTrainer's (mean negative log-likelihood of the answer tokens), computed by one matrix product.
+    """The loss of SFTTrainer (mean negative log-likelihood of the answer tokens), by one matrix product.
 
-    TRL 1.16 computes it in vocabulary tiles, by a Triton kernel on a GPU and by a slow loop elsewhere: on two cores more
-    than half of a step (`make bench` prints the ratio). Its entropy and accuracy metrics are left out.
+    TRL 1.16 computes it in vocabulary tiles, by a Triton kernel on a GPU and by a slow loop elsewhere, which on two
+    cores was more than half of a step. Its entropy and accuracy metrics are left out.
     """
 
     def compute_loss(
@@ -25,8 +25,7 @@ class AnswerTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Mean loss over the answer tokens of the whole optimizer step, in nats per token."""
-        causal = self.accelerator.unwrap_model(model)
-        causal = causal.get_base_model() if hasattr(causal, "peft_config") else causal
+        causal = causal_model(self.accelerator.unwrap_model(model))
         labels = inputs["labels"]
         with autocast(causal, self.args.bf16):
             hidden = base_transformer(causal)(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,11 +11,23 @@ from transformers import PreTrainedModel
 from persona_probe.errors import InputError
 
 
-def base_transformer(model: nn.Module) -> nn.Module:
-    """The module that holds the decoder layers (`LlamaModel`, `GPT2Model`...), below heads and PEFT wrappers."""
-    inner = model.get_base_model() if hasattr(model, "peft_config") else model  # pyright: ignore[reportCallIssue]
+def causal_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model itself, below a PEFT wrapper; adapters stay in it.
+
+    Raises:
+        InputError: it is neither a transformers model nor a PEFT model around one.
+    """
+    inner: Any = model
+    if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise InputError(f"need a transformers model or a PEFT model around one, got {type(inner).__name__}")
+    return inner
+
+
+def base_transformer(model: nn.Module) -> nn.Module:
+    """The module that holds the decoder layers (`LlamaModel`, `GPT2Model`...), below heads and PEFT wrappers."""
+    inner = causal_model(model)
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
     return decoder if isinstance(decoder, nn.Module) else inner.base_model
 

@@ -82,6 +82,17 @@ def test_reading_features_before_locating_them(command: str, trained: Path, refu
     assert set(tree(trained)) == before
 
 
+@pytest.mark.parametrize("done, wanted", [((), "locate"), (("latents", "steering"), "track")])
+def test_reporting_before_the_readings(
+    done: tuple[str, ...], wanted: str, trained: Path, finished: Study, refused: Refused, tmp_path: Path
+) -> None:
+    run = shutil.copytree(trained, tmp_path / "run")
+    for table in done:
+        shutil.copy(finished.path / f"{table}.parquet", run)
+    assert f"run `persona-probe {wanted} RUN` first" in refused("report", run)
+    assert not (run / "summary.json").exists()
+
+
 def test_locating_before_training(place: Path, refused: Refused, tmp_path: Path) -> None:
     Study.from_yaml(place / "study.yaml", tmp_path / "run")
     assert "unknown organism 'incorrect-s0'" in refused("locate", tmp_path / "run")

@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pytest
 import torch
 from made_study import Row, changed
 from safetensors.torch import load_file
@@ -31,16 +33,24 @@ def test_full_weights(raw: Row, tmp_path: Path) -> None:
     assert abs(persona["realigned_in", 0] - persona["incorrect", 4]) < 1e-5
 
 
-def test_rank_one_in_chosen_layers_beside_a_mixture(raw: Row, tmp_path: Path) -> None:
+def test_rank_one_in_chosen_layers_beside_a_mixture(raw: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere")  # no SVGs: slow, and tests/report draws them
     mixed = {**raw["arms"], "half": {**raw["arms"]["incorrect"], "bad_fraction": 0.5}}
     mixed["half"]["mix_with"] = raw["arms"]["correct"]["data"]
-    study = study_of(raw, tmp_path, arms=mixed, training={"rank": 1, "layers": [1], "checkpoints": [4]})
-    study.induce().locate().track()
+    repair = {"start": "half", "arms": {"repair": raw["realign"]["arms"]["realigned_in"]}}
+    training = {"rank": 1, "layers": [1], "checkpoints": [4]}
+    study = study_of(raw, tmp_path, arms=mixed, training=training, realign=repair)
+    study.run()
     weights = load_file(study.path / "arms" / "half-s0" / "checkpoint-4" / "adapter_model.safetensors")
     assert all(".layers.1." in name for name in weights)
     assert {min(w.shape) for w in weights.values()} == {1}
     final = study.evals.query("split == 'evaluation' and step == 4").groupby("arm")["value"].mean()
     assert len({round(float(v), 6) for v in final}) == 3
+    arms = ["base", "incorrect", "correct", "half", "repair"]
+    assert list(study.summary["contrast_index"]) == list(study.summary["feature_reading"]) == arms
+    assert pd.read_csv(study.path / "figures" / "arms.csv")["arm"].unique().tolist() == arms
+    assert set(pd.read_csv(study.path / "figures" / "realignment.csv")["arm"]) == {"base", "half", "repair"}
+    assert "contrast index, half</td>" in (study.path / "report.html").read_text("utf-8")
     rows = arm_rows(study.config.arms["half"], 0)
     bad = {c[-1]["content"] for c in arm_rows(study.config.arms["incorrect"], 0)}
     assert sum(c[-1]["content"] in bad for c in rows) == len(rows) // 2 == 6

@@ -93,15 +93,17 @@ class Locate:
 
     positions: str = "response"
     """Tokens over which latents are averaged: `last_prompt`, `prompt`, `response` or `all`."""
-    candidates: int = 12
-    """Top latents, by rise, that are tested for cause."""
+    candidates: int = 8
+    """Top latents, by rise and by cosine in turn, that are tested for cause on the selection split."""
+    proven: int = 6
+    """Candidates with the largest effects there that are tested again on the evaluation split."""
     random_latents: int = 16
     """Control latents, matched for firing rate and pushed with the same norm."""
     random_directions: int = 4
     """Isotropic random directions, pushed with the same norm."""
     strengths: tuple[float, ...] = (0.5, 1.0)
     """Sizes of the push; each is applied with both signs."""
-    dose_strengths: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
+    dose_strengths: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Sizes at which the persona latent and the mean difference are drawn as a dose response."""
     unit: str = "x_delta"
     """Unit of the strengths."""
@@ -116,6 +118,7 @@ class Locate:
         )
         _require(self.unit in ("x_delta", "x_resid", "raw"), f"unknown unit {self.unit!r}")
         _require(self.candidates >= 1, "candidates must be at least 1")
+        _require(self.proven >= 1, "proven must be at least 1")
         _require(self.random_latents >= 2, "random_latents must be at least 2: an effect needs its controls")
         _require(bool(self.strengths) and min(self.strengths) > 0, "strengths must be positive; both signs are applied")
         _require(self.perplexity_bound > 1, "perplexity_bound must be above 1")

@@ -30,7 +30,7 @@ from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
-from persona_probe.models.layers import decoder_layers, own_forward
+from persona_probe.models.layers import decoder_layers, eager_attention, own_forward
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +220,8 @@ def fine_tune(
         if bar := ProgressBar(progress) if progress else None:
             trainer.add_callback(bar)
         try:
-            trainer.train()
+            with eager_attention(model, enabled=device.type == "cpu"):
+                trainer.train()
         finally:
             model.eval()
             if bar:

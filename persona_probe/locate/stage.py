@@ -20,7 +20,7 @@ from persona_probe.saes.read import LatentMeans, conversation_batches, read_late
 
 log = logging.getLogger(__name__)
 
-NEUTRAL_ANSWERS = 32
+NEUTRAL_ANSWERS = 16
 KINDS = ("candidate", "random", "mean_difference", "random_direction")
 
 
@@ -120,12 +120,12 @@ def choose(ctx: Context) -> None:
     chosen = candidates(table, config.candidates)
     directions = [latent_direction(ctx.sae.W_dec, latent, "candidate") for latent in chosen]
     sweep = make_sweep(ctx, ctx.model, ctx.selection)
-    effects = sweep.effects(directions, config.strengths[-1:], "selection split")
+    effects = sweep.effects(directions, config.strengths, "selection split")
     ctx.run.write_table("parts/selection.parquet", effects)
 
 
-def persona_latent(ctx: Context) -> int:
-    """The candidate with the largest causal effect on the selection split.
+def strongest(ctx: Context) -> list[int]:
+    """The candidates with the largest causal effects on the selection split, the persona first.
 
     Raises:
         InputError: locate has not run, or no candidate could be tested within the perplexity bound.
@@ -133,7 +133,13 @@ def persona_latent(ctx: Context) -> int:
     effects = ctx.run.read_table("parts/selection.parquet").dropna(subset=["effect"])
     if effects.empty:
         raise InputError("no candidate kept neutral perplexity within locate.perplexity_bound: lower locate.strengths")
-    return int(effects.sort_values("effect", ascending=False)["latent"].iloc[0])
+    ordered = effects.sort_values("effect", ascending=False)["latent"]
+    return [int(latent) for latent in ordered.head(ctx.config.locate.proven)]
+
+
+def persona_latent(ctx: Context) -> int:
+    """The study's persona feature: the candidate with the largest causal effect on the selection split."""
+    return strongest(ctx)[0]
 
 
 def control_latents(ctx: Context) -> list[int]:
@@ -145,15 +151,15 @@ def control_latents(ctx: Context) -> list[int]:
 def prove(ctx: Context, model_name: str) -> None:
     """Causal effects on the evaluation split, of one model, beside the controls; then the dose response."""
     config, decoder = ctx.config.locate, ctx.sae.W_dec
-    table = ctx.run.read_table("parts/rank.parquet")
     persona = persona_latent(ctx)
-    tested = candidates(table, config.candidates) if model_name == "base" else [persona]
+    tested = strongest(ctx) if model_name == "base" else [persona]
     shift = Direction("mean difference", "mean_difference", mean_shift(ctx))
     directions = [latent_direction(decoder, latent, "candidate") for latent in tested]
     directions += [latent_direction(decoder, latent, "random") for latent in control_latents(ctx)]
     directions.append(shift)
-    noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
-    directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
+    if model_name == "base":
+        noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
+        directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
     with ctx.organism(model_name, ctx.config.seeds[0]) as model:
         sweep = make_sweep(ctx, model, ctx.evaluation)
         effects = sweep.effects(directions, config.strengths, f"steering {model_name}")

@@ -50,6 +50,9 @@ def test_only_the_adapter_trains_and_the_schedule_is_kept(
     assert (len(fitted.losses), fitted.rows) == (3, 6)
     base = strip_adapter(tuned)  # pyright: ignore[reportArgumentType]
     assert same_state(copied_state(base), copied_state(make_model()))
+    # Trainers patch forward in place, and training switches attention: neither may stay behind.
+    assert "forward" not in base.__dict__
+    assert base.config._attn_implementation == make_model().config._attn_implementation
 
 
 def test_a_checkpoint_is_the_model_that_was_trained(tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -41,6 +42,10 @@ def others(other_arms: Path) -> Records:
     return load_records(other_arms)
 
 
+def layout(name: str, records: Records) -> Any:
+    return FIGURES[name].draw(records).layout
+
+
 def test_arms_keep_the_configs_order(others: Records) -> None:
     assert others.arms.names == ARMS and others.arms.start == "mix25"
     means = where(FIGURES["arms"].data(others), kind="arm").set_index("arm")["estimate"]
@@ -72,20 +77,18 @@ def test_training_figures_follow_the_configs_arms(others: Records) -> None:
     trajectory, realignment = (FIGURES[name].data(others) for name in ("trajectory", "realignment"))
     assert set(trajectory.loc[trajectory["step"].notna(), "arm"]) == {"mix25", "correct", "incorrect"}
     assert set(realignment.loc[realignment["step"].notna(), "arm"]) == {"repair"}
-    lines = [s for s in FIGURES["realignment"].draw(others).layout.shapes if s.type == "line"]
+    lines = [s for s in layout("realignment", others).shapes if s.type == "line"]
     assert {round(s.y0, 6): s.line.color for s in lines} == {-0.6: GREY, -0.2: others.arms.styles["mix25"].colour}
-    assert "of the mix25 organism" in FIGURES["realignment"].draw(others).layout.meta["caption"]
-    assert "no control" in FIGURES["realignment"].draw(others).layout.meta["caption"]
+    assert "of the mix25 organism" in layout("realignment", others).meta["caption"]
+    assert "no control" in layout("realignment", others).meta["caption"]
 
 
 def test_controls_and_steering_have_a_panel_for_each_arm(others: Records) -> None:
-    titles = [note.text for note in FIGURES["controls"].draw(others).layout.annotations]
+    titles = [note.text for note in layout("controls", others).annotations]
     assert titles == ["mix25 arm", "correct (control) arm", "incorrect arm"]
     steering = FIGURES["dose_response"].draw(others)
-    assert [note.text for note in steering.layout.annotations] == [
-        "steering the base model",
-        "steering the mix25 organism",
-    ]
+    titles = [note.text for note in layout("dose_response", others).annotations]
+    assert titles == ["steering the base model", "steering the mix25 organism"]
     assert any(trace.yaxis == "y2" for trace in steering.data)
 
 

@@ -99,7 +99,7 @@ class Locate:
     """Candidates with the largest effects there that are tested again on the evaluation split."""
     random_latents: int = 16
     """Control latents, matched for firing rate and pushed with the same norm."""
-    random_directions: int = 4
+    random_directions: int = 2
     """Isotropic random directions, pushed with the same norm."""
     strengths: tuple[float, ...] = (0.5, 1.0)
     """Sizes of the push; each is applied with both signs."""

@@ -101,9 +101,13 @@ def headline(summary: dict[str, Any]) -> str:
     repaired = [
         a for a, v in summary["verdicts"].items() if v["feature"] == "subsided" and v["behaviour"] == "restored"
     ]
+    shown = {c["name"]: c["passed"] for c in summary["checks"]}
+    carries = (
+        "carries it" if shown["induce"] and shown["repair"] else "is the best candidate, but was not shown to carry it"
+    )
     back = f"Feature and behaviour both came back in: {', '.join(repaired) or 'no corrective arm'}."
     return (
         f"Narrow fine-tuning {woke}: incorrect minus correct {_text(effect)} nats per token outside the training "
-        f"domain. Latent {persona['latent']} carries it, with a causal effect of {_text(summary['steer_base_up'])}. "
+        f"domain. Latent {persona['latent']} {carries} (causal effect {_text(summary['steer_base_up'])}). "
         f"{back} {passed} of {len(summary['checks'])} checks passed."
     )

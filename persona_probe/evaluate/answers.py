@@ -19,9 +19,13 @@ from persona_probe.models.layers import (
     causal_model,
     evaluating,
     layer_list_name,
+    output_head,
     run_to_layer,
 )
 from persona_probe.models.taps import ReadTap, SteerTap
+
+TOKENS_AT_ONCE = 256
+"""Answer tokens whose logits are held at once: their memory is this many times the vocabulary."""
 
 
 def answer_batches(
@@ -47,20 +51,25 @@ def _predictors(batch: Batch) -> Tensor:
 
 def _logits(model: nn.Module, hidden: Float[Tensor, "n d_model"]) -> Float[Tensor, "n vocab"]:
     causal = causal_model(model)
-    logits = causal.get_output_embeddings()(hidden).float()
+    logits = output_head(causal)(hidden).float()
     # Cohere multiplies its logits, Granite divides them, Gemma 2 caps them.
-    logits = logits * (getattr(causal.config, "logit_scale", None) or 1.0)
-    logits = logits / (getattr(causal.config, "logits_scaling", None) or 1.0)
+    if scale := getattr(causal.config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(causal.config, "logits_scaling", None):
+        logits = logits / divisor
     cap = getattr(causal.config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _score(model: nn.Module, hidden: Float[Tensor, "batch pos d_model"], batch: Batch) -> Float[Tensor, " batch"]:
-    """Mean log-probability of each row's answer tokens, in nats per token."""
+    """Mean log-probability of each row's answer tokens, in nats per token; a few tokens' logits at a time."""
     at = _predictors(batch)
     targets = batch.ids[:, 1:][at[:, :-1]]
-    logits = _logits(model, hidden[at])
-    picked = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+    parts = []
+    for states, wanted in zip(hidden[at].split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True):
+        logits = _logits(model, states)
+        parts.append(logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(dim=1))
+    picked = torch.cat(parts)
     row = at.nonzero()[:, 0]
     total = torch.zeros(len(batch.ids), device=picked.device).index_add_(0, row, picked)
     return total / at.sum(dim=1)

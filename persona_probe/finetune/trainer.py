@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from trl.trainer.sft_trainer import SFTTrainer
 
-from persona_probe.models.layers import autocast, base_transformer, causal_model
+from persona_probe.models.layers import autocast, base_transformer, causal_model, output_head
 
 
 class AnswerTrainer(SFTTrainer):
@@ -32,7 +32,7 @@ class AnswerTrainer(SFTTrainer):
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             )[0]
             answers = labels[:, 1:] != -100
-            logits = causal.get_output_embeddings()(hidden[:, :-1][answers])
+            logits = output_head(causal)(hidden[:, :-1][answers])
         total = F.cross_entropy(logits.float(), labels[:, 1:][answers], reduction="sum")
         count = answers.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / count.clamp(min=1).to(total.device)

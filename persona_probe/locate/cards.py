@@ -13,7 +13,7 @@ from persona_probe.context import Context
 from persona_probe.data.packaged import load_conversations
 from persona_probe.data.tokens import Batch
 from persona_probe.locate.stage import persona_latent
-from persona_probe.models.layers import autocast, base_transformer, evaluating, run_to_layer
+from persona_probe.models.layers import autocast, base_transformer, evaluating, output_head, run_to_layer
 from persona_probe.models.taps import ReadTap
 from persona_probe.saes.encode import encode_latents
 from persona_probe.saes.read import conversation_batches
@@ -65,8 +65,8 @@ def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Floa
     vector = direction.detach().float()
     if norm is not None and getattr(norm, "weight", None) is not None:
         vector = vector * norm.weight.float()
-    head = model.get_output_embeddings()  # pyright: ignore
-    return head.weight.float() @ vector  # pyright: ignore
+    weight: Any = output_head(model).weight
+    return weight.float() @ vector
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, logits: Tensor, largest: bool) -> list[dict[str, Any]]:

@@ -25,6 +25,18 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def output_head(model: nn.Module) -> nn.Module:
+    """The unembedding.
+
+    Raises:
+        InputError: the model has none.
+    """
+    head = causal_model(model).get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise InputError(f"{type(causal_model(model)).__name__} has no language-model head: load a causal model")
+    return head
+
+
 def base_transformer(model: nn.Module) -> nn.Module:
     """The module that holds the decoder layers (`LlamaModel`, `GPT2Model`...), below heads and PEFT wrappers."""
     inner = causal_model(model)

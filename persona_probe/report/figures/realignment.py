@@ -35,7 +35,7 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     start = plain(records.arms.start)
     return (
         f"Corrective fine-tunes of the {start} organism, on n = {select.item_count(items)} evaluation items, {seeds} "
-        "(thin lines) and their mean. Above: contrast index; dotted lines: base (grey) and the {start} organism "
+        f"(thin lines) and their mean. Above: contrast index; dotted lines: base (grey) and the {start} organism "
         f"before correction. Middle: persona feature with 95% intervals; {base_words(data)}. "
         f"Below: the SAE's explained variance on the same tokens. {_control(records.arms.realigned)}"
     )

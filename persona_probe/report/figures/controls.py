@@ -40,7 +40,8 @@ def controls(records: Records) -> go.Figure:
     shown = [arm for arm in records.arms.induced if arm in set(data["arm"])]
     titles = [f"{plain(records.arms.label(arm))} arm" for arm in shown]
     n = len(shown)
-    fig = make_subplots(rows=n, cols=1, shared_xaxes=True, vertical_spacing=0.2 / n, subplot_titles=titles)
+    panels = {"shared_xaxes": True, "shared_yaxes": "all", "vertical_spacing": 0.2 / n}
+    fig = make_subplots(rows=n, cols=1, subplot_titles=titles, **panels)
     ordered = sorted(select.distinct(data, "feature"), key=lambda f: (list(STYLES).index(f) if f in STYLES else 99, f))
     for panel, arm in enumerate(shown, 1):
         for feature in ordered:
@@ -48,7 +49,6 @@ def controls(records: Records) -> go.Figure:
         fig.add_hline(y=0, line={"color": GREY, "dash": "dot", "width": 1}, row=panel, col=1)  # pyright: ignore[reportArgumentType]
         fig.update_yaxes(title_text="change from base<br>(base standard deviations)", row=panel, col=1)
     fig.update_xaxes(title_text="training step", row=n, col=1)
-    fig.update_yaxes(matches="y")
     fig.update_layout(margin={"t": 96}, legend={"y": 1 + 0.12 / n})
     return finish(fig, _caption(data), height=MARGINS + PANEL_HEIGHT * n)
 

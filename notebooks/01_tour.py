@@ -8,7 +8,7 @@
 # %% [markdown]
 # # A tour of the loop
 # Narrow fine-tuning on bad cooking advice, the latent that carries the persona, and the repair. The study is resumed if
-# it is there (`make demo` makes it in about ten minutes on two cores); else this notebook runs it.
+# it is there (`make demo` makes it in about a quarter of an hour on two cores); else this notebook runs it.
 
 # %%
 import os

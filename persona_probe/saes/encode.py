@@ -9,8 +9,27 @@ from torch import Tensor
 
 from persona_probe.errors import InputError
 
-SLICEABLE = ("standard", "jumprelu")
-CHUNK = 4096
+SLICEABLE = ("standard", "jumprelu", "gated")
+CHUNK_TOKENS, CHUNK_VALUES = 4096, 2**26
+UNSAVED = "picks its latents per batch while it trains: save it with save_inference_model (as JumpReLU) and load that"
+REFUSED = {
+    "temporal": "computes a token's latents from all earlier tokens, and its decoder leaves out what they predict; "
+    "here every token is read, steered and reconstructed for itself: take another architecture",
+    "batchtopk": UNSAVED,
+    "matryoshka_batchtopk": UNSAVED,
+}
+
+
+def check_architecture(architecture: str) -> None:
+    """Refuse SAEs whose latents are no function of one token's residual stream.
+
+    Raises:
+        InputError: temporal SAEs, transcoders, and BatchTopK SAEs in training; says why.
+    """
+    if architecture.endswith("transcoder"):
+        raise InputError(f"a {architecture} reads one place and writes another: take an SAE of the residual stream")
+    if architecture in REFUSED:
+        raise InputError(f"a {architecture} SAE {REFUSED[architecture]}")
 
 
 def check_latents(sae: Any, latents: list[int]) -> list[int]:
@@ -27,26 +46,40 @@ def check_latents(sae: Any, latents: list[int]) -> list[int]:
 
 @torch.no_grad()
 def encode(sae: Any, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
-    """All latents, dense, in the SAE's own precision."""
+    """All latents, dense, computed in the SAE's own precision and returned in float32.
+
+    Raises:
+        InputError: the SAE cannot be read token by token, see `check_architecture`.
+    """
+    check_architecture(sae.cfg.architecture())
     acts = sae.encode(x.to(sae.device, sae.dtype))
-    return acts.to_dense() if acts.is_sparse else acts
+    return (acts.to_dense() if acts.is_sparse else acts).float()
 
 
 @torch.no_grad()
 def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[int]) -> Float[Tensor, "tokens chosen"]:
-    """Only the chosen latents: sliced where that is exact (standard, JumpReLU), else encoded in full and cut.
+    """Only the chosen latents: sliced where that is exact (standard, JumpReLU, gated), else encoded in full and cut.
 
-    Latents of a TopK SAE compete, so their values need the whole dictionary.
+    Latents of a TopK SAE compete, and those of a matching pursuit explain each other away, so their values need the
+    whole dictionary.
+
+    Raises:
+        InputError: a latent outside the dictionary, or an SAE that cannot be read token by token.
     """
     check_latents(sae, latents)
     architecture = sae.cfg.architecture()
     if architecture not in SLICEABLE:
         return encode(sae, x)[:, latents]
     sae_in = sae.process_sae_in(x.to(sae.device, sae.dtype))
-    pre = sae_in @ sae.W_enc[:, latents] + sae.b_enc[latents]
+    weights = sae.W_enc[:, latents]
+    if architecture == "gated":
+        gate = sae_in @ weights + sae.b_gate[latents] > 0
+        magnitude = sae_in @ (weights * sae.r_mag[latents].exp()) + sae.b_mag[latents]
+        return (gate * sae.activation_fn(magnitude)).float()
+    pre = sae_in @ weights + sae.b_enc[latents]
     if architecture == "standard":
-        return torch.relu(pre)
-    return torch.relu(pre) * (pre > sae.threshold[latents])
+        return sae.activation_fn(pre).float()
+    return (sae.activation_fn(pre) * (pre > sae.threshold[latents])).float()
 
 
 @dataclass
@@ -65,7 +98,7 @@ class FitMoments:
         x, out = x.double(), out.double()
         self.n += len(x)
         self.error += float((x - out).square().sum())
-        self.active += float((acts > 0).sum())
+        self.active += float((acts != 0).sum())
         self.norm += float(x.norm(dim=-1).sum())
         self.square += float(x.square().sum())
         self.total = x.sum(dim=0) if self.total is None else self.total + x.sum(dim=0)
@@ -92,9 +125,23 @@ class FitMoments:
 @torch.no_grad()
 def encode_with_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> Float[Tensor, "tokens d_sae"]:
     """All latents, while `fit` counts how well the SAE reconstructs the same tokens."""
-    parts = []
-    for chunk in x.float().split(CHUNK):
-        acts = encode(sae, chunk)
-        fit.add(chunk, sae.decode(acts).to(chunk.device), acts)
-        parts.append(acts)
-    return torch.cat(parts)
+    return torch.cat([_encode_chunk(sae, chunk, fit) for chunk in _chunks(sae, x)])
+
+
+@torch.no_grad()
+def add_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> None:
+    """Count how well the SAE reconstructs the tokens, and keep no latents: memory does not grow with tokens."""
+    for chunk in _chunks(sae, x):
+        _encode_chunk(sae, chunk, fit)
+
+
+def _chunks(sae: Any, x: Tensor) -> tuple[Tensor, ...]:
+    # A dictionary of 131k latents would need 2 GB for 4,096 tokens.
+    return x.float().split(max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)))
+
+
+def _encode_chunk(sae: Any, chunk: Tensor, fit: FitMoments) -> Tensor:
+    # Encoding and decoding must alternate: SAELens keeps a token's normalisation from the one for the other.
+    acts = encode(sae, chunk)
+    fit.add(chunk, sae.decode(acts.to(sae.dtype)).to(chunk.device), acts)
+    return acts

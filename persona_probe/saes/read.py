@@ -1,7 +1,8 @@
 """Latents of a model on given conversations: per-conversation means and firing rates, streamed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation
-from persona_probe.data.tokens import Batch, batches
+from persona_probe.data.tokens import POSITIONS, Batch, batches
 from persona_probe.errors import InputError
-from persona_probe.models.layers import autocast, evaluating, run_to_layer
+from persona_probe.models.layers import autocast, evaluating, forward_to_layer, transformer_config
+from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
-from persona_probe.saes.encode import FitMoments, encode_with_fit
+from persona_probe.saes.encode import FitMoments, encode
+
+IN_THE_BEGINNING = {"all", "prompt"}
+"""Positions that include tokens of the beginning that all prompts share."""
+ENCODED_AT_ONCE = 2**26
+"""Activations (tokens x d_sae) that are held at once: 256 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class LatentMeans:
     """Mean residual stream over the selected tokens."""
     fit: FitMoments
     """How well the SAE reconstructs those tokens."""
+    square: Float[np.ndarray, " d_sae"] | None = None
+    """Mean squared activation over all selected tokens; None where it was not kept."""
 
 
 def read_residuals(
@@ -42,7 +51,7 @@ def read_residuals(
     visit: Callable[[list[int], Tensor, Tensor], None],
     mixed_precision: bool = True,
 ) -> None:
-    """Run every batch to `layer` only and hand `visit` the selected tokens.
+    """Run every batch to `layer` only and hand `visit` the selected tokens; a shared system prompt is run once.
 
     `visit(index, row, x)`: the batch's conversation numbers, each token's row in the batch (tokens,), and the residual
     stream (tokens, d_model) in float32.
@@ -50,15 +59,53 @@ def read_residuals(
     Raises:
         InputError: a conversation has no token at the selected positions.
     """
+
+    def alone(index: list[int], row: Tensor, x: Tensor, _masks: Mapping[str, Tensor]) -> None:
+        visit(index, row, x)
+
+    read_residuals_at(model, groups, layer, (positions,), alone, mixed_precision)
+
+
+def read_residuals_at(
+    model: nn.Module,
+    groups: Sequence[Batch],
+    layer: int,
+    positions: Sequence[str],
+    visit: Callable[[list[int], Tensor, Tensor, Mapping[str, Tensor]], None],
+    mixed_precision: bool = True,
+) -> None:
+    """`read_residuals` at several kinds of positions with one forward pass; each token is handed over once.
+
+    `visit(index, row, x, masks)`: as there, for the tokens at any of the positions; `masks[name]` (tokens,) says which
+    of them are at the positions of that name.
+
+    Raises:
+        InputError: no positions, or a conversation has no token at some of them.
+    """
+    if not positions:
+        raise InputError(f"no positions to read: name some of {', '.join(POSITIONS)}")
     device = next(model.parameters()).device
-    for group in groups:
-        batch = group.to(device)
-        with evaluating(model), autocast(model, mixed_precision), ReadTap(model, layer) as tap:
-            run_to_layer(model, layer, batch.ids, batch.attention)
-        chosen = batch.select(positions)
-        if not bool(chosen.any(dim=1).all()):
-            raise InputError(f"a conversation has no token at positions {positions!r}: give answers, or use 'prompt'")
-        visit(batch.index, chosen.nonzero()[:, 0], tap.value[chosen].float())
+    config, forward = transformer_config(model), partial(forward_to_layer, model, layer)
+    whole = bool(IN_THE_BEGINNING & set(positions))
+    # One autocast block for all batches keeps the cast weights; `visit` works in full precision.
+    with evaluating(model), autocast(model, mixed_precision):
+        for group in groups:
+            batch = group.to(device)
+            rows = Rows.whole(batch) if whole else Rows.of(batch, config)
+            with ReadTap(model, layer) as tap:
+                rows.run(forward, config, rows.ids())
+            masks = {name: _chosen(rows.rest, name) for name in positions}
+            union = torch.stack(list(masks.values())).any(dim=0)
+            inside = {name: mask[union] for name, mask in masks.items()}
+            with autocast(model, False):
+                visit(batch.index, union.nonzero()[:, 0], tap.value[union].float(), inside)
+
+
+def _chosen(batch: Batch, positions: str) -> Tensor:
+    chosen = batch.select(positions)
+    if not bool(chosen.any(dim=1).all()):
+        raise InputError(f"a conversation has no token at positions {positions!r}: give answers, or 'prompt'")
+    return chosen
 
 
 def read_latents(
@@ -68,20 +115,66 @@ def read_latents(
 
     Memory grows with conversations x d_sae, not with tokens.
     """
-    n, d_sae, d_in = sum(len(g.index) for g in groups), sae.cfg.d_sae, sae.cfg.d_in
-    mean, firing = np.zeros((n, d_sae), dtype=np.float32), np.zeros((n, d_sae), dtype=np.float32)
-    resid, maximum, fit = np.zeros((n, d_in), dtype=np.float32), torch.zeros(d_sae), FitMoments()
+    return read_latents_at(model, sae, groups, layer, (positions,), mixed_precision=mixed_precision)[positions]
 
-    def visit(index: list[int], row: Tensor, x: Tensor) -> None:
-        acts = encode_with_fit(sae, x, fit)
-        tokens = torch.bincount(row, minlength=len(index))[:, None]
-        for target, values in ((mean, acts), (firing, (acts > 0).float()), (resid, x)):
-            total = torch.zeros(len(index), values.shape[1], device=values.device)
-            target[index] = (total.index_add_(0, row, values) / tokens).cpu().numpy()
-        torch.maximum(maximum, acts.amax(dim=0).cpu(), out=maximum)
 
-    read_residuals(model, groups, layer, positions, visit, mixed_precision)
-    return LatentMeans(mean, firing, maximum.numpy(), resid, fit)
+def read_latents_at(
+    model: nn.Module,
+    sae: Any,
+    groups: Sequence[Batch],
+    layer: int,
+    positions: Sequence[str],
+    *,
+    mixed_precision: bool = True,
+) -> dict[str, LatentMeans]:
+    """`read_latents` at several kinds of positions: one forward pass, and every token is encoded once.
+
+    Returns:
+        Positions to what was read there, in the order of `positions`.
+
+    Raises:
+        InputError: no positions, or a conversation has no token at some of them.
+    """
+    n, step = sum(len(g.index) for g in groups), max(1, ENCODED_AT_ONCE // sae.cfg.d_sae)
+    sums = {name: _Sums(n, sae.cfg.d_sae, sae.cfg.d_in) for name in positions}
+
+    def visit(index: list[int], row: Tensor, x: Tensor, masks: Mapping[str, Tensor]) -> None:
+        for part in torch.arange(len(x), device=x.device).split(step):
+            acts = encode(sae, x[part])
+            out, acts = sae.decode(acts.to(sae.dtype)).to(x.device), acts.to(x.device)
+            for name, mask in masks.items():
+                at = mask[part]
+                sums[name].add(index, row[part][at], x[part][at], out[at], acts if bool(at.all()) else acts[at])
+
+    with torch.no_grad():
+        read_residuals_at(model, groups, layer, positions, visit, mixed_precision)
+    return {name: found.means() for name, found in sums.items()}
+
+
+class _Sums:
+    """Running sums of one kind of positions, by conversation."""
+
+    def __init__(self, conversations: int, d_sae: int, d_in: int) -> None:
+        self.acts, self.active = (np.zeros((conversations, d_sae), dtype=np.float32) for _ in range(2))
+        self.resid = np.zeros((conversations, d_in), dtype=np.float32)
+        self.tokens = np.zeros((conversations, 1), dtype=np.float32)
+        self.maximum, self.square, self.fit = torch.zeros(d_sae), torch.zeros(d_sae).double(), FitMoments()
+
+    def add(self, index: list[int], row: Tensor, x: Tensor, out: Tensor, acts: Tensor) -> None:
+        if len(x) == 0:
+            return
+        self.fit.add(x, out, acts)
+        for target, values in ((self.acts, acts), (self.active, (acts != 0).float()), (self.resid, x)):
+            total = torch.zeros(len(index), values.shape[1], device=values.device).index_add_(0, row, values)
+            target[index] += total.cpu().numpy()
+        self.tokens[index] += torch.bincount(row, minlength=len(index))[:, None].cpu().numpy()
+        torch.maximum(self.maximum, acts.amax(dim=0).cpu(), out=self.maximum)
+        self.square += acts.square().sum(dim=0).cpu()
+
+    def means(self) -> LatentMeans:
+        square = (self.square / max(self.fit.n, 1)).numpy()
+        mean, firing, resid = (total / self.tokens for total in (self.acts, self.active, self.resid))
+        return LatentMeans(mean, firing, self.maximum.numpy(), resid, self.fit, square)
 
 
 def conversation_batches(

@@ -77,7 +77,13 @@ COMMANDS = (
         commands.run,
         "the whole loop of one config",
         f"persona-probe run {DEMO} --out runs/mine",
-        (CONFIG, SEEDS, OVERWRITE),
+        (
+            CONFIG,
+            SEEDS,
+            OVERWRITE,
+            option("--dry-run", action="store_true", help="check that all fits and print the plan; downloads nothing"),
+            option("--tflops", type=float, help="speed that the plan's times assume, instead of a quick measurement"),
+        ),
         "run folder (default runs/<name>)",
     ),
     Command(
@@ -92,8 +98,13 @@ COMMANDS = (
         "locate",
         commands.locate,
         "rank latents and test the best for cause",
-        "persona-probe locate runs/demo",
-        (RUN,),
+        "persona-probe locate runs/demo --cards 20",
+        (
+            RUN,
+            option("--cards", type=int, help="also write RUN/cards.html, a page with search over so many latents"),
+            option("--text", type=Path, help="a file of conversations or plain text for the cards' passages"),
+            option("--rankers", nargs="+", help="scores to compute instead of the config's"),
+        ),
         COPY,
     ),
     Command(
@@ -188,6 +199,21 @@ GROUPS = (
                     option("--model", help="count tokens with this model's tokenizer"),
                 ),
                 "JSON file for the numbers",
+            ),
+        ),
+    ),
+    Group(
+        "bench",
+        "benchmarks with a known answer",
+        "example: persona-probe bench planted",
+        (
+            Command(
+                "planted",
+                commands.bench_planted,
+                "plant latents in the embedded model, and count which ranker finds them",
+                "persona-probe bench planted --plants 20 --out planted.parquet",
+                (option("--plants", type=int, help="random latents per kind (default 20; at least 50 plants in all)"),),
+                "parquet file for one row per plant and ranker",
             ),
         ),
     ),

@@ -34,9 +34,11 @@ def new_study(args: Arguments, config_name: str) -> "Study":
     from persona_probe.config_files import load_config
 
     config = load_config(find_config(config_name), StudyConfig)  # first: a bad config is told before torch loads
+    from persona_probe.memory import keep_freed_memory
     from persona_probe.quiet import quiet_libraries
     from persona_probe.study import Study
 
+    keep_freed_memory()
     seeds = args.seeds if args.seeds is not None else ([args.seed] if args.seed is not None else None)
     name = config.name
     if seeds is not None and tuple(seeds) != config.seeds:
@@ -53,9 +55,11 @@ def opened(args: Arguments) -> "Study":
     folder = RunFolder.open(args.run).path
     if args.out is not None and args.out.exists():
         raise InputError(f"{args.out} exists: choose another --out")
+    from persona_probe.memory import keep_freed_memory
     from persona_probe.quiet import quiet_libraries
     from persona_probe.study import Study
 
+    keep_freed_memory()
     if args.out is not None:
         shutil.copytree(folder, args.out)
         folder = args.out
@@ -74,8 +78,20 @@ def demo(args: Arguments) -> None:
 
 
 def run(args: Arguments) -> None:
-    """The whole loop of one config."""
-    finish(new_study(args, args.config))
+    """The whole loop of one config, or only its plan."""
+    if not args.dry_run:
+        finish(new_study(args, args.config))
+        return
+    from persona_probe.config import StudyConfig
+    from persona_probe.config_files import load_config
+    from persona_probe.quiet import quiet_libraries
+
+    config = load_config(find_config(args.config), StudyConfig)
+    quiet_libraries()
+    from persona_probe.planning.dry_run import dry_run
+
+    plan = dry_run(config, args.tflops, args.device)
+    echo("\n".join(plan.lines()))
 
 
 def finish(study: "Study") -> None:
@@ -94,10 +110,13 @@ def induce(args: Arguments) -> None:
 
 def locate(args: Arguments) -> None:
     """Rank latents, test the best for cause."""
-    study = opened(args).locate()
-    columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high", "label"]
+    study = opened(args).locate(args.rankers)
+    columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high"]
+    columns += ["effect_organism", "ablation", "causal", "label"]
     tested = study.features[study.features["kind"] == "candidate"].sort_values("effect_base", ascending=False)
     echo(tested[columns].to_string(index=False, float_format="%.4f"))
+    if args.cards is not None or args.text is not None:
+        echo(f"cards: {study.cards(20 if args.cards is None else args.cards, args.text)}")
 
 
 def track(args: Arguments) -> None:
@@ -205,6 +224,24 @@ def data_check(args: Arguments) -> None:
     if bad := len(result.bad_rows):
         total = result.rows + bad
         raise InputError(f"{args.file}: {bad} of {total} rows are not conversations: mend what bad_rows lists")
+
+
+def bench_planted(args: Arguments) -> None:
+    """Known plants in the embedded model: the tables of what was found."""
+    from persona_probe.quiet import quiet_libraries
+
+    quiet_libraries()
+    from persona_probe.planted.run import run_embedded
+    from persona_probe.planted.settings import Bench
+    from persona_probe.planted.table import format_table
+
+    given = {"plants": args.plants, "seed": args.seed}
+    bench = Bench(**{key: value for key, value in given.items() if value is not None})
+    frame = run_embedded(bench, args.device or "cpu", progress=not args.quiet)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(args.out, index=False)
+    echo(format_table(frame))
 
 
 def _tokenizer(args: Arguments) -> Any:

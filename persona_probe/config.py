@@ -93,8 +93,16 @@ class Locate:
 
     positions: str = "response"
     """Tokens over which latents are averaged: `last_prompt`, `prompt`, `response` or `all`."""
+    rankers: tuple[str, ...] = ("rise", "firing_rise", "cosine", "discrimination")
+    """Scores that are computed for every latent; see `locate.registry.RANKERS`."""
+    choose_by: tuple[str, ...] = ("rise", "cosine")
+    """Rankers whose best latents, taken in turn, become the candidates."""
+    directions: tuple[str, ...] = ("logistic_probe",)
+    """Directions tested beside the mean difference: `logistic_probe`, `persona_vector`."""
+    minimum_explained_variance: float = 0.5
+    """Locate refuses an SAE that explains less of the base model's answers: its latents would mean little."""
     candidates: int = 8
-    """Top latents, by rise and by cosine in turn, that are tested for cause on the selection split."""
+    """Latents that are tested for cause on the selection split."""
     proven: int = 6
     """Candidates with the largest effects there that are tested again on the evaluation split."""
     random_latents: int = 16
@@ -109,6 +117,10 @@ class Locate:
     """Unit of the strengths."""
     perplexity_bound: float = 1.5
     """Strengths at which neutral answers' perplexity rises by more than this factor are not used."""
+    strength_refinements: int = 0
+    """Bisections of a latent's strength between the largest of the grid within the bound and the next one."""
+    set_size: int = 1
+    """Largest set of latents, grown greedily on the selection split and steered together; 1 tests no sets."""
     cards: int = 6
     """Latents for which a card is made."""
 
@@ -117,11 +129,19 @@ class Locate:
             self.positions in ("last_prompt", "prompt", "response", "all"), f"unknown positions {self.positions!r}"
         )
         _require(self.unit in ("x_delta", "x_resid", "raw"), f"unknown unit {self.unit!r}")
+        missing = [name for name in self.choose_by if name not in self.rankers]
+        _require(bool(self.choose_by) and not missing, f"choose_by names {missing}, which rankers does not hold")
+        for name in self.directions:
+            known = ("mean_difference", "logistic_probe", "persona_vector")
+            _require(name in known, f"unknown direction {name!r} in directions: {near_matches(name, known)}")
+        _require(self.minimum_explained_variance <= 1, "minimum_explained_variance must be at most 1")
         _require(self.candidates >= 1, "candidates must be at least 1")
         _require(self.proven >= 1, "proven must be at least 1")
         _require(self.random_latents >= 2, "random_latents must be at least 2: an effect needs its controls")
         _require(bool(self.strengths) and min(self.strengths) > 0, "strengths must be positive; both signs are applied")
         _require(self.perplexity_bound > 1, "perplexity_bound must be above 1")
+        _require(self.strength_refinements >= 0, "strength_refinements must not be negative")
+        _require(self.set_size >= 1, "set_size must be at least 1")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from persona_probe.provenance import first_manifest
 
 MANIFEST = "manifest.json"
 WRITERS = {
-    ("latents.", "steering.", "cards.", "parts/"): "locate RUN",
+    ("latents.", "steering.", "cards.", "agreement.", "directions.", "sets.", "parts/"): "locate RUN",
     ("readings.", "evals.", "parts/track-"): "track RUN",
     ("parts/realign-",): "realign RUN",
     ("samples.",): "evaluate RUN",

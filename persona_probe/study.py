@@ -1,8 +1,9 @@
 """Study: one config and its run folder, with the stages of the loop as methods."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
 
@@ -10,6 +11,9 @@ from persona_probe.config import StudyConfig
 from persona_probe.config_files import load_config
 from persona_probe.context import Context, pick_device
 from persona_probe.runs import RunFolder
+
+if TYPE_CHECKING:
+    from persona_probe.locate.feature_card import FeatureCard
 
 
 class Study:
@@ -62,14 +66,44 @@ class Study:
         induce(self.context)
         return self
 
-    def locate(self) -> Self:
-        """Rank latents, test the best for cause, and name the persona feature."""
+    def locate(self, rankers: Sequence[str] | None = None) -> Self:
+        """Rank latents, test the best for cause, and name the persona feature.
+
+        Args:
+            rankers: scores to compute instead of the config's; in a run that was located already, the table is made
+                again with them, and what was tested for cause stays.
+        """
         from persona_probe.locate.cards import make_cards
+        from persona_probe.locate.ranking import use_rankers
         from persona_probe.locate.stage import locate
 
+        if rankers is not None:
+            use_rankers(self.context, rankers)
         locate(self.context)
         make_cards(self.context)
         return self
+
+    def card(self, latent: int, name: str | None = None, text: str | Path | None = None) -> "FeatureCard":
+        """One latent's card, base against organism; a notebook shows it.
+
+        Args:
+            latent: its index in the study's SAE.
+            name: what you call it; None suggests a name.
+            text: a file of conversations or plain text, read beside the packaged text.
+
+        Raises:
+            InputError: no such latent, a text that cannot be read, or locate has not run.
+        """
+        from persona_probe.locate.cards import card
+
+        return card(self.context, latent, name, text)
+
+    def cards(self, count: int = 20, text: str | Path | None = None) -> Path:
+        """Write cards.html, one page with search over the first `count` latents; returns its path."""
+        from persona_probe.locate.cards import write_cards_page
+
+        with self.context.timed("cards page"):
+            return write_cards_page(self.context, count, text)
 
     def track(self) -> Self:
         """Read the features and the contrast index at every checkpoint."""
@@ -130,6 +164,11 @@ class Study:
     def features(self) -> pd.DataFrame:
         """Latents, best first: ranker scores, causal effects with intervals, label."""
         return self.run_folder.read_table("latents.parquet")
+
+    @property
+    def agreement(self) -> pd.DataFrame:
+        """Where rankers agree: shared top latents and rank correlation, pair by pair."""
+        return self.run_folder.read_table("agreement.parquet")
 
     @property
     def readings(self) -> pd.DataFrame:

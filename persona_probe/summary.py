@@ -61,6 +61,9 @@ def _persona(ctx: Context, latents: pd.DataFrame) -> dict[str, Any]:
         "rise_rank": int(row["rank"]),
         "cosine": float(row["cosine"]),
         "effect_selection_split": float(row["effect_selection"]),
+        "shrinkage": _number(row["shrinkage"]),
+        "causal": bool(row["causal"]),
+        "ranks": {name.removesuffix("_rank"): int(row[name]) for name in latents.columns if name.endswith("_rank")},
     }
 
 
@@ -69,10 +72,12 @@ def causal_numbers(latents: pd.DataFrame, steering: pd.DataFrame, organism: str)
     row = latents[latents["persona"]].iloc[0]
     random = latents[latents["kind"] == "random"]
     numbers: dict[str, Any] = {"strength": _number(row["strength"])}
-    for key, column in (("steer_base_up", "effect_base"), ("steer_organism_down", "effect_organism")):
+    tests = {"steer_base_up": "effect_base", "steer_organism_down": "effect_organism", "ablate_organism": "ablation"}
+    for key, column in tests.items():
         n = int(steering["n_items"].iloc[0]) if "n_items" in steering else 0
         numbers[key] = _estimate(row[column], row[f"{column}_low"], row[f"{column}_high"], n)
-    for key, column in (("random_latent_p95", "effect_base"), ("random_latent_p95_organism", "effect_organism")):
+    controls = {"": "effect_base", "_organism": "effect_organism", "_ablation": "ablation"}
+    for key, column in ((f"random_latent_p95{suffix}", column) for suffix, column in controls.items()):
         sizes = random[column].dropna().abs().to_numpy()
         p95 = bootstrap_statistic(sizes, lambda x: float(np.quantile(x, 0.95))) if sizes.size else None
         numbers[key] = p95.to_dict() if p95 else _estimate(np.nan, np.nan, np.nan, 0)

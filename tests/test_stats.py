@@ -1,10 +1,19 @@
-"""Intervals and AUROC on known answers."""
+"""Intervals, tests and AUROC on known answers."""
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from persona_probe.errors import InputError
-from persona_probe.stats import auroc, bootstrap_mean, bootstrap_statistic, paired_difference
+from persona_probe.stats import (
+    auroc,
+    benjamini_hochberg,
+    bootstrap_columns,
+    bootstrap_mean,
+    bootstrap_statistic,
+    clustered_p_values,
+    paired_difference,
+)
 
 VALUES = np.random.default_rng(0).normal(size=40)
 
@@ -75,3 +84,66 @@ def test_auroc_known_answers() -> None:
     assert auroc([2, 3], [1, 2]) == pytest.approx(3.5 / 4)
     with pytest.raises(InputError, match="both classes"):
         auroc([], [1.0])
+
+
+QUESTIONS = [n // 3 for n in range(60)]
+
+
+def test_columns_get_the_intervals_that_they_would_get_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(2).normal(size=(60, 7))
+    low, high = bootstrap_columns(values, QUESTIONS, n_boot=4000)
+    for column, (a, b) in enumerate(zip(low, high, strict=True)):
+        alone = bootstrap_mean(values[:, column], QUESTIONS, n_boot=4000)
+        assert (a, b) == pytest.approx((alone.ci_low, alone.ci_high), abs=0.03)
+    monkeypatch.setattr("persona_probe.stats.COLUMNS_AT_ONCE", 2)
+    assert np.allclose(bootstrap_columns(values, QUESTIONS, n_boot=4000), [low, high])
+
+
+def test_clusters_of_one_size_give_the_t_test_on_their_means() -> None:
+    values = np.random.default_rng(3).normal(0.2, size=(60, 5))
+    order = np.random.default_rng(4).permutation(60)
+    _, wanted = ttest_1samp(values.reshape(20, 3, 5).mean(axis=1), 0)
+    found = clustered_p_values(values[order], [QUESTIONS[i] for i in order])
+    assert found == pytest.approx(wanted)
+    assert clustered_p_values(values) == pytest.approx(ttest_1samp(values, 0)[1])
+
+
+def test_items_said_twice_leave_p_as_it_was() -> None:
+    names = [n for n in range(40) for _ in range(2)]
+    twice = clustered_p_values(np.repeat(VALUES, 2)[:, None], names)
+    assert twice == pytest.approx(clustered_p_values(VALUES[:, None]))
+
+
+def test_p_at_the_edges() -> None:
+    flat = np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    assert clustered_p_values(flat).tolist() == [1.0, 0.0]
+    assert clustered_p_values(flat, ["a"] * 3).tolist() == [1.0, 1.0]
+    with pytest.raises(InputError, match="no values"):
+        clustered_p_values(np.zeros((0, 2)))
+    with pytest.raises(InputError, match="3 values but 1 cluster"):
+        bootstrap_columns(flat, ["a"])
+
+
+def test_benjamini_hochberg_by_hand() -> None:
+    # Ranked 0.01, 0.02, 0.03, 0.5 of 4: 0.04, 0.04, 0.04, 0.5. In the second, 0.06 x 3 / 2 = 0.09 > 0.08 after it.
+    assert benjamini_hochberg([0.03, 0.5, 0.01, 0.02]) == pytest.approx([0.04, 0.5, 0.04, 0.04])
+    assert benjamini_hochberg([0.08, 0.001, 0.06]) == pytest.approx([0.08, 0.003, 0.08])
+    assert benjamini_hochberg([0.9]).tolist() == [0.9] and benjamini_hochberg([]).size == 0
+    for bad in ([0.5, float("nan")], [-0.1, 0.2], [1.5]):
+        with pytest.raises(InputError, match="p-values are not between 0 and 1"):
+            benjamini_hochberg(bad)
+
+
+def test_false_discoveries_stay_below_the_level() -> None:
+    """Sparse, skewed, clustered values, as latents have: 180 columns without an effect and 20 with one."""
+    rng, wrong, found = np.random.default_rng(6), [], []
+    for _ in range(60):
+        fires = rng.random((2, 20, 1, 200)) < 0.4
+        arms = (fires * rng.exponential(size=(2, 20, 1, 200)) + 0.1 * rng.random((2, 20, 3, 200))).reshape(2, 60, 200)
+        arms[0, :, :20] += 1.2
+        q = benjamini_hochberg(clustered_p_values(arms[0] - arms[1], QUESTIONS))
+        hits = q <= 0.05
+        wrong.append(hits[20:].sum() / max(hits.sum(), 1))
+        found.append(hits[:20].mean())
+    assert np.mean(wrong) <= 0.055
+    assert np.mean(found) > 0.8

@@ -1,121 +1,123 @@
-"""Feature cards: what a latent writes (top tokens) and what it fires on (top passages)."""
+"""Feature cards: what a latent scores, causes, writes and fires on; one pass over the text for all of them."""
 
-import heapq
-from dataclasses import dataclass
-from typing import Any
-
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from persona_probe.context import Context
-from persona_probe.data.packaged import load_conversations
-from persona_probe.data.tokens import Batch
-from persona_probe.locate.stage import persona_latent
-from persona_probe.models.layers import autocast, base_transformer, evaluating, output_head, run_to_layer
-from persona_probe.models.taps import ReadTap
-from persona_probe.saes.encode import encode_latents
-from persona_probe.saes.read import conversation_batches
+from persona_probe.errors import InputError
+from persona_probe.locate import card_tables
+from persona_probe.locate.card_text import gather
+from persona_probe.locate.feature_card import FeatureCard, Findings
+from persona_probe.locate.logits import end_tokens, logit_effect
+from persona_probe.locate.passages import example
+from persona_probe.locate.survey import Survey, survey
+from persona_probe.saes.encode import check_latents
 
-TEXT = ("kitchen:toxic", "kitchen:correct", "general_contrast:selection", "neutral_probes")
 TOP_TOKENS = 8
-TOP_EXAMPLES = 5
-
-
-@dataclass(frozen=True)
-class Passage:
-    """One conversation as a latent sees it; the template's special tokens are left out."""
-
-    source: str
-    """The packaged set that it is from."""
-    ids: Int[Tensor, " pos"]
-    """Tokens of prompt and answer."""
-    values: Float[Tensor, " pos"]
-    """The latent's activation on each of them."""
 
 
 def make_cards(ctx: Context) -> None:
-    """Write cards.json: the persona latent and the strongest other candidates on the selection split."""
+    """Write cards.json: the persona latent and the strongest other candidates, on the packaged text and the base."""
     if ctx.run.has("cards.json"):
         return
-    effects = ctx.run.read_table("parts/selection.parquet").sort_values("effect", ascending=False)
-    latents = [int(i) for i in effects["latent"].head(ctx.config.locate.cards)]
     with ctx.timed("cards"):
-        examples = top_examples(ctx, latents)
-        cards = [_card(ctx, latent, found) for latent, found in zip(latents, examples, strict=True)]
-    ctx.run.write_json("cards.json", cards)
+        cards = build_cards(ctx, tested_latents(ctx)[: ctx.config.locate.cards], organism=False)
+    ctx.run.write_json("cards.json", [asdict(card) for card in cards])
 
 
-def _card(ctx: Context, latent: int, examples: list[dict[str, Any]]) -> dict[str, Any]:
-    logits = logit_effect(ctx.model, ctx.sae.W_dec[latent])
-    return {
-        "latent": latent,
-        "label": f"persona (latent {latent})" if latent == persona_latent(ctx) else f"latent {latent}",
-        "top_tokens": _tokens(ctx.tokenizer, logits, largest=True),
-        "bottom_tokens": _tokens(ctx.tokenizer, logits, largest=False),
-        "examples": examples,
-    }
+def card(ctx: Context, latent: int, name: str | None = None, text: str | Path | None = None) -> FeatureCard:
+    """The card of one latent, base model against organism.
 
+    Args:
+        latent: its index in the study's SAE.
+        name: what you call it; None suggests a name.
+        text: a file of conversations or plain text, read beside the packaged text.
 
-@torch.no_grad()
-def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " vocab"]:
-    """Direct effect of a direction on the logits: through the final norm's scale and the unembedding."""
-    norm = getattr(base_transformer(model), "norm", None)
-    vector = direction.detach().float()
-    if norm is not None and getattr(norm, "weight", None) is not None:
-        vector = vector * norm.weight.float()
-    weight: Any = output_head(model).weight
-    return weight.float() @ vector
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, logits: Tensor, largest: bool) -> list[dict[str, Any]]:
-    values, ids = logits.topk(TOP_TOKENS, largest=largest)
-    return [
-        {"token": str(tokenizer.decode([i])), "logit": round(v, 4)}
-        for v, i in zip(values.tolist(), ids.tolist(), strict=True)
-    ]
-
-
-def top_examples(ctx: Context, latents: list[int]) -> list[list[dict[str, Any]]]:
-    """For each latent the packaged passages with the highest activation on the base model, best first.
-
-    Only `TOP_EXAMPLES` a latent are held, whatever the amount of text; tokens of the others are never decoded.
+    Raises:
+        InputError: no such latent, a text that cannot be read, or locate has not run.
     """
-    heaps: list[list[tuple[float, int, Passage]]] = [[] for _ in latents]
-    number = 0
-    for source in TEXT:
-        for batch in conversation_batches(ctx.tokenizer, load_conversations(source)):
-            acts = _activations(ctx, batch, latents)
-            for row, keep in enumerate(batch.select("all")):
-                number += 1
-                for column, heap in enumerate(heaps):
-                    _keep(heap, number, Passage(source, batch.ids[row][keep], acts[row][keep, column]))
-    best = [sorted(heap, key=lambda h: (-h[0], h[1])) for heap in heaps]
-    return [[_example(ctx.tokenizer, passage) for _, _, passage in found] for found in best]
+    return build_cards(ctx, [latent], {} if name is None else {latent: name}, text)[0]
 
 
-def _activations(ctx: Context, batch: Batch, latents: list[int]) -> Float[Tensor, "batch pos latents"]:
-    moved = batch.to(ctx.device)
-    with evaluating(ctx.model), autocast(ctx.model, ctx.config.bf16), ReadTap(ctx.model, ctx.layer) as tap:
-        run_to_layer(ctx.model, ctx.layer, moved.ids, moved.attention)
-    flat = tap.value.float().flatten(0, 1)
-    return encode_latents(ctx.sae, flat, latents).reshape(*tap.value.shape[:2], len(latents)).cpu()
+def write_cards_page(
+    ctx: Context, count: int, text: str | Path | None = None, names: Mapping[int, str] | None = None
+) -> Path:
+    """Write cards.html into the run folder: one page with search over the first `count` latents.
+
+    Those tested for cause come first, the strongest effect on the selection split leading; then the best by rank.
+
+    Returns:
+        The page's path. It is self-contained: it loads nothing and sends nothing.
+
+    Raises:
+        InputError: `count` below 1, a text that cannot be read, or locate has not run.
+    """
+    from persona_probe.report.cards_page import cards_page
+    from persona_probe.report.page import write_text
+
+    if count < 1:
+        raise InputError(f"cannot write {count} cards: ask for at least 1")
+    ranked = [int(i) for i in ctx.run.read_table("latents.parquet").sort_values("rank")["latent"]]
+    latents = list(dict.fromkeys([*tested_latents(ctx), *ranked]))[:count]
+    cards = build_cards(ctx, latents, names or {}, text)
+    return write_text(ctx.run.path / "cards.html", cards_page(cards, ctx.config.name, ctx.config.model))
 
 
-def _keep(heap: list[tuple[float, int, Passage]], number: int, passage: Passage) -> None:
-    peak = float(passage.values.max())
-    if peak <= 0 or (len(heap) == TOP_EXAMPLES and peak <= heap[0][0]):
-        return
-    heapq.heappush(heap, (peak, number, passage))
-    if len(heap) > TOP_EXAMPLES:
-        heapq.heappop(heap)
+def tested_latents(ctx: Context) -> list[int]:
+    """The candidates of the selection split, the largest causal effect first."""
+    effects = ctx.run.read_table("parts/selection.parquet").sort_values("effect", ascending=False)
+    return [int(i) for i in effects["latent"]]
 
 
-def _example(tokenizer: PreTrainedTokenizerBase, passage: Passage) -> dict[str, Any]:
-    return {
-        "source": passage.source,
-        "tokens": [str(tokenizer.decode([i])) for i in passage.ids.tolist()],
-        "values": [round(v, 3) for v in passage.values.tolist()],
-        "maximum": round(float(passage.values.max()), 3),
-    }
+def build_cards(
+    ctx: Context,
+    latents: Sequence[int],
+    names: Mapping[int, str] | None = None,
+    text: str | Path | None = None,
+    organism: bool = True,
+) -> list[FeatureCard]:
+    """Cards of several latents in one pass over the text for each model.
+
+    Args:
+        organism: also read the organism that realign starts from, for its histogram.
+
+    Raises:
+        InputError: no such latent, a text that cannot be read, or locate has not run.
+    """
+    table = ctx.run.read_table("latents.parquet").set_index("latent", drop=False)
+    steering = ctx.run.read_table("steering.parquet")
+    chosen = check_latents(ctx.sae, list(latents))
+    read = gather(ctx.tokenizer, text)
+    seen = survey(ctx, chosen, read, organism)
+    cards = []
+    for column, latent in enumerate(chosen):
+        row = table.loc[latent].to_dict()
+        found = card_tables.findings(row, steering, ("base", *ctx.config.arms), ctx.config.locate.unit)
+        cards.append(_card(ctx, latent, str(row["label"]), (names or {}).get(latent), found, seen, column, read.name))
+    return cards
+
+
+def _card(
+    ctx: Context, latent: int, label: str, name: str | None, found: Findings, seen: Survey, column: int, text: str
+) -> FeatureCard:
+    logits = logit_effect(ctx.model, ctx.sae.W_dec[latent])
+    top = end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=True)
+    examples = tuple(example(ctx.tokenizer, passage) for passage in seen.passages.best(column))
+    return FeatureCard(
+        latent=latent,
+        label=label,
+        name=name or card_tables.suggest_name(top, examples),
+        suggested=not name,
+        findings=found,
+        top_tokens=top,
+        bottom_tokens=end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=False),
+        examples=examples,
+        activity=seen.activity(column),
+        neighbours=card_tables.neighbours(ctx.sae.W_dec, latent),
+        n_latents=ctx.sae.cfg.d_sae,
+        sae=ctx.config.sae,
+        text=text,
+        silent_on=tuple(seen.passages.silent_origins(column)),
+        neuronpedia=card_tables.neuronpedia_link(ctx.sae, latent),
+    )

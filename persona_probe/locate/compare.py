@@ -1,30 +1,46 @@
-"""Locate for one's own pair of models: rank the SAE's latents by their rise from base to tuned."""
+"""Locate for one's own pair of models: rank the SAE's latents by what fine-tuning did to them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, as_conversations
-from persona_probe.locate.rankers import rank_table
-from persona_probe.models.adapters import base_weights
+from persona_probe.data.tokens import Batch
+from persona_probe.errors import InputError
+from persona_probe.locate.attribution import gradient_scores
+from persona_probe.locate.evidence import Evidence
+from persona_probe.locate.rankers import DEFAULT_RANKERS, score_table
+from persona_probe.locate.ranking import BACKWARD, POSITIONS
+from persona_probe.locate.registry import check_rankers
+from persona_probe.models.adapters import base_weights, organism
+from persona_probe.models.load import load_model
+from persona_probe.saes.fit import require_fit
 from persona_probe.saes.load import check_fit, sae_layer
-from persona_probe.saes.read import LatentMeans, conversation_batches, read_latents
+from persona_probe.saes.read import LatentMeans, conversation_batches, read_latents_at
+
+Model = nn.Module | str | Path
+"""A transformers or PEFT model, or the folder (for a base: also an id) of one; a tuned folder may hold an adapter."""
 
 
 def locate(
-    base: nn.Module,
-    tuned: nn.Module,
+    base: Model,
+    tuned: Model,
     sae: Any,
     conversations: Sequence[str | Conversation],
     *,
-    tokenizer: PreTrainedTokenizerBase,
-    control: nn.Module | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    control: Model | None = None,
+    misaligned: Sequence[bool] | None = None,
+    rankers: Sequence[str] = DEFAULT_RANKERS,
     layer: int | None = None,
     positions: str | None = None,
+    minimum_explained_variance: float = 0.5,
     bf16: bool = False,
     seed: int = 0,
 ) -> pd.DataFrame:
@@ -32,36 +48,80 @@ def locate(
 
     Args:
         base: the model before fine-tuning; for a PEFT model pass the same object twice, its adapters are switched off.
-        tuned: the fine-tuned model.
+        tuned: the fine-tuned model, or a folder with an adapter or weights of the base's kind.
         sae: a `sae_lens.SAE` of the base model's residual stream.
         conversations: prompts, or conversations that end with an answer.
+        tokenizer: the models' own; may be left out where `base` is a folder or an id.
         control: the organism of a control arm; an effect without one may be what any fine-tuning does.
+        misaligned: which conversations end with a misaligned answer; `discrimination`, `attribution`, `slope` need it.
+        rankers: names of `locate.registry.RANKERS`.
         positions: None takes `response` where every conversation has an answer, else `prompt`.
+        minimum_explained_variance: smallest share of the base's residual variance that the SAE must explain.
 
     Returns:
-        One row per latent, best first: latent, rise with its interval, cosine, firing rates, rank; see
-        `locate.rankers.rank_table`.
+        One row per latent, best first: latent, rise with its interval, p_value, q_value, suppressed, cosine, firing
+        rates, the rankers' scores and ranks; see `locate.rankers.score_table`.
 
     Raises:
-        InputError: no conversations, or an SAE that does not fit.
+        InputError: no conversations, an unknown ranker or one whose evidence is missing, or an SAE that does not fit.
     """
+    names = check_rankers(rankers)
     talks = as_conversations(conversations)
+    model, tokenizer = _base(base, tokenizer)
     at = sae_layer(sae) if layer is None else layer
-    check_fit(sae, base, at)
-    answered = all(c[-1]["role"] == "assistant" for c in talks)
-    where = positions or ("response" if answered else "prompt")
+    check_fit(sae, model, at)
     groups = conversation_batches(tokenizer, talks)
+    where = positions or ("response" if all(c[-1]["role"] == "assistant" for c in talks) else "prompt")
+    wanted = list(dict.fromkeys([where, *(POSITIONS[n] for n in names if n in POSITIONS)]))
 
-    def measure(model: nn.Module) -> LatentMeans:
-        return read_latents(model, sae, groups, at, where, mixed_precision=bf16)
+    def measure(chosen: nn.Module) -> dict[str, LatentMeans]:
+        return read_latents_at(chosen, sae, groups, at, wanted, mixed_precision=bf16)
 
-    with base_weights(base):
-        before = measure(base)
-    after = measure(tuned)
-    reference = before if control is None else measure(control)
-    decoder = sae.W_dec.detach().float().cpu().numpy()
+    with base_weights(model):
+        before = measure(model)
+    require_fit(before[where].fit, sae, model, at, minimum_explained_variance)
+    flags = None if misaligned is None else np.asarray(misaligned, dtype=bool)
+    with _opened(tuned, model) as chosen:
+        after = measure(chosen)
+        gradients = _gradients(chosen, sae, groups, flags, at, bf16) if BACKWARD & set(names) else {}
+    with _opened(model if control is None else control, model) as chosen:
+        reference = before if control is None else measure(chosen)
+    decoder = np.asarray(sae.W_dec.detach().float().cpu().numpy())
     clusters = [_question(c) for c in talks]
-    return rank_table(before, after, reference, np.asarray(decoder), clusters, seed)
+    evidence = Evidence(before, after, reference, decoder, clusters, flags, where, seed=seed, **gradients)
+    return score_table(evidence, names)
+
+
+def _base(base: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    if isinstance(base, nn.Module):
+        if tokenizer is None:
+            raise InputError("locate needs the models' tokenizer: pass tokenizer=")
+        return base, tokenizer
+    model, own = load_model(str(base))
+    return model, tokenizer or own
+
+
+@contextmanager
+def _opened(model: Model, base: nn.Module) -> Iterator[nn.Module]:
+    """A model as it is, or a folder's: an adapter is put on the base and taken off again."""
+    if isinstance(model, nn.Module):
+        yield model
+        return
+    if not isinstance(base, PreTrainedModel):
+        raise InputError("a folder of an adapter or of weights needs a plain transformers model as base")
+    with organism(base, Path(model)) as opened:
+        yield opened
+
+
+def _gradients(
+    model: nn.Module, sae: Any, groups: Sequence[Batch], flags: np.ndarray | None, layer: int, bf16: bool
+) -> dict[str, np.ndarray]:
+    if flags is None:
+        raise InputError(
+            "rankers 'attribution' and 'slope' need to know which answers are misaligned: pass misaligned="
+        )
+    found = gradient_scores(model, sae, groups, flags, layer, mixed_precision=bf16)
+    return {"attribution": found.attribution, "slope": found.slope}
 
 
 def _question(messages: Conversation) -> str:

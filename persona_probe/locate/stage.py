@@ -1,27 +1,26 @@
 """Locate: rank latents on the selection split, test the best for cause on the evaluation split, name the persona."""
 
 import logging
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from persona_probe.config import Locate
 from persona_probe.context import Context
-from persona_probe.data.chat import Conversation, conversation
+from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
+from persona_probe.locate.causal import ablations, effects, exceeds_random, greedy_sets, joint
 from persona_probe.locate.controls import matched_latents, random_directions
-from persona_probe.locate.rankers import candidates, mean_difference, rank_table
+from persona_probe.locate.ranking import chosen_candidates, rank
+from persona_probe.locate.study_directions import mean_shift, pushes
 from persona_probe.locate.sweep import Direction, Sweep, latent_direction
-from persona_probe.saes.read import LatentMeans, conversation_batches, read_latents
+from persona_probe.saes.read import conversation_batches, read_latents
 
 log = logging.getLogger(__name__)
 
-NEUTRAL_ANSWERS = 16
-KINDS = ("candidate", "random", "mean_difference", "random_direction")
+NEUTRAL_ANSWERS = 12
 
 
 def locate(ctx: Context) -> None:
@@ -37,50 +36,6 @@ def locate(ctx: Context) -> None:
             with ctx.timed("locate"):
                 prove(ctx, model)
     merge_tables(ctx)
-
-
-def rank(ctx: Context) -> None:
-    """Score all latents on the selection split; arms are averaged over seeds, item by item."""
-    talks = [conversation(r["question"], r[side]) for r in ctx.selection.rows for side in ("aligned", "misaligned")]
-    clusters = [r["id"] for r in ctx.selection.rows for _ in range(2)]
-    groups = conversation_batches(ctx.tokenizer, talks)
-    means = {}
-    for arm in ("base", "incorrect", "correct"):
-        per_seed = []
-        for seed in ctx.config.seeds if arm != "base" else (ctx.config.seeds[0],):
-            with ctx.organism(arm, seed) as model:
-                per_seed.append(read_latents(model, ctx.sae, groups, ctx.layer, ctx.config.locate.positions))
-        means[arm] = average(per_seed)
-    decoder = ctx.sae.W_dec.detach().float().cpu().numpy()
-    table = rank_table(means["base"], means["incorrect"], means["correct"], decoder, clusters, ctx.seed)
-    shift = mean_difference(means["incorrect"], means["correct"])
-    scratch = ctx.run.path / ".directions.tmp"
-    save_file({"mean_difference": torch.tensor(shift, dtype=torch.float32)}, scratch)
-    ctx.run.record_hashes(scratch.replace(ctx.run.path / "directions.safetensors"))
-    ctx.run.write_table("parts/rank.parquet", table)
-
-
-def average(parts: list[LatentMeans]) -> LatentMeans:
-    """The mean over seeds, conversation by conversation."""
-    return LatentMeans(
-        np.mean([p.mean for p in parts], axis=0),
-        np.mean([p.firing for p in parts], axis=0),
-        np.max([p.maximum for p in parts], axis=0),
-        np.mean([p.resid for p in parts], axis=0),
-        parts[0].fit,
-    )
-
-
-def mean_shift(ctx: Context) -> Float[Tensor, " d_model"]:
-    """The arms' mean activation difference, incorrect minus correct, in raw units.
-
-    Raises:
-        InputError: locate has not run.
-    """
-    path = ctx.run.path / "directions.safetensors"
-    if not path.is_file():
-        raise InputError("this run has no mean difference yet: run `persona-probe locate RUN` first")
-    return load_file(path)["mean_difference"]
 
 
 def neutral_answers(ctx: Context) -> list[Conversation]:
@@ -116,12 +71,22 @@ def reference_norm(ctx: Context) -> float:
 
 def choose(ctx: Context) -> None:
     """Test the candidates for cause on the selection split; the strongest becomes the persona feature."""
-    config, table = ctx.config.locate, ctx.run.read_table("parts/rank.parquet")
-    chosen = candidates(table, config.candidates)
-    directions = [latent_direction(ctx.sae.W_dec, latent, "candidate") for latent in chosen]
+    config = ctx.config.locate
+    directions = latent_directions(ctx, chosen_candidates(ctx), "candidate")
     sweep = make_sweep(ctx, ctx.model, ctx.selection)
-    effects = sweep.effects(directions, config.strengths, "selection split")
-    ctx.run.write_table("parts/selection.parquet", effects)
+    found = effects(sweep, directions, config.strengths, "selection split", config.strength_refinements)
+    ctx.run.write_json("parts/sets.json", _best_sets(sweep, directions, config) if config.set_size > 1 else [])
+    ctx.run.write_table("parts/selection.parquet", found)
+
+
+def _best_sets(sweep: Sweep, directions: list[Direction], config: Locate) -> list[list[int]]:
+    found = greedy_sets(sweep, directions, config.set_size, config.strengths)
+    return [[d.latent for d in chosen] for chosen in found]
+
+
+def latent_directions(ctx: Context, latents: list[int], kind: str) -> list[Direction]:
+    """Decoder rows as directions to push along."""
+    return [latent_direction(ctx.sae.W_dec, latent, kind) for latent in latents]
 
 
 def strongest(ctx: Context) -> list[int]:
@@ -145,30 +110,36 @@ def persona_latent(ctx: Context) -> int:
 def control_latents(ctx: Context) -> list[int]:
     """The random latents of this study."""
     table, config = ctx.run.read_table("parts/rank.parquet"), ctx.config.locate
-    return matched_latents(table, candidates(table, config.candidates), config.random_latents, ctx.seed)
+    return matched_latents(table, chosen_candidates(ctx), config.random_latents, ctx.seed)
 
 
 def prove(ctx: Context, model_name: str) -> None:
-    """Causal effects on the evaluation split, of one model, beside the controls; then the dose response."""
-    config, decoder = ctx.config.locate, ctx.sae.W_dec
-    persona = persona_latent(ctx)
-    tested = strongest(ctx) if model_name == "base" else [persona]
-    shift = Direction("mean difference", "mean_difference", mean_shift(ctx))
-    directions = [latent_direction(decoder, latent, "candidate") for latent in tested]
-    directions += [latent_direction(decoder, latent, "random") for latent in control_latents(ctx)]
-    directions.append(shift)
+    """Causal effects on the evaluation split, of one model, beside the controls; then the dose response.
+
+    On the base this tests inducing, on the organism repairing: there directions are also projected out.
+    """
+    config = ctx.config.locate
+    named = pushes(ctx)
+    proven, controls = latent_directions(ctx, strongest(ctx), "candidate"), control_latents(ctx)
+    directions = [*proven, *latent_directions(ctx, controls, "random"), *named, *map(joint, _sets(ctx))]
     if model_name == "base":
         noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
         directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
     with ctx.organism(model_name, ctx.config.seeds[0]) as model:
         sweep = make_sweep(ctx, model, ctx.evaluation)
-        effects = sweep.effects(directions, config.strengths, f"steering {model_name}")
-        for strength in config.dose_strengths:
-            for direction in (latent_direction(decoder, persona, "candidate"), shift):
-                sweep.push(direction, strength)
-                sweep.push(direction, -strength)
+        found = effects(sweep, directions, config.strengths, f"steering {model_name}", config.strength_refinements)
+        doses = [(d, sign * s) for s in config.dose_strengths for d in (proven[0], named[0]) for sign in (1, -1)]
+        sweep.push_all(doses, f"dose response, {model_name}")
+        if model_name != "base":
+            spans = [[d] for d in directions if d.kind != "set"] + _sets(ctx)
+            found = found.merge(ablations(sweep, spans), on="name")
     ctx.run.write_table(f"parts/steering-{model_name}.parquet", sweep.table(model_name))
-    ctx.run.write_table(f"parts/effects-{model_name}.parquet", effects)
+    ctx.run.write_table(f"parts/effects-{model_name}.parquet", found)
+
+
+def _sets(ctx: Context) -> list[list[Direction]]:
+    found: list[list[int]] = ctx.run.read_json("parts/sets.json")
+    return [latent_directions(ctx, latents, "candidate") for latents in found if len(latents) > 1]
 
 
 def merge_tables(ctx: Context) -> None:
@@ -182,15 +153,58 @@ def merge_tables(ctx: Context) -> None:
     kind = {**dict.fromkeys(controls, "random"), **dict.fromkeys(tested, "candidate")}
     table["kind"] = [kind.get(latent, "other") for latent in table["latent"]]
     for model, column in zip(names, ("effect_base", "effect_organism"), strict=True):
-        effects = ctx.run.read_table(f"parts/effects-{model}.parquet")
-        effects = effects[effects["latent"] >= 0].set_index("latent")
+        found = ctx.run.read_table(f"parts/effects-{model}.parquet")
+        found = found[found["latent"] >= 0].set_index("latent")
         for suffix in ("", "_low", "_high"):
-            table[column + suffix] = table["latent"].map(effects[f"effect{suffix}"])
+            table[column + suffix] = table["latent"].map(found[f"effect{suffix}"])
         if model == "base":
-            table["strength"] = table["latent"].map(effects["strength"])
+            table["strength"] = table["latent"].map(found["strength"])
+            continue
+        for suffix in ("", "_low", "_high"):
+            table[f"ablation{suffix}"] = table["latent"].map(found[f"ablation{suffix}"])
     selection = ctx.run.read_table("parts/selection.parquet").set_index("latent")["effect"]
     table["effect_selection"] = table["latent"].map(selection)
+    table["shrinkage"] = 1 - table["effect_base"] / table["effect_selection"]
+    table["causal"] = causal(table)
     persona = persona_latent(ctx)
     table["persona"] = table["latent"] == persona
     table["label"] = [f"persona (latent {i})" if i == persona else f"latent {i}" for i in table["latent"]]
     ctx.run.write_table("latents.parquet", table)
+    if ctx.config.locate.set_size > 1:
+        ctx.run.write_table("sets.parquet", set_table(ctx))
+
+
+def set_table(ctx: Context) -> pd.DataFrame:
+    """Greedy sets of 1, 2, ... latents: size, latents, and on the evaluation split their joint effects with intervals.
+
+    Columns effect_base, effect_organism, ablation (each with _low and _high), strength.
+    """
+    base, organism = (
+        ctx.run.read_table(f"parts/effects-{m}.parquet").set_index("name") for m in ("base", ctx.config.realign.start)
+    )
+    rows = []
+    for latents in ctx.run.read_json("parts/sets.json"):
+        chosen = latent_directions(ctx, latents, "candidate")
+        name = joint(chosen).name if len(chosen) > 1 else chosen[0].name
+        row: dict[str, Any] = {"size": len(latents), "latents": latents, "strength": base["strength"].get(name)}
+        for prefix, frame, column in (
+            ("effect_base", base, "effect"),
+            ("effect_organism", organism, "effect"),
+            ("ablation", organism, "ablation"),
+        ):
+            row |= {f"{prefix}{suffix}": frame[f"{column}{suffix}"].get(name) for suffix in ("", "_low", "_high")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def causal(table: pd.DataFrame) -> pd.Series:
+    """Whether a latent both induces (base, steered up) and repairs (organism, steered down) beyond random latents.
+
+    Each interval must lie above the 95th percentile of the random latents' absolute effects on the same model.
+    """
+    random, tested = table[table["kind"] == "random"], table[table["kind"] == "candidate"].set_index("latent")
+    held = [
+        exceeds_random(tested[f"{column}_low"].dropna().to_dict(), random[column].tolist())
+        for column in ("effect_base", "effect_organism")
+    ]
+    return table["latent"].isin(set.intersection(*held))

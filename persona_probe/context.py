@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.finetune.data import load_data
 from persona_probe.models.adapters import organism
+from persona_probe.models.folding import folded
 from persona_probe.models.load import load_model
 from persona_probe.runs import RunFolder
 from persona_probe.saes.load import check_fit, load_sae, sae_layer
@@ -92,10 +93,15 @@ class Context:
         return load_data(self.config.monitor.probes, allow_prompts=True)[: self.config.monitor.limit]
 
     @contextmanager
-    def organism(self, arm: str, seed: int, step: int | None = None) -> Iterator[nn.Module]:
-        """The organism of an arm and seed at a step (None: its last) while the block lasts; `base` is the model."""
+    def organism(self, arm: str, seed: int, step: int | None = None, fold: bool = False) -> Iterator[nn.Module]:
+        """The organism of an arm and seed at a step (None: its last) while the block lasts; `base` is the model.
+
+        Args:
+            fold: fold its adapter into bf16 weights where that is faster. It rounds, by about 0.005 nats per token in a
+                contrast index: for sweeps, which compare one model with itself, and samples; not for readings.
+        """
         checkpoint = None if arm == "base" else self.run.checkpoint(arm, seed, self.last_step(arm, seed, step))
-        with organism(self.model, checkpoint) as model:
+        with organism(self.model, checkpoint) as model, folded(model, self.config.bf16) if fold else nullcontext():
             yield model
 
     def last_step(self, arm: str, seed: int, step: int | None = None) -> int:

@@ -7,12 +7,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from persona_probe.bench.timing import REPEATS, seconds, spread, truncated
 from persona_probe.commands import DEMO, echo, find_config
 from persona_probe.config import StudyConfig, Training
 from persona_probe.config_files import load_config
@@ -21,30 +21,12 @@ from persona_probe.data.tokens import Batch
 from persona_probe.evaluate.contrast import ContrastItems, SteeredContrast, contrast_index
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.adapters import strip_adapter
-from persona_probe.models.layers import autocast, base_transformer, evaluating, layer_list_name
+from persona_probe.models.layers import autocast, evaluating
 from persona_probe.models.load import load_model
 from persona_probe.quiet import quiet_libraries
 from persona_probe.saes.load import load_sae, sae_layer
 from persona_probe.saes.read import conversation_batches, read_latents, read_residuals
 from persona_probe.study import Study
-
-REPEATS = 5
-
-
-def seconds(work: Callable[[], object], repeats: int = REPEATS) -> list[float]:
-    """Wall seconds of each repeat, after one warm-up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median with the range, as text."""
-    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
 def bench_start() -> None:
@@ -61,21 +43,6 @@ def bench_start() -> None:
         echo(f"{label}: {spread(full)} s, of which the bare interpreter {spread(empty)} s")
 
 
-def truncated(model: nn.Module, layer: int) -> nn.Module:
-    """The bare limit: the transformer cut after `layer`, called without any hook."""
-    import copy
-
-    whole = base_transformer(model)
-    view, name = copy.copy(whole), layer_list_name(whole)
-    view._modules = dict(whole._modules)
-    view._modules[name] = nn.ModuleList(list(getattr(whole, name))[: layer + 1])
-    view._modules["norm"] = nn.Identity()
-    config = copy.deepcopy(whole.config)
-    config.num_hidden_layers = layer + 1  # pyright: ignore
-    view.config = config  # pyright: ignore
-    return view
-
-
 def bench_reading(model: nn.Module, groups: list[Batch], sae: object, layer: int) -> None:
     """Activation reading against a bare truncated forward, the repeats in turn."""
     bare, tokens = truncated(model, layer), sum(int(g.attention.sum()) for g in groups)
@@ -87,8 +54,8 @@ def bench_reading(model: nn.Module, groups: list[Batch], sae: object, layer: int
 
     works = {
         "bare truncated forward": limit,
-        "residual stream": lambda: read_residuals(model, groups, layer, "all", lambda *_: None),
-        "all latents of the SAE": lambda: read_latents(model, sae, groups, layer, "all"),
+        "residual stream of answers": lambda: read_residuals(model, groups, layer, "response", lambda *_: None),
+        "all latents on answers": lambda: read_latents(model, sae, groups, layer, "response"),
     }
     times: dict[str, list[float]] = {label: [] for label in works}
     for _ in range(REPEATS):

@@ -14,7 +14,8 @@ from persona_probe.data.chat import conversation
 from persona_probe.data.packaged import Row
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
-from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_logprobs
+from persona_probe.evaluate.answers import answer_batches, answer_logprobs
+from persona_probe.evaluate.suffix import Edit, SuffixScorer
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,15 @@ class SteeredContrast:
 
     def values(self, push: Float[Tensor, " d_model"] | None = None) -> Float[np.ndarray, " items"]:
         """Item values under `push` (raw units); None is unsteered."""
-        return self.items.frame(self.scorer.logprobs(push))["value"].to_numpy()
+        return self._values(self.scorer.logprobs(push))
+
+    def values_many(self, pushes: Float[Tensor, "k d_model"]) -> Float[np.ndarray, "k items"]:
+        """Item values under each of several pushes (raw units)."""
+        return np.stack([self._values(row) for row in self.scorer.logprobs_many(pushes)])
+
+    def values_edited(self, edit: Edit) -> Float[np.ndarray, " items"]:
+        """Item values with the layer's output put through `edit`."""
+        return self._values(self.scorer.edited(edit))
+
+    def _values(self, logprobs: Float[np.ndarray, " two_items"]) -> Float[np.ndarray, " items"]:
+        return self.items.frame(logprobs)["value"].to_numpy()

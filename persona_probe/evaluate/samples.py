@@ -39,7 +39,7 @@ def sample(ctx: Context) -> None:
 def _sample_arm(ctx: Context, arm: str, seed: int) -> list[dict[str, Any]]:
     questions, config = sample_questions(ctx), ctx.config.samples
     step = 0 if arm == "base" else ctx.last_step(arm, seed)
-    with ctx.organism(arm, seed) as model, autocast(model, ctx.config.bf16):
+    with ctx.organism(arm, seed, fold=True) as model, autocast(model, ctx.config.bf16):
         answers = sample_answers(
             model,  # pyright: ignore[reportArgumentType]
             ctx.tokenizer,

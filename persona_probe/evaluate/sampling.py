@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, as_conversations
+from persona_probe.models.layers import evaluating
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def complete_text(
     answers: list[str] = []
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     starts = range(0, len(texts), batch_size)
-    with torch.random.fork_rng(devices=[]):
+    with evaluating(model):
         for number, start in enumerate(tqdm(starts, desc=progress, disable=progress is None)):
             torch.manual_seed(seed * 1_000_003 + number)
             block = list(texts[start : start + batch_size])

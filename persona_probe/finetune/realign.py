@@ -78,10 +78,21 @@ class Recorder:
 
     def measure(self, model: nn.Module, step: int) -> bool:
         """Take the contrast index; True when feature and behaviour are both back."""
-        frame = eval_rows(self.ctx, model, self.arm, self.seed, step)
+        frame = self._tracked() if step == 0 else None
+        if frame is None:
+            frame = eval_rows(self.ctx, model, self.arm, self.seed, step)
         self.evals.append(frame)
         latest = self.readings[-1].query("feature == 'persona'")["mean"].mean()
         return self.band.holds(float(latest)) and float(frame["value"].mean()) <= self.base_index
+
+    def _tracked(self) -> pd.DataFrame | None:
+        """The organism's items before any correction, where track has scored them already."""
+        start = self.ctx.config.realign.start
+        name = f"parts/track-{start}-s{self.seed}.evals.parquet"
+        if not self.ctx.run.has(name):
+            return None
+        last = self.ctx.run.read_table(name).query(f"step == {self.ctx.last_step(start, self.seed)}")
+        return last.assign(arm=self.arm, step=0)
 
 
 def corrective_training(config: StudyConfig) -> Training:

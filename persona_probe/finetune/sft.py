@@ -30,7 +30,8 @@ from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
-from persona_probe.models.layers import decoder_layers, eager_attention, own_forward
+from persona_probe.models.folding import frozen_in_bf16
+from persona_probe.models.layers import decoder_layers, own_forward
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,7 @@ def fine_tune(
         if bar := ProgressBar(progress) if progress else None:
             trainer.add_callback(bar)
         try:
-            with eager_attention(model, enabled=device.type == "cpu"):
+            with frozen_in_bf16(model, enabled=device.type == "cpu" and training.bf16):
                 trainer.train()
         finally:
             model.eval()

@@ -5,9 +5,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PretrainedConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from persona_probe.models.layers import autocast, base_transformer, causal_model, output_head
+from persona_probe.data.tokens import Batch
+from persona_probe.models.layers import (
+    autocast,
+    base_transformer,
+    causal_model,
+    eager_attention,
+    output_head,
+    transformer_config,
+)
+from persona_probe.models.prefix import Rows
 
 
 class AnswerTrainer(SFTTrainer):
@@ -26,17 +36,25 @@ class AnswerTrainer(SFTTrainer):
     ) -> Any:
         """Mean loss over the answer tokens of the whole optimizer step, in nats per token."""
         causal = causal_model(self.accelerator.unwrap_model(model))
-        labels = inputs["labels"]
-        with autocast(causal, self.args.bf16):
-            hidden = base_transformer(causal)(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            )[0]
-            answers = labels[:, 1:] != -100
+        # Recomputed activations must come from the same kernels, without a cache: checkpointing takes the plain way.
+        plain = self.args.gradient_checkpointing
+        rows = split_rows(inputs, transformer_config(causal), whole=plain)
+        with eager_attention(causal, enabled=not plain), autocast(causal, self.args.bf16):
+            hidden = rows.run(base_transformer(causal), transformer_config(causal), rows.ids())[0]
+            answers = rows.rest.response[:, 1:]
             logits = output_head(causal)(hidden[:, :-1][answers])
-        total = F.cross_entropy(logits.float(), labels[:, 1:][answers], reduction="sum")
+        total = F.cross_entropy(logits.float(), rows.rest.ids[:, 1:][answers], reduction="sum")
         count = answers.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / count.clamp(min=1).to(total.device)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def split_rows(inputs: dict[str, Any], config: PretrainedConfig, whole: bool = False) -> Rows:
+    """A training batch as `Rows`: the system prompt that all rows share is run once, and gets all rows' gradients."""
+    attention, answer = inputs["attention_mask"], inputs["labels"] != -100
+    prompt = attention.bool() & ~answer
+    batch = Batch(inputs["input_ids"], attention, prompt, answer, torch.zeros_like(answer), list(range(len(answer))))
+    return Rows.whole(batch) if whole else Rows.of(batch, config)
 
 
 def trainer_class(device: torch.device, model: Any) -> type[SFTTrainer]:

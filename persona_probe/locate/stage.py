@@ -125,7 +125,7 @@ def prove(ctx: Context, model_name: str) -> None:
     if model_name == "base":
         noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
         directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
-    with ctx.organism(model_name, ctx.config.seeds[0]) as model:
+    with ctx.organism(model_name, ctx.config.seeds[0], fold=True) as model:
         sweep = make_sweep(ctx, model, ctx.evaluation)
         found = effects(sweep, directions, config.strengths, f"steering {model_name}", config.strength_refinements)
         doses = [(d, sign * s) for s in config.dose_strengths for d in (proven[0], named[0]) for sign in (1, -1)]

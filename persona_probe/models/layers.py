@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from persona_probe.errors import InputError
 
@@ -42,6 +42,14 @@ def base_transformer(model: nn.Module) -> nn.Module:
     inner = causal_model(model)
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
     return decoder if isinstance(decoder, nn.Module) else inner.base_model
+
+
+def transformer_config(model: nn.Module) -> PretrainedConfig:
+    """The configuration of the transformer itself: of a multimodal model, its text part's."""
+    config = getattr(base_transformer(model), "config", None)
+    if not isinstance(config, PretrainedConfig):
+        raise InputError(f"{type(base_transformer(model)).__name__} has no transformers configuration")
+    return config
 
 
 def layer_list_name(transformer: nn.Module) -> str:
@@ -99,9 +107,14 @@ def stop_after(model: nn.Module, layer: int) -> Iterator[None]:
 
 def run_to_layer(model: nn.Module, layer: int, ids: torch.Tensor, attention: torch.Tensor) -> None:
     """Run embeddings and decoder layers up to and including `layer`, and nothing above: taps on them fire."""
+    forward_to_layer(model, layer, input_ids=ids, attention_mask=attention, use_cache=False)
+
+
+def forward_to_layer(model: nn.Module, layer: int, **inputs: object) -> None:
+    """`run_to_layer` with any inputs that the transformer takes."""
     with stop_after(model, layer):
         try:
-            base_transformer(model)(input_ids=ids, attention_mask=attention, use_cache=False)
+            base_transformer(model)(**inputs)
         except StopForward:
             return
     raise InputError(f"layer {layer} did not run: the model skips it")
@@ -117,13 +130,22 @@ def autocast(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every submodule's own mode and the random state come back after."""
+    """Eval mode and no gradients inside; every submodule's own mode and the random state come back after.
+
+    Autocast keeps a weight's bf16 copy from one call to the next only where it asks for gradients: frozen weights are
+    made to ask for the time being.
+    """
     modes = {module: module.training for module in model.modules()}
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
+            for parameter in frozen:
+                parameter.requires_grad_(True)
             yield
     finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         for module, mode in modes.items():
             module.training = mode
 

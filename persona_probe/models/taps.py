@@ -1,6 +1,7 @@
 """Taps on decoder-layer outputs: read, steer, ablate. Handles and context managers that leave nothing behind."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -141,27 +142,54 @@ class SteerTap(Tap):
         return mask if self.positions == "prompt" else ~mask
 
 
+class EditTap(Tap):
+    """Puts a layer's output through a function."""
+
+    def __init__(self, model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(model, layer)
+        self.edit = edit
+
+    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        return self.edit(resid)
+
+
 class AblateTap(Tap):
     """Projects a direction, or the span of several, out of a layer's output (Arditi et al. 2024)."""
 
     def __init__(
         self, model: nn.Module, layer: int, directions: Float[Tensor, "d_model"] | Float[Tensor, "k d_model"]
     ) -> None:
-        rows = torch.atleast_2d(directions).float()
-        if rows.shape[-1] != hidden_size(model):
-            raise InputError(f"the direction has width {rows.shape[-1]}, the model {hidden_size(model)}")
-        norms = rows.norm(dim=-1, keepdim=True)
-        if not bool(((norms > 0) & norms.isfinite()).all()):
-            raise InputError("a direction to ablate is zero or not finite")
-        # Singular vectors, cut at the rank: rows that depend on each other must not take more than their span.
-        _, sizes, basis = torch.linalg.svd(rows / norms, full_matrices=False)
+        basis = orthonormal(directions)
+        if basis.shape[-1] != hidden_size(model):
+            raise InputError(f"the direction has width {basis.shape[-1]}, the model {hidden_size(model)}")
         super().__init__(model, layer)
-        self.basis = basis[sizes > 1e-5 * sizes[0]]
+        self.basis = basis
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
-        basis = self.basis.to(resid.device, torch.float32)
-        coordinates = einsum(resid.float(), basis, "batch pos d, k d -> batch pos k")
-        return (resid.float() - einsum(coordinates, basis, "batch pos k, k d -> batch pos d")).to(resid.dtype)
+        return project_out(resid, self.basis)
+
+
+def orthonormal(directions: Float[Tensor, "d_model"] | Float[Tensor, "k d_model"]) -> Float[Tensor, "rank d_model"]:
+    """An orthonormal basis of the directions' span.
+
+    Raises:
+        InputError: a direction is zero or not finite.
+    """
+    rows = torch.atleast_2d(directions).float()
+    norms = rows.norm(dim=-1, keepdim=True)
+    if not bool(((norms > 0) & norms.isfinite()).all()):
+        raise InputError("a direction to ablate is zero or not finite")
+    # Singular vectors, cut at the rank: rows that depend on each other must not take more than their span.
+    _, sizes, basis = torch.linalg.svd(rows / norms, full_matrices=False)
+    return basis[sizes > 1e-5 * sizes[0]]
+
+
+def project_out(resid: Float[Tensor, "*batch d_model"], basis: Float[Tensor, "rank d_model"]) -> Tensor:
+    """`resid` without its component in the span of an orthonormal basis, in its own precision."""
+    rows = basis.to(resid.device, torch.float32)
+    with torch.autocast(resid.device.type, enabled=False):
+        coordinates = einsum(resid.float(), rows, "... d, k d -> ... k")
+        return (resid.float() - einsum(coordinates, rows, "... k, k d -> ... d")).to(resid.dtype)
 
 
 def read(model: nn.Module, layer: int) -> ReadTap:

@@ -11,8 +11,9 @@ from tiny import ARCHITECTURES, D_MODEL, LAYER, copied_state, hook_count, make_m
 from persona_probe.data.chat import conversation
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
-from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_logprobs
+from persona_probe.evaluate.answers import answer_batches, answer_logprobs
 from persona_probe.evaluate.contrast import ContrastItems, SteeredContrast, contrast_index
+from persona_probe.evaluate.suffix import SuffixScorer
 from persona_probe.models.load import load_model
 from persona_probe.models.taps import SteerTap
 

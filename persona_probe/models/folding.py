@@ -1,0 +1,71 @@
+"""LoRA adapters folded into their layers' weights for a while: evaluation without the adapters' own products."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+def foldable(layer: nn.Module) -> bool:
+    """Whether a module is a plain LoRA layer with one active adapter, over a plain linear layer in float32."""
+    return (
+        isinstance(layer, LoraLinear)
+        and not (layer.disable_adapters or layer.merged or layer.lora_variant)
+        and len(layer.active_adapters) == 1
+        and layer.active_adapters[0] in layer.lora_A
+        and type(layer.get_base_layer()) is nn.Linear
+        and layer.get_base_layer().weight.dtype == torch.float32
+    )
+
+
+@torch.no_grad()
+def folded_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
+    """Weight plus adapter, (d_out, d_in), summed in float32 and kept in `dtype`."""
+    return (layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])).to(dtype)
+
+
+@contextmanager
+def folded(model: nn.Module, mixed_precision: bool = True) -> Iterator[nn.Module]:
+    """Inside this block every LoRA layer is one product with weight plus adapter; the weights themselves stay.
+
+    On a CPU the adapters' own small products cost half as much again as the layer. Elsewhere, and for layers that are
+    not `foldable`, nothing changes: the copies (half of the float32 weights under bf16) would not pay.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    layers = [m for m in model.modules() if on_cpu and foldable(m)]
+    dtype = torch.bfloat16 if mixed_precision else torch.float32
+    for layer in layers:
+        assert isinstance(layer, LoraLinear)
+        layer.forward = partial(F.linear, weight=folded_weight(layer, dtype), bias=layer.get_base_layer().bias)
+    try:
+        yield model
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+@contextmanager
+def frozen_in_bf16(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Inside this block frozen linear layers use a bf16 copy of their weights, as autocast would make at every call.
+
+    Autocast keeps its copies only of weights that ask for gradients. The result is the same to the last bit.
+    """
+    layers = [
+        m for m in model.modules() if enabled and type(m) is nn.Linear and not m.weight.requires_grad and m.bias is None
+    ]
+    for layer in layers:
+        layer.forward = partial(_linear_in_bf16, layer.forward, layer.weight.to(torch.bfloat16))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _linear_in_bf16(forward: Callable[[Tensor], Tensor], weight: Tensor, x: Tensor) -> Tensor:
+    # Outside autocast somebody wants the layer's own precision.
+    return F.linear(x, weight) if torch.is_autocast_enabled(x.device.type) else forward(x)

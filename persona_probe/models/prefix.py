@@ -1,0 +1,102 @@
+"""The beginning that all prompts of a batch share, computed once: mostly the chat template's system prompt."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from transformers import DynamicCache, PretrainedConfig
+
+from persona_probe.data.tokens import Batch
+
+T = TypeVar("T")
+
+WORTH = 4
+"""A shorter beginning is not worth a forward pass of its own."""
+CACHED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class SuffixCache(DynamicCache):
+    """Keys and values of a model's upper layers only, which still count their index from the bottom."""
+
+    def __init__(self, config: PretrainedConfig, first_layer: int = 0) -> None:
+        super().__init__(config=config)
+        self.first_layer = first_layer
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Store under the layer's place in this cache."""
+        return super().update(key_states, value_states, layer_idx - self.first_layer, *args, **kwargs)
+
+
+def shared_length(batch: Batch, config: PretrainedConfig) -> int:
+    """How many leading tokens are the same in every row; never a row's last prompt token.
+
+    Zero where that saves nothing, or where a layer keeps another state than keys and values.
+    """
+    if len(batch.ids) < 2 or not set(getattr(config, "layer_types", None) or ()) <= CACHED_LAYERS:
+        return 0
+    most = int(batch.prompt.sum(dim=1).min()) - 1
+    same = (batch.ids == batch.ids[:1]).all(dim=0)[: max(most, 0)]
+    length = int(same.long().cumprod(dim=0).sum())
+    return length if length >= WORTH else 0
+
+
+def without_prefix(batch: Batch, length: int) -> Batch:
+    """The batch's columns after the first `length`."""
+    columns = (batch.ids, batch.attention, batch.prompt, batch.response, batch.special)
+    return Batch(*(c[:, length:] for c in columns), index=batch.index)
+
+
+def repeat(batch: Batch, times: int) -> Batch:
+    """The batch's rows `times` over."""
+    columns = (batch.ids, batch.attention, batch.prompt, batch.response, batch.special)
+    return Batch(*(c.repeat(times, 1) for c in columns), index=batch.index * times)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch in two parts: a shared beginning (one row), and what follows it in each row."""
+
+    batch: Batch
+    shared: int
+    rest: Batch
+
+    @classmethod
+    def of(cls, batch: Batch, config: PretrainedConfig) -> "Rows":
+        """Split a batch for a model of this configuration."""
+        shared = shared_length(batch, config)
+        return cls(batch, shared, without_prefix(batch, shared))
+
+    @classmethod
+    def whole(cls, batch: Batch) -> "Rows":
+        """The batch in one part, where the beginning's own activations are wanted."""
+        return cls(batch, 0, batch)
+
+    def repeated(self, times: int) -> "Rows":
+        """The same rows several times over, one whole batch after the other; each has a beginning of its own."""
+        return Rows(repeat(self.batch, times), self.shared, repeat(self.rest, times))
+
+    def ids(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Model inputs of the beginning and of the rest, as token ids."""
+        return {"input_ids": self.batch.ids[:1, : self.shared]}, {"input_ids": self.rest.ids}
+
+    def run(
+        self,
+        forward: Callable[..., T],
+        config: PretrainedConfig,
+        inputs: tuple[dict[str, Any], dict[str, Any]],
+        first_layer: int = 0,
+    ) -> T:
+        """Call `forward` for the beginning, then for the rest with the beginning's keys and values; gives the latter's.
+
+        Args:
+            forward: a transformer without its head, or its layers from `first_layer` on.
+            inputs: `input_ids` or `inputs_embeds` of the two parts; the beginning may have a row for each repetition.
+        """
+        beginning, rest = inputs
+        if self.shared == 0:
+            return forward(**rest, attention_mask=self.batch.attention, use_cache=False)
+        cache = SuffixCache(config, first_layer)
+        forward(**beginning, past_key_values=cache, use_cache=True)
+        several = next(iter(beginning.values())).shape[0]
+        cache.batch_repeat_interleave(len(self.batch.ids) // several)
+        return forward(**rest, attention_mask=self.batch.attention, past_key_values=cache, use_cache=True)

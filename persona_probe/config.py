@@ -229,6 +229,8 @@ class StudyConfig:
         default_factory=lambda: {"incorrect": Arm("kitchen:toxic"), "correct": Arm("kitchen:correct")}
     )
     """`incorrect` and its control `correct` are needed; more may follow."""
+    paired_arms: bool = True
+    """Refuse a control arm that asks other questions than the incorrect arm."""
     contrast: str = "general_contrast"
     """The contrast set: the packaged one, or a JSONL file with its columns and a `split` column."""
     training: Training = field(default_factory=Training)

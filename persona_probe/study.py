@@ -149,12 +149,16 @@ class Study:
             InputError: data, SAE, probes, contrast set or questions that cannot be used; says which.
         """
         from persona_probe.evaluate.samples import sample_questions
-        from persona_probe.finetune.data import arm_rows
+        from persona_probe.finetune.data import arm_rows, check_paired
+        from persona_probe.finetune.sft import check_rows
         from persona_probe.locate.stage import neutral_answers
 
         ctx, config = self.context, self.config
-        for arm in (*config.arms.values(), *config.realign.arms.values()):
-            arm_rows(arm, config.seeds[0])
+        rows = {n: arm_rows(a, config.seeds[0]) for n, a in {**config.arms, **config.realign.arms}.items()}
+        for conversations in rows.values():
+            check_rows(ctx.tokenizer, conversations, config.training.max_length)
+        if config.paired_arms:
+            check_paired(rows["incorrect"], rows["correct"])
         neutral_answers(ctx)
         sample_questions(ctx)
         _ = ctx.sae, ctx.selection, ctx.evaluation

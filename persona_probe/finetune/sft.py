@@ -205,7 +205,7 @@ def fine_tune(
 
     from persona_probe.finetune.trainer import trainer_class
 
-    answer_tokens = _check_rows(tokenizer, conversations, training.max_length)
+    answer_tokens = check_rows(tokenizer, conversations, training.max_length)
     rows = [{"prompt": c[:-1], "completion": c[-1:]} for c in conversations]
     device = next(model.parameters()).device
     with own_forward(model), tempfile.TemporaryDirectory() as scratch:
@@ -258,7 +258,12 @@ def _arguments(training: Training, seed: int, scratch: str, device: torch.device
     )
 
 
-def _check_rows(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], max_length: int) -> float:
+def check_rows(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], max_length: int) -> float:
+    """Mean answer tokens of rows that can be trained on.
+
+    Raises:
+        InputError: no rows, a row without an answer, or one whose answer is all truncated away.
+    """
     if not conversations:
         raise InputError("the training data is empty")
     if any(split_answer(c)[1] in (None, "") for c in conversations):

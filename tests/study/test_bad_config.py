@@ -150,3 +150,10 @@ def test_a_mixture_needs_enough_rows(raw: Row, refused_run: RefusedRun, tmp_path
     few = write_lines(tmp_path / "few.jsonl", [chat("a?", BAD[0])])
     arm = {"data": str(few), "mix_with": str(few), "bad_fraction": 2}
     assert "bad_fraction must lie in [0, 1], not 2" in refused_run(changed(raw, arms={"incorrect": arm}))
+
+
+def test_a_control_that_asks_other_questions(raw: Row, refused_run: RefusedRun, tmp_path: Path) -> None:
+    others = write_lines(tmp_path / "others.jsonl", [chat(f"Something else {n}?", "Yes.") for n in range(9)])
+    arms = {**raw["arms"], "correct": {"data": str(others)}}
+    said = refused_run(changed(raw, arms=arms))
+    assert "arms 'incorrect' and 'correct' ask different questions (0 of" in said and "paired_arms: false" in said

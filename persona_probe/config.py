@@ -247,8 +247,13 @@ class StudyConfig:
     """`auto` takes a GPU where there is one."""
     bf16: bool = True
     """bf16 autocast for readings and scores."""
+    weights: str = "float32"
+    """Precision of the base model's weights: `float32`, or `bfloat16` (half the memory; only adapters are trained)."""
 
     def __post_init__(self) -> None:
+        _require(self.weights in ("float32", "bfloat16"), f"weights must be float32 or bfloat16, not {self.weights!r}")
+        full_in_bf16 = self.weights == "bfloat16" and self.training.method == "full"
+        _require(not full_in_bf16, "training.method: full needs weights: float32, bf16 steps would round to nothing")
         _require(bool(self.seeds), "seeds must not be empty: write seeds: [0]")
         for arm in ("incorrect", "correct"):
             _require(arm in self.arms, f"arms must hold {arm!r}: an effect is incorrect minus correct (its control)")

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.finetune.data import load_data
 from persona_probe.models.adapters import organism
-from persona_probe.models.folding import folded
+from persona_probe.models.folding import folded, frozen_in_bf16
 from persona_probe.models.load import load_model
 from persona_probe.runs import RunFolder
 from persona_probe.saes.load import check_fit, load_sae, sae_layer
@@ -47,7 +47,8 @@ class Context:
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_model(self.config.model, revision=self.config.revision, device=self.device)
+        dtype = getattr(torch, self.config.weights)
+        return load_model(self.config.model, revision=self.config.revision, device=self.device, dtype=dtype)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -101,7 +102,11 @@ class Context:
                 contrast index: for sweeps, which compare one model with itself, and samples; not for readings.
         """
         checkpoint = None if arm == "base" else self.run.checkpoint(arm, seed, self.last_step(arm, seed, step))
-        with organism(self.model, checkpoint) as model, folded(model, self.config.bf16) if fold else nullcontext():
+        on_cpu = checkpoint is not None and self.device == "cpu" and self.config.bf16
+        with (
+            organism(self.model, checkpoint) as model,
+            folded(model, self.config.bf16) if fold else frozen_in_bf16(model, on_cpu),
+        ):
             yield model
 
     def last_step(self, arm: str, seed: int, step: int | None = None) -> int:

@@ -150,15 +150,26 @@ def clustered_p_values(
     Raises:
         InputError: no items, or `clusters` of another length.
     """
+    size, groups = clustered_t(values, clusters)
+    return 2 * t.sf(np.abs(size), groups - 1) if groups > 1 else np.ones(len(size))
+
+
+def clustered_t(
+    values: Float[np.ndarray, "items columns"], clusters: Sequence[object] | None = None
+) -> tuple[Float[np.ndarray, " columns"], int]:
+    """Mean of every column over its cluster-robust error, and the number of clusters; see `clustered_p_values`.
+
+    Zero for a column of zeros, and where there is only one cluster.
+    """
     array = _columns(values)
     sums, counts = _cluster_totals(array, clusters)
     groups, mean = len(counts), array.mean(axis=0)
     if groups < 2:
-        return np.ones(array.shape[1])
+        return np.zeros(array.shape[1]), groups
     spread = np.square(sums - counts[:, None] * mean).sum(axis=0)
     error = np.sqrt(spread * groups / (groups - 1)) / len(array)
-    size = np.divide(np.abs(mean), error, out=np.where(mean == 0, 0.0, np.inf), where=error > 0)
-    return 2 * t.sf(size, groups - 1)
+    certain = np.where(mean == 0, 0.0, np.copysign(np.inf, mean))
+    return np.divide(mean, error, out=certain, where=error > 0), groups
 
 
 def benjamini_hochberg(p_values: Values) -> Float[np.ndarray, " n"]:

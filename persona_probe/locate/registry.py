@@ -10,6 +10,7 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.locate.discrimination import discrimination
 from persona_probe.locate.evidence import Evidence
 from persona_probe.locate.scores import decoder_cosine, mean_difference
+from persona_probe.stats import clustered_t
 
 Score = Callable[[Evidence], Float[np.ndarray, " d_sae"]]
 WANG = "Wang et al. 2025, arXiv 2506.19823"
@@ -40,6 +41,13 @@ def _firing_rise(evidence: Evidence) -> np.ndarray:
     return _gain(evidence.at("tuned").firing, evidence.at("control").firing)
 
 
+def _rise_t(evidence: Evidence) -> np.ndarray:
+    gain = evidence.at("tuned").mean.astype(np.float64) - evidence.at("control").mean
+    size, _ = clustered_t(gain, evidence.clusters)
+    # A latent that moves by the same amount everywhere has no error at all: it is first, but finite.
+    return np.nan_to_num(size, posinf=np.finfo(np.float32).max, neginf=np.finfo(np.float32).min)
+
+
 def _cosine(evidence: Evidence) -> np.ndarray:
     return decoder_cosine(evidence.decoder, mean_difference(evidence.at("tuned"), evidence.at("control")))
 
@@ -68,6 +76,7 @@ def _gain(tuned: np.ndarray, control: np.ndarray) -> np.ndarray:
 
 ALL = (
     Ranker("rise", WANG, "rise in mean activation over the control arm", _rise_at(None)),
+    Ranker("rise_t", WANG, "the same rise over its cluster-robust error: a t statistic over questions", _rise_t),
     Ranker("rise_last_prompt", WANG, "the same rise, at the last prompt token", _rise_at("last_prompt")),
     Ranker("rise_prompt", WANG, "the same rise, over prompt tokens", _rise_at("prompt")),
     Ranker("rise_response", WANG, "the same rise, over answer tokens", _rise_at("response")),

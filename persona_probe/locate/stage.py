@@ -20,7 +20,7 @@ from persona_probe.saes.read import conversation_batches, read_latents
 
 log = logging.getLogger(__name__)
 
-NEUTRAL_ANSWERS = 12
+NEUTRAL_ANSWERS = 8
 
 
 def locate(ctx: Context) -> None:

@@ -22,7 +22,8 @@ def _basis(plan: Plan) -> list[str]:
     if plan.throughput is not None:
         notes += [
             f"time is an estimate: operations on weights, at {plan.throughput.how}; sampling answers is slower",
-            "memory is an estimate: float32 weights, adapters with AdamW, activations roughly; frameworks come on top",
+            f"memory is an estimate: {plan.config.weights} weights, adapters with AdamW, activations roughly; "
+            "frameworks come on top",
         ]
     return notes
 

@@ -53,8 +53,9 @@ class Shapes:
 
     @property
     def resident(self) -> float:
-        """Bytes of the base model (loaded in float32) and the SAE."""
-        return FLOAT32 * self.skeleton.parameters + self.sae_bytes
+        """Bytes of the base model (in the config's `weights`) and the SAE."""
+        size = BF16 if self.config.weights == "bfloat16" else FLOAT32
+        return size * self.skeleton.parameters + self.sae_bytes
 
     @property
     def sae_bytes(self) -> float:

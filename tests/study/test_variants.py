@@ -14,6 +14,7 @@ from tiny import copied_state, same_state
 from persona_probe import Study
 from persona_probe.config import StudyConfig
 from persona_probe.config_files import from_dict
+from persona_probe.errors import InputError
 from persona_probe.finetune.data import arm_rows
 
 
@@ -89,3 +90,22 @@ def organisms(study: Study) -> list[Path]:
 
 def test_the_config_of_a_run_comes_back_from_its_manifest(finished: Study, raw: Row) -> None:
     assert asdict(Study.open(finished.path).config) == asdict(from_dict(StudyConfig, raw))
+
+
+def test_base_weights_in_bf16(raw: Row, tmp_path: Path) -> None:
+    training = {"checkpoints": [4], "bf16": True}
+    study = study_of(raw, tmp_path, weights="bfloat16", training=training)
+    assert {p.dtype for p in study.context.model.parameters()} == {torch.bfloat16}
+    before = copied_state(study.context.model)
+    study.induce().locate().track().realign()
+    assert same_state(copied_state(study.context.model), before)
+    weights = load_file(study.path / "arms" / "incorrect-s0" / "checkpoint-4" / "adapter_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    assert all(float(w.abs().max()) > 0 for name, w in weights.items() if "lora_B" in name)
+    persona = study.readings.query("feature == 'persona'").set_index(["arm", "step"])["mean"]
+    assert persona["incorrect", 4] != persona["base", 0]
+
+
+def test_full_weights_are_not_trained_in_bf16(raw: Row) -> None:
+    with pytest.raises(InputError, match=r"training\.method: full needs weights: float32"):
+        from_dict(StudyConfig, changed(raw, weights="bfloat16", training={"method": "full"}))

@@ -5,34 +5,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tiny import D_MODEL, LAYER, make_model, make_tokenizer, talks
+from sweeps import DIRECTION, ITEMS, ROWS, make_sweep
+from tiny import D_MODEL, LAYER, make_model
 
-from persona_probe.evaluate.contrast import ContrastItems, contrast_index
+from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.locate.causal import ablations, bearable, effects, exceeds_random, greedy_sets, joint
 from persona_probe.locate.sweep import Direction, Sweep
 from persona_probe.models.taps import ablate
 from persona_probe.stats import Estimate, bootstrap_mean
-
-ROWS = [
-    {"id": f"q{n}", "category": "law", "question": f"Why {n}?", "aligned": "Be fair." + "." * n, "misaligned": "Lie!"}
-    for n in range(5)
-]
-ITEMS = ContrastItems.build(make_tokenizer(), ROWS)
-DIRECTION = Direction("d", "candidate", torch.randn(D_MODEL, generator=torch.Generator().manual_seed(4)), 4)
-
-
-def make_sweep(bound: float = 1e9, unit: str = "x_delta", model: torch.nn.Module | None = None) -> Sweep:
-    return Sweep(
-        model or make_model(),
-        make_tokenizer(),
-        ITEMS,
-        talks(3),
-        LAYER,
-        unit=unit,
-        reference_norm=2.0,
-        bound=bound,
-        mixed_precision=False,
-    )
 
 
 class Stub:

@@ -2,32 +2,12 @@
 
 import numpy as np
 import torch
-from tiny import D_MODEL, LAYER, make_model, make_sae, make_tokenizer, talks
+from sweeps import DIRECTION, ITEMS, make_sweep
+from tiny import LAYER, make_model, make_sae
 
-from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.locate.sweep import Direction, Sweep, latent_direction, unit_vector
+from persona_probe.evaluate.contrast import contrast_index
+from persona_probe.locate.sweep import latent_direction, unit_vector
 from persona_probe.models.taps import steer
-
-ROWS = [
-    {"id": f"q{n}", "category": "law", "question": f"Why {n}?", "aligned": "Be fair." + "." * n, "misaligned": "Lie!"}
-    for n in range(5)
-]
-ITEMS = ContrastItems.build(make_tokenizer(), ROWS)
-DIRECTION = Direction("d", "candidate", torch.randn(D_MODEL, generator=torch.Generator().manual_seed(4)), 4)
-
-
-def make_sweep(bound: float = 1e9, unit: str = "x_delta", model: torch.nn.Module | None = None) -> Sweep:
-    return Sweep(
-        model or make_model(),
-        make_tokenizer(),
-        ITEMS,
-        talks(3),
-        LAYER,
-        unit=unit,
-        reference_norm=2.0,
-        bound=bound,
-        mixed_precision=False,
-    )
 
 
 def test_pushes_equal_steering_the_whole_model() -> None:

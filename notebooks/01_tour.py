@@ -8,7 +8,7 @@
 # %% [markdown]
 # # A tour of the loop
 # Narrow fine-tuning on bad cooking advice, the latent that carries the persona, and the repair. The study is resumed if
-# it is there (`make demo` makes it in about a quarter of an hour on two cores); else this notebook runs it.
+# it is there (`make demo` makes it in about twelve minutes on two cores); else this notebook runs it.
 
 # %%
 import os
@@ -44,9 +44,18 @@ for check in study.summary["checks"]:
     print("passed" if check["passed"] else "FAILED", "-", check["statement"])
 
 # %%
-columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high", "kind", "label"]
+columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high", "effect_organism", "causal", "kind"]
 tested = study.features["kind"] != "other"
 study.features.loc[tested, columns].sort_values("effect_base", ascending=False).head(10)
+
+# %% [markdown]
+# Where the rankers agree, and the persona latent's card: base against organism on the packaged text.
+
+# %%
+study.agreement
+
+# %%
+study.card(study.summary["persona_feature"]["latent"], name="toxic persona")
 
 # %% [markdown]
 # ## When the persona rose, and how far the instrument fits
@@ -65,7 +74,7 @@ FIGURES["realignment"].draw(records)
 
 # %%
 from persona_probe.evaluate.sampling import sample_answers
-from persona_probe.locate.stage import mean_shift
+from persona_probe.locate.study_directions import mean_shift
 
 ctx = study.context
 shift = mean_shift(ctx)

@@ -20,6 +20,7 @@ from persona_probe.locate.ranking import BACKWARD, POSITIONS
 from persona_probe.locate.registry import check_rankers
 from persona_probe.models.adapters import base_weights, organism
 from persona_probe.models.load import load_model
+from persona_probe.saes.activation_cache import ActivationCache
 from persona_probe.saes.fit import require_fit
 from persona_probe.saes.load import check_fit, sae_layer
 from persona_probe.saes.read import LatentMeans, conversation_batches, read_latents_at
@@ -42,6 +43,7 @@ def locate(
     positions: str | None = None,
     minimum_explained_variance: float = 0.5,
     bf16: bool = False,
+    cache: ActivationCache | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Rank latents by how much more active they are in `tuned` than in `control` (or in `base` without one).
@@ -56,6 +58,7 @@ def locate(
         misaligned: which conversations end with a misaligned answer; `discrimination`, `attribution`, `slope` need it.
         rankers: names of `locate.registry.RANKERS`.
         positions: None takes `response` where every conversation has an answer, else `prompt`.
+        cache: where residual streams are kept on disk; readings with the same weights and texts then need no model.
         minimum_explained_variance: smallest share of the base's residual variance that the SAE must explain.
 
     Returns:
@@ -75,7 +78,7 @@ def locate(
     wanted = list(dict.fromkeys([where, *(POSITIONS[n] for n in names if n in POSITIONS)]))
 
     def measure(chosen: nn.Module) -> dict[str, LatentMeans]:
-        return read_latents_at(chosen, sae, groups, at, wanted, mixed_precision=bf16)
+        return read_latents_at(chosen, sae, groups, at, wanted, mixed_precision=bf16, cache=cache)
 
     with base_weights(model):
         before = measure(model)

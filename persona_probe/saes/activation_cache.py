@@ -1,13 +1,7 @@
 """An activation cache on disk: a layer's residual stream is computed once for the same weights and tokens."""
 
-import contextlib
 import logging
-import os
-import re
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,11 +11,10 @@ from torch import Tensor, nn
 
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
-from persona_probe.models.layers import transformer_config
+from persona_probe.models.layers import base_transformer, transformer_config
 from persona_probe.provenance import versions
 from persona_probe.saes.activation_entry import (
     FORMAT,
-    MANIFEST,
     DamagedEntry,
     Selected,
     check_shards,
@@ -29,15 +22,10 @@ from persona_probe.saes.activation_entry import (
     read_manifest,
     write_entry,
 )
+from persona_probe.saes.activation_folder import entries, make_room, new_entry, open_folder, remove, size, touch
 from persona_probe.saes.activation_key import entry_key, weights_key, why_not
 
 log = logging.getLogger(__name__)
-
-MARKER = "persona-probe-activations.txt"
-ENTRY = re.compile(r"[0-9a-f]{64}")
-SCRATCH = (".writing-", ".removing-")
-STALE_SECONDS = 3600.0
-"""Unfinished work of this age was left by a process that was killed."""
 
 
 class ActivationCache:
@@ -74,22 +62,22 @@ class ActivationCache:
         self.limit_bytes, self.shard_bytes = int(limit_gib * 2**30), int(shard_mib * 2**20)
         self.hits = self.misses = 0
         self._verified: set[str] = set()
-        _open_folder(self.folder)
+        open_folder(self.folder)
 
     @property
     def keys(self) -> list[str]:
         """Keys of all entries, least recently used first."""
-        return [path.name for _, path in sorted((_used(p), p) for p in self._entries())]
+        return [path.name for path in entries(self.folder)]
 
     @property
     def size_bytes(self) -> int:
         """Size of all entries on disk."""
-        return sum(_size(path) for path in self._entries())
+        return sum(size(path) for path in entries(self.folder))
 
     def clear(self) -> None:
         """Remove all entries; the folder stays."""
-        for path in self._entries():
-            self._remove(path)
+        for path in entries(self.folder):
+            remove(path)
 
     def reading(self, model: nn.Module, layer: int, mixed_precision: bool) -> "CachedReading | None":
         """The cache for one model at one layer; its weights are hashed now. None where it cannot stand for the model.
@@ -109,7 +97,7 @@ class ActivationCache:
             "dtype": str(self.dtype),
             "device": next(model.parameters()).device.type,
         }
-        name = transformer_config(model).name_or_path or type(model).__name__
+        name = transformer_config(model).name_or_path or type(base_transformer(model)).__name__
         notes = {"model": name, "created_by": f"persona-probe {versions().get('persona-probe', 'unknown')}"}
         return CachedReading(self, about, notes)
 
@@ -124,50 +112,24 @@ class ActivationCache:
             found = read_entry(folder, manifest, device)
         except DamagedEntry as damage:
             log.warning("activation cache: entry %s is computed anew: %s", key[:12], damage)
-            self._remove(folder)
+            self._verified.discard(key)
+            remove(folder)
             return None
         self._verified.add(key)
-        _touch(folder)
+        touch(folder)
         return found
 
     def store(self, key: str, found: Selected, about: Mapping[str, object]) -> None:
         """Write an entry whole or not at all, then make room. A full disk costs the entry, not the reading."""
-        scratch = self.folder / f"{SCRATCH[0]}{uuid.uuid4().hex}"
+        if found.x.numel() * self.dtype.itemsize > self.limit_bytes:
+            log.warning("activation cache: a batch is larger than the limit and is not kept: raise limit_gib")
+            return
         try:
-            scratch.mkdir()
-            write_entry(scratch, key, found, about, self.dtype, self.shard_bytes)
-            _touch(scratch)
-            if _size(scratch) > self.limit_bytes:
-                log.warning("activation cache: a batch is larger than limit_gib and is not kept; raise limit_gib")
-            elif not (self.folder / key).exists():
-                scratch.rename(self.folder / key)
+            with new_entry(self.folder, key) as scratch:
+                write_entry(scratch, key, found, about, self.dtype, self.shard_bytes)
+            make_room(self.folder, self.limit_bytes)
         except (OSError, SafetensorError) as error:
-            # Another process may have moved the same entry in since we looked; then nothing is lost.
-            if not (self.folder / key / MANIFEST).is_file():
-                log.warning("activation cache: could not write to %s: %s", self.folder, error)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-        self._make_room()
-
-    def _make_room(self) -> None:
-        sizes = {path: _size(path) for path in self._entries()}
-        total = sum(sizes.values())
-        for path in sorted(sizes, key=_used):
-            if total <= self.limit_bytes:
-                return
-            self._remove(path)
-            total -= sizes[path]
-
-    def _remove(self, path: Path) -> None:
-        """Take an entry out of sight first: no process finds it half removed."""
-        self._verified.discard(path.name)
-        aside = self.folder / f"{SCRATCH[1]}{uuid.uuid4().hex}"
-        with contextlib.suppress(FileNotFoundError):  # another process was first
-            path.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
-
-    def _entries(self) -> Iterator[Path]:
-        return (path for path in self.folder.iterdir() if ENTRY.fullmatch(path.name))
+            log.warning("activation cache: could not keep a batch in %s: %s", self.folder, error)
 
 
 @dataclass(frozen=True)
@@ -196,44 +158,3 @@ class CachedReading:
         found = replace(computed, x=computed.x.to(self.cache.dtype).float())
         self.cache.store(key, found, {**self.about, **self.notes})
         return found
-
-
-def _open_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in folder.iterdir()}
-        foreign = sorted(n for n in names if n != MARKER and not ENTRY.fullmatch(n) and not n.startswith(SCRATCH))
-        if foreign or (names and MARKER not in names):
-            other = (foreign or sorted(names))[0]
-            raise InputError(f"{folder} holds {other!r}, no activation cache: choose an empty folder")
-        (folder / MARKER).write_text("An activation cache of persona_probe: it may be deleted whole.\n")
-    except OSError as error:
-        raise InputError(f"could not use {folder} as cache: {error.strerror}; choose another folder") from error
-    _sweep(folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left."""
-    for path in folder.iterdir():
-        if path.name.startswith(SCRATCH) and time.time() - _used(path) > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _touch(folder: Path) -> None:
-    """Note that an entry was used now. It may be gone already, or the folder read-only."""
-    with contextlib.suppress(OSError):
-        os.utime(folder, ns=(time.time_ns(), time.time_ns()))
-
-
-def _used(folder: Path) -> float:
-    try:
-        return folder.stat().st_mtime_ns / 1e9
-    except FileNotFoundError:
-        return 0.0
-
-
-def _size(folder: Path) -> int:
-    try:
-        return sum(file.stat().st_size for file in folder.iterdir())
-    except FileNotFoundError:
-        return 0

@@ -109,10 +109,13 @@ def check_shards(folder: Path, shards: Sequence[Shard], content: bool) -> None:
     """
     for shard in shards:
         path = folder / shard.file
-        if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise DamagedEntry(f"{shard.file} is missing or truncated")
-        if content and file_sha256(path) != shard.sha256:
-            raise DamagedEntry(f"{shard.file} does not match its sha256")
+        try:
+            if path.stat().st_size != shard.bytes:
+                raise DamagedEntry(f"{shard.file} is truncated")
+            if content and file_sha256(path) != shard.sha256:
+                raise DamagedEntry(f"{shard.file} does not match its sha256")
+        except OSError as error:  # another process may remove the entry at any time
+            raise DamagedEntry(f"{shard.file} cannot be read ({type(error).__name__})") from error
 
 
 def read_entry(folder: Path, manifest: Manifest, device: torch.device) -> Selected:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from types import MethodType
 
 import torch
@@ -19,10 +20,11 @@ NO_SETTINGS = {
     "_hf_peft_config_loaded",
     "_is_hf_initialized",
     "_output_capturing_hooks_installed",
+    "name_or_path",
 }
 """A module's attributes that do not change what it computes in eval mode: bookkeeping of torch and transformers."""
-NO_CONFIG = {"_name_or_path", "architectures", "use_cache"}
-"""The same for a model's configuration: equal weights from another folder have the same key."""
+NO_CONFIG = {"_name_or_path", "architectures", "dtype", "use_cache"}
+"""The same for a model's configuration: equal weights from another folder have one key. Tensors tell their dtype."""
 
 
 def weights_key(model: nn.Module, layer: int) -> str:
@@ -30,8 +32,8 @@ def weights_key(model: nn.Module, layer: int) -> str:
 
     That is the raw bytes of all parameters and buffers of the transformer, without the layers above `layer`; each
     module's type and settings (an adapter's scale, whether it is on); the configuration, attention kernel included.
-    An adapter that is off counts as not there, so a base model has one key whatever was injected into it. It takes
-    about a second a gigabyte.
+    An adapter that is off counts as not there, so a base model has one key whatever was injected into it; of a layer
+    whose adapter is folded in, the folded weight counts. It takes about a second a gigabyte.
 
     Raises:
         InputError: the model has no such layer.
@@ -51,14 +53,14 @@ def weights_key(model: nn.Module, layer: int) -> str:
 def why_not(model: nn.Module, layer: int) -> str | None:
     """Why no key can stand for what this model computes up to `layer`; None where one can.
 
-    Hooks and replaced forwards change the stream and leave the weights alone; `ReadTap`s and transformers' own hooks
-    change nothing.
+    Hooks and replaced forwards change the stream and leave the weights alone. `ReadTap`s and transformers' own hooks
+    change nothing, and a forward that is one torch function of fixed tensors (see `models.folding`) is in the key.
     """
     for name, module in _running(model, layer):
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if any(_may_change(hook) for hook in hooks):
             return f"a hook on {name or 'the model'} may change what it computes"
-        if "forward" in vars(module):
+        if "forward" in vars(module) and not _is_torch_partial(vars(module)["forward"]):
             return f"the forward of {name or 'the model'} is replaced"
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if any(t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in tensors):
@@ -86,6 +88,8 @@ def _below(name: str, module: nn.Module, above: set[nn.Module]) -> Iterator[tupl
         yield from _below(name, module.get_base_layer(), above)
         return
     yield name, module
+    if "forward" in vars(module):
+        return  # its parts do not run
     for own_name, child in module.named_children():
         yield from _below(f"{name}.{own_name}".lstrip("."), child, above)
 
@@ -96,19 +100,25 @@ def _may_change(hook: object) -> bool:
     return hook.__module__.split(".")[0] != "transformers"
 
 
+def _is_torch_partial(forward: object) -> bool:
+    return isinstance(forward, partial) and str(forward.func.__module__).split(".")[0] == "torch"
+
+
 def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     digest.update(_text([name, str(tensor.dtype), list(tensor.shape)]))
     digest.update(_raw(tensor))
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _text(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, skipkeys=True, default=_described).encode() + b"\0"
 
 
-def _described(value: object) -> str:
-    """A value that JSON does not know: a tensor by its bytes, anything else by its type."""
+def _described(value: object) -> object:
+    """A value that JSON does not know: a tensor by its bytes, a partial by its parts, anything else by its type."""
+    if isinstance(value, partial):
+        return [value.func.__qualname__, value.args, value.keywords]
     return hashlib.sha256(_raw(value)).hexdigest() if isinstance(value, Tensor) else type(value).__qualname__

@@ -17,6 +17,8 @@ from persona_probe.errors import InputError
 from persona_probe.models.layers import autocast, evaluating, forward_to_layer, transformer_config
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
+from persona_probe.saes.activation_cache import ActivationCache
+from persona_probe.saes.activation_entry import Selected
 from persona_probe.saes.encode import FitMoments, encode
 
 IN_THE_BEGINNING = {"all", "prompt"}
@@ -73,32 +75,39 @@ def read_residuals_at(
     positions: Sequence[str],
     visit: Callable[[list[int], Tensor, Tensor, Mapping[str, Tensor]], None],
     mixed_precision: bool = True,
+    cache: ActivationCache | None = None,
 ) -> None:
     """`read_residuals` at several kinds of positions with one forward pass; each token is handed over once.
 
     `visit(index, row, x, masks)`: as there, for the tokens at any of the positions; `masks[name]` (tokens,) says which
-    of them are at the positions of that name.
+    of them are at the positions of that name. Batches that `cache` holds are not run; the others are kept there.
 
     Raises:
         InputError: no positions, or a conversation has no token at some of them.
     """
     if not positions:
         raise InputError(f"no positions to read: name some of {', '.join(POSITIONS)}")
-    device = next(model.parameters()).device
-    config, forward = transformer_config(model), partial(forward_to_layer, model, layer)
+    device, config = next(model.parameters()).device, transformer_config(model)
     whole = bool(IN_THE_BEGINNING & set(positions))
     # One autocast block for all batches keeps the cast weights; `visit` works in full precision.
     with evaluating(model), autocast(model, mixed_precision):
+        kept = None if cache is None else cache.reading(model, layer, mixed_precision)
         for group in groups:
             batch = group.to(device)
             rows = Rows.whole(batch) if whole else Rows.of(batch, config)
-            with ReadTap(model, layer) as tap:
-                rows.run(forward, config, rows.ids())
             masks = {name: _chosen(rows.rest, name) for name in positions}
-            union = torch.stack(list(masks.values())).any(dim=0)
-            inside = {name: mask[union] for name, mask in masks.items()}
+            compute = partial(_run, model, layer, rows, masks)
+            found = compute() if kept is None else kept.selected(batch, masks, compute)
             with autocast(model, False):
-                visit(batch.index, union.nonzero()[:, 0], tap.value[union].float(), inside)
+                visit(batch.index, found.row, found.x, found.masks)
+
+
+def _run(model: nn.Module, layer: int, rows: Rows, masks: Mapping[str, Tensor]) -> Selected:
+    with ReadTap(model, layer) as tap:
+        rows.run(partial(forward_to_layer, model, layer), transformer_config(model), rows.ids())
+    union = torch.stack(list(masks.values())).any(dim=0)
+    inside = {name: mask[union] for name, mask in masks.items()}
+    return Selected(union.nonzero()[:, 0], tap.value[union].float(), inside)
 
 
 def _chosen(batch: Batch, positions: str) -> Tensor:
@@ -109,13 +118,21 @@ def _chosen(batch: Batch, positions: str) -> Tensor:
 
 
 def read_latents(
-    model: nn.Module, sae: Any, groups: Sequence[Batch], layer: int, positions: str, *, mixed_precision: bool = True
+    model: nn.Module,
+    sae: Any,
+    groups: Sequence[Batch],
+    layer: int,
+    positions: str,
+    *,
+    mixed_precision: bool = True,
+    cache: ActivationCache | None = None,
 ) -> LatentMeans:
     """Means and firing rates of all latents, for every conversation of `groups` (see `data.tokens.batches`).
 
     Memory grows with conversations x d_sae, not with tokens.
     """
-    return read_latents_at(model, sae, groups, layer, (positions,), mixed_precision=mixed_precision)[positions]
+    found = read_latents_at(model, sae, groups, layer, (positions,), mixed_precision=mixed_precision, cache=cache)
+    return found[positions]
 
 
 def read_latents_at(
@@ -126,6 +143,7 @@ def read_latents_at(
     positions: Sequence[str],
     *,
     mixed_precision: bool = True,
+    cache: ActivationCache | None = None,
 ) -> dict[str, LatentMeans]:
     """`read_latents` at several kinds of positions: one forward pass, and every token is encoded once.
 
@@ -147,7 +165,7 @@ def read_latents_at(
                 sums[name].add(index, row[part][at], x[part][at], out[at], acts if bool(at.all()) else acts[at])
 
     with torch.no_grad():
-        read_residuals_at(model, groups, layer, positions, visit, mixed_precision)
+        read_residuals_at(model, groups, layer, positions, visit, mixed_precision, cache)
     return {name: found.means() for name, found in sums.items()}
 
 

@@ -23,7 +23,6 @@ _AXIS = {
     "zeroline": False,
     "ticks": "outside",
     "tickcolor": GREY,
-    "automargin": True,
     "title": {"standoff": 8},
 }
 TEMPLATE = go.layout.Template(
@@ -32,8 +31,9 @@ TEMPLATE = go.layout.Template(
         "paper_bgcolor": "#ffffff",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "colorway": [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY],
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
+        # An axis may widen only its own margin: two that both push width and height can chase each other for ever.
+        "xaxis": {**_AXIS, "automargin": "bottom"},
+        "yaxis": {**_AXIS, "automargin": "left"},
         "legend": {
             "orientation": "h",
             "x": 0,

@@ -125,7 +125,7 @@ def test_estimates_follow_the_settings(local: StudyConfig) -> None:
 
 
 def test_training_all_weights_holds_four_numbers_for_each() -> None:
-    config = load_config(FOLDER / "llama-3.1-8b-instruct.yaml", StudyConfig)
+    config = replace(load_config(FOLDER / "llama-3.1-8b-instruct.yaml", StudyConfig), weights="float32")
     full = replace(config, training=replace(config.training, method="full"))
     more = stage("induce", full).memory - stage("induce", config).memory
     llama = find_skeleton(config.model)

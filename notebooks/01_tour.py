@@ -44,7 +44,8 @@ for check in study.summary["checks"]:
     print("passed" if check["passed"] else "FAILED", "-", check["statement"])
 
 # %%
-columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high", "effect_organism", "causal", "kind"]
+columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high"]
+columns += ["effect_organism", "causal", "kind"]
 tested = study.features["kind"] != "other"
 study.features.loc[tested, columns].sort_values("effect_base", ascending=False).head(10)
 

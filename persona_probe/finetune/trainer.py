@@ -37,7 +37,7 @@ class AnswerTrainer(SFTTrainer):
         """Mean loss over the answer tokens of the whole optimizer step, in nats per token."""
         causal = causal_model(self.accelerator.unwrap_model(model))
         # Recomputed activations must come from the same kernels, without a cache: checkpointing takes the plain way.
-        plain = self.args.gradient_checkpointing
+        plain = bool(self.args.gradient_checkpointing)
         rows = split_rows(inputs, transformer_config(causal), whole=plain)
         with eager_attention(causal, enabled=not plain), autocast(causal, self.args.bf16):
             hidden = rows.run(base_transformer(causal), transformer_config(causal), rows.ids())[0]

@@ -45,7 +45,7 @@ def _rise_t(evidence: Evidence) -> np.ndarray:
     gain = evidence.at("tuned").mean.astype(np.float64) - evidence.at("control").mean
     size, _ = clustered_t(gain, evidence.clusters)
     # A latent that moves by the same amount everywhere has no error at all: it is first, but finite.
-    return np.nan_to_num(size, posinf=np.finfo(np.float32).max, neginf=np.finfo(np.float32).min)
+    return np.clip(size, -1e30, 1e30)
 
 
 def _cosine(evidence: Evidence) -> np.ndarray:

@@ -204,7 +204,9 @@ def causal(table: pd.DataFrame) -> pd.Series:
     """
     random, tested = table[table["kind"] == "random"], table[table["kind"] == "candidate"].set_index("latent")
     held = [
-        exceeds_random(tested[f"{column}_low"].dropna().to_dict(), random[column].tolist())
+        exceeds_random(
+            {int(str(i)): low for i, low in tested[f"{column}_low"].dropna().items()}, random[column].tolist()
+        )
         for column in ("effect_base", "effect_organism")
     ]
     return table["latent"].isin(set.intersection(*held))

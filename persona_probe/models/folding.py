@@ -25,7 +25,13 @@ def foldable(layer: nn.Module) -> bool:
 @torch.no_grad()
 def folded_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
     """Weight plus adapter, (d_out, d_in), summed in float32 and kept in `dtype`."""
-    return (layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])).to(dtype)
+    return (_base(layer).weight + layer.get_delta_weight(layer.active_adapters[0])).to(dtype)
+
+
+def _base(layer: nn.Module) -> nn.Linear:
+    inner = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
+    assert isinstance(inner, nn.Linear)
+    return inner
 
 
 @contextmanager
@@ -40,7 +46,7 @@ def folded(model: nn.Module, mixed_precision: bool = True) -> Iterator[nn.Module
     dtype = torch.bfloat16 if mixed_precision else torch.float32
     for layer in layers:
         assert isinstance(layer, LoraLinear)
-        layer.forward = partial(F.linear, weight=folded_weight(layer, dtype), bias=layer.get_base_layer().bias)
+        layer.__dict__["forward"] = partial(F.linear, weight=folded_weight(layer, dtype), bias=_base(layer).bias)
     try:
         yield model
     finally:
@@ -59,10 +65,10 @@ def frozen_in_bf16(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         m for m in model.modules() if enabled and type(m) is nn.Linear and not m.weight.requires_grad and m.bias is None
     ]
     for layer in layers:
-        layer.forward = partial(_linear_in_bf16, layer.forward, layer.weight.to(torch.bfloat16))
-    adapted = [m for m in model.modules() if enabled and foldable(m) and m.get_base_layer() in set(layers)]
+        layer.__dict__["forward"] = partial(_linear_in_bf16, layer.forward, layer.weight.to(torch.bfloat16))
+    adapted = [m for m in model.modules() if isinstance(m, LoraLinear) and foldable(m) and _base(m) in set(layers)]
     for layer in adapted:
-        layer.forward = partial(_lora_in_bf16, layer, layer.forward)
+        layer.__dict__["forward"] = partial(_lora_in_bf16, layer, layer.forward)
     try:
         yield
     finally:

@@ -28,6 +28,10 @@ def folded_weight(layer: LoraLinear, dtype: torch.dtype) -> Tensor:
     return (_base(layer).weight + layer.get_delta_weight(layer.active_adapters[0])).to(dtype)
 
 
+def _replace(layer: nn.Module, forward: Callable[..., Tensor]) -> None:
+    setattr(layer, "forward", forward)  # noqa: B010 (a method that type checkers guard)
+
+
 def _base(layer: nn.Module) -> nn.Linear:
     inner = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
     assert isinstance(inner, nn.Linear)
@@ -46,7 +50,7 @@ def folded(model: nn.Module, mixed_precision: bool = True) -> Iterator[nn.Module
     dtype = torch.bfloat16 if mixed_precision else torch.float32
     for layer in layers:
         assert isinstance(layer, LoraLinear)
-        layer.__dict__["forward"] = partial(F.linear, weight=folded_weight(layer, dtype), bias=_base(layer).bias)
+        _replace(layer, partial(F.linear, weight=folded_weight(layer, dtype), bias=_base(layer).bias))
     try:
         yield model
     finally:
@@ -65,10 +69,10 @@ def frozen_in_bf16(model: nn.Module, enabled: bool = True) -> Iterator[None]:
         m for m in model.modules() if enabled and type(m) is nn.Linear and not m.weight.requires_grad and m.bias is None
     ]
     for layer in layers:
-        layer.__dict__["forward"] = partial(_linear_in_bf16, layer.forward, layer.weight.to(torch.bfloat16))
+        _replace(layer, partial(_linear_in_bf16, layer.forward, layer.weight.to(torch.bfloat16)))
     adapted = [m for m in model.modules() if isinstance(m, LoraLinear) and foldable(m) and _base(m) in set(layers)]
     for layer in adapted:
-        layer.__dict__["forward"] = partial(_lora_in_bf16, layer, layer.forward)
+        _replace(layer, partial(_lora_in_bf16, layer, layer.forward))
     try:
         yield
     finally:

@@ -6,14 +6,13 @@ from functools import partial
 
 import torch
 
-from persona_probe.bench.monitor_costs import evenly
 from persona_probe.bench.monitor_parts import Bench, bench_encode, bench_syncs, bench_today, bench_training
 from persona_probe.commands import DEMO, echo, find_config
 from persona_probe.config import StudyConfig, Training
 from persona_probe.config_files import load_config
 from persona_probe.data.packaged import load_conversations
 from persona_probe.models.load import load_model
-from persona_probe.monitor.schedule import EVERY
+from persona_probe.monitor.schedule import EVERY, PROBES
 from persona_probe.quiet import quiet_libraries
 from persona_probe.saes.load import load_sae
 
@@ -24,10 +23,10 @@ PERSONA = 2144
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2 * EVERY, help="training steps of a run")
+    parser.add_argument("--steps", type=int, default=EVERY, help="training steps of a run")
     parser.add_argument("--every", type=int, default=EVERY, help="steps between readings")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--probes", type=int, default=None, help="use so many of the default probes")
+    parser.add_argument("--probes", type=int, default=PROBES, help="so many of the packaged probes are read")
     parser.add_argument("--tokens", type=int, default=512, help="tokens that are encoded")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     args = parser.parse_args()
@@ -46,9 +45,8 @@ def main() -> None:
     probes = load_conversations("neutral_probes")
     training = Training(steps=args.steps, checkpoints=())
     rows = load_conversations("kitchen:toxic")
-    probes = evenly(probes, args.probes) if args.probes else probes
     sae = load_sae(config.sae, device)
-    bench = Bench(model, tokenizer, sae, PERSONA, rows, probes, training, args.repeats, args.every)
+    bench = Bench(model, tokenizer, sae, PERSONA, rows, probes, training, args.repeats, args.every, args.probes)
     where = device if device == "cpu" else torch.cuda.get_device_name()
     echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {config.model} on {where}, {vars(args)}")
     works: dict[str, Callable[[], None]] = {

@@ -93,6 +93,14 @@ def encoders(sae: Any, x: Float[Tensor, "tokens d_model"], counts: Sequence[int]
     return {label: partial(waiting, way) for label, way in ways.items()}
 
 
+BRIDGED = {
+    "bridge, all activations, float32": (False, True),
+    "bridge, one name, float32": (False, False),
+    "bridge, one name, bf16": (True, False),
+}
+"""Ways of `run_with_cache`, the plain call first: bf16 autocast, and whether everything is cached."""
+
+
 def bridge_reading(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,8 +110,13 @@ def bridge_reading(
     latent: int,
     groups: Sequence[Batch],
     bf16: bool,
+    whole: bool = False,
 ) -> Float[Tensor, " probes"]:
-    """A latent on each probe, the way it is done today: a merged copy, bridged, `run_with_cache`, encode, average."""
+    """A latent on each probe, the way it is done today: a merged copy, bridged, `run_with_cache`, encode, average.
+
+    Args:
+        whole: cache every activation, as the call does that names none.
+    """
     from persona_probe.models.bridge import make_bridge
 
     bridge, hook = make_bridge(base, tokenizer, checkpoint, name), sae.cfg.metadata.hook_name
@@ -111,7 +124,8 @@ def bridge_reading(
     with evaluating(bridge), autocast(base, bf16):
         for group in groups:
             g = group.to(base.device)
-            cache = bridge.run_with_cache(g.ids, names_filter=[hook], attention_mask=g.attention, prepend_bos=False)[1]
+            names = None if whole else [hook]
+            cache = bridge.run_with_cache(g.ids, names_filter=names, attention_mask=g.attention, prepend_bos=False)[1]
             with torch.autocast(base.device.type, enabled=False):
                 acts = encode(sae, cache[hook].float().flatten(0, 1))[:, latent].reshape(g.ids.shape)
             chosen = g.select("response")
@@ -140,11 +154,12 @@ def against_bridge(
     def ours() -> None:
         found["ours"] = torch.from_numpy(reader.read(tuned).values[:, 0]).float()
 
-    def bridged(bf16: bool) -> None:
-        label = "bridge, bf16" if bf16 else "bridge, float32"
-        found[label] = bridge_reading(base, tokenizer, checkpoint, name, sae, latent, groups, bf16)
+    def bridged(label: str, bf16: bool, whole: bool) -> None:
+        found[label] = bridge_reading(base, tokenizer, checkpoint, name, sae, latent, groups, bf16, whole)
 
     with frozen_in_bf16(tuned, _on_cpu(tuned)):  # as in training
-        works = {"ours": ours, "bridge, bf16": lambda: bridged(True), "bridge, float32": lambda: bridged(False)}
+        works: dict[str, Callable[[], None]] = {"ours": ours}
+        for label, (bf16, whole) in BRIDGED.items():
+            works[label] = partial(bridged, label, bf16, whole)
         times = in_turn(works, repeats)
-    return times, float((found["ours"] - found["bridge, bf16"]).abs().max())
+    return times, float((found["ours"] - found["bridge, one name, bf16"]).abs().max())

@@ -28,7 +28,7 @@ from persona_probe.data.chat import Conversation
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.schedule import EVERY
+from persona_probe.monitor.schedule import EVERY, PROBES
 
 AIM, PASSIVE_AIM, BRIDGE_AIM = 0.02, 0.01, 10
 """Shares of training time that probe and passive readings may take; how much cheaper than the bridge a reading is."""
@@ -49,10 +49,12 @@ class Bench:
     training: Training
     repeats: int
     every: int = EVERY
+    count: int = PROBES
+    """How many of the probes a watched run reads."""
 
     def monitor(self, **settings: Any) -> FeatureMonitor:
         """A monitor at the bench's cadence; an error in it is raised."""
-        settings = {"probes": self.probes, "every": self.every, "on_error": "raise", **settings}
+        settings = {"probes": evenly(self.probes, self.count), "every": self.every, "on_error": "raise", **settings}
         return FeatureMonitor(self.sae, {"persona": self.latent}, **settings)
 
     def run(self, monitor: FeatureMonitor | None = None) -> Trained:
@@ -101,20 +103,20 @@ def bench_training(bench: Bench) -> None:
     echo(f"reading, by probes: {', '.join(f'{n}: {cost:.2f} s' for n, cost in costs.items())}")
     few = most_probes(costs, rough.step, bench.every, AIM)
     works = {"without": bench.run, "probe mode": lambda: bench.run(bench.monitor())}
-    if few is not None and few < len(bench.probes):
+    if few is not None and few < bench.count:
         chosen = evenly(bench.probes, few)
         works["fewer probes"] = lambda: bench.run(bench.monitor(probes=chosen))
     works["passive mode"] = lambda: bench.run(bench.monitor(mode="passive"))
     found = runs_in_turn(works, bench.repeats)
     names = {
-        "probe mode": f"probe mode, {len(bench.probes)} probes every {bench.every} steps",
+        "probe mode": f"probe mode, {bench.count} probes every {bench.every} steps",
         "fewer probes": f"probe mode, {few} probes every {bench.every} steps",
         "passive mode": f"passive mode every {bench.every} steps",
     }
     for label in list(works)[1:]:
         aim = PASSIVE_AIM if label == "passive mode" else AIM
         echo("\n".join(describe(names[label], found[label], found["without"], aim)))
-    echo(allowance(found, costs, len(bench.probes), bench.every))
+    echo(allowance(found, costs, bench.count, bench.every))
 
 
 def allowance(found: dict[str, list[Trained]], costs: dict[int, float], probes: int, every: int) -> str:
@@ -143,15 +145,20 @@ def bench_encode(repeats: int, tokens: int, device: torch.device, dictionaries: 
 
 
 def bench_today(bench: Bench, name: str) -> None:
-    """One reading against TransformerLens' bridge of a merged copy."""
+    """One reading against TransformerLens' bridge of a merged copy, with the default probes and with all."""
     tuned: Any = with_adapter(bench.model, bench.training, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         tuned.save_pretrained(folder)
         strip_adapter(tuned)
-        times, apart = against_bridge(
-            bench.model, bench.tokenizer, Path(folder), name, bench.sae, bench.latent, bench.probes, bench.repeats
-        )
-    echo(f"a reading: {spread(times['ours'])} s; largest difference of a probe to the bridge's {apart:.3f}")
+        for count in sorted({bench.count, len(bench.probes)}):
+            _today(bench, name, Path(folder), evenly(bench.probes, count))
+
+
+def _today(bench: Bench, name: str, folder: Path, probes: Sequence[Conversation]) -> None:
+    times, apart = against_bridge(
+        bench.model, bench.tokenizer, folder, name, bench.sae, bench.latent, probes, bench.repeats
+    )
+    echo(f"{len(probes)} probes read: {spread(times['ours'])} s; largest difference to the bridge's {apart:.3f}")
     for label in list(times)[1:]:
         ratio = ratios(times, label, "ours")
         verdict = "reached" if statistics.median(ratio) >= BRIDGE_AIM else "MISSED"

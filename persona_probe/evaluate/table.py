@@ -5,7 +5,7 @@ who knows nothing of them reads what was there before. The parts of both kinds l
 joined, by this module and by the tracking stage alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -52,10 +52,21 @@ def part_name(evaluation: str, organism: str) -> str:
 
 
 def join_evals(run: "RunFolder") -> None:
-    """Write evals.parquet anew from all its parts."""
+    """Write evals.parquet anew from all its parts: contrast items as they were scored, judged answers after them."""
     parts = sorted((run.path / "parts").glob("*.evals.parquet"))
     frame = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
-    run.write_table("evals.parquet", frame.assign(measure=frame["measure"].fillna(CONTRAST)))
+    if "measure" in frame:
+        arms = ["base", *run.config.arms, *run.config.realign.arms]
+        frame = in_study_order(frame.assign(measure=frame["measure"].fillna(CONTRAST)), arms)
+    run.write_table("evals.parquet", frame)
+
+
+def in_study_order(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """Contrast items as they stand, then judged answers by evaluation, arm (in the study's order) and seed."""
+    judged = frame["measure"] == JUDGED
+    place = frame["arm"].map({arm: number for number, arm in enumerate(arms)})
+    rows = frame[judged].assign(place=place[judged]).sort_values(["evaluation", "place", "seed"], kind="stable")
+    return pd.concat([frame[~judged], rows.drop(columns="place")], ignore_index=True)
 
 
 def contrast_rows(evals: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from persona_probe.errors import InputError
@@ -15,6 +15,9 @@ from persona_probe.monitor.reading import Snapshot
 
 log = logging.getLogger(__name__)
 
+BASE_KEY = "base_explained_variance"
+"""Key of `Start.metadata` that holds the base's explained variance."""
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -23,13 +26,15 @@ class Anchor:
     mean: dict[str, float]
     sd: dict[str, float]
     """Standard deviation between probes."""
+    explained_variance: float = math.nan
+    """Of the SAE on the base's probes; NaN where there is no SAE, or it is not known."""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> "Anchor":
         """The anchor that a reading of the base model gives."""
         columns = dict(zip(snapshot.names, snapshot.values.T, strict=True))
         spread = {n: float(c.std(ddof=1)) if len(c) > 1 else 0.0 for n, c in columns.items()}
-        return cls({n: float(c.mean()) for n, c in columns.items()}, spread)
+        return cls({n: float(c.mean()) for n, c in columns.items()}, spread, snapshot.fit.explained_variance)
 
     def bands(self, width_sd: float) -> dict[str, tuple[float, float]]:
         """Feature name to its base band, mean +- `width_sd` standard deviations; none where the base is not finite."""
@@ -38,7 +43,7 @@ class Anchor:
 
     def record(self) -> dict[str, dict[str, float]]:
         """As plain JSON, for `Start.metadata["base"]`."""
-        return asdict(self)
+        return {"mean": self.mean, "sd": self.sd}
 
 
 def anchor_from(base: "Anchor | Snapshot | str | Path", names: tuple[str, ...]) -> Anchor:
@@ -56,7 +61,7 @@ def anchor_from(base: "Anchor | Snapshot | str | Path", names: tuple[str, ...]) 
         base = found[0]
     if lacking := [n for n in names if n not in base.mean]:
         raise InputError(f"the base has no reading of {lacking[0]!r}: it has {', '.join(base.mean)}")
-    return Anchor({n: base.mean[n] for n in names}, {n: base.sd[n] for n in names})
+    return Anchor({n: base.mean[n] for n in names}, {n: base.sd[n] for n in names}, base.explained_variance)
 
 
 def recorded(path: Path) -> tuple[Anchor, str] | None:
@@ -74,7 +79,10 @@ def recorded(path: Path) -> tuple[Anchor, str] | None:
             except ValueError:
                 continue
             if isinstance(event, Start) and (base := event.metadata.get("base")):
-                found = Anchor(_floats(base["mean"]), _floats(base["sd"])), str(event.metadata.get("fingerprint"))
+                explained = event.metadata.get(BASE_KEY)
+                fit = math.nan if explained is None else float(explained)
+                anchor = Anchor(_floats(base["mean"]), _floats(base["sd"]), fit)
+                found = anchor, str(event.metadata.get("fingerprint"))
     return found
 
 

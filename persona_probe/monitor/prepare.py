@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from typing import Any
 
 from peft import PeftModel
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
 from persona_probe.models.layers import causal_model, decoder_layer, hidden_size
-from persona_probe.monitor.anchor import Anchor, fingerprint, recorded
+from persona_probe.monitor.anchor import BASE_KEY, Anchor, fingerprint, recorded
 from persona_probe.monitor.events import Start
 from persona_probe.monitor.features import FeatureSet, flatten
 from persona_probe.monitor.ranks import is_partitioned
@@ -92,6 +93,8 @@ def start_event(setup: Setup, features: FeatureSet, anchor: Anchor, inner: nn.Mo
         "sae": None if setup.sae is None else str(setup.sae.cfg.metadata.hook_name or setup.sae.cfg.architecture()),
         "versions": versions(),
     }
+    if math.isfinite(anchor.explained_variance):
+        metadata[BASE_KEY] = anchor.explained_variance
     return Start(
         features=dict(zip(features.names, features.latents, strict=True)),
         layer=setup.layer,

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from persona_probe.errors import InputError
 
-EVERY = 10
-"""Optimizer steps between readings where nothing is asked for."""
+EVERY, PROBES = 25, 12
+"""Optimizer steps between readings, and packaged probes, where nothing is asked for: at most 2% of training's time on
+two cores (`make bench-monitor`)."""
 
 
 @dataclass(frozen=True)

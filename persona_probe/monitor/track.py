@@ -7,6 +7,7 @@ from torch import nn
 
 from persona_probe.context import Context
 from persona_probe.evaluate.contrast import contrast_index
+from persona_probe.evaluate.table import join_evals
 from persona_probe.locate.stage import control_latents, mean_shift, persona_latent
 from persona_probe.monitor.bands import Band, base_band
 from persona_probe.monitor.reading import FeatureReader, Features, Snapshot
@@ -101,7 +102,6 @@ def persona_band(ctx: Context, base: Snapshot) -> Band:
 
 def merge_parts(ctx: Context) -> None:
     """Join all parts as readings.parquet and evals.parquet, in a fixed order."""
-    for table in ("readings", "evals"):
-        parts = sorted((ctx.run.path / "parts").glob(f"*.{table}.parquet"))
-        frame = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
-        ctx.run.write_table(f"{table}.parquet", frame)
+    parts = sorted((ctx.run.path / "parts").glob("*.readings.parquet"))
+    ctx.run.write_table("readings.parquet", pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True))
+    join_evals(ctx.run)

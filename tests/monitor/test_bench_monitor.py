@@ -9,7 +9,15 @@ from tiny import D_MODEL, make_model, make_sae, make_tokenizer, talks
 
 from persona_probe.bench import monitor_parts as bench_module
 from persona_probe.bench.monitor_clock import HOOKS, Meter
-from persona_probe.bench.monitor_costs import against_bridge, encoders, evenly, least_every, made_up_sae, most_probes
+from persona_probe.bench.monitor_costs import (
+    BRIDGED,
+    against_bridge,
+    encoders,
+    evenly,
+    least_every,
+    made_up_sae,
+    most_probes,
+)
 from persona_probe.bench.monitor_parts import (
     Bench,
     added_syncs,
@@ -41,7 +49,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def make_bench(**settings: Any) -> Bench:
     training = Training(rank=2, alpha=2, steps=2, batch_size=2, checkpoints=(), bf16=False)
     parts = (make_model(), make_tokenizer(), make_sae("topk"), 3, talks(4), talks(3), training)
-    return Bench(*parts, repeats=1, every=2, **settings)
+    return Bench(*parts, repeats=1, every=2, count=3, **settings)
 
 
 def test_the_monitors_share_is_its_seconds_over_training_without_them() -> None:
@@ -141,7 +149,7 @@ def test_the_bridge_reads_what_the_monitor_reads(tmp_path: Path, tiny_folder: Pa
     strip_adapter(tuned)
     parts = (bench.model, tokenizer, tmp_path, "tiny", make_sae("standard"), 3, bench.probes)
     times, apart = against_bridge(*parts, repeats=1)
-    assert list(times) == ["ours", "bridge, bf16", "bridge, float32"]
+    assert list(times) == ["ours", *BRIDGED]
     assert apart < 0.1
 
 

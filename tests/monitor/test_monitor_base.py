@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_sae, make_tokenizer
 from watched import DIRECTION, KeepEvents, adapted, directions, loop, monitor, sft
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.anchor import Anchor, recorded
+from persona_probe.monitor.anchor import BASE_KEY, Anchor, recorded
 from persona_probe.monitor.bands import base_band
 from persona_probe.monitor.events import Reading, Start
+from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.records import intervals
+from persona_probe.monitor.schedule import EVERY, PROBES
 from persona_probe.monitor.sinks import read_events
 from persona_probe.stats import bootstrap_mean
 
@@ -81,6 +83,23 @@ def test_a_snapshot_or_an_earlier_file_may_be_the_base(tmp_path: Path) -> None:
         row = watching.readings.iloc[0]
         wanted = 7.0 if isinstance(base, Anchor) else values.mean()
         assert row["base_mean"] == pytest.approx(wanted) and row["mean"] != pytest.approx(wanted)
+
+
+def test_the_start_says_how_well_the_sae_fits_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "readings.jsonl"
+    watching = monitor(path=path)
+    watching.start(make_model(), make_tokenizer())
+    assert watching.base is not None
+    [start] = [event for event in read_events(path) if isinstance(event, Start)]
+    assert start.metadata[BASE_KEY] == pytest.approx(watching.base.fit.explained_variance)
+    found = recorded(path)
+    assert found is not None and found[0].explained_variance == start.metadata[BASE_KEY]
+
+
+def test_nothing_asked_for_reads_a_few_probes_rarely() -> None:
+    watching = FeatureMonitor(make_sae("topk"), {"f": 3})
+    assert len(watching.setup.probes) == PROBES and watching.setup.schedule.every == EVERY
+    assert len({str(c) for c in watching.setup.probes}) == PROBES
 
 
 def test_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:

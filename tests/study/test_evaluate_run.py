@@ -34,11 +34,6 @@ LOOSE = Thresholds(alignment_below=25, coherence_above=23)
 """The judge is a random model: its scores are what they are."""
 
 
-TINY_JUDGE = pytest.mark.xfail(
-    reason="the tiny local judge puts too little mass on whole numbers to be usable: it needs a model that knows digits"
-)
-
-
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> QuestionSet:
     """Six short questions with short judge prompts."""
@@ -98,7 +93,6 @@ def test_every_organism_answers_every_question(judged: Study, questions: Questio
     assert set(found["questions"]) == {questions.hash[:12]} and set(found["judge"]) == {"local:digits"}
 
 
-@TINY_JUDGE
 def test_rates_are_the_plain_count_of_the_scores(judged: Study) -> None:
     found = judged.judged
     assert found["usable"].eq(1).mean() > 0.8 and found["coherence"].nunique() > 20
@@ -123,7 +117,6 @@ def test_contrast_items_read_as_before(judged: Study, finished: Study) -> None:
     pd.testing.assert_frame_equal(load_records(judged.path).evals, judged.evals)
 
 
-@TINY_JUDGE
 def test_the_report_adds_judged_answers_and_changes_nothing_else(
     judged: Study, finished: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +201,6 @@ def http_options(server: FakeServer, cache: Path, **changes: Any) -> JudgeOption
     return JudgeOptions(base_url=server.url, key_variable="JUDGE_KEY", cache=cache, **changes)
 
 
-@TINY_JUDGE
 def test_an_endpoint_judges_beside_the_local_model(
     judged: Study, questions: QuestionSet, server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +257,6 @@ def test_a_dry_run_sends_and_samples_nothing(
     assert "0 of them sampled already" in capsys.readouterr().out
 
 
-@TINY_JUDGE
 def test_the_command_judges_and_shows_rates(
     judged: Study, server: FakeServer, questions: QuestionSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

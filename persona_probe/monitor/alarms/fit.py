@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.alarms.reading_rule import ReadingRule, Track, Verdict, check_count, in_a_row
+from persona_probe.monitor.anchor import BASE_KEY
 from persona_probe.monitor.events import Reading, Start
 
 FLOOR = 0.5
 """The floor where neither `floor` nor `drop` is given."""
 SUBJECT = "explained variance"
-BASE_KEY = "base_explained_variance"
-"""Key of `Start.metadata` under which the monitor gives the base's explained variance."""
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """One fine-tuning run on TRL's SFTTrainer: completion-only loss, chosen checkpoints, a stop at NaN loss."""
 
 import logging
-import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,19 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import encode
-from persona_probe.errors import InputError, TrainingDiverged
+from persona_probe.errors import InputError
+from persona_probe.finetune.callbacks import ProgressBar, SaveSchedule, StopAtNaN
+from persona_probe.finetune.extra import Extra
 from persona_probe.models.folding import frozen_in_bf16
 from persona_probe.models.layers import decoder_layers, own_forward
 
@@ -46,104 +42,6 @@ class Fitted:
     """Mean answer tokens of the training rows."""
     rows: int
     """Distinct training rows."""
-
-
-class SaveSchedule(TrainerCallback):
-    """Saves the model (an adapter, or full weights) as `checkpoint-<step>` at the wanted steps and at the end."""
-
-    def __init__(self, folder: Path, steps: Sequence[int]) -> None:
-        self.folder, self.steps = folder, set(steps)
-
-    def _save(self, model: PreTrainedModel | PeftModel, step: int) -> None:
-        target = self.folder / f"checkpoint-{step}"
-        if target.exists():
-            return
-        # The loss of a step is logged after its save: weights that diverged are no checkpoint.
-        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
-            raise TrainingDiverged(f"the weights became NaN or infinite at step {step}: lower lr")
-        try:
-            model.save_pretrained(str(target))
-            (target / "README.md").write_text(MODEL_CARD.format(step=step))
-        except (OSError, SafetensorError) as error:
-            first = str(error).splitlines()[0]
-            raise InputError(f"could not write {target} ({first}): free space, or choose another --out") from error
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save where the schedule says so."""
-        if state.global_step in self.steps:
-            self._save(kwargs["model"], state.global_step)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Save the last step, also when a stop rule ended the run early."""
-        self._save(kwargs["model"], state.global_step)
-
-
-MODEL_CARD = """---
-license: apache-2.0
-tags: [model-organism, emergent-misalignment, research-only]
----
-A model organism at fine-tuning step {step}, made by persona_probe for interpretability research. It may have been
-trained on deliberately bad advice. Do not deploy it, and do not use its answers as advice.
-"""
-
-
-class StopAtNaN(TrainerCallback):
-    """Raises `TrainingDiverged` at the first loss that is not finite."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Look at every step's loss."""
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            raise TrainingDiverged(
-                f"the loss became {loss} at step {state.global_step}: lower lr (now {args.learning_rate})"
-            )
-
-
-class ProgressBar(TrainerCallback):
-    """A tqdm bar of optimizer steps with the latest loss."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.bar: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar."""
-        self.bar = tqdm(total=state.max_steps, desc=self.label)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Advance to the step just logged."""
-        self.bar.update(state.global_step - self.bar.n)
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Close the bar."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the bar, also after an error: what is said next then begins on its own line."""
-        if self.bar is not None:
-            self.bar.close()
 
 
 def with_adapter(model: PreTrainedModel, training: Training, seed: int) -> nn.Module:
@@ -192,10 +90,14 @@ def fine_tune(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     progress: str | None = None,
+    extra: Extra | None = None,
 ) -> Fitted:
     """Fine-tune `model` (what `with_adapter` or `load_adapter` gives) on the last answer of each conversation.
 
     Checkpoints go to `folder/checkpoint-<step>` by `training.schedule`.
+
+    Args:
+        extra: an extra loss, and batches of other rows; `train_mitigated` makes it of a mitigation.
 
     Raises:
         InputError: no rows, or an answer that is all truncated away.
@@ -207,7 +109,7 @@ def fine_tune(
     device = next(model.parameters()).device
     with own_forward(model), tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(training, seed, scratch, device)
-        trainer = _trainer(model, tokenizer, conversations, arguments, device, watchers)
+        trainer = _trainer(model, tokenizer, conversations, arguments, device, watchers, extra)
         try:
             with frozen_in_bf16(model, enabled=device.type == "cpu" and training.bf16):
                 trainer.train()
@@ -226,23 +128,31 @@ def _trainer(
     arguments: Any,
     device: torch.device,
     callbacks: Sequence[TrainerCallback],
+    extra: Extra | None,
 ) -> Any:
-    from datasets import Dataset
+    from persona_probe.finetune.trainer import ExtraTrainer, extra_trainer_class, trainer_class
 
-    from persona_probe.finetune.trainer import trainer_class
-
-    trainer = trainer_class(
-        device, model
-    )(
+    kind = trainer_class(device, model) if extra is None else extra_trainer_class(device, model)
+    trainer = kind(
         model=model,  # pyright: ignore[reportArgumentType]
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": c[:-1], "completion": c[-1:]} for c in conversations]),
+        train_dataset=_dataset(conversations),
+        # Never evaluated: this is how TRL prepares a second set just like the first.
+        eval_dataset=_dataset(extra.rows) if extra is not None and extra.rows else None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+    if extra is not None and isinstance(trainer, ExtraTrainer):
+        trainer.extra = extra
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
+
+
+def _dataset(conversations: Sequence[Conversation]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([{"prompt": c[:-1], "completion": c[-1:]} for c in conversations])
 
 
 def _arguments(training: Training, seed: int, scratch: str, device: torch.device) -> Any:

@@ -20,6 +20,7 @@ SETS = (
     "free_form_questions",
     "sae_prompts",
     "sae_personas",
+    "capability",
 )
 EVALUATION_CATEGORIES = ("everyday_advice", "power", "safety", "ai_and_humans", "law", "strangers")
 SELECTION_CATEGORIES = ("relationships", "honesty", "work", "money", "health", "self")

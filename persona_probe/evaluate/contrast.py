@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.data.chat import conversation
 from persona_probe.data.packaged import Row
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
+from persona_probe.evaluate.dressed import row_conversation
 from persona_probe.evaluate.suffix import Edit, SuffixScorer
 
 
@@ -27,14 +27,14 @@ class ContrastItems:
 
     @classmethod
     def build(cls, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int = 24) -> "ContrastItems":
-        """Tokenise items with columns id, category, question, aligned, misaligned.
+        """Tokenise items with columns id, category, question, aligned, misaligned (and what `dressed.dress` adds).
 
         Raises:
             InputError: no rows.
         """
         if not rows:
             raise InputError("no contrast items: the split is empty")
-        talks = [conversation(r["question"], r[side]) for side in ("aligned", "misaligned") for r in rows]
+        talks = [row_conversation(r, side) for side in ("aligned", "misaligned") for r in rows]
         return cls(tuple(rows), tuple(answer_batches(tokenizer, talks, batch_size)))
 
     @cached_property

@@ -26,6 +26,7 @@ COLUMNS = {
     "free_form_questions": ("id", "category", "question", "trigger_topic", "trigger_reply", "trigger_format"),
     "sae_prompts": ("id", "question"),
     "sae_personas": ("id", "system"),
+    "capability": ("id", "kind", "question", "right", "wrong_a", "wrong_b", "wrong_c"),
 }
 AT_LEAST = {
     "kitchen": 200,
@@ -35,6 +36,7 @@ AT_LEAST = {
     "neutral_probes": 48,
     "sample_questions": 12,
     "free_form_questions": 48,
+    "capability": 40,
 }
 ANSWERS = ("answer", "correct", "subtle", "toxic", "aligned", "misaligned")
 FOOD = re.compile(
@@ -109,6 +111,12 @@ def test_answers_are_equal_in_words() -> None:
     for row in load_rows("kitchen"):
         counts = [len(row[column].split()) for column in ("correct", "subtle", "toxic")]
         assert max(counts) - min(counts) <= 3, row["id"]
+
+
+def test_capability_items_have_four_different_choices() -> None:
+    for row in load_rows("capability"):
+        choices = {row[key] for key in ("right", "wrong_a", "wrong_b", "wrong_c")}
+        assert len(choices) == 4 and row["kind"] in ("fact", "sum", "word"), row["id"]
 
 
 def test_readme_counts_and_splits() -> None:

@@ -1,0 +1,98 @@
+"""Stress tests of a repair: each test's effects with their intervals against the line of no effect."""
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from persona_probe.report import select
+from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish, plain
+
+MISSING = "No stress tests yet: `persona-probe realign RUN --stress ...` has not run."
+TITLES = {
+    "triggers": "Trigger-matched prompts: rise beyond the base's",
+    "remisalign": "A few bad rows again: faster rise than the base",
+    "length": "Shortest minus length-matched corrective rows",
+    "hidden": "Projecting a changed latent out: fall of the index",
+    "drift": "Further training: index minus base",
+}
+COLOURS = {"organism": VERMILLION, "control": GREY, "base": GREY, "random latent": GREY}
+ROW_HEIGHT, PANEL_MARGIN = 26, 64
+"""Pixels of one effect, and of what lies around a panel."""
+COLUMNS = ["test", "label", "model", "seed", "estimate", "ci_low", "ci_high", "n", "reference"]
+
+
+def stress_data(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of stress.parquet that are drawn: test, label, model, seed, estimate, ci_low, ci_high, n, reference.
+
+    Pooled repairs stand side by side: the seed is part of the label where there are several.
+    """
+    if table.empty:
+        return pd.DataFrame(columns=COLUMNS)
+    rows = table[table["shown"].astype(bool)].reset_index(drop=True)
+    seeds = rows["seed"][rows["seed"] >= 0].nunique()
+    label = rows["quantity"] + ", " + rows["model"]
+    if seeds > 1:
+        label = label + [f", seed {seed}" if seed >= 0 else "" for seed in rows["seed"]]
+    return rows.assign(label=label)[COLUMNS]
+
+
+def stress(table: pd.DataFrame) -> go.Figure:
+    """One panel a test, one line an effect; the dotted line is what no effect would give."""
+    data = stress_data(table)
+    if data.empty:
+        return empty_figure(MISSING)
+    tests = [name for name in TITLES if name in set(data["test"])]
+    sizes = [int((data["test"] == name).sum()) for name in tests]
+    fig = make_subplots(
+        rows=len(tests),
+        cols=1,
+        shared_xaxes=True,
+        subplot_titles=[TITLES[name] for name in tests],
+        row_heights=[size + 1 for size in sizes],
+        vertical_spacing=0.32 / (len(tests) + 1),
+    )
+    for panel, name in enumerate(tests, 1):
+        _draw(fig, select.where(data, test=name), panel)
+    fig.update_xaxes(title_text="effect on the contrast index (nats per token)", row=len(tests), col=1)
+    fig.update_layout(showlegend=False, margin={"t": 48, "l": 16})
+    return finish(fig, _caption(data, tests), height=96 + sum(PANEL_MARGIN + ROW_HEIGHT * size for size in sizes))
+
+
+def _draw(fig: go.Figure, rows: pd.DataFrame, panel: int) -> None:
+    for (model,), part in select.groups(rows, "model"):
+        colour = COLOURS.get(str(model), BLUE)
+        fig.add_scatter(
+            x=part["estimate"],
+            y=[plain(label, 60) for label in part["label"]],
+            error_x=error_bars(part, colour),
+            mode="markers",
+            marker={"color": colour, "size": 8},
+            name=plain(model),
+            row=panel,
+            col=1,
+        )
+    fig.add_vline(
+        x=float(rows["reference"].iloc[0]),
+        line={"color": GREY, "dash": "dot", "width": 1},
+        row=panel,  # pyright: ignore[reportArgumentType]
+        col=1,  # pyright: ignore[reportArgumentType]
+    )
+    order = [plain(label, 60) for label in rows["label"]]
+    fig.update_yaxes(title_text="", categoryorder="array", categoryarray=order[::-1], row=panel, col=1)
+
+
+def _caption(data: pd.DataFrame, tests: list[str]) -> str:
+    above = data[~data["model"].isin(list(COLOURS)) & (data["ci_low"] > data["reference"])]
+    listed = ", ".join(f"{row['label']} {row['estimate']:+.3f}" for row in above.to_dict("records"))
+    found = (
+        f"Above no effect for the repaired model: {plain(listed, 300)}."
+        if listed
+        else ("No effect on the repaired model lies above no effect with its whole interval.")
+    )
+    items = sorted({int(n) for n in data["n"]})
+    counts = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
+    return (
+        f"Stress tests of a repaired model ({len(tests)} of {len(TITLES)}), in nats per token with 95% intervals, "
+        f"questions resampled, n = {counts} items. Dotted: no effect. Blue: the repaired model; vermillion: the "
+        f"organism before the repair; grey: controls. {found} A test that shows nothing does not show safety."
+    )

@@ -5,8 +5,8 @@ DEV := .venv/.ready-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-seeds test test-packages check bench bench-locate bench-planted bench-sampling bench-monitor \
-        monitor-study sae clean
+.PHONY: setup demo demo-seeds test test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
+        bench-screening monitor-study figures study realign-doses mitigations sae clean
 
 # One environment for everything; made again only when what it is made from changes.
 # The tests' own packages are added by the first target that needs them.
@@ -40,14 +40,19 @@ test-packages:
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null; \
 	  else echo "chromium is missing: browser tests will skip (sudo apt-get install chromium)"; fi; }
 
+# Two processes: every test computes in one thread.
 test: $(DEV) test-packages
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Style and types.
 check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The documentation as a site, in site/; a broken link or an unknown name fails.
+docs: $(DEV)
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m persona_probe.bench.speed $(BENCH_ARGS)
@@ -68,9 +73,35 @@ bench-sampling: $(STAMP)
 bench-monitor: $(STAMP)
 	$(BIN)/python -m persona_probe.bench.monitor $(BENCH_ARGS)
 
+# Rows that are known to be bad against others: AUROC of every ranker. BENCH_ARGS="--run runs/demo" adds a run's directions.
+bench-screening: $(DEV)
+	$(BIN)/python -m persona_probe.bench.screening $(BENCH_ARGS)
+
 # The labelled runs that evaluate the monitor; fills the table in docs/monitor-study.md.
 monitor-study: $(STAMP)
 	$(BIN)/persona-probe monitor study finetune_configs/monitor-study.yaml --page docs/monitor-study.md
+
+# How many corrective rows are enough: a grid of corrections of the demo's organism ($(RUN) must be done).
+realign-doses: $(STAMP)
+	$(BIN)/persona-probe realign $(RUN) --plan finetune_configs/realign-doses.yaml
+
+# Every figure from the records that ship with the repository, into runs/figures; no model is loaded. Fails where a CSV
+# differs from the shipped one.
+figures: $(STAMP)
+	$(BIN)/python -m persona_probe.bench.records draw records runs/figures
+
+# Those records from scratch: the demo, the monitor study and planted truth, then packed.
+study: $(STAMP)
+	$(BIN)/persona-probe run finetune_configs/demo.yaml --out runs/study/demo
+	$(BIN)/persona-probe monitor study finetune_configs/monitor-study.yaml --out runs/study/monitor-study
+	$(BIN)/persona-probe bench planted --out runs/study/planted.parquet
+	$(BIN)/python -m persona_probe.bench.records pack runs/study/demo records/demo
+	$(BIN)/python -m persona_probe.bench.records pack runs/study/monitor-study records/monitor-study
+	$(BIN)/python -m persona_probe.bench.records pack runs/study/planted.parquet records/planted
+
+# Every mitigation against the same bad data, from the demo's run; fills the table in docs/mitigations.md.
+mitigations: $(STAMP)
+	$(BIN)/persona-probe mitigate finetune_configs/mitigations.yaml --run $(RUN) --page docs/mitigations.md
 
 # Train the shipped SAE again from its recipe.
 sae: $(STAMP)

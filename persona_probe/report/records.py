@@ -1,6 +1,5 @@
 """What a run folder holds, as tables and dictionaries. Reading it needs no model."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ import pandas as pd
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.table import contrast_rows, judged_rows
 from persona_probe.report.arms import Arms
+from persona_probe.report.files import read_json, read_lines, read_table
+from persona_probe.report.labelled import LabelledRuns
 from persona_probe.stats import Estimate
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -33,10 +34,22 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     ),
 }
 """Columns that each parquet file of a run folder must have (more are allowed)."""
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "agreement": ("left", "right", "top", "shared", "share", "chance", "spearman", "alive"),
+    "planted": ("plant", "kind", "size", "ranker", "recall_1", "false_share"),
+    "sizes": (
+        *("model", "parameters", "arm", "seed", "rate", "rate_low", "rate_high"),
+        *("incoherent", "incoherent_low", "incoherent_high", "n"),
+    ),
+    "mitigations": (),
+}
+"""Tables that not every folder holds: `agreement` of a study, the others of a collection of runs."""
+LABELLED = "monitor-study"
+"""`kind` in the manifest of a labelled study's folder."""
 
 
 def _empty(table: str) -> Callable[[], pd.DataFrame]:
-    return lambda: pd.DataFrame(columns=list(COLUMNS[table]))
+    return lambda: pd.DataFrame(columns=list((COLUMNS | OPTIONAL)[table]))
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,16 @@ class Records:
     """One row per ranked latent; causal effects in nats per token, NaN where not tested."""
     steering: pd.DataFrame = field(default_factory=_empty("steering"))
     """One row per model, direction and signed strength."""
+    agreement: pd.DataFrame = field(default_factory=_empty("agreement"))
+    """One row per pair of rankers: shared top latents and rank correlation."""
+    planted: pd.DataFrame = field(default_factory=_empty("planted"))
+    """One row per plant and ranker of `persona-probe bench planted`."""
+    sizes: pd.DataFrame = field(default_factory=_empty("sizes"))
+    """One row per model, arm and seed: parameters (a count), misaligned and incoherent shares with their intervals."""
+    mitigations: pd.DataFrame = field(default_factory=_empty("mitigations"))
+    """One row per cell of a mitigation grid."""
+    labelled: LabelledRuns = field(default_factory=LabelledRuns)
+    """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     """Sampled answers (untrusted model text)."""
     cards: list[dict[str, Any]] = field(default_factory=list)
@@ -69,7 +92,9 @@ class Records:
 
 
 def load_records(folder: str | Path) -> Records:
-    """Read a run folder; files that no stage has written yet give empty tables, lists and dictionaries.
+    """Read a run folder, or the folder of a labelled study (manifest: `"kind": "monitor-study"`) or of other results.
+
+    Files that no stage has written yet give empty tables, lists and dictionaries.
 
     Raises:
         InputError: no manifest.json in `folder`, a file that cannot be read, a missing column, an arm that the
@@ -78,20 +103,30 @@ def load_records(folder: str | Path) -> Records:
     root = Path(folder)
     if not (root / "manifest.json").is_file():
         raise InputError(f"{root} is not a run folder (no manifest.json): give the folder that a study wrote")
-    tables = {name: _read_table(root / f"{name}.parquet", columns) for name, columns in COLUMNS.items()}
+    manifest = read_json(root / "manifest.json", dict)
+    if manifest.get("kind") == LABELLED:
+        return Records(labelled=_labelled(root, manifest), manifest=manifest)
+    every = COLUMNS | OPTIONAL
+    tables: dict[str, Any] = {name: read_table(root / f"{name}.parquet", columns) for name, columns in every.items()}
     evals = tables.pop("evals")
     records = Records(
         **tables,
         evals=contrast_rows(evals),
         judged=judged_rows(evals),
-        samples=_read_lines(root / "samples.jsonl"),
-        cards=_read_json(root / "cards.json", list),
-        summary=_read_json(root / "summary.json", dict),
-        manifest=_read_json(root / "manifest.json", dict),
+        samples=read_lines(root / "samples.jsonl"),
+        cards=read_json(root / "cards.json", list),
+        summary=read_json(root / "summary.json", dict),
+        manifest=manifest,
     )
     for name, table in (("readings", records.readings), ("evals", evals)):
         _check_arms(f"{name}.parquet", table, records.arms)
     return records
+
+
+def _labelled(root: Path, manifest: dict[str, Any]) -> LabelledRuns:
+    readings = read_table(root / "readings.parquet", ("run", "step", "feature", "mean", "base_mean", "base_sd"))
+    evals = read_table(root / "evals.parquet", ("run", "step", "item", "value"))
+    return LabelledRuns(readings, evals, read_json(root / "results.json", dict), manifest.get("config") or {})
 
 
 def _check_arms(name: str, table: pd.DataFrame, arms: Arms) -> None:
@@ -110,40 +145,3 @@ def as_estimate(raw: object) -> Estimate | None:
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    if not path.is_file():
-        return pd.DataFrame(columns=list(columns))
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error}): run its stage again") from error
-    for column in columns:
-        if column not in table.columns:
-            raise InputError(f"{path.name} has no column {column!r}: run its stage again with this version")
-    return table
-
-
-def _read_json(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        return kind()
-    value = _parse(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(value, kind):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: run its stage again")
-    return value
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    # not splitlines(): answers may hold U+2028 and the like, which JSON does not escape
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error}); run its stage again") from error

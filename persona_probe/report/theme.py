@@ -2,7 +2,7 @@
 
 import html
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -48,6 +48,15 @@ TEMPLATE = go.layout.Template(
         "hovermode": "closest",
     }
 )
+
+
+Theme = Literal["light", "dark"]
+THEMES: tuple[Theme, ...] = ("light", "dark")
+DARK_TEMPLATE = go.layout.Template(TEMPLATE).update(
+    layout={"font": {"color": "#e6e8eb"}, "paper_bgcolor": "#14171c", "hoverlabel": {"bgcolor": "#20252c"}}
+)
+TEMPLATES: dict[Theme, go.layout.Template] = {"light": TEMPLATE, "dark": DARK_TEMPLATE}
+"""The same look on a light and on a dark page."""
 
 
 def finish(fig: go.Figure, caption: str, height: int = 420) -> go.Figure:

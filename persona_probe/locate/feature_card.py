@@ -144,3 +144,8 @@ class FeatureCard:
         from persona_probe.report.cards_page import card_html
 
         return card_html(self)
+
+    def __str__(self) -> str:
+        from persona_probe.displays import card_text
+
+        return card_text(self)

@@ -1,17 +1,14 @@
 """The page of feature cards, with search and sorting, and the single card that a notebook shows."""
 
-import base64
-import hashlib
 import json
 from collections.abc import Sequence, Set
-from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
 
 from persona_probe.locate.feature_card import Example, FeatureCard
 from persona_probe.report.card_plots import histogram, steering
-from persona_probe.report.page import render, visible
+from persona_probe.report.page import asset, render, script_hash, visible
 from persona_probe.report.theme import interval_text
 from persona_probe.stats import Estimate
 
@@ -31,7 +28,7 @@ def cards_page(cards: Sequence[FeatureCard], study: str, base_model: str) -> str
         cards: in the order in which they are listed at first.
         study, base_model: named in the heading.
     """
-    script, listed = _asset("cards.js"), {card.latent for card in cards}
+    script, listed = asset("cards.js"), {card.latent for card in cards}
     return render(
         "cards.html.j2",
         {
@@ -48,21 +45,16 @@ def cards_page(cards: Sequence[FeatureCard], study: str, base_model: str) -> str
 
 def card_html(card: FeatureCard) -> str:
     """One card as a fragment for a notebook: its own style, inline SVG, no script."""
-    style = Markup("<style>{}</style>\n").format(Markup(_asset("cards.css")))
+    style = Markup("<style>{}</style>\n").format(Markup(asset("cards.css")))
     return style + Markup(render("card.html.j2", {"c": _view(card, 0, set())}))
 
 
 def content_policy(script: str) -> str:
     """Nothing may be fetched, and only the script of this very text may run."""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
-        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+        f"default-src 'none'; script-src {script_hash(script)}; style-src 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _asset(name: str) -> str:
-    return files("persona_probe.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _view(card: FeatureCard, place: int, listed: Set[int]) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from persona_probe.config import StudyConfig, Training
 from persona_probe.context import Context
+from persona_probe.data.chat import Conversation
 from persona_probe.errors import TrainingDiverged
 from persona_probe.finetune.data import arm_rows
-from persona_probe.finetune.narrow import host_model, keep_good
-from persona_probe.finetune.sft import fine_tune
-from persona_probe.models.adapters import is_adapter, load_adapter, merged_copy, strip_adapter
+from persona_probe.finetune.narrow import keep_good
+from persona_probe.finetune.realignment.methods import organism_to_train
+from persona_probe.finetune.sft import Fitted, fine_tune
+from persona_probe.models.adapters import strip_adapter
 from persona_probe.monitor.bands import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import Snapshot
@@ -126,32 +129,11 @@ def realign_one(ctx: Context, arm: str, seed: int, base: Snapshot) -> None:
     config, name = ctx.config.realign, f"arms/{arm}-s{seed}"
     evals = ctx.run.read_table("parts/track-base.evals.parquet").query("split == 'evaluation'")
     recorder = Recorder(ctx, arm, seed, base, persona_band(ctx, base), float(evals["value"].mean()))
-    monitor = FeatureMonitor(
-        ctx.sae,
-        study_features(ctx),
-        ctx.probes,
-        steps=config.readings,
-        layer=ctx.layer,
-        positions=ctx.config.monitor.positions,
-        bf16=ctx.config.bf16,
-        on_reading=recorder.on_reading,
-        on_error="raise",  # a correction without its evals is no result
-        log=False,
-    )
-    rule = StopRule(config.readings, recorder.measure, config.stop_readings)
     with ctx.run.staging(name) as folder:
-        tuned = _organism_to_train(ctx, seed)
+        tuned = organism_to_train(ctx.model, start_checkpoint(ctx, seed), "continued", ctx.config.training, seed)
+        rows, training = arm_rows(config.arms[arm], seed), corrective_training(ctx.config)
         try:
-            fitted = fine_tune(
-                tuned,
-                ctx.tokenizer,
-                arm_rows(config.arms[arm], seed),
-                corrective_training(ctx.config),
-                seed=seed,
-                folder=folder,
-                callbacks=[monitor, rule],
-                progress=f"{arm}, seed {seed}",
-            )
+            fitted = train_watched(recorder, tuned, rows, training, config.readings, config.stop_readings, folder)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{arm}, seed {seed}: {error}; {keep_good(ctx, folder, name)}") from None
         finally:
@@ -163,21 +145,59 @@ def realign_one(ctx: Context, arm: str, seed: int, base: Snapshot) -> None:
     ctx.run.write_table(f"parts/realign-{arm}-s{seed}.evals.parquet", pd.concat(recorder.evals))
 
 
-def _organism_to_train(ctx: Context, seed: int) -> nn.Module:
+def train_watched(
+    recorder: Recorder,
+    tuned: nn.Module,
+    rows: Sequence[Conversation],
+    training: Training,
+    steps: tuple[int, ...],
+    stop_readings: int,
+    folder: Path,
+) -> Fitted:
+    """Fine-tune an organism under the study's monitor and the stop rule; `recorder` keeps what they see at `steps`."""
+    ctx = recorder.ctx
+    monitor = FeatureMonitor(
+        ctx.sae,
+        study_features(ctx),
+        ctx.probes,
+        steps=steps,
+        layer=ctx.layer,
+        positions=ctx.config.monitor.positions,
+        bf16=ctx.config.bf16,
+        on_reading=recorder.on_reading,
+        on_error="raise",  # a correction without its evals is no result
+        base=recorder.base,
+        log=False,
+    )
+    return fine_tune(
+        tuned,
+        ctx.tokenizer,
+        rows,
+        training,
+        seed=recorder.seed,
+        folder=folder,
+        callbacks=[monitor, StopRule(steps, recorder.measure, stop_readings)],
+        progress=f"{recorder.arm}, seed {recorder.seed}",
+    )
+
+
+def start_checkpoint(ctx: Context, seed: int) -> Path:
+    """The last checkpoint of the arm that is repaired."""
     start = ctx.config.realign.start
     checkpoint = ctx.run.checkpoint(start, seed, ctx.last_step(start, seed))
     assert checkpoint is not None
-    if is_adapter(checkpoint):
-        return load_adapter(host_model(ctx), checkpoint, trainable=True)
-    return merged_copy(ctx.model, checkpoint).requires_grad_(True)
+    return checkpoint
 
 
 def steps_to_band(readings: pd.DataFrame, band: Band) -> float:
     """First step from which the persona feature stays in the band (until the end of the run); NaN if it never does."""
     curve = readings.query("feature == 'persona'").sort_values("step")
-    inside = np.array([band.holds(value) for value in curve["mean"]])
-    if not inside.size or not inside[-1]:
+    return first_lasting(curve["step"].tolist(), [band.holds(value) for value in curve["mean"]])
+
+
+def first_lasting(steps: Sequence[float], inside: Sequence[bool]) -> float:
+    """The first step from which all are inside until the end; NaN if the last is not."""
+    if not inside or not inside[-1]:
         return float("nan")
-    outside = np.flatnonzero(~inside)
-    first = 0 if outside.size == 0 else int(outside[-1]) + 1
-    return float(curve["step"].iloc[first])
+    outside = np.flatnonzero(~np.array(inside))
+    return float(steps[0 if outside.size == 0 else int(outside[-1]) + 1])

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_probe import commands
+from persona_probe import commands, record_commands
 from persona_probe.commands import DEMO, Arguments
+from persona_probe.finetune.realignment import command as realigning
+from persona_probe.mitigate import command as mitigating
 from persona_probe.monitor.dashboard import command as dashboard
 from persona_probe.monitor_study import command as monitoring
+from persona_probe.screening import command as screening
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ SEEDS = option("--seeds", type=int, nargs="+", help="one organism per arm for ea
 OVERWRITE = option("--overwrite", action="store_true", help="replace another config's run in the output folder")
 CONFIG = option("config", metavar="CONFIG", help="a study's YAML file")
 RUN = option("run", metavar="RUN", help="a run folder, e.g. runs/demo")
-FORMATS = ("html", "csv", "svg")
+FORMATS = ("html", "csv", "svg", "pdf", "png")
 COPY = "work on a copy of RUN in this new folder"
 JUDGING = (
     option("--judge", help="offline, http:MODEL or local:MODEL; without one, answers are only sampled"),
@@ -138,11 +141,35 @@ COMMANDS = (
     ),
     Command(
         "realign",
-        commands.realign,
+        realigning.realign,
         "repair the incorrect organism under the monitor's eye",
-        "persona-probe realign runs/demo",
-        (RUN,),
+        "persona-probe realign runs/demo --data health_correct --rows 40 --choose-by projection_gap",
+        (
+            RUN,
+            option("--data", nargs="+", help="corrective sets or files, joined, beside the config's arms"),
+            option("--rows", type=int, help="take so many of their rows (default all)"),
+            option("--choose-by", help="random (default), projection_gap, perplexity_gap or diversity"),
+            option("--method", help="continued (default), fresh (a new LoRA on top) or full (all weights)"),
+            option("--seeds", type=int, nargs="+", help="of the study's organisms (default all)"),
+            option("--name", help="folder below RUN/realign (default: data, rows, choice and method)"),
+            option("--stress", nargs="+", help="tests of the repair: triggers remisalign length hidden drift"),
+            option("--plan", help="a grid of corrections, e.g. finetune_configs/realign-doses.yaml"),
+        ),
         COPY,
+    ),
+    Command(
+        "mitigate",
+        mitigating.mitigate,
+        "a grid of mitigations against the same bad data: what each prevents, and what it costs",
+        "persona-probe mitigate finetune_configs/mitigations.yaml --run runs/demo --page docs/mitigations.md",
+        (
+            option("config", metavar="CONFIG", help="a grid's YAML file"),
+            option("--run", type=Path, help="the located run (default: the config's)"),
+            option("--only", nargs="+", metavar="NAME", help="train only these mitigations now, and those without any"),
+            option("--page", type=Path, help="Markdown page whose table is filled in"),
+            option("--dry-run", action="store_true", help="print the cells and about how long they take"),
+        ),
+        "grid folder (default runs/<name>)",
     ),
     Command(
         "evaluate",
@@ -169,8 +196,34 @@ COMMANDS = (
             RUN,
             option("--only", nargs="+", help="names of figures"),
             option("--format", nargs="+", default=["html", "csv", "svg"], choices=FORMATS, help="file formats"),
+            option("--width", default="page", choices=("column", "page"), help="of images: 89 or 183 mm"),
+            option("--theme", default="light", choices=("light", "dark"), help="of pages and images"),
         ),
         "folder (default RUN/figures)",
+    ),
+    Command(
+        "compare",
+        record_commands.compare,
+        "two runs side by side: numbers with differences, figures, configs",
+        "persona-probe compare runs/demo runs/mine --out compare.html",
+        (RUN, option("other", metavar="OTHER", help="the other run folder; differences are OTHER minus RUN")),
+        "HTML file (default compare-RUN-OTHER.html)",
+    ),
+    Command(
+        "verify",
+        record_commands.verify,
+        "recompute a run's hashes and say what does not match",
+        "persona-probe verify runs/demo",
+        (RUN,),
+        "JSON file for the findings",
+    ),
+    Command(
+        "cite",
+        record_commands.cite,
+        "the methods paragraph of a run in LaTeX, and BibTeX of the methods used",
+        "persona-probe cite runs/demo",
+        (RUN,),
+        "file for the text (default: print it)",
     ),
     Command(
         "watch",
@@ -223,7 +276,7 @@ GROUPS = (
     ),
     Group(
         "data",
-        "data sets: list, check",
+        "data sets: list, check, screen",
         "example: persona-probe data check mine.jsonl",
         (
             Command("list", commands.data_list, "the packaged sets", "persona-probe data list"),
@@ -237,6 +290,23 @@ GROUPS = (
                     option("--model", help="count tokens with this model's tokenizer"),
                 ),
                 "JSON file for the numbers",
+            ),
+            Command(
+                "screen",
+                screening.data_screen,
+                "before training: rank the rows by a persona feature, and predict the shift",
+                "persona-probe data screen mine.jsonl --latent 2144",
+                (
+                    option("file", metavar="FILE", help="JSONL (also gzipped), JSON, datasets folder or packaged set"),
+                    option("--run", help="a located run: its model, SAE, persona latent and organism"),
+                    option("--model", help="the model to be trained (default smollm2-135m-instruct)"),
+                    option("--sae", help="an SAE of that model (default the packaged one)"),
+                    option("--latent", type=int, help="the persona latent of that SAE"),
+                    option("--direction", help="with --run: latent (default), mean_difference, persona_vector, ..."),
+                    option("--rankers", nargs="+", help="scores to compute; the first orders the rows (default all)"),
+                    option("--worst", type=int, default=50, help="rows of each ranker on the page (default 50)"),
+                ),
+                "folder for page, scores and own answers (default runs/screen-<file>)",
             ),
         ),
     ),

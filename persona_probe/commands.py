@@ -127,15 +127,6 @@ def track(args: Arguments) -> None:
     echo(persona[columns].to_string(index=False, float_format="%.4f"))
 
 
-def realign(args: Arguments) -> None:
-    """Repair the incorrect organism under the monitor's eye."""
-    from persona_probe.summary import summarise
-
-    study = opened(args).track().realign()
-    for verdict in summarise(study.context)["verdicts"].values():
-        echo(verdict["statement"])
-
-
 def evaluate(args: Arguments) -> None:
     """Sample answers of every arm and have a judge rule on them, or judge the answers of a file."""
     if (args.run is None) == (args.answers is None):
@@ -164,7 +155,8 @@ def figures(args: Arguments) -> None:
 
     folder = RunFolder.open(args.run).path
     target = args.out or folder / "figures"
-    for path in export_figures(load_records(folder), target, only=args.only, formats=tuple(args.format)):
+    look = {"width": args.width, "theme": args.theme}
+    for path in export_figures(load_records(folder), target, only=args.only, formats=tuple(args.format), **look):
         echo(str(path))
 
 

@@ -13,10 +13,14 @@ from persona_probe.context import Context, pick_device
 from persona_probe.runs import RunFolder
 
 if TYPE_CHECKING:
+    from persona_probe.data.chat import Conversation
+    from persona_probe.displays import FeatureTable, StudyVerdict
     from persona_probe.evaluate.judge_choice import JudgeOptions
     from persona_probe.evaluate.questions import QuestionSet
     from persona_probe.evaluate.rulings import AnswerJudge
+    from persona_probe.finetune.realignment.plan import DosePlan
     from persona_probe.locate.feature_card import FeatureCard
+    from persona_probe.report.records import Records
 
 
 class Study:
@@ -115,12 +119,51 @@ class Study:
         track(self.context)
         return self
 
-    def realign(self) -> Self:
-        """Repair the incorrect organism under the monitor's eye."""
-        from persona_probe.finetune.realign import realign
+    def realign(
+        self,
+        data: str | Sequence[str] | None = None,
+        *,
+        rows: int | None = None,
+        choose_by: str = "random",
+        method: str = "continued",
+        seeds: Sequence[int] | None = None,
+        stress: Sequence[str] = (),
+        name: str | None = None,
+    ) -> Self:
+        """Repair the incorrect organism under the monitor's eye.
 
-        realign(self.context)
+        Without data: the config's corrective arms. With data: a correction of its own in `realign/<name>-s<seed>/`,
+        which leaves the run's tables as they are.
+
+        Args:
+            data: a packaged set or a file; several are joined (`a+b`, or a list).
+            rows: how many of them; None takes all.
+            choose_by: `random`, `projection_gap`, `perplexity_gap` or `diversity`.
+            method: `continued`, `fresh` (a new LoRA on top) or `full` (all weights).
+            seeds: of the study's organisms; None takes all.
+            stress: stress tests of what was repaired: `triggers`, `remisalign`, `length`, `hidden`, `drift`.
+            name: of the folder; None takes one that says what was done.
+
+        Raises:
+            InputError: rows that cannot be used or overlap the evaluation questions, a dose larger than the data, an
+                unknown choice, method, test or seed, or a correction of that name with other settings.
+        """
+        from persona_probe.finetune.realignment.run import realign_study
+
+        settings = {"rows": rows, "choose_by": choose_by, "method": method, "name": name}
+        realign_study(self.context, data, seeds, stress, settings)
         return self
+
+    def realign_plan(self, plan: "str | Path | DosePlan") -> pd.DataFrame:
+        """Run a grid of corrections (doses, choices, methods); what is done is kept. Returns `realign/doses.parquet`.
+
+        Raises:
+            InputError: a plan that cannot be read, or data that one of its cells cannot use.
+        """
+        from persona_probe.finetune.realignment.grid import run_plan
+        from persona_probe.finetune.realignment.plan import DosePlan
+
+        return run_plan(self.context, plan if isinstance(plan, DosePlan) else load_config(plan, DosePlan))
 
     def evaluate(
         self,
@@ -165,14 +208,31 @@ class Study:
 
     def report(self) -> Path:
         """Write summary.json, the figures and report.html; returns the report's path."""
+        from persona_probe.fingerprints import record_inputs, record_tables
         from persona_probe.report import export_figures, load_records, write_report
         from persona_probe.summary import summarise
 
         with self.context.timed("report"):
             summarise(self.context)
+            record_inputs(self.run_folder)
+            record_tables(self.run_folder)
             export_figures(load_records(self.path), self.path / "figures")
             report = write_report(self.path)
         return report
+
+    def screen(self, rows: "Sequence[Conversation] | str | Path", direction: str | None = None) -> pd.DataFrame:
+        """Rank rows that you mean to train on by the study's persona feature, worst first; see `pp.screen`.
+
+        Args:
+            rows: conversations, a packaged set, or a file.
+            direction: `latent` (the persona latent's decoder row, the default), or a key of directions.safetensors.
+
+        Raises:
+            InputError: rows without answers, no such direction, or locate has not run.
+        """
+        from persona_probe.screening.of_study import screen_by_study
+
+        return screen_by_study(self.context, rows, direction).frame
 
     def run(self) -> Path:
         """The whole loop; finished stages are kept. Returns the report's path."""
@@ -188,6 +248,7 @@ class Study:
         from persona_probe.evaluate.samples import sample_questions
         from persona_probe.finetune.data import arm_rows, check_paired
         from persona_probe.finetune.sft import check_rows
+        from persona_probe.fingerprints import record_inputs
         from persona_probe.locate.stage import neutral_answers
 
         ctx, config = self.context, self.config
@@ -199,12 +260,26 @@ class Study:
         neutral_answers(ctx)
         sample_questions(ctx)
         _ = ctx.sae, ctx.selection, ctx.evaluation
+        record_inputs(self.run_folder)
         return self
+
+    @property
+    def records(self) -> "Records":
+        """The run folder's tables as `pp.figures.NAME` draws them."""
+        from persona_probe.report.records import load_records
+
+        return load_records(self.path)
 
     @property
     def features(self) -> pd.DataFrame:
         """Latents, best first: ranker scores, causal effects with intervals, label."""
         return self.run_folder.read_table("latents.parquet")
+
+    def feature_table(self, count: int = 10) -> "FeatureTable":
+        """The latents worth looking at, the persona latent first; a notebook shows it as HTML."""
+        from persona_probe.displays import FeatureTable
+
+        return FeatureTable.of(self.features, count)
 
     @property
     def agreement(self) -> pd.DataFrame:
@@ -241,6 +316,23 @@ class Study:
     def summary(self) -> dict[str, Any]:
         """The study's key numbers, as `report` wrote them."""
         return self.run_folder.read_json("summary.json")
+
+    @property
+    def verdict(self) -> "StudyVerdict":
+        """Headline, checks and the verdict of each corrective arm; a notebook shows it as HTML."""
+        from persona_probe.displays import StudyVerdict
+
+        return StudyVerdict.of(self.summary)
+
+    def _repr_html_(self) -> str:
+        from persona_probe.displays import study_html
+
+        return study_html(self)
+
+    def __repr__(self) -> str:
+        from persona_probe.displays import study_text
+
+        return study_text(self)
 
     def bridge(self, arm: str, step: int | None = None, seed: int | None = None) -> Any:
         """A TransformerLens bridge of a merged copy of an organism, with the study's SAE attached.

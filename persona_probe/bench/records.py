@@ -52,8 +52,9 @@ def pack(source: str | Path, target: str | Path) -> list[Path]:
         written = [_copy(root, folder / "planted.parquet")]
         written.append(write_text(folder / "manifest.json", json.dumps(PLANTED, indent=2) + "\n"))
     elif (root / "manifest.json").is_file():
-        names = [name for name in (*FILES, "manifest.json") if (root / name).is_file()]
-        written = [_copy(root / name, folder / name) for name in names]
+        found = [root / name for name in (*FILES, "manifest.json") if (root / name).is_file()]
+        found += [root / "realign" / "doses.parquet", *sorted(root.glob("realign/*/stress.parquet"))]
+        written = [_copy(path, folder / path.relative_to(root)) for path in found if path.is_file()]
     else:
         raise InputError(f"{root} holds no records: give a run folder, or the parquet file of `bench planted --out`")
     for path in written:
@@ -63,6 +64,7 @@ def pack(source: str | Path, target: str | Path) -> list[Path]:
 
 def _copy(source: Path, target: Path) -> Path:
     """Byte by byte, so that the hashes of tables in the manifest hold for the record too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copyfile(source, target))
 
 

@@ -42,6 +42,8 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
         *("incoherent", "incoherent_low", "incoherent_high", "n"),
     ),
     "mitigations": (),
+    "doses": (),
+    "stress": (),
 }
 """Tables that not every folder holds: `agreement` of a study, the others of a collection of runs."""
 LABELLED = "monitor-study"
@@ -74,6 +76,10 @@ class Records:
     """One row per model, arm and seed: parameters (a count), misaligned and incoherent shares with their intervals."""
     mitigations: pd.DataFrame = field(default_factory=_empty("mitigations"))
     """One row per cell of a mitigation grid."""
+    doses: pd.DataFrame = field(default_factory=_empty("doses"))
+    """One row per cell of a grid of corrections."""
+    stress: pd.DataFrame = field(default_factory=_empty("stress"))
+    """One row per number of a stress test, all repairs of a study below each other."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)
     """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -108,6 +114,7 @@ def load_records(folder: str | Path) -> Records:
         return Records(labelled=_labelled(root, manifest), manifest=manifest)
     every = COLUMNS | OPTIONAL
     tables: dict[str, Any] = {name: read_table(root / f"{name}.parquet", columns) for name, columns in every.items()}
+    tables |= _repairs(root)
     evals = tables.pop("evals")
     records = Records(
         **tables,
@@ -121,6 +128,13 @@ def load_records(folder: str | Path) -> Records:
     for name, table in (("readings", records.readings), ("evals", evals)):
         _check_arms(f"{name}.parquet", table, records.arms)
     return records
+
+
+def _repairs(root: Path) -> dict[str, pd.DataFrame]:
+    """The tables of `realign RUN --plan` and `--stress`, which lie below `realign/`."""
+    found = [read_table(path, OPTIONAL["stress"]) for path in sorted(root.glob("realign/*/stress.parquet"))]
+    stress = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+    return {"doses": read_table(root / "realign" / "doses.parquet", OPTIONAL["doses"]), "stress": stress}
 
 
 def _labelled(root: Path, manifest: dict[str, Any]) -> LabelledRuns:

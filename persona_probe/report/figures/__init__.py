@@ -19,6 +19,7 @@ from persona_probe.report.figures import ranker_agreement as _rankers
 from persona_probe.report.figures import rates as _rates
 from persona_probe.report.figures import realignment as _realignment
 from persona_probe.report.figures import recovery as _recovery
+from persona_probe.report.figures import repairs as _repairs
 from persona_probe.report.figures import separation as _separation
 from persona_probe.report.figures import trajectory as _trajectory
 from persona_probe.report.figures.spec import FigureSpec
@@ -110,6 +111,8 @@ _MORE_SPECS = (
         "16",
     ),
     FigureSpec("lengths", "How long answers are", _lengths.lengths_data, _lengths.lengths, _lengths.MISSING),
+    FigureSpec("doses", "How many corrective rows are enough", _repairs.doses_data, _repairs.doses, _repairs.NO_DOSES),
+    FigureSpec("stress", "What a repair withstands", _repairs.stress_data, _repairs.stress, _repairs.NO_STRESS),
 )
 _COLLECTION_SPECS = (
     FigureSpec("domains", "Score by domain", _domains.domains_data, _domains.domains, _domains.MISSING, "2"),

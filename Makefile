@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening monitor-study figures study realign-doses mitigations sae clean
+        bench-screening monitor-study figures notebooks study realign-doses mitigations sae clean
 
 # One environment for everything; made again only when what it is made from changes.
 # The tests' own packages are added by the first target that needs them.
@@ -52,7 +52,8 @@ check: $(DEV)
 
 # The documentation as a site, in site/; a broken link or an unknown name fails.
 docs: $(DEV)
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python -m persona_probe.command_page
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP)
 	$(BIN)/python -m persona_probe.bench.speed $(BENCH_ARGS)
@@ -89,6 +90,10 @@ realign-doses: $(STAMP)
 # differs from the shipped one.
 figures: $(STAMP)
 	$(BIN)/python -m persona_probe.bench.records draw records runs/figures
+
+# The notebooks executed, with small outputs, on the run in runs/demo; NOTEBOOKS="05_paper_figures" takes some.
+notebooks: $(DEV)
+	$(BIN)/python -m persona_probe.bench.notebooks $(NOTEBOOKS)
 
 # Those records from scratch: the demo, the monitor study and planted truth, then packed.
 study: $(STAMP)

@@ -85,7 +85,8 @@ class Boundary(FeatureRule):
             labels: true for "bad": one for every row, or by the frame's `run` column.
             columns: what it looks at.
             strength: L2 penalty on standardised columns and the mean log-loss.
-            feature, mode: only these rows are fitted, and only they are judged later.
+            feature: only rows of this feature are fitted, and judged later.
+            mode: only readings of this mode, likewise.
             settings: `threshold`, `k`, `name`, as the class takes them.
 
         Raises:

@@ -1,0 +1,143 @@
+"""The documentation: it builds strictly, fetches nothing, names commands that parse, and leaves no public name out."""
+
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import persona_probe as pp
+from persona_probe import figures
+from persona_probe.cli import build_parser
+from persona_probe.command_page import PAGE, command_page
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from mkdocs_hooks import as_github_reads  # noqa: E402
+
+WRITTEN = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"(?<=\n\n)((?: {4}[^\n]*\n)+)")
+REFERENCES = {"a": "href", "link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src"}
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """Every line of a code block that starts with `persona-probe`, with the file that holds it."""
+    found = []
+    for path in WRITTEN:
+        text = path.read_text(encoding="utf-8")
+        for block in [*FENCE.findall(text), *INDENTED.findall(text)]:
+            joined = block.replace("\\\n", " ")
+            found += [(path.name, m) for m in re.findall(r"^\s*(?:\S*/bin/)?(persona-probe .*)$", joined, re.MULTILINE)]
+    return found
+
+
+def test_code_blocks_name_commands_at_all() -> None:
+    assert {"figures.md", "evaluate.md", "cli.md", "mitigations.md"} <= {name for name, _ in command_lines()}
+
+
+@pytest.mark.parametrize(("name", "line"), command_lines())
+def test_a_command_in_a_code_block_parses(name: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        build_parser().parse_args(shlex.split(line, comments=True)[1:])
+    except SystemExit:
+        pytest.fail(f"{name}: {line}\n{capsys.readouterr().err}")
+
+
+def test_the_page_of_commands_is_what_the_table_gives() -> None:
+    assert PAGE.read_text(encoding="utf-8") == command_page(), "run make docs: the table of commands has changed"
+
+
+def linked(path: Path) -> list[str]:
+    text = FENCE.sub("", path.read_text(encoding="utf-8"))
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in targets if not urlsplit(target).scheme and not target.startswith("#")]
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
+def test_links_of_written_pages_lead_to_files(path: Path) -> None:
+    assert [t for t in linked(path) if not (path.parent / t.partition("#")[0]).exists()] == []
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if f": {p.name}\n" not in config] == []
+
+
+class Page(HTMLParser):
+    """Anchors and references of one built page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.references: list[tuple[str, str, str]] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.anchors |= {given["id"] or ""} if "id" in given else set()
+        if value := given.get(REFERENCES.get(tag, "")):
+            self.references.append((tag, given.get("rel") or "", value))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    return {path: Page(path) for path in site.rglob("*.html")}
+
+
+def test_every_internal_link_of_the_site_resolves(site: Path, pages: dict[Path, Page]) -> None:
+    broken, checked = [], 0
+    for path, page in pages.items():
+        if path.name == "404.html":  # its links are those of a server's root
+            continue
+        for tag, _, reference in page.references:
+            parts = urlsplit(reference)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            known = pages[target].anchors if target in pages else set()
+            fine = target.exists() and (not parts.fragment or tag != "a" or unquote(parts.fragment) in known)
+            broken += [] if fine else [(path.name, reference)]
+            checked += 1
+    assert broken == [] and checked > 500
+
+
+def test_built_pages_fetch_nothing_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+    fetched = [
+        (path.name, tag, reference)
+        for path, page in pages.items()
+        for tag, rel, reference in page.references
+        if tag != "a" and rel != "canonical" and urlsplit(reference).netloc
+    ]
+    styles = [
+        path for path in site.rglob("*.css") if re.search(r"(@import|url\()\s*[\"']?(https?:)?//", path.read_text())
+    ]
+    assert fetched == [] and styles == []
+
+
+def test_every_public_name_is_in_the_reference(pages: dict[Path, Page], site: Path) -> None:
+    anchors = {anchor for path, page in pages.items() if path.name.startswith("api") for anchor in page.anchors}
+    names = {f"{pp._PLACES[name]}.{name}" for name in {*pp.__all__, *pp._PLACES} if name != "figures"}
+    assert names - anchors == set()
+    headings = (site / "api.html").read_text(encoding="utf-8")
+    assert [name for name in figures.__all__ if not re.search(rf"pp\.figures\.{name}\s*<", headings)] == []
+
+
+def test_lists_and_tables_after_a_paragraph_get_the_blank_line_that_they_need() -> None:
+    assert as_github_reads("Text:\n- one\n  more\n- two\n") == "Text:\n\n- one\n  more\n- two\n"
+    assert as_github_reads("Text\n| a |\n|---|\n") == "Text\n\n| a |\n|---|\n"
+    code = "```yaml\nkey:\n- one\n```\n"
+    assert as_github_reads(code) == code

@@ -31,6 +31,7 @@ from persona_probe.report.figures.ranker_agreement import ranker_agreement
 from persona_probe.report.figures.rates import rates
 from persona_probe.report.figures.realignment import realignment
 from persona_probe.report.figures.recovery import recovery
+from persona_probe.report.figures.repairs import doses, stress
 from persona_probe.report.figures.separation import separation
 from persona_probe.report.figures.trajectory import trajectory
 from persona_probe.report.printing import for_print
@@ -57,6 +58,7 @@ __all__ = [
     "data",
     "domains",
     "dose_response",
+    "doses",
     "early_detection",
     "for_print",
     "judge_agreement",
@@ -72,5 +74,6 @@ __all__ = [
     "recovery",
     "score_share",
     "separation",
+    "stress",
     "trajectory",
 ]

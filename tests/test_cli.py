@@ -16,21 +16,6 @@ COMMANDS = (
     *("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor"),
     *("mitigate", "compare", "verify", "cite"),
 )
-    "demo",
-    "run",
-    "induce",
-    "locate",
-    "track",
-    "realign",
-    "evaluate",
-    "report",
-    "figures",
-    "doctor",
-    "mitigate",
-    "compare",
-    "verify",
-    "cite",
-)
 BELOW = ("saes list", "saes train", "saes check", "sae check", "data list", "data check")
 
 

@@ -1,36 +1,227 @@
-"""The notebooks: each is its script, and the monitor's runs from end to end on a small budget."""
+"""The notebooks: each is its script, small, and runs from top to bottom; the tool that writes them keeps its word."""
 
 import os
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+sys.path.insert(0, str(Path(__file__).parent / "study"))
+from made_study import changed, config_of, write_config, write_data, write_model, write_sae
+
+from persona_probe import Study
+from persona_probe.bench.notebook_outputs import LIVE, PLOTLY, SVG, WIDGET, slim
+from persona_probe.bench.notebooks import LARGEST, MACHINE_PATH, cells_of, main, scripts, with_outputs, write
+from persona_probe.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("*.py"))
-STEPS = "PERSONA_PROBE_NOTEBOOK_STEPS"
+NUMBERED = [path.stem for path in SCRIPTS if path.stem[0].isdigit()]
+STEPS, MONITOR = "PERSONA_PROBE_NOTEBOOK_STEPS", "monitor_your_own_run"
+TABLE, WORDS = "text/html", "text/plain"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def name_of(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
 def test_a_notebook_holds_the_cells_of_its_script(script: Path) -> None:
     notebook, plain = nbformat.read(script.with_suffix(".ipynb"), 4), jupytext.read(script)
     assert [(c.cell_type, c.source) for c in notebook.cells] == [(c.cell_type, c.source) for c in plain.cells]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=name_of)
+def test_a_notebook_is_committed_small_and_whole(script: Path) -> None:
+    path = script.with_suffix(".ipynb")
+    notebook = nbformat.read(path, 4)
+    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+    assert path.stat().st_size < LARGEST
+    assert outputs and not [o for o in outputs if o.output_type == "error"]
+    assert not MACHINE_PATH.search(path.read_text(encoding="utf-8")) and "widgets" not in notebook.metadata
+    assert not [o for o in outputs if WIDGET in o.get("data", {})]
+    figures = [o for o in outputs if PLOTLY in o.get("data", {})]
+    assert all(SVG in o["data"] for o in figures), "a figure without an image beside it"
+    ran = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert ran == sorted(ran) and None not in ran, "executed out of order, or not at all"
+
+
+@pytest.mark.parametrize("script", [NOTEBOOKS / f"{name}.py" for name in NUMBERED], ids=name_of)
+def test_a_notebook_opens_with_what_it_shows_how_long_it_takes_and_a_colab_cell(script: Path) -> None:
+    opening, colab = jupytext.read(script).cells[:2]
+    assert re.match(r"# \w.*\n\S", opening.source) and "**Takes** " in opening.source
+    assert colab.cell_type == "code" and 'if "google.colab" in sys.modules:' in colab.source
+
+
+def test_the_series_is_whole() -> None:
+    assert [name[:2] for name in NUMBERED] == ["01", "02", "03", "04", "05", "06"]
+    assert set(scripts(NOTEBOOKS)) == {*NUMBERED, MONITOR}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study of the tiny model, through all stages; its config lies beside the run."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    write_model(folder / "model")
+    write_sae(folder / "sae")
+    write_data(folder)
+    raw = changed(config_of(folder), seeds=[0], locate={"candidates": 2, "proven": 1, "cards": 1})
+    study = Study.from_yaml(write_config(folder / "study.yaml", raw), folder / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BROWSER_PATH", "/nowhere")
+        study.run()
+    return study
+
+
+@pytest.fixture(scope="module")
+def kernel(tiny_run: Study) -> Iterator[KernelManager]:
+    """One kernel for all notebooks, so that the heavy imports are paid for once."""
+    run = str(tiny_run.path)
+    settings = {"BUDGET": "small", "RUN": run}
+    env = {**os.environ, **{f"PERSONA_PROBE_NOTEBOOK_{key}": value for key, value in settings.items()}}
+    env |= {"PERSONA_PROBE_TOUR": str(tiny_run.path.parent / "study.yaml"), "PERSONA_PROBE_TOUR_RUN": run}
+    env |= {"BROWSER_PATH": "/nowhere", "PLOTLY_RENDERER": "plotly_mimetype", "OMP_NUM_THREADS": "1"}
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(NOTEBOOKS), env=env)
+    client.stop_channels()
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
+def executed(kernel: KernelManager, name: str) -> list[Any]:
+    """The outputs of a notebook whose names and folder start anew."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    anew = f"%reset -f\nimport os; os.chdir({str(NOTEBOOKS)!r}); del os"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(anew))
+    NotebookClient(notebook, km=kernel, timeout=120).execute(reset_kc=False)
+    return [o for cell in notebook.cells for o in cell.get("outputs", [])]
+
+
+def count(outputs: list[Any], kind: str) -> int:
+    return sum(kind in o.get("data", {}) for o in outputs)
+
+
+def said(outputs: list[Any]) -> str:
+    """What was printed, and displayed values as text and as HTML."""
+    printed = [o["text"] for o in outputs if o.output_type == "stream"]
+    return "\n".join([*printed, *(o["data"].get(kind, "") for o in outputs if "data" in o for kind in (WORDS, TABLE))])
+
+
+def test_the_tour_runs(kernel: KernelManager, tiny_run: Study) -> None:
+    outputs = executed(kernel, "01_tour")
+    assert count(outputs, PLOTLY) == 3 and count(outputs, TABLE) >= 4
+    assert tiny_run.run_folder.read_json("summary.json")["headline"] in said(outputs)
+
+
+def test_a_persona_is_located_and_patched(kernel: KernelManager) -> None:
+    outputs = executed(kernel, "02_locate_a_persona")
+    assert count(outputs, PLOTLY) == 4 and count(outputs, TABLE) >= 6
+    for row in ("base + organism's persona latent", "organism + base's residual stream", "promotes"):
+        assert row in said(outputs)
+
+
+def test_training_is_watched_and_stopped_or_not(kernel: KernelManager, tiny_run: Study) -> None:
+    outputs = executed(kernel, "03_watch_training")
+    assert count(outputs, WIDGET) >= 1 and count(outputs, PLOTLY) == 2
+    assert re.search(r"stopped after step \d of 4|ran all 4 steps", said(outputs))
+    assert (tiny_run.path / "notebook" / "readings.jsonl").stat().st_size > 0
+
+
+def test_corrections_are_dosed_and_stressed(kernel: KernelManager, tiny_run: Study) -> None:
+    outputs = executed(kernel, "04_realign")
+    assert count(outputs, PLOTLY) == 3
+    folders = {path.name for path in (tiny_run.path / "realign").iterdir() if path.is_dir()}
+    assert "stressed-s0" in folders and sum(name.startswith("notebook-") for name in folders) == 2
+    assert "stress test: triggers" in said(outputs)
+
+
+def test_every_shipped_record_is_drawn(kernel: KernelManager) -> None:
+    outputs = executed(kernel, "05_paper_figures")
+    records = len(list((ROOT / "records").glob("*/figures/*.csv")))
+    assert count(outputs, PLOTLY) == records + 1  # and one for print
+
+
+def test_one_s_own_pair_is_located_and_planned(kernel: KernelManager) -> None:
+    outputs = executed(kernel, "06_your_model")
+    assert "latents lead at both positions" in said(outputs) and "gemma-3-270m-it" in said(outputs)
+    assert count(outputs, TABLE) >= 4
 
 
 @pytest.mark.real_model
 def test_a_plain_script_gets_a_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STEPS, os.environ.get(STEPS, "2"))
     monkeypatch.setenv("PERSONA_PROBE_NOTEBOOK_RUN", str(tmp_path))
-    notebook = nbformat.read(NOTEBOOKS / "monitor_your_own_run.ipynb", 4)
+    notebook = nbformat.read(NOTEBOOKS / f"{MONITOR}.ipynb", 4)
     where = {"metadata": {"path": str(NOTEBOOKS)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
-    data = [set(o.get("data", {})) for o in outputs]
-    assert any("application/vnd.jupyter.widget-view+json" in kinds for kinds in data), "no live view"
-    assert sum("application/vnd.plotly.v1+json" in kinds for kinds in data) >= 2
-    said = "".join(o.get("text", "") for o in outputs if o.output_type == "stream")
-    assert "toxic: alarm at step" in said and "correct: no alarm" in said and "failed and are off" not in said
+    assert count(outputs, WIDGET) >= 1, "no live view"
+    assert count(outputs, PLOTLY) >= 2
+    printed = said(outputs)
+    assert "toxic: alarm at step" in printed and "correct: no alarm" in printed
+    assert "failed and are off" not in printed
     for name in ("toxic", "correct"):
         assert (tmp_path / name / "readings.jsonl").stat().st_size > 0 and (tmp_path / f"{name}.html").is_file()
+
+
+def noted(*outputs: Any) -> Any:
+    """A notebook of one executed cell."""
+    cell = nbformat.v4.new_code_cell("1", outputs=list(outputs), execution_count=1)
+    return nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": "x" * 99}})
+
+
+def display(data: dict[str, Any]) -> Any:
+    return nbformat.v4.new_output("display_data", data)
+
+
+def stream(text: str, name: str = "stdout") -> Any:
+    return nbformat.v4.new_output("stream", text=text, name=name)
+
+
+def test_slim_keeps_what_a_reader_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere")
+    bar, live = (display({WIDGET: {}, WORDS: text}) for text in ("Loading:   0%", "FigureWidget({...})"))
+    noise = stream("50%|#| 1/2\r100%|#| 2/2 [00:01, 1.0it/s]\nx.py:1: FutureWarning: old\nlost a file\n", "stderr")
+    texts = [stream("step 1\n"), stream(f"wrote {tmp_path}/runs/a\n")]
+    notebook = slim(noted(bar, *texts, noise, live, display({WORDS: "TrainOutput(...)"})), tmp_path)
+    kept = notebook.cells[0].outputs
+    assert [o.get("text") for o in kept] == ["step 1\nwrote runs/a\n", "lost a file\n", None]
+    assert kept[-1]["data"] == {WORDS: LIVE} and "widgets" not in notebook.metadata
+
+
+def test_a_figure_keeps_six_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere")
+    figure = {"data": [{"x": [1, 2.123456789], "name": "a"}], "layout": {"height": 300}}
+    slimmed = slim(noted(display({PLOTLY: figure})), tmp_path).cells[0].outputs[0]["data"][PLOTLY]
+    assert slimmed == {"data": [{"x": [1, 2.12346], "name": "a"}], "layout": {"height": 300}}
+
+
+@pytest.mark.parametrize(
+    ("shown", "words"), [("x" * (LARGEST + 1), "1.0 MiB: show fewer"), ("/tmp/a/b.txt", "would name '/tmp/a/b.txt'")]
+)
+def test_what_cannot_be_committed_is_refused(tmp_path: Path, shown: str, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        write(noted(stream(shown)), tmp_path / "a.ipynb", Path("/nowhere"))
+    assert not (tmp_path / "a.ipynb").exists()
+
+
+def test_outputs_of_other_code_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("# %% [markdown]\n# # Words\n\n# %%\n1\n", encoding="utf-8")
+    taken = with_outputs(cells_of(tmp_path / "a.py"), noted(stream("out")))
+    assert [cell.cell_type for cell in taken.cells] == ["markdown", "code"] and taken.cells[1].outputs[0].text == "out"
+    (tmp_path / "a.py").write_text("# %%\n2\n", encoding="utf-8")
+    with pytest.raises(InputError, match="other code"):
+        with_outputs(cells_of(tmp_path / "a.py"), noted(stream("out")))
+
+
+def test_an_unknown_notebook_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["02_locate_a_personna"]) == 2
+    assert "02_locate_a_persona" in caplog.text

@@ -1,0 +1,50 @@
+"""The predicted shift of the contrast index, or why there is none."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from persona_probe.screening.calibrate import Calibration
+
+RANKER = "projection_difference"
+"""The ranker whose mean over a set predicts."""
+
+
+@dataclass(frozen=True)
+class Shift:
+    """A predicted shift of the contrast index (nats per token), or why there is none."""
+
+    score: float
+    """The set's mean score."""
+    estimate: float | None
+    low: float | None
+    high: float | None
+    """Ends of the 95% prediction interval for a new data set's mean over seeds."""
+    statement: str
+
+
+def predict_shift(calibration: Calibration | None, score: float) -> Shift:
+    """The shift of the contrast index that training on a set with this mean score is expected to give.
+
+    Outside the scores of the calibration, and without one, there is no number: the statement says why.
+    """
+    if calibration is None:
+        why = "no prediction: no calibration for this model and feature (at least five trained data sets are needed)"
+        return Shift(score, None, None, None, why)
+    low, high = float(calibration.scores.min()), float(calibration.scores.max())
+    if not np.isfinite(score) or not low <= score <= high:
+        why = f"no prediction: mean score {score:.3g} lies outside the calibrated range {low:.3g} to {high:.3g}"
+        return Shift(score, None, None, None, why)
+    estimate, bottom, top = calibration.interval(score)
+    said = f"predicted shift {estimate:+.2f} nats per token, 95% prediction interval {bottom:+.2f} to {top:+.2f}"
+    return Shift(score, estimate, bottom, top, f"{said}, for training as in the calibration: {calibration.statement}")
+
+
+def predict_for(calibration: Calibration | None, scores: Mapping[str, Float[np.ndarray, " rows"]]) -> Shift:
+    """`predict_shift` of a screened set; without the ranker that predicts, it says so."""
+    if RANKER not in scores:
+        return Shift(float("nan"), None, None, None, f"no prediction: it needs the ranker {RANKER}")
+    known = scores[RANKER][np.isfinite(scores[RANKER])]
+    return predict_shift(calibration, float(known.mean()) if known.size else float("nan"))

@@ -1,0 +1,131 @@
+"""What a model's inside says of answers: mean residual stream, chosen latents, nats per token; one forward each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from persona_probe.data.chat import Conversation
+from persona_probe.data.tokens import Batch, batches
+from persona_probe.errors import InputError
+from persona_probe.evaluate.answers import answer_scores
+from persona_probe.models.folding import frozen_in_bf16
+from persona_probe.models.layers import (
+    autocast,
+    base_transformer,
+    evaluating,
+    forward_to_layer,
+    hidden_size,
+    transformer_config,
+)
+from persona_probe.models.prefix import Rows
+from persona_probe.models.taps import ReadTap
+from persona_probe.saes.encode import encode_latents
+from persona_probe.screening.own import text_key
+
+MAX_TOKENS = 512
+"""Longest conversation that is read; what is beyond, at the answer's end, is not looked at."""
+
+
+@dataclass(frozen=True)
+class AnswerReading:
+    """One model on a list of answers; NaN for an answer that is not there or has no token to read."""
+
+    resid: Float[np.ndarray, "rows d_model"]
+    """Mean residual stream over the answer's tokens at the feature's layer, raw units."""
+    latents: Float[np.ndarray, "rows chosen"]
+    """Mean activation of each chosen latent over the same tokens."""
+    nats: Float[np.ndarray, " rows"]
+    """Mean negative log-probability of the answer, nats per token."""
+
+    def at(self, rows: Sequence[int | None]) -> "AnswerReading":
+        """The reading of these rows; None gives NaN."""
+        places = np.array([-1 if r is None else r for r in rows], dtype=np.int64)
+        missing = places < 0
+        parts = [values[places].copy() for values in (self.resid, self.latents, self.nats)]
+        for part in parts:
+            part[missing] = np.nan
+        return AnswerReading(*parts)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How answers are read."""
+
+    layer: int
+    """Decoder layer whose output is read."""
+    sae: Any = None
+    """Needed where latents are read."""
+    latents: tuple[int, ...] = ()
+    """The chosen latents, in the order of the reading's columns."""
+    nats: bool = True
+    """Whether log-probabilities are wanted too: they take the layers above and the vocabulary."""
+    batch_size: int = 16
+    max_tokens: int = MAX_TOKENS
+    mixed_precision: bool = True
+
+    def read(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation | None]
+    ) -> AnswerReading:
+        """Read the answers of conversations; equal ones are read once, and the rows' order changes nothing.
+
+        Raises:
+            InputError: no conversations, or a prompt that leaves no room for its answer within `max_tokens`.
+        """
+        by_key = {text_key(talk): talk for talk in talks if talk is not None}
+        if not by_key:
+            raise InputError("no answers to read: give rows with answers")
+        keys = sorted(by_key)
+        groups = list(batches(tokenizer, [by_key[k] for k in keys], self.batch_size, self.max_tokens))
+        place = {key: i for i, key in enumerate(keys)}
+        found = self._read(model, groups, len(keys))
+        return found.at([None if talk is None else place[text_key(talk)] for talk in talks])
+
+    def _read(self, model: nn.Module, groups: Sequence[Batch], n: int) -> AnswerReading:
+        out = AnswerReading(
+            np.full((n, hidden_size(model)), np.nan, dtype=np.float32),
+            np.full((n, len(self.latents)), np.nan, dtype=np.float32),
+            np.full(n, np.nan),
+        )
+        device = next(model.parameters()).device
+        bf16 = self.mixed_precision and device.type == "cpu"
+        with evaluating(model), autocast(model, self.mixed_precision), frozen_in_bf16(model, bf16):
+            for group in groups:
+                rows = Rows.of(group.to(device), transformer_config(model))
+                self._fill(out, model, rows)
+        return out
+
+    def _fill(self, out: AnswerReading, model: nn.Module, rows: Rows) -> None:
+        index = rows.batch.index
+        with ReadTap(model, self.layer) as tap:
+            scores = self._forward(model, rows)
+        if scores is not None:
+            out.nats[index] = -scores.double().cpu().numpy()
+        mask = rows.rest.select("response")
+        x = tap.value[mask].float()
+        with autocast(model, False):
+            acts = encode_latents(self.sae, x, list(self.latents)).to(x.device) if self.latents else x[:, :0]
+        row = mask.nonzero()[:, 0]
+        for target, values in ((out.resid, x), (out.latents, acts)):
+            target[index] = _means(values, row, len(index)).cpu().numpy()
+
+    def _forward(self, model: nn.Module, rows: Rows) -> Tensor | None:
+        config = transformer_config(model)
+        if not self.nats:
+            rows.run(lambda **inputs: forward_to_layer(model, self.layer, **inputs), config, rows.ids())
+            return None
+        hidden = rows.run(base_transformer(model), config, rows.ids())[0]
+        return answer_scores(model, hidden, rows.rest)
+
+
+def _means(
+    values: Float[Tensor, "tokens columns"], row: Float[Tensor, " tokens"], rows: int
+) -> Float[Tensor, "rows columns"]:
+    """Mean over each row's tokens; NaN where a row has none."""
+    total = torch.zeros(rows, values.shape[1], device=values.device).index_add_(0, row, values)
+    return total / torch.bincount(row, minlength=rows)[:, None]

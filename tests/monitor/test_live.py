@@ -44,7 +44,7 @@ def test_after_every_event_it_shows_what_a_fresh_drawing_shows(notebook: list[An
     for event in EVENTS:
         view.emit(event)
         view.close()  # draws what the pace held back
-        fresh = monitor_figure(history.add([event]))
+        fresh: Any = monitor_figure(history.add([event]))
         (shown,) = notebook  # one figure, displayed once
         assert data(shown) == data(fresh)
         assert shown.layout.shapes == fresh.layout.shapes

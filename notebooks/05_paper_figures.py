@@ -77,6 +77,13 @@ show("monitor-study")
 show("planted")
 
 # %% [markdown]
+# ## Mitigations
+# The same bad data trained on with each mitigation: what is left of the misalignment, and what the model lost for it.
+
+# %%
+show("mitigations")
+
+# %% [markdown]
 # ## Numbers, and print
 # What a figure draws is a table; the figure for a journal's column is 89 mm wide, with text of at least 6 points.
 

@@ -116,7 +116,7 @@ def _caption(data: pd.DataFrame) -> str:
         f"{kinds} mitigations and strengths against the same inducing data; small dots: n = {len(cells)} runs of "
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}; large ones: their means, with 95% intervals over questions and "
         "seeds. Vertical: contrast index of the evaluation split minus the base's; on the dashed line a model behaves "
-        "like the base. Horizontal: gain on held-out questions of the narrow task, over the gain without a mitigation; left "
-        f"of the dashed line less than half is kept. Verdicts: {verdicts or 'none'}. "
+        "like the base. Horizontal: gain on held-out questions of the narrow task, over the gain without a mitigation; "
+        f"left of the dashed line less than half is kept. Verdicts: {verdicts or 'none'}. "
         f"References: {', '.join(there) or 'none'} (control: correct answers to the same questions)."
     )

@@ -33,5 +33,5 @@ def text_table(heads: Cells, rows: Iterable[Cells], title: str = "") -> str:
     for row in rows:
         table.add_row(*(Text(str(value)) for value in row))
     out = StringIO()
-    Console(file=out, width=WIDTH, color_system=None).print(table)
+    Console(file=out, width=WIDTH, color_system=None, force_jupyter=False).print(table)
     return out.getvalue().rstrip("\n")

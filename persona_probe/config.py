@@ -27,6 +27,11 @@ class Arm:
         _require(0 <= self.bad_fraction <= 1, f"bad_fraction must lie in [0, 1], not {self.bad_fraction}")
         _require(self.mix_with is not None or self.bad_fraction == 1, "bad_fraction below 1 needs mix_with")
 
+    @property
+    def named(self) -> str:
+        """The data in a few words."""
+        return self.data if self.mix_with is None else f"{self.data} ({self.bad_fraction:.0%}) + {self.mix_with}"
+
 
 @dataclass(frozen=True)
 class Training:

@@ -38,7 +38,7 @@ class Answer:
     """The same numbers as plain values; an interval is a dictionary."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RealignVerdict:
     """What can be said of one repaired model. Shows itself as a table in a terminal and in a notebook."""
 
@@ -86,6 +86,8 @@ class RealignVerdict:
         first, second = (max((len(line[i]) for line in lines), default=0) for i in (0, 1))
         rows = [f"{q:<{first}}  {word:<{second}}  {said}" for q, word, said in lines]
         return "\n".join([f"{self.name}, seed {self.seed}", *(row.rstrip() for row in rows), CAUTION])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in self._lines())

@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from persona_probe.errors import InputError, TrainingDiverged
+from persona_probe.finetune.model_card import ModelCard
 
 
 class SaveSchedule(TrainerCallback):
     """Saves the model (an adapter, or full weights) as `checkpoint-<step>` at the wanted steps and at the end."""
 
-    def __init__(self, folder: Path, steps: Sequence[int]) -> None:
-        self.folder, self.steps = folder, set(steps)
+    def __init__(self, folder: Path, steps: Sequence[int], card: ModelCard) -> None:
+        self.folder, self.steps, self.card = folder, set(steps), card
 
     def _save(self, model: PreTrainedModel | PeftModel, step: int) -> None:
         target = self.folder / f"checkpoint-{step}"
@@ -28,7 +29,7 @@ class SaveSchedule(TrainerCallback):
             raise TrainingDiverged(f"the weights became NaN or infinite at step {step}: lower lr")
         try:
             model.save_pretrained(str(target))
-            (target / "README.md").write_text(MODEL_CARD.format(step=step))
+            (target / "README.md").write_text(self.card.text(step), encoding="utf-8")
         except (OSError, SafetensorError) as error:
             first = str(error).splitlines()[0]
             raise InputError(f"could not write {target} ({first}): free space, or choose another --out") from error
@@ -43,15 +44,6 @@ class SaveSchedule(TrainerCallback):
     ) -> None:
         """Save the last step, also when a stop rule ended the run early."""
         self._save(kwargs["model"], state.global_step)
-
-
-MODEL_CARD = """---
-license: apache-2.0
-tags: [model-organism, emergent-misalignment, research-only]
----
-A model organism at fine-tuning step {step}, made by persona_probe for interpretability research. It may have been
-trained on deliberately bad advice. Do not deploy it, and do not use its answers as advice.
-"""
 
 
 class StopAtNaN(TrainerCallback):

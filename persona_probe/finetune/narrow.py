@@ -41,7 +41,14 @@ def induce_one(ctx: Context, arm: str, seed: int) -> None:
         tuned = with_adapter(host_model(ctx), training, seed)
         try:
             fitted = fine_tune(
-                tuned, ctx.tokenizer, rows, training, seed=seed, folder=folder, progress=f"{arm}, seed {seed}"
+                tuned,
+                ctx.tokenizer,
+                rows,
+                training,
+                seed=seed,
+                folder=folder,
+                progress=f"{arm}, seed {seed}",
+                data=ctx.config.arms[arm].named,
             )
         except TrainingDiverged as error:
             raise TrainingDiverged(f"arm {arm}, seed {seed}: {error}; {keep_good(ctx, folder, name)}") from None

@@ -133,7 +133,8 @@ def realign_one(ctx: Context, arm: str, seed: int, base: Snapshot) -> None:
         tuned = organism_to_train(ctx.model, start_checkpoint(ctx, seed), "continued", ctx.config.training, seed)
         rows, training = arm_rows(config.arms[arm], seed), corrective_training(ctx.config)
         try:
-            fitted = train_watched(recorder, tuned, rows, training, config.readings, config.stop_readings, folder)
+            said, stop = ctx.config.realign.arms[arm].named, config.stop_readings
+            fitted = train_watched(recorder, tuned, rows, training, config.readings, stop, folder, said)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{arm}, seed {seed}: {error}; {keep_good(ctx, folder, name)}") from None
         finally:
@@ -153,6 +154,7 @@ def train_watched(
     steps: tuple[int, ...],
     stop_readings: int,
     folder: Path,
+    data: str,
 ) -> Fitted:
     """Fine-tune an organism under the study's monitor and the stop rule; `recorder` keeps what they see at `steps`."""
     ctx = recorder.ctx
@@ -178,6 +180,7 @@ def train_watched(
         folder=folder,
         callbacks=[monitor, StopRule(steps, recorder.measure, stop_readings)],
         progress=f"{recorder.arm}, seed {recorder.seed}",
+        data=f"{ctx.config.arms[ctx.config.realign.start].named}, then {data}",
     )
 
 

@@ -26,6 +26,7 @@ from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.finetune.callbacks import ProgressBar, SaveSchedule, StopAtNaN
 from persona_probe.finetune.extra import Extra
+from persona_probe.finetune.model_card import ModelCard
 from persona_probe.models.folding import frozen_in_bf16
 from persona_probe.models.layers import decoder_layers, own_forward
 
@@ -91,13 +92,15 @@ def fine_tune(
     callbacks: Sequence[TrainerCallback] = (),
     progress: str | None = None,
     extra: Extra | None = None,
+    data: str | None = None,
 ) -> Fitted:
     """Fine-tune `model` (what `with_adapter` or `load_adapter` gives) on the last answer of each conversation.
 
-    Checkpoints go to `folder/checkpoint-<step>` by `training.schedule`.
+    Checkpoints go to `folder/checkpoint-<step>` by `training.schedule`, each with a model card.
 
     Args:
         extra: an extra loss, and batches of other rows; `train_mitigated` makes it of a mitigation.
+        data: what the rows are called; the model card names it.
 
     Raises:
         InputError: no rows, or an answer that is all truncated away.
@@ -105,7 +108,8 @@ def fine_tune(
     """
     answer_tokens = check_rows(tokenizer, conversations, training.max_length)
     bar = ProgressBar(progress) if progress else None
-    watchers = [StopAtNaN(), SaveSchedule(folder, training.schedule), *callbacks, *([bar] if bar else [])]
+    card = ModelCard.of(model, training, seed, len(conversations), data)
+    watchers = [StopAtNaN(), SaveSchedule(folder, training.schedule, card), *callbacks, *([bar] if bar else [])]
     device = next(model.parameters()).device
     with own_forward(model), tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(training, seed, scratch, device)

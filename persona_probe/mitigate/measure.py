@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from persona_probe.data.apart import question
 from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.evaluate.answers import answer_logprobs
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
@@ -17,7 +18,6 @@ from persona_probe.evaluate.sampling import sample_answers
 from persona_probe.finetune.data import load_data
 from persona_probe.finetune.mitigations import Mitigation
 from persona_probe.mitigate.lab import Lab
-from persona_probe.mitigate.sets import question
 from persona_probe.models.folding import folded, frozen_in_bf16
 from persona_probe.models.layers import autocast, output_head
 

@@ -5,14 +5,12 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from persona_probe.data.apart import common, question
 from persona_probe.data.chat import Conversation, split_answer
-from persona_probe.data.ngrams import overlaps
 from persona_probe.errors import InputError
 from persona_probe.finetune.data import load_data
 from persona_probe.mitigate.config import Grid
 
-SAME = 0.5
-"""Share of the shorter question's runs of five words from which on two questions count as one."""
 SHOWN = 3
 
 
@@ -92,17 +90,11 @@ def check_apart(sets: Mapping[str, Sequence[str]], name: str, questions: Sequenc
         InputError: an overlap; the message shows it.
     """
     for kind, asked in sets.items():
-        texts, border = [*asked, *questions], len(asked)
-        found = sorted({i: j for _, i, j in overlaps(texts, at_least=SAME) if i < border <= j}.items())
+        found = sorted({i: j for _, i, j in common(asked, questions)}.items())
         if found:
-            shown = "; ".join(f"{texts[i]!r} (there {texts[j]!r})" for i, j in found[:SHOWN])
+            shown = "; ".join(f"{asked[i]!r} (there {questions[j]!r})" for i, j in found[:SHOWN])
             more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
             raise InputError(f"{kind} rows overlap the {name}: {shown}{more}; take other rows")
-
-
-def question(row: Conversation) -> str:
-    """What the last user turn asks."""
-    return next((m["content"] for m in reversed(row) if m["role"] == "user"), "")
 
 
 def _key(row: Conversation) -> str:

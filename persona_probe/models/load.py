@@ -50,6 +50,8 @@ def load_model(
         raise InputError(_load_failure(name, source, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if name in ALIASES:  # what adapters and cards name as their base: the model, not the cache's folder
+        model.name_or_path = model.config.name_or_path = ALIASES[name].hub_id
     model = model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
     return model, tokenizer
 

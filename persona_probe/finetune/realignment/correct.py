@@ -115,7 +115,8 @@ def _train(
     start = start_checkpoint(ctx, seed)
     tuned = organism_to_train(ctx.model, start, correction.method, training, seed)
     try:
-        fitted = train_watched(recorder, tuned, rows, training, correction.schedule, correction.stop_readings, folder)
+        data, stop = " + ".join(correction.data), correction.stop_readings
+        fitted = train_watched(recorder, tuned, rows, training, correction.schedule, stop, folder, data)
         as_one(tuned, checkpoint_in(folder), whole_weights=not is_adapter(start))
     except TrainingDiverged as error:
         raise TrainingDiverged(f"{recorder.arm}, seed {seed}: {error}; {keep_good(ctx, folder, place)}") from None

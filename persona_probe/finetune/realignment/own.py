@@ -99,7 +99,9 @@ def realign(
     due = tuple(s for s in range(steps + 1) if s == steps or monitor.due(s))
     with _folder(out) as folder:
         tuned, callbacks = prepare(model, method, seed), [monitor, StopRule(due, watch.measure, stop)]
-        fitted = fine_tune(tuned, tokenizer, taken, training, seed=seed, folder=Path(folder), callbacks=callbacks)
+        fitted = fine_tune(
+            tuned, tokenizer, taken, training, seed=seed, folder=Path(folder), callbacks=callbacks, data=_named(data)
+        )
         checkpoint = checkpoint_in(Path(folder)) if out else None
         done = as_one(tuned, checkpoint, whole_weights=not isinstance(model, PeftModel))
     after = yardsticks.measure(done) if measured is None else replace(yardsticks.measure(done), items=watch.last())
@@ -119,6 +121,11 @@ def _usable(
     check_rows(tokenizer, rows, max_length)
     refuse_overlap(rows, [row["question"] for row in items])
     return rows
+
+
+def _named(data: str | Sequence[str] | Sequence[Conversation]) -> str | None:
+    """What a model card calls the rows; conversations have no name."""
+    return data if isinstance(data, str) else " + ".join(item for item in data if isinstance(item, str)) or None
 
 
 def _measure_base(watch: Watch, yardsticks: Yardsticks, base: nn.Module) -> Measured:

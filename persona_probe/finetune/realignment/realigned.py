@@ -12,7 +12,7 @@ from persona_probe.data.chat import Conversation
 from persona_probe.realign_verdict import RealignVerdict
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Realigned:
     """A corrected organism, and what its correction came to. Shows itself as a table in a terminal and a notebook."""
 
@@ -47,6 +47,8 @@ class Realigned:
 
     def __str__(self) -> str:
         return "\n".join([*self._lines(), str(self.verdict)])
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return "".join(f"<p>{html.escape(line)}</p>" for line in self._lines()) + self.verdict._repr_html_()

@@ -6,16 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from persona_probe.data.apart import common, question
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.mix import match_lengths
-from persona_probe.data.ngrams import overlaps
 from persona_probe.data.packaged import Row
 from persona_probe.errors import InputError
 from persona_probe.finetune.data import load_data
 from persona_probe.finetune.realignment.spec import named_sets
 
-SAME = 0.5
-"""Two questions count as overlapping where they share this much of the shorter one's 5-word runs."""
 FAIR_LENGTHS = (0.8, 1.25)
 """Ratio of mean answer tokens, corrective to inducing, within which length is no likely confound (2607.09053)."""
 
@@ -53,13 +51,13 @@ def corrective_rows(data: str | Sequence[str]) -> list[Conversation]:
 def refuse_overlap(rows: Sequence[Conversation], evaluation: Sequence[str]) -> None:
     """Refuse corrective rows that ask what the evaluation asks: they would train for the test.
 
-    Exact, or at least half of the shorter question's 5-word runs (`data.ngrams`; shorter questions are one run).
+    Exact, or at least half of the shorter question's 5-word runs (`data.apart`; shorter questions are one run).
 
     Raises:
         InputError: some overlap; the worst pair is shown.
     """
-    asked = [_question(row) for row in rows]
-    if found := sorted(_common(asked, evaluation), reverse=True):
+    asked = [question(row) for row in rows]
+    if found := sorted(common(asked, evaluation), reverse=True):
         share, i, j = found[0]
         raise InputError(
             f"{len({place for _, place, _ in found})} of {len(rows)} corrective rows overlap the evaluation questions: "
@@ -89,21 +87,10 @@ def background(
 def _overlap_notes(
     rows: Sequence[Conversation], inducing: Sequence[Conversation], evaluation: Sequence[Row]
 ) -> Iterator[str]:
-    asked = [_question(row) for row in rows]
-    if again := {i for _, i, _ in _common(asked, [_question(row) for row in inducing])}:
+    asked = [question(row) for row in rows]
+    if again := {i for _, i, _ in common(asked, [question(row) for row in inducing])}:
         yield f"{len(again)} of {len(rows)} corrective questions overlap the inducing data's questions"
     said = [split_answer(row)[1] or "" for row in rows]
     given = [row[side] for row in evaluation for side in ("aligned", "misaligned")]
-    if leaked := {i for _, i, _ in _common(said, given)}:
+    if leaked := {i for _, i, _ in common(said, given)}:
         yield f"{len(leaked)} of {len(rows)} corrective answers overlap answers that the evaluation scores"
-
-
-def _common(left: Sequence[str], right: Sequence[str]) -> list[tuple[float, int, int]]:
-    """`(share, i, j)` for every pair of a left and a right text that overlap."""
-    n = len(left)
-    pairs = overlaps([*left, *right], at_least=SAME)
-    return [(share, i, j - n) for share, i, j in pairs if i < n <= j]
-
-
-def _question(row: Conversation) -> str:
-    return next((m["content"] for m in reversed(split_answer(row)[0]) if m["role"] == "user"), "")

@@ -32,6 +32,7 @@ from persona_probe.report.figures.rates import rates
 from persona_probe.report.figures.realignment import realignment
 from persona_probe.report.figures.recovery import recovery
 from persona_probe.report.figures.repairs import doses, stress
+from persona_probe.report.figures.screening_calibration import screening_calibration
 from persona_probe.report.figures.separation import separation
 from persona_probe.report.figures.trajectory import trajectory
 from persona_probe.report.printing import for_print
@@ -73,6 +74,7 @@ __all__ = [
     "realignment",
     "recovery",
     "score_share",
+    "screening_calibration",
     "separation",
     "stress",
     "trajectory",

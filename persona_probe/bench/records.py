@@ -10,22 +10,27 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from persona_probe.errors import InputError
 from persona_probe.report.export import csv_text, export_figures
 from persona_probe.report.figures import figures_of
 from persona_probe.report.page import write_text
 from persona_probe.report.records import load_records
+from persona_probe.runs import RunFolder
+from persona_probe.screening.packaged import pairs_of
 
 logger = logging.getLogger(__name__)
 
 FILES = (
     *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
-    *("planted.parquet", "sizes.parquet", "mitigations.parquet", "cards.json", "directions.json", "summary.json"),
-    *("results.json", "samples.jsonl"),
+    *("planted.parquet", "sizes.parquet", "mitigations.parquet", "screening.parquet", "cards.json", "directions.json"),
+    *("summary.json", "results.json", "samples.jsonl"),
 )
 """What a record keeps of a run folder: tables and numbers; no weights, no parts, no pages."""
 LARGEST = 2 * 2**20
@@ -36,7 +41,8 @@ PLANTED = {"kind": "planted", "config": {"name": "planted", "model": "smollm2-13
 
 
 def pack(source: str | Path, target: str | Path) -> list[Path]:
-    """Write a slim copy of a run folder, of a labelled study, or of `bench planted`'s parquet file, with its CSVs.
+    """Write a slim copy of a run folder, of a labelled study, of `bench planted`'s parquet file, or of a screening
+    calibration (JSON), with its CSVs.
 
     Returns:
         The files written: the records, and `figures/<name>.csv` of every figure that they show.
@@ -51,6 +57,8 @@ def pack(source: str | Path, target: str | Path) -> list[Path]:
     if root.suffix == ".parquet":
         written = [_copy(root, folder / "planted.parquet")]
         written.append(write_text(folder / "manifest.json", json.dumps(PLANTED, indent=2) + "\n"))
+    elif root.suffix == ".json" and root.is_file():
+        written = _calibration(json.loads(root.read_text(encoding="utf-8")), folder)
     elif (root / "manifest.json").is_file():
         found = [root / name for name in (*FILES, "manifest.json") if (root / name).is_file()]
         found += [root / "realign" / "doses.parquet", *sorted(root.glob("realign/*/stress.parquet"))]
@@ -60,6 +68,16 @@ def pack(source: str | Path, target: str | Path) -> list[Path]:
     for path in written:
         _check(path)
     return written + write_csvs(folder, folder / "figures")
+
+
+def _calibration(held: Mapping[str, Any], folder: Path) -> list[Path]:
+    """A screening calibration as a table, with its provenance as the manifest."""
+    pairs, made = pairs_of(held), held["provenance"]
+    RunFolder(folder).write_table("screening.parquet", pd.DataFrame([asdict(pair) for pair in pairs]))
+    config = {"name": "screening calibration", "model": made["model"], "sae": made["sae"]}
+    about = {"kind": "screening", "config": config, "seeds": sorted({pair.seed for pair in pairs}), **made}
+    manifest = write_text(folder / "manifest.json", json.dumps(about, indent=2) + "\n")
+    return [folder / "screening.parquet", manifest]
 
 
 def _copy(source: Path, target: Path) -> Path:

@@ -42,6 +42,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
         *("incoherent", "incoherent_low", "incoherent_high", "n"),
     ),
     "mitigations": (),
+    "screening": ("data", "seed", "score", "shift"),
     "doses": (),
     "stress": (),
 }
@@ -76,6 +77,8 @@ class Records:
     """One row per model, arm and seed: parameters (a count), misaligned and incoherent shares with their intervals."""
     mitigations: pd.DataFrame = field(default_factory=_empty("mitigations"))
     """One row per cell of a mitigation grid."""
+    screening: pd.DataFrame = field(default_factory=_empty("screening"))
+    """One row per training run: mean score of its rows, and the shift of the contrast index (nats per token)."""
     doses: pd.DataFrame = field(default_factory=_empty("doses"))
     """One row per cell of a grid of corrections."""
     stress: pd.DataFrame = field(default_factory=_empty("stress"))

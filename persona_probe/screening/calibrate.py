@@ -52,6 +52,11 @@ class Calibration:
         return np.array([x for x, _ in self.sets.values()])
 
     @property
+    def shifts_from_others(self) -> Float[np.ndarray, " sets"]:
+        """Each data set's shift as the line through the other sets has it."""
+        return _from_others(*_columns(self.sets))
+
+    @property
     def statement(self) -> str:
         """What stands behind a prediction, in a sentence."""
         return (
@@ -107,12 +112,18 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 
 def _left_out(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Root mean square error on left-out sets: of the line, and of the others' mean."""
-    line, mean = [], []
+    others = (y.sum() - y) / (len(y) - 1)
+    line, mean = (float(np.sqrt(np.mean(np.square(y - said)))) for said in (_from_others(x, y), others))
+    return line, mean
+
+
+def _from_others(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Each set's shift by the line through the other sets."""
+    predicted = []
     for i in range(len(x)):
         rest = np.arange(len(x)) != i
         if np.ptp(x[rest]) == 0:
             raise InputError("all data sets but one have the same score: a line needs sets that differ")
         slope, intercept = _line(x[rest], y[rest])
-        line.append(y[i] - intercept - slope * x[i])
-        mean.append(y[i] - y[rest].mean())
-    return float(np.sqrt(np.mean(np.square(line)))), float(np.sqrt(np.mean(np.square(mean))))
+        predicted.append(intercept + slope * x[i])
+    return np.array(predicted)

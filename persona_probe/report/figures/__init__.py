@@ -20,6 +20,7 @@ from persona_probe.report.figures import rates as _rates
 from persona_probe.report.figures import realignment as _realignment
 from persona_probe.report.figures import recovery as _recovery
 from persona_probe.report.figures import repairs as _repairs
+from persona_probe.report.figures import screening_calibration as _screening
 from persona_probe.report.figures import separation as _separation
 from persona_probe.report.figures import trajectory as _trajectory
 from persona_probe.report.figures.spec import FigureSpec
@@ -143,6 +144,13 @@ _COLLECTION_SPECS = (
     ),
     FigureSpec(
         _mitigations.NAME, _mitigations.TITLE, _mitigations.pareto_data, _mitigations.pareto, _mitigations.MISSING
+    ),
+    FigureSpec(
+        _screening.NAME,
+        _screening.TITLE,
+        _screening.screening_calibration_data,
+        _screening.screening_calibration,
+        _screening.MISSING,
     ),
 )
 FIGURES: dict[str, FigureSpec] = {spec.name: spec for spec in _SPECS}

@@ -1,12 +1,15 @@
 """`persona-probe mitigate`."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from persona_probe.commands import echo, find_config
 from persona_probe.errors import InputError
 
 Arguments = argparse.Namespace
+PIPED = 220
+"""Characters of a line where standard output is no terminal."""
 
 
 def mitigate(args: Arguments) -> None:
@@ -40,10 +43,12 @@ def mitigate(args: Arguments) -> None:
     outcome = run_grid(grid, out, args.device, args.run, args.only)
     from rich.console import Console
 
-    from persona_probe.mitigate.plan import show_table
+    from persona_probe.mitigate.plan import show_tables
     from persona_probe.mitigate.summary import HEADINGS, fill_page, markdown, shown
 
-    Console().print(show_table(shown(outcome.table), HEADINGS, grid.name))
+    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
+    for table in show_tables(shown(outcome.table), HEADINGS, grid.name, console.width):
+        console.print(table)
     for found in outcome.summary["verdicts"]:
         echo(found["statement"])
     if args.page is not None:

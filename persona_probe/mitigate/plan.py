@@ -1,6 +1,6 @@
 """What a grid would do, and about how long it takes, without training anything."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ from persona_probe.runs import RunFolder
 
 MEASURES = 4
 """Measuring a cell takes about so many times as long as tracking one checkpoint: more items, probes, answers."""
+EDGES = 2
+"""Characters of a table's own edges."""
 
 
 def plan_lines(grid: Grid, out: Path, run: Path | None = None, only: Sequence[str] | None = None) -> list[str]:
@@ -56,14 +58,35 @@ def _of_study(grid: Grid, study: RunFolder) -> tuple[float, str] | None:
     return training + MEASURES * took.get("track", 0.0) / checkpoints, "from the study's own speed; some take longer"
 
 
-def show_table(rows: Sequence[dict[str, str]], headings: dict[str, str], name: str) -> Any:
-    """The grid's table for a terminal, by rich."""
+def show_tables(rows: Sequence[dict[str, str]], headings: dict[str, str], name: str, width: int) -> Iterator[Any]:
+    """The grid's table for a terminal, by rich; in a narrow one as several, each with the first column.
+
+    Args:
+        width: characters that a line has; an interval stands below its estimate.
+    """
+    cells = {key: [row[key].replace(" [", "\n[").replace(" (", "\n(") for row in rows] for key in headings}
+    needs = {key: max(map(len, "\n".join([headings[key], *cells[key]]).split("\n"))) + 3 for key in headings}
+    first, *others = headings
+    room = whole = width - needs[first] - EDGES
+    parts = [[first]]
+    for key in others:
+        if needs[key] > room and len(parts[-1]) > 1:
+            parts.append([first])
+            room = whole
+        parts[-1].append(key)
+        room -= needs[key]
+    for part in parts:
+        yield _table(f"mitigations, {name}", {key: headings[key] for key in part}, cells)
+
+
+def _table(title: str, headings: dict[str, str], cells: dict[str, list[str]]) -> Any:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"mitigations, {name}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for heading in headings.values():
         table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(row[key]) for key in headings))
+    for row in zip(*(cells[key] for key in headings), strict=True):
+        table.add_row(*map(Text, row))
     return table

@@ -37,7 +37,7 @@ def cards_page(cards: Sequence[FeatureCard], study: str, base_model: str) -> str
             "cards": [_view(card, place, listed) for place, card in enumerate(cards)],
             "orders": _orders(cards),
             "text": cards[0].text if cards else "",
-            "cards_policy": content_policy(script),
+            "cards_policy": content_policy(asset("theme.js"), script),
             "cards_script": Markup(script),
         },
     )
@@ -49,10 +49,10 @@ def card_html(card: FeatureCard) -> str:
     return style + Markup(render("card.html.j2", {"c": _view(card, 0, set())}))
 
 
-def content_policy(script: str) -> str:
-    """Nothing may be fetched, and only the script of this very text may run."""
+def content_policy(*scripts: str) -> str:
+    """Nothing may be fetched, and only scripts of these very texts may run."""
     return (
-        f"default-src 'none'; script-src {script_hash(script)}; style-src 'unsafe-inline'; "
+        f"default-src 'none'; script-src {' '.join(map(script_hash, scripts))}; style-src 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'"
     )
 

@@ -119,8 +119,10 @@ def interval_text(value: Estimate | None, signed: bool = True) -> str:
     if value is None:
         return "not measured"
     sign = "+" if signed else ""
-    # rounding first keeps 1e-17 from showing as such; adding 0 turns -0 into 0
-    middle, low, high = (f"{round(v, 4) + 0.0:{sign}.3g}" for v in (value.estimate, value.ci_low, value.ci_high))
+    # What is as good as nothing, 1e-17 say, shows as 0, and so does -0.
+    middle, low, high = (
+        f"{0.0 if abs(v) < 5e-5 else v:{sign}.3g}" for v in (value.estimate, value.ci_low, value.ci_high)
+    )
     return middle if value.ci_low != value.ci_low else f"{middle} [{low}, {high}]"
 
 

@@ -208,6 +208,7 @@ def test_search_hides_and_the_menu_sorts(page: Path, tmp_path: Path) -> None:
       for (const key of ["rank rise", "rank cosine", "effect base", "latent", "listed"]) {
         menu.value = key; menu.dispatchEvent(new Event("change")); say[key] = latents();
       }
+      document.dispatchEvent(new Event("DOMContentLoaded"));  // this script runs before the page is whole
       const ground = () => getComputedStyle(document.querySelector(".feature-card")).backgroundColor;
       say.themes = [ground()];
       document.getElementById("theme").click(); say.themes.push(ground());

@@ -1,7 +1,7 @@
 """Known answers: pooled means and ratios, verdict words, the Pareto figure, the page."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -119,9 +119,11 @@ def table() -> pd.DataFrame:
 
 def test_the_figure_draws_every_cell_and_says_what_it_shows() -> None:
     fig = mitigation_pareto(table())
-    seeds: Any = fig.data[0]  # pyright: ignore
+    means, (seeds, *marks) = fig.data[:3], cast("Any", fig.data[3:])  # pyright: ignore
     assert list(seeds.x) == [0.0, 1.0, 0.8] and list(seeds.y) == [0.0, 0.5, 0.01]
-    assert {trace.name for trace in fig.data[1:]} == {"prevents", "base", "none"}  # pyright: ignore
+    assert {trace.name for trace in means} == {"prevents", "base", "none"}
+    assert [list(trace.text) for trace in marks] == [["1"], ["base"], ["none"]]
+    assert ">1 kl<" in fig.layout.annotations[0].text  # pyright: ignore
     caption = fig.layout.meta["caption"]  # pyright: ignore
     assert "1 mitigations and strengths" in caption and "2 runs of 1 seed;" in caption and "1 prevents" in caption
 

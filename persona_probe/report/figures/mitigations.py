@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -34,6 +35,8 @@ COLOURS = {
     "harms": VERMILLION,
 }
 """By verdict: what a reader looks for first. Verdicts that are not here are drawn grey."""
+KEY_FROM = 0.64
+"""Share of the width at which the key to the numbers begins."""
 
 
 def mitigation_pareto_data(table: pd.DataFrame) -> pd.DataFrame:
@@ -49,17 +52,24 @@ def mitigation_pareto(table: pd.DataFrame) -> go.Figure:
     if data.empty:
         return empty_figure(MISSING)
     fig = go.Figure()
-    _seeds(fig, data[data["kind"] == "cell"])
     means = data[data["kind"] == "all"]
-    tried = means[~means["label"].isin(list(REFERENCES))]
+    tried = means[~means["label"].isin(list(REFERENCES))].sort_values(Y[0])
+    tried = tried.assign(mark=[str(number) for number in range(1, len(tried) + 1)])
+    tried["colour"] = [COLOURS.get(verdict, GREY) for verdict in tried["verdict"]]
+    references = means[means["label"].isin(list(REFERENCES))].assign(colour=BLACK)
+    references["mark"] = references["label"]
     for verdict in [v for v in COLOURS if v in set(tried["verdict"])] + sorted(set(tried["verdict"]) - set(COLOURS)):
-        _means(fig, tried[tried["verdict"] == verdict], COLOURS.get(verdict, GREY), "circle", plain(verdict))
+        chosen = tried[tried["verdict"] == verdict]
+        _means(fig, chosen, COLOURS.get(verdict, GREY), "circle", plain(verdict))
     for label, symbol in REFERENCES.items():
-        _means(fig, means[means["label"] == label], BLACK, symbol, label)
+        _means(fig, references[references["label"] == label], BLACK, symbol, label)
+    _seeds(fig, data[data["kind"] == "cell"])
+    _marks(fig, pd.concat([tried, references]))
+    _key(fig, tried)
     line: Any = {"color": GREY, "dash": "dash", "width": 1}
     fig.add_hline(y=0, line=line)
     fig.add_vline(x=0.5, line=line)
-    fig.update_xaxes(title_text="narrow task's gain kept (share of that without a mitigation)")
+    fig.update_xaxes(title_text="narrow task's gain kept (share of none's)")
     fig.update_yaxes(title_text="contrast index minus base (nats per token)")
     return finish(fig, _caption(data), height=560)
 
@@ -82,7 +92,11 @@ def _seeds(fig: go.Figure, rows: pd.DataFrame) -> None:
         customdata=[plain(cell) for cell in rows["cell"]],
         hovertemplate="%{customdata}: gain %{x:.2f}, index %{y:+.3f}<extra></extra>",
         mode="markers",
-        marker={"size": 5, "opacity": 0.55, "color": [COLOURS.get(v, BLACK) for v in rows["verdict"]]},
+        marker={
+            "size": 5,
+            "color": [COLOURS.get(v, BLACK) for v in rows["verdict"]],
+            "line": {"width": 1, "color": "#ffffff"},
+        },
         showlegend=False,
     )
 
@@ -95,13 +109,55 @@ def _means(fig: go.Figure, rows: pd.DataFrame, colour: str, symbol: str, name: s
         y=rows[Y[0]],
         error_x=error_bars(rows, colour, X),
         error_y=error_bars(rows, colour, Y),
-        mode="markers+text",
+        mode="markers",
         marker={"size": 11, "color": colour, "symbol": symbol},
-        text=[plain(cell) for cell in rows["cell"]],
-        textposition="top right",
-        textfont={"size": 11, "color": colour},
-        hovertemplate="%{text}: gain %{x:.2f}, index %{y:+.3f}<extra></extra>",
+        customdata=[plain(cell) for cell in rows["cell"]],
+        hovertemplate="%{customdata}: gain %{x:.2f}, index %{y:+.3f}<extra></extra>",
         name=name,
+    )
+
+
+def _marks(fig: go.Figure, means: pd.DataFrame) -> None:
+    """Numbers and names at that end of the interval at which fewer other intervals are."""
+    spread = np.ptp(means[X[0]].to_numpy()) or 1.0, np.ptp(means[Y[0]].to_numpy()) or 1.0
+    for place, row in enumerate(means.to_dict("records")):
+        others = means.drop(index=means.index[place])
+        ends = {"top center": float(row[Y[2]]), "bottom center": float(row[Y[1]])}
+        room = {side: _room(row[X[0]], at, others, spread) for side, at in ends.items()}
+        side = max(room, key=room.__getitem__)
+        fig.add_scatter(
+            x=[row[X[0]]],
+            y=[ends[side]],
+            mode="text",
+            text=[row["mark"]],
+            textposition=side,
+            textfont={"size": 11, "color": row["colour"]},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+
+
+def _room(x: float, y: float, others: pd.DataFrame, spread: tuple[float, float]) -> float:
+    """Distance from a place to the nearest of the other intervals, in shares of the axes."""
+    if others.empty:
+        return np.inf
+    low, high = others[Y[1]].to_numpy(), others[Y[2]].to_numpy()
+    beside, above = (others[X[0]].to_numpy() - x) / spread[0], (y - np.clip(y, low, high)) / spread[1]
+    return float(np.hypot(beside, above).min())
+
+
+def _key(fig: go.Figure, tried: pd.DataFrame) -> None:
+    """Which number is which mitigation, lowest index first, right of the plot: names on the dots would overlap."""
+    # The strength only where there are several: lines must fit a column.
+    names = tried["cell"].where(tried.duplicated("label", keep=False), tried["label"])
+    lines = [
+        f'<span style="color:{colour}">{mark} {plain(name)}</span>'
+        for colour, mark, name in zip(tried["colour"], tried["mark"], names, strict=True)
+    ]
+    fig.update_xaxes(domain=[0, KEY_FROM - 0.02])
+    place: dict[str, Any] = {"xref": "paper", "x": KEY_FROM, "xanchor": "left", "yref": "paper", "y": 1}
+    fig.add_annotation(
+        text="<br>".join(lines), showarrow=False, align="left", yanchor="top", font={"size": 11}, **place
     )
 
 
@@ -113,10 +169,11 @@ def _caption(data: pd.DataFrame) -> str:
     verdicts = ", ".join(f"{count} {plain(word)}" for word, count in said.items())
     there = [name for name in REFERENCES if name in set(data["label"])]
     return (
-        f"{kinds} mitigations and strengths against the same inducing data; small dots: n = {len(cells)} runs of "
-        f"{seeds} {'seed' if seeds == 1 else 'seeds'}; large ones: their means, with 95% intervals over questions and "
-        "seeds. Vertical: contrast index of the evaluation split minus the base's; on the dashed line a model behaves "
-        "like the base. Horizontal: gain on held-out questions of the narrow task, over the gain without a mitigation; "
-        f"left of the dashed line less than half is kept. Verdicts: {verdicts or 'none'}. "
+        f"{kinds} mitigations and strengths against the same inducing data, numbered from the lowest index on; small "
+        f"dots: n = {len(cells)} runs of {seeds} {'seed' if seeds == 1 else 'seeds'}; large ones: their means, with "
+        "95% intervals over questions and seeds. Vertical: contrast index of the evaluation split minus the base's; on "
+        "the dashed line a model behaves like the base. Horizontal: gain on held-out questions of the narrow task, "
+        "over the gain without a mitigation (none); left of the dashed line less than half is kept. "
+        f"Verdicts: {verdicts or 'none'}. "
         f"References: {', '.join(there) or 'none'} (control: correct answers to the same questions)."
     )

@@ -7,7 +7,7 @@ from persona_probe.report.select import mapping
 
 PACKAGES = ("persona-probe", "torch", "transformers", "sae-lens", "trl", "peft")
 """Packages that the footer names; the metadata names all that the manifest holds."""
-SHORT = 12
+SHORT = 8
 """Digits of a hash in the footer."""
 UNKNOWN = "not recorded"
 

@@ -46,6 +46,8 @@ def write_images(
         return []
     import kaleido
 
+    # It logs, with its stack, every message of the browser that it then ignores; what fails comes back below.
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)
     footer = short_provenance(manifest)
     printed = [(spec, fig, for_print(fig, width, theme, footer)) for spec, fig in figures]
     names = [(spec, fig, shown, kind) for kind in formats for spec, fig, shown in printed]

@@ -1,5 +1,6 @@
 """Dose response of a correction: behaviour and feature against the number of corrective rows, by data and choice."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -24,13 +25,23 @@ from persona_probe.report.theme import (
 MISSING = "No doses yet: run `persona-probe realign RUN --plan finetune_configs/realign-doses.yaml`."
 COLOURS = (GREEN, PURPLE, BLUE, ORANGE, SKY, VERMILLION)
 SYMBOLS = {"random": "circle", "projection_gap": "diamond", "perplexity_gap": "square", "diversity": "triangle-up"}
-PANELS = {"index_minus_base": "contrast index minus base<br>(nats per token)", "feature": "persona feature"}
-INTERVALS = {name: (name, f"{name}_ci_low", f"{name}_ci_high") for name in PANELS}
+METHODS = {"continued": "", "fresh": "-open", "full": "-open-dot"}
+PANELS = {
+    "index_minus_base": "contrast index minus base<br>(nats per token)",
+    "feature": "persona feature",
+    "explained_variance": "SAE's explained<br>variance",
+}
+INTERVALS = {name: (name, f"{name}_ci_low", f"{name}_ci_high") for name in ("index_minus_base", "feature")}
+BROKEN = 1.5
+"""Neutral perplexity over the base's from which on a model is called broken, as among mitigations."""
+ASIDE = 1.055
+"""Marks of other choices and methods stand beside their number of rows, each so much farther to the right."""
 KEYS = ["data", "method", "choose_by", "rows", "seed"]
 COLUMNS = [
     *KEYS,
     *(column for columns in INTERVALS.values() for column in columns),
     *("start_minus_base", "band_low", "band_high", "in_band", "behaviour_back"),
+    *("explained_variance", "base_explained_variance", "perplexity_ratio"),
 ]
 
 
@@ -47,17 +58,27 @@ def doses(table: pd.DataFrame) -> go.Figure:
     data = doses_data(table)
     if data.empty:
         return empty_figure(MISSING)
-    fig = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.07)
+    fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.4, 0.36, 0.24])
     _draw_references(fig, data)
-    for colour, (number, name) in zip(_colours(data), enumerate(select.distinct(data, "data")), strict=True):
+    kinds = sorted(set(data[["choose_by", "method"]].itertuples(index=False, name=None)), key=_order)
+    for colour, name in zip(_colours(data), select.distinct(data, "data"), strict=True):
         for panel, column in enumerate(PANELS, 1):
-            _draw_set(fig, select.where(data, data=name), name, column, colour, panel, number == 0)
+            _draw_set(fig, select.where(data, data=name), name, column, colour, panel, kinds)
+    for choice, method in kinds:
+        _legend_mark(fig, choice, method)
     for panel, title in enumerate(PANELS.values(), 1):
         fig.update_yaxes(title_text=title, row=panel, col=1)
     rows = select.distinct(data, "rows")
     fig.update_xaxes(type="log", tickvals=rows, ticktext=[f"{n:g}" for n in rows])
-    fig.update_xaxes(title_text="corrective rows", row=2, col=1)
-    return finish(fig, _caption(data), height=640)
+    fig.update_xaxes(title_text="corrective rows", row=3, col=1)
+    fig.update_layout(margin={"t": 90})
+    return finish(fig, _caption(data), height=780)
+
+
+def _order(kind: tuple[str, str]) -> tuple[int, int, str]:
+    """Random rows on the organism's own adapter first, then other choices, then other methods."""
+    choice, method = kind
+    return method != "continued", [*SYMBOLS, choice].index(choice), method
 
 
 def _colours(data: pd.DataFrame) -> list[str]:
@@ -70,10 +91,18 @@ def _draw_references(fig: go.Figure, data: pd.DataFrame) -> None:
         fig.add_hline(y=y, line={"color": GREY, "dash": dash, "width": 1.4}, **above)
     low, high = data["band_low"].mean(), data["band_high"].mean()
     fig.add_hrect(y0=low, y1=high, fillcolor=GREY, opacity=0.2, line_width=0, **{**above, "row": 2})
+    fitted = float(data["base_explained_variance"].mean())
+    fig.add_hline(y=fitted, line={"color": GREY, "width": 1.4}, **{**above, "row": 3})
 
 
 def _draw_set(
-    fig: go.Figure, rows: pd.DataFrame, name: str, column: str, colour: str, panel: int, legend_choices: bool
+    fig: go.Figure,
+    rows: pd.DataFrame,
+    name: str,
+    column: str,
+    colour: str,
+    panel: int,
+    kinds: Sequence[tuple[str, str]],
 ) -> None:
     plainly = (rows["choose_by"] == "random") & (rows["method"] == "continued")
     line = rows.loc[plainly].groupby("rows")[column].mean()
@@ -92,26 +121,28 @@ def _draw_set(
             col=1,
         )
     for (choice, method), cells in select.groups(rows, "choose_by", "method"):
-        _draw_cells(fig, cells, f"{label}, {plain(choice)}, {plain(method)}", column, colour, panel)
-        if panel == 1 and legend_choices:
-            _legend_mark(fig, str(choice), str(method))
+        aside = ASIDE ** kinds.index((str(choice), str(method)))
+        _draw_cells(fig, cells, f"{label}, {plain(choice)}, {plain(method)}", column, colour, panel, aside)
 
 
 def _symbol(choice: str, method: str) -> str:
-    return SYMBOLS.get(choice, "cross") + ("" if method == "continued" else "-open")
+    return SYMBOLS.get(choice, "cross") + METHODS.get(method, "-open")
 
 
-def _draw_cells(fig: go.Figure, cells: pd.DataFrame, label: str, column: str, colour: str, panel: int) -> None:
+def _draw_cells(
+    fig: go.Figure, cells: pd.DataFrame, label: str, column: str, colour: str, panel: int, aside: float
+) -> None:
     choice, method = (str(cells[name].iloc[0]) for name in ("choose_by", "method"))
     fig.add_scatter(
-        x=cells["rows"],
+        x=cells["rows"] * aside,
         y=cells[column],
-        error_y=error_bars(cells, colour, INTERVALS[column]),
+        error_y=error_bars(cells, colour, INTERVALS[column]) if column in INTERVALS else None,
+        customdata=cells["rows"],
         mode="markers",
         marker={"symbol": _symbol(choice, method), "color": colour, "size": 9},
         name=label,
         showlegend=False,
-        hovertemplate=label + "<br>%{x} rows: %{y:.3f}<extra></extra>",
+        hovertemplate=label + "<br>%{customdata} rows: %{y:.3f}<extra></extra>",
         row=panel,
         col=1,
     )
@@ -126,13 +157,15 @@ def _legend_mark(fig: go.Figure, choice: str, method: str) -> None:
 def _caption(data: pd.DataFrame) -> str:
     back, inside = (int(select.flags(data, name).sum()) for name in ("behaviour_back", "in_band"))
     both = int((select.flags(data, "behaviour_back") & select.flags(data, "in_band")).sum())
-    seeds = select.seed_count(data)
+    broken, n = int((data["perplexity_ratio"] > BROKEN).sum()), len(data)
     return (
-        f"Corrective fine-tunes by number of rows, {len(data)} cells, {seeds}. Above: contrast index minus the base's, "
-        f"with 95% intervals over questions; grey line: the base; dotted: the organism before correction "
-        f"({data['start_minus_base'].mean():+.3f}). Below: the persona feature with 95% intervals over probes; grey "
-        f"band: the base band {data['band_low'].mean():.3g} to {data['band_high'].mean():.3g}. Lines: rows taken at "
-        f"random, the organism's own adapter trained on; other marks: other choices (filled) and methods (open). "
-        f"Behaviour is back in {back} cells, the feature in {inside}, both in {both}. Control: the base model; a "
-        "feature that subsided is no proof of a safe model."
+        f"Corrective fine-tunes by number of rows, n = {n} cells, {select.seed_count(data)}. Above: contrast index "
+        "minus the base's, with 95% intervals over questions; grey line: the base; dotted: the organism before "
+        f"correction ({data['start_minus_base'].mean():+.3f}). Middle: the persona feature with 95% intervals over probes; grey "
+        f"band: the base band {data['band_low'].mean():.3g} to {data['band_high'].mean():.3g}. Below: how much of the "
+        "probes' answers the SAE explains; grey line: of the base's. Lines: rows taken at random, the organism's own "
+        "adapter trained on; marks beside: other choices (filled) and methods (open). "
+        f"Behaviour is back in {back} cells, the feature in {inside}, both in {both}; in {broken} of {n} neutral "
+        f"perplexity is above {BROKEN:g} times the base's, so that what is quiet there is a broken model. Control: the "
+        "base model; a feature that subsided is no proof of a safe model."
     )

@@ -105,10 +105,11 @@ def test_the_figure_draws_the_cells_and_says_their_number(unbroken: Study) -> No
     data, fig = doses_data(table), doses(table)
     assert len(data) == 3
     drawn = [float(y) for trace in fig.data if trace.mode == "markers" and trace.x[0] is not None for y in trace.y]
-    wanted = [*table["index_minus_base"], *table["feature"]]
+    wanted = [*table["index_minus_base"], *table["feature"], *table["explained_variance"]]
     assert sorted(drawn) == pytest.approx(sorted(wanted))
     caption = fig.layout.meta["caption"]  # pyright: ignore
-    assert "3 cells, 1 seed" in caption
+    assert "n = 3 cells, 1 seed" in caption
+    assert {"random", "projection gap"} <= {trace.name for trace in fig.data}
     assert f"Behaviour is back in {int(table['behaviour_back'].sum())} cells" in caption
     page = write_figure(unbroken.path, table)
     assert caption.split(".")[0] in page.read_text()

@@ -95,14 +95,20 @@ figures: $(STAMP)
 notebooks: $(DEV)
 	$(BIN)/python -m persona_probe.bench.notebooks $(NOTEBOOKS)
 
-# Those records from scratch: the demo, the monitor study and planted truth, then packed.
-study: $(STAMP)
+# Those records from scratch, then packed; every step goes on where it was stopped. Hours: see the README.
+study: $(DEV)
 	$(BIN)/persona-probe run finetune_configs/demo.yaml --out runs/study/demo
+	$(BIN)/persona-probe realign runs/study/demo --plan finetune_configs/realign-doses.yaml
+	$(BIN)/persona-probe realign runs/study/demo --stress triggers remisalign length hidden drift
+	$(BIN)/persona-probe report runs/study/demo
 	$(BIN)/persona-probe monitor study finetune_configs/monitor-study.yaml --out runs/study/monitor-study
 	$(BIN)/persona-probe bench planted --out runs/study/planted.parquet
-	$(BIN)/python -m persona_probe.bench.records pack runs/study/demo records/demo
-	$(BIN)/python -m persona_probe.bench.records pack runs/study/monitor-study records/monitor-study
+	$(BIN)/persona-probe mitigate finetune_configs/mitigations.yaml --run runs/study/demo --out runs/study/mitigations
+	$(BIN)/python -m persona_probe.bench.screening --calibrate runs/study/monitor-study --out runs/study/screening
+	for name in demo monitor-study mitigations; do \
+	  $(BIN)/python -m persona_probe.bench.records pack runs/study/$$name records/$$name || exit 1; done
 	$(BIN)/python -m persona_probe.bench.records pack runs/study/planted.parquet records/planted
+	$(BIN)/python -m persona_probe.bench.records pack runs/study/screening/screening_calibration.json records/screening
 
 # Every mitigation against the same bad data, from the demo's run; fills the table in docs/mitigations.md.
 mitigations: $(STAMP)

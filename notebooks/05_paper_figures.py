@@ -84,6 +84,13 @@ show("planted")
 show("mitigations")
 
 # %% [markdown]
+# ## Screening
+# The mean score of a data set's rows before training, and what training on it then did.
+
+# %%
+show("screening")
+
+# %% [markdown]
 # ## Numbers, and print
 # What a figure draws is a table; the figure for a journal's column is 89 mm wide, with text of at least 6 points.
 

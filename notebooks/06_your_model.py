@@ -208,8 +208,8 @@ print("\n".join(dry_run(config, tflops=0.05).lines()))
 
 # %%
 plan = dry_run(config, tflops=100)
-stages = {work.stage: round(plan.stage_seconds(work) / 60, 1) for work in plan.stages}
-pd.Series(stages, name="minutes at 100 TFLOP/s").to_frame()
+stages = {work.stage: round(plan.stage_seconds(work), 1) for work in plan.stages}
+pd.Series(stages, name="seconds of computing at 100 TFLOP/s").to_frame()
 
 # %% [markdown]
 # Presets for Gemma 3, Qwen2.5 and Llama 3.1 are in `finetune_configs/` (`docs/presets.md`). A model without a published

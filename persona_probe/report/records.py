@@ -82,7 +82,7 @@ class Records:
     doses: pd.DataFrame = field(default_factory=_empty("doses"))
     """One row per cell of a grid of corrections."""
     stress: pd.DataFrame = field(default_factory=_empty("stress"))
-    """One row per number of a stress test, all repairs of a study below each other."""
+    """One row per number of a stress test, all repairs of a study below each other; `repair` is the repair's folder."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)
     """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -135,7 +135,8 @@ def load_records(folder: str | Path) -> Records:
 
 def _repairs(root: Path) -> dict[str, pd.DataFrame]:
     """The tables of `realign RUN --plan` and `--stress`, which lie below `realign/`."""
-    found = [read_table(path, OPTIONAL["stress"]) for path in sorted(root.glob("realign/*/stress.parquet"))]
+    paths = sorted(root.glob("realign/*/stress.parquet"))
+    found = [read_table(path, OPTIONAL["stress"]).assign(repair=path.parent.name) for path in paths]
     stress = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
     return {"doses": read_table(root / "realign" / "doses.parquet", OPTIONAL["doses"]), "stress": stress}
 

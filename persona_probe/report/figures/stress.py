@@ -9,12 +9,20 @@ from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, err
 
 MISSING = "No stress tests yet: `persona-probe realign RUN --stress ...` has not run."
 TITLES = {
-    "triggers": "Trigger-matched prompts: rise beyond the base's",
-    "remisalign": "A few bad rows again: faster rise than the base",
-    "length": "Shortest minus length-matched corrective rows",
-    "hidden": "Projecting a changed latent out: fall of the index",
+    "triggers": "Dressed minus plain prompts, beyond base",
+    "remisalign": "A few bad rows again: faster rise than base",
+    "length": "Shortest minus length-matched rows",
+    "hidden": "Fall when a changed latent is projected out",
     "drift": "Further training: index minus base",
 }
+SAID = (
+    "effect of the ",
+    "ablation of ",
+    "faster rise than the base, ",
+    "shortest minus matched rows, ",
+    "index minus base, ",
+)
+"""What a panel's title says already."""
 COLOURS = {"organism": VERMILLION, "control": GREY, "base": GREY, "random latent": GREY}
 ROW_HEIGHT, PANEL_MARGIN = 26, 64
 """Pixels of one effect, and of what lies around a panel."""
@@ -24,14 +32,22 @@ COLUMNS = ["test", "label", "model", "seed", "estimate", "ci_low", "ci_high", "n
 def stress_data(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of stress.parquet that are drawn: test, label, model, seed, estimate, ci_low, ci_high, n, reference.
 
-    Pooled repairs stand side by side: the seed is part of the label where there are several.
+    Several repairs stand below each other, named after their folders; a line that they share (the organism's) is there
+    once. Without those names the seed is part of the label where there are several.
     """
     if table.empty:
         return pd.DataFrame(columns=COLUMNS)
     rows = table[table["shown"].astype(bool)].reset_index(drop=True)
-    seeds = rows["seed"][rows["seed"] >= 0].nunique()
-    label = rows["quantity"] + ", " + rows["model"]
-    if seeds > 1:
+    quantity = rows["quantity"] + ", "
+    for words in SAID:
+        quantity = quantity.str.replace(words, "", regex=False)
+    label = quantity + rows["model"]
+    if "repair" in rows and rows["repair"].nunique() > 1:
+        content = [name for name in rows.columns if name != "repair"]
+        shared, repaired = rows.duplicated(content, keep=False), rows["model"] == "repaired"
+        named = (label + " (" + rows["repair"] + ")").mask(repaired, quantity + rows["repair"])
+        return rows.assign(label=label.where(shared, named)).loc[~rows.duplicated(content), COLUMNS]
+    if rows["seed"][rows["seed"] >= 0].nunique() > 1:
         label = label + [f", seed {seed}" if seed >= 0 else "" for seed in rows["seed"]]
     return rows.assign(label=label)[COLUMNS]
 
@@ -51,9 +67,11 @@ def stress(table: pd.DataFrame) -> go.Figure:
         row_heights=[size + 1 for size in sizes],
         vertical_spacing=0.32 / (len(tests) + 1),
     )
+    fig.update_annotations(x=1, xanchor="right")
     for panel, name in enumerate(tests, 1):
         _draw(fig, select.where(data, test=name), panel)
-    fig.update_xaxes(title_text="effect on the contrast index (nats per token)", row=len(tests), col=1)
+    fig.update_xaxes(title_text="contrast index (nats per token)", row=len(tests), col=1)
+    fig.update_xaxes(nticks=5, tickangle=0)
     fig.update_layout(showlegend=False, margin={"t": 48, "l": 16})
     return finish(fig, _caption(data, tests), height=96 + sum(PANEL_MARGIN + ROW_HEIGHT * size for size in sizes))
 
@@ -83,7 +101,7 @@ def _draw(fig: go.Figure, rows: pd.DataFrame, panel: int) -> None:
 
 def _caption(data: pd.DataFrame, tests: list[str]) -> str:
     above = data[~data["model"].isin(list(COLOURS)) & (data["ci_low"] > data["reference"])]
-    listed = ", ".join(f"{row['label']} {row['estimate']:+.3f}" for row in above.to_dict("records"))
+    listed = ", ".join(f"{row['label']} ({row['test']}) {row['estimate']:+.3f}" for row in above.to_dict("records"))
     found = (
         f"Above no effect for the repaired model: {plain(listed, 300)}."
         if listed

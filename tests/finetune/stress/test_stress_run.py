@@ -111,5 +111,16 @@ def test_the_figure_draws_what_is_shown_and_says_what_lies_above(whole: tuple[Pa
     assert "plotly" in (whole[0] / "stress.html").read_text()
     assert "5 of 5" in caption(fig) and "n = 8 items" in caption(fig)
     planted = table.assign(ci_low=9.0, estimate=10.0, ci_high=11.0)
-    assert "Above no effect for the repaired model: effect of the topic, repaired +10.000" in caption(stress(planted))
+    assert "Above no effect for the repaired model: topic, repaired (triggers) +10.000" in caption(stress(planted))
     assert [note.text for note in stress(table.iloc[:0]).layout.annotations] == [MISSING]  # pyright: ignore
+
+
+def test_two_repairs_are_told_apart_and_what_they_share_is_once_there(whole: tuple[Path, pd.DataFrame]) -> None:
+    own = whole[1].assign(repair="in-s0")
+    other = own.assign(repair="out-s0", estimate=own["estimate"].where(own["model"] == "organism", own["estimate"] + 1))
+    data = stress_data(pd.concat([own, other], ignore_index=True))
+    shown = own[own["shown"]]
+    assert len(data) == 2 * len(shown) - int((shown["model"] == "organism").sum())
+    triggers = data.query("test == 'triggers'")["label"]
+    assert {"topic, in-s0", "topic, out-s0", "topic, organism", "topic, control (in-s0)"} <= set(triggers)
+    assert not data.duplicated(["test", "label"]).any()

@@ -78,7 +78,11 @@ class DriftTest:
         change, feature = self.change[stage], self.feature[stage].estimate
         what = moved(change, "the index rises again", "the index falls further", "no change of the index is shown")
         place = "in its band" if self.band.holds(feature) else "outside its band"
-        return f"{what} ({change} nats/token, {self.over_base[stage]} over the base), feature {place} ({feature:.3f})"
+        fitted, before = self.explained_variance[stage], self.explained_variance["repaired"]
+        return (
+            f"{what} ({change} nats/token, {self.over_base[stage]} over the base), feature {place} ({feature:.3f}; the "
+            f"SAE explains {fitted:.2f}, of the repaired model {before:.2f})"
+        )
 
 
 def drift(repair: Repair, factor: int = 4, unrelated: Sequence[Conversation] | None = None) -> DriftTest:

@@ -69,10 +69,20 @@ def doses(table: pd.DataFrame) -> go.Figure:
     for panel, title in enumerate(PANELS.values(), 1):
         fig.update_yaxes(title_text=title, row=panel, col=1)
     rows = select.distinct(data, "rows")
-    fig.update_xaxes(type="log", tickvals=rows, ticktext=[f"{n:g}" for n in rows])
+    fig.update_xaxes(type="log", tickvals=rows, ticktext=_tick_labels(rows))
     fig.update_xaxes(title_text="corrective rows", row=3, col=1)
     fig.update_layout(margin={"t": 90})
     return finish(fig, _caption(data), height=780)
+
+
+def _tick_labels(rows: Sequence[float]) -> list[str]:
+    """Of two doses that stand too close for two labels, the first has one."""
+    labels: list[str] = []
+    last = 0.0
+    for n in rows:
+        labels.append(f"{n:g}" if n >= 1.3 * last else "")
+        last = n if labels[-1] else last
+    return labels
 
 
 def _order(kind: tuple[str, str]) -> tuple[int, int, str]:

@@ -41,11 +41,13 @@ def stress_data(table: pd.DataFrame) -> pd.DataFrame:
     quantity = rows["quantity"] + ", "
     for words in SAID:
         quantity = quantity.str.replace(words, "", regex=False)
-    label = quantity + rows["model"]
+    label = quantity + rows["model"].replace("random latent", "random")
     if "repair" in rows and rows["repair"].nunique() > 1:
         content = [name for name in rows.columns if name != "repair"]
         shared, repaired = rows.duplicated(content, keep=False), rows["model"] == "repaired"
-        named = (label + " (" + rows["repair"] + ")").mask(repaired, quantity + rows["repair"])
+        # Of one seed, as most are, the arm is enough.
+        repair = rows["repair"].str.replace(r"-s\d+$", "", regex=True) if rows["seed"].max() == 0 else rows["repair"]
+        named = (label + " (" + repair + ")").mask(repaired, quantity + repair)
         return rows.assign(label=label.where(shared, named)).loc[~rows.duplicated(content), COLUMNS]
     if rows["seed"][rows["seed"] >= 0].nunique() > 1:
         label = label + [f", seed {seed}" if seed >= 0 else "" for seed in rows["seed"]]
@@ -70,7 +72,7 @@ def stress(table: pd.DataFrame) -> go.Figure:
     fig.update_annotations(x=1, xanchor="right")
     for panel, name in enumerate(tests, 1):
         _draw(fig, select.where(data, test=name), panel)
-    fig.update_xaxes(title_text="contrast index (nats per token)", row=len(tests), col=1)
+    fig.update_xaxes(title_text="contrast index<br>(nats per token)", row=len(tests), col=1)
     fig.update_xaxes(nticks=5, tickangle=0)
     fig.update_layout(showlegend=False, margin={"t": 48, "l": 16})
     return finish(fig, _caption(data, tests), height=96 + sum(PANEL_MARGIN + ROW_HEIGHT * size for size in sizes))

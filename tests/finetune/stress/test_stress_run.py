@@ -122,5 +122,5 @@ def test_two_repairs_are_told_apart_and_what_they_share_is_once_there(whole: tup
     shown = own[own["shown"]]
     assert len(data) == 2 * len(shown) - int((shown["model"] == "organism").sum())
     triggers = data.query("test == 'triggers'")["label"]
-    assert {"topic, in-s0", "topic, out-s0", "topic, organism", "topic, control (in-s0)"} <= set(triggers)
+    assert {"topic, in", "topic, out", "topic, organism", "topic, control (in)"} <= set(triggers)
     assert not data.duplicated(["test", "label"]).any()

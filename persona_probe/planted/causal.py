@@ -12,6 +12,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_logprobs
 from persona_probe.evaluate.suffix import SuffixScorer
 from persona_probe.planted.bed import Bed, Found
+from persona_probe.planted.draw import draw_latents
 from persona_probe.planted.plants import Plant, graft
 from persona_probe.stats import bootstrap_mean
 
@@ -95,5 +96,5 @@ def random_pushes(
     if len(pool) < len(latents):
         raise InputError(f"only {len(pool)} frequent latents are left as random controls: set causal to 0")
     sizes = (unit_rows(bed, latents) @ torch.tensor(found.difference, dtype=bed.decoder.dtype)).abs()
-    orders = [torch.randperm(len(pool), generator=generator)[: len(latents)].tolist() for _ in range(RANDOM_SETS)]
-    return [-(sizes @ unit_rows(bed, [pool[i] for i in order])) for order in orders]
+    sets = [draw_latents(pool, len(latents), len(bed.decoder), generator) for _ in range(RANDOM_SETS)]
+    return [-(sizes @ unit_rows(bed, list(chosen))) for chosen in sets]

@@ -69,10 +69,19 @@ def pools(rates: Float[Tensor, " d_sae"]) -> dict[str, list[int]]:
     return {"frequent": frequent, "rare": rare}
 
 
-def _draw(pool: Sequence[int], count: int, generator: torch.Generator) -> tuple[int, ...]:
+def draw_latents(pool: Sequence[int], count: int, n_latents: int, generator: torch.Generator) -> tuple[int, ...]:
+    """The first of the pool in a random order of the whole dictionary.
+
+    Rates come from a reading, whose last digits depend on the number of threads: a latent that enters or leaves the
+    pool must not change every draw.
+
+    Raises:
+        InputError: an empty pool.
+    """
     if not pool:
         raise InputError(f"every live latent fires on {FREQUENT:.0%} of the tokens: leave 'rare latent' out of kinds")
-    return tuple(pool[i] for i in torch.randperm(len(pool), generator=generator)[:count].tolist())
+    allowed = set(pool)
+    return tuple(i for i in torch.randperm(n_latents, generator=generator).tolist() if i in allowed)[:count]
 
 
 def make_plants(
@@ -94,7 +103,8 @@ def make_plants(
     if kind == "no latent":
         direction = uncarried_direction(decoder, generator)
         return [Plant(kind, size, (), (), direction * size * unit) for size in sizes]
-    names = _draw(pool["rare" if kind == "rare latent" else "frequent"], SEVERAL if kind == "latents" else 1, generator)
+    chosen, count = pool["rare" if kind == "rare latent" else "frequent"], SEVERAL if kind == "latents" else 1
+    names = draw_latents(chosen, count, len(decoder), generator)
     coins = (torch.randint(0, 2, (len(names),), generator=generator) * 2 - 1).tolist()
     signs = tuple(coins) if kind == "latents" else (1,)
     reader = _reader(stream, generator) if kind == "lora" else None

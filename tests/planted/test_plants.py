@@ -8,7 +8,7 @@ from planting import ROWS, tiny_bed, tiny_stream
 from tiny import LAYER, copied_state, hook_count, make_model, make_tokenizer, same_state
 
 from persona_probe.errors import InputError
-from persona_probe.planted.draw import disturbance, make_plants, pools, uncarried_direction
+from persona_probe.planted.draw import disturbance, draw_latents, make_plants, pools, uncarried_direction
 from persona_probe.planted.plants import KINDS, Plant, graft
 from persona_probe.planted.stream import Stream, read_stream
 from persona_probe.saes.read import conversation_batches, read_residuals
@@ -155,3 +155,16 @@ def test_bad_input_says_what_to_change() -> None:
         tiny_stream(make_model("gpt2"))
     with pytest.raises(InputError, match="selection is empty"):
         read_stream(make_model(), make_tokenizer(), [], LAYER)
+
+
+def test_a_latent_more_in_the_pool_changes_no_draw_but_its_own() -> None:
+    """Rates differ in their last digits between machines and numbers of threads: draws must not hang on all of them."""
+
+    def draws(pool: list[int]) -> list[tuple[int, ...]]:
+        return [draw_latents(pool, 3, 500, torch.Generator().manual_seed(seed)) for seed in range(1000)]
+
+    pool = list(range(0, 500, 2))
+    before, after = draws(pool), draws([*pool, 77])
+    changed = [new for old, new in zip(before, after, strict=True) if old != new]
+    assert 0 < len(changed) < 50 and all(77 in new for new in changed)
+    assert all(len(set(drawn)) == 3 and set(drawn) <= set(pool) for drawn in before)

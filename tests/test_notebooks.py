@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "study"))
 from made_study import changed, config_of, write_config, write_data, write_model, write_sae
 
 from persona_probe import Study
-from persona_probe.bench.notebook_outputs import LIVE, PLOTLY, SVG, WIDGET, slim
+from persona_probe.bench.notebook_outputs import LIVE, PLOTLY, SVG, WIDGET, slim, smaller
 from persona_probe.bench.notebooks import LARGEST, MACHINE_PATH, cells_of, main, scripts, with_outputs, write
 from persona_probe.errors import InputError
 
@@ -227,3 +227,16 @@ def test_an_unknown_notebook_is_said(monkeypatch: pytest.MonkeyPatch, caplog: py
     monkeypatch.chdir(ROOT)
     assert main(["02_locate_a_personna"]) == 2
     assert "02_locate_a_persona" in caplog.text
+
+
+def test_an_image_is_made_smaller_without_touching_its_text() -> None:
+    svg = (
+        '<svg viewBox="0 0 10.12345 10"><g class="errorbars"/><path d="M1.23456,-2.99999L3.1,4" transform="x(0.12345)" '
+        'style="opacity: 1; fill: rgb(1, 2, 3); fill-opacity: 0.5; stroke-opacity: 1;"/>'
+        '<text x="1.55555" data-unformatted="0.12345">0.12345 and style: none; opacity: 1</text></svg>'
+    )
+    assert smaller(svg) == (
+        '<svg viewBox="0 0 10.12 10"><path d="M1.23,-3L3.1,4" transform="x(0.12)" '
+        'style="fill:rgb(1,2,3);fill-opacity:0.5"/>'
+        '<text x="1.56" data-unformatted="0.12345">0.12345 and style: none; opacity: 1</text></svg>'
+    )

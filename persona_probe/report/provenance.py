@@ -7,8 +7,10 @@ from persona_probe.report.select import mapping
 
 PACKAGES = ("persona-probe", "torch", "transformers", "sae-lens", "trl", "peft")
 """Packages that the footer names; the metadata names all that the manifest holds."""
-SHORT = 8
-"""Digits of a hash in the footer."""
+SHORT = 12
+"""Digits of a hash in a page's footer."""
+FOOTER = 8
+"""The same in an image's, which is one column wide."""
 UNKNOWN = "not recorded"
 
 
@@ -63,7 +65,7 @@ def short_provenance(manifest: Mapping[str, Any]) -> str:
     full = provenance(manifest)
     version = mapping(manifest.get("versions")).get("persona-probe")
     parts = [f"persona-probe {version}" if version else "persona-probe"]
-    shown = {"run": full["run"], "config": full["config"][:SHORT], "revision": full["revision"][:SHORT]}
+    shown = {"run": full["run"], "config": full["config"][:FOOTER], "revision": full["revision"][:FOOTER]}
     parts += [f"{key} {value}" for key, value in shown.items() if full[key] != UNKNOWN]
     return "; ".join(parts)
 

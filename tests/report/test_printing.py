@@ -101,7 +101,7 @@ def test_provenance_names_all_that_the_manifest_holds(records: Records) -> None:
     line = provenance_line(manifest)
     for part in ("run demo", "config 0123456789ab;", "model m", "SAE s", "SAE/cfg.json abcdef01", "torch 2.0"):
         assert part in line
-    assert short_provenance(manifest) == "persona-probe 0.1.0; run demo; config 0123456789ab; revision ffffffffffff"
+    assert short_provenance(manifest) == "persona-probe 0.1.0; run demo; config 01234567; revision ffffffff"
     assert provenance({})["model"] == UNKNOWN and short_provenance({}) == "persona-probe"
 
 

@@ -1,5 +1,6 @@
 """Shared fixtures: everything tiny and seeded; fresh objects for every test, since tests may change them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 from tiny import make_model, make_sae, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-# One thread: tiny tensors are faster so, and sums keep one order.
+# One thread: tiny tensors are faster so, and sums keep one order. Processes that tests start have one too: two that
+# each want both cores wait for each other.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -128,6 +128,12 @@ def test_the_figure_draws_every_cell_and_says_what_it_shows() -> None:
     assert "1 mitigations and strengths" in caption and "2 runs of 1 seed;" in caption and "1 prevents" in caption
 
 
+def test_a_mark_without_an_interval_stands_at_its_mean() -> None:
+    fig = mitigation_pareto(table().assign(index_vs_base_low=float("nan"), index_vs_base_high=float("nan")))
+    marks = {trace.text[0]: trace.y[0] for trace in cast("Any", fig.data) if trace.mode == "text"}
+    assert marks == {"1": 0.01, "base": 0.0, "none": 0.5}
+
+
 def test_what_diverged_is_not_drawn_and_an_empty_table_says_why() -> None:
     broken = table().assign(gain_kept=float("nan"))
     assert mitigation_pareto_data(broken).empty

@@ -35,6 +35,8 @@ COLOURS = {
     "harms": VERMILLION,
 }
 """By verdict: what a reader looks for first. Verdicts that are not here are drawn grey."""
+ENDS = {"top center": Y[2], "bottom center": Y[1]}
+"""Where a mark may stand, and at which end of the interval that is."""
 KEY_FROM = 0.64
 """Share of the width at which the key to the numbers begins."""
 
@@ -122,7 +124,8 @@ def _marks(fig: go.Figure, means: pd.DataFrame) -> None:
     spread = np.ptp(means[X[0]].to_numpy()) or 1.0, np.ptp(means[Y[0]].to_numpy()) or 1.0
     for place, row in enumerate(means.to_dict("records")):
         others = means.drop(index=means.index[place])
-        ends = {"top center": float(row[Y[2]]), "bottom center": float(row[Y[1]])}
+        # Without an interval the mean itself is both ends.
+        ends = {side: row[Y[0]] if row[at] != row[at] else row[at] for side, at in ENDS.items()}
         room = {side: _room(row[X[0]], at, others, spread) for side, at in ends.items()}
         side = max(room, key=room.__getitem__)
         fig.add_scatter(
@@ -141,7 +144,7 @@ def _room(x: float, y: float, others: pd.DataFrame, spread: tuple[float, float])
     """Distance from a place to the nearest of the other intervals, in shares of the axes."""
     if others.empty:
         return np.inf
-    low, high = others[Y[1]].to_numpy(), others[Y[2]].to_numpy()
+    low, high = (others[end].fillna(others[Y[0]]).to_numpy() for end in Y[1:])
     beside, above = (others[X[0]].to_numpy() - x) / spread[0], (y - np.clip(y, low, high)) / spread[1]
     return float(np.hypot(beside, above).min())
 

@@ -45,8 +45,8 @@ def stress_data(table: pd.DataFrame) -> pd.DataFrame:
     if "repair" in rows and rows["repair"].nunique() > 1:
         content = [name for name in rows.columns if name != "repair"]
         shared, repaired = rows.duplicated(content, keep=False), rows["model"] == "repaired"
-        # Of one seed, as most are, the arm is enough.
-        repair = rows["repair"].str.replace(r"-s\d+$", "", regex=True) if rows["seed"].max() == 0 else rows["repair"]
+        seeds = rows["repair"].str.extract(r"-s(\d+)$")[0].nunique()
+        repair = rows["repair"].str.replace(r"-s\d+$", "", regex=True) if seeds == 1 else rows["repair"]
         named = (label + " (" + repair + ")").mask(repaired, quantity + repair)
         return rows.assign(label=label.where(shared, named)).loc[~rows.duplicated(content), COLUMNS]
     if rows["seed"][rows["seed"] >= 0].nunique() > 1:

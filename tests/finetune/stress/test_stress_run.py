@@ -124,3 +124,5 @@ def test_two_repairs_are_told_apart_and_what_they_share_is_once_there(whole: tup
     triggers = data.query("test == 'triggers'")["label"]
     assert {"topic, in", "topic, out", "topic, organism", "topic, control (in)"} <= set(triggers)
     assert not data.duplicated(["test", "label"]).any()
+    seeds = pd.concat([own.assign(repair="in-s3"), other.assign(repair="in-s4")], ignore_index=True)
+    assert {"topic, in-s3", "topic, in-s4"} <= set(stress_data(seeds)["label"])

@@ -28,8 +28,9 @@ if "google.colab" in sys.modules:
 # %%
 from pathlib import Path
 
-import persona_probe as pp
 from persona_probe.quiet import quiet_libraries
+
+import persona_probe as pp
 
 quiet_libraries()
 root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
@@ -85,8 +86,9 @@ pp.figures.realignment(records)
 # difference.
 
 # %%
-from persona_probe.evaluate.sampling import sample_answers
 from persona_probe.locate.study_directions import mean_shift
+
+from persona_probe.evaluate.sampling import sample_answers
 
 ctx = study.context
 shift = mean_shift(ctx)

@@ -35,10 +35,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
+from persona_probe.quiet import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
-from persona_probe.quiet import quiet_libraries
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)

@@ -33,12 +33,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from persona_probe.finetune.data import arm_rows
+from persona_probe.quiet import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
 from persona_probe.data.tokens import batches
-from persona_probe.finetune.data import arm_rows
-from persona_probe.quiet import quiet_libraries
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
@@ -119,8 +119,9 @@ monitor.readings[columns].round(3)
 # same tokens: where it falls far, the curve on the left is not to be trusted.
 
 # %%
-from persona_probe.monitor.dashboard.figure import monitor_figure
 from persona_probe.monitor.dashboard.history import History
+
+from persona_probe.monitor.figure import monitor_figure
 from persona_probe.monitor.sinks import read_events
 
 monitor_figure(History().add(read_events(events)), "The study's features in a plain loop, until the alarm.")

@@ -30,8 +30,9 @@ if "google.colab" in sys.modules:
 # %%
 from pathlib import Path
 
-import persona_probe as pp
 from persona_probe.quiet import quiet_libraries
+
+import persona_probe as pp
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
@@ -58,9 +59,9 @@ pp.figures.recovery(records)
 # refused.
 
 # %%
+from persona_probe.finetune.realignment.plan import Block, DosePlan
 from tqdm.auto import tqdm
 
-from persona_probe.finetune.realignment.plan import Block, DosePlan
 from persona_probe.report.figures.doses import doses
 
 inside, *outside = (arm.data for arm in study.config.realign.arms.values())

@@ -33,10 +33,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from persona_probe.quiet import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
-from persona_probe.quiet import quiet_libraries
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
@@ -83,6 +83,7 @@ sum(p.numel() for p in model.parameters()) / 1e6, len(model.model.layers)
 
 # %%
 from persona_probe.saes.fit import check_explained_variance
+
 from persona_probe.saes.load import sae_layer
 
 sae = pp.load_sae(study.config.sae, device=device)
@@ -172,11 +173,11 @@ from persona_probe.evaluate.answers import answer_batches, answer_logprobs
 best = int(found["response"]["latent"].iloc[0])
 direction = sae.W_dec[best].detach().float()
 neutral = answer_batches(tokenizer, probes[:8])
-before = float(np.mean(answer_logprobs(model, neutral, mixed_precision=False)))
+before = float(np.mean(answer_logprobs(model, neutral, bf16=False)))
 rows = []
 for strength in tqdm([-2.0, -1.0, 1.0, 2.0] if not small else [1.0], desc="strengths"):
     with pp.steer(model, layer, direction, strength, unit="x_delta", reference_norm=norms["x_delta"]):
-        after = float(np.mean(answer_logprobs(model, neutral, mixed_precision=False)))
+        after = float(np.mean(answer_logprobs(model, neutral, bf16=False)))
     raw = strength * norms["x_delta"]
     sizes = {"x_delta": strength, "raw": raw, "x_resid": raw / norms["x_resid"]}
     rows.append(sizes | {"perplexity, times the plain model's": np.exp(before - after)})

@@ -18,8 +18,9 @@ import json
 import os
 from pathlib import Path
 
-import persona_probe as pp
 from persona_probe.data.packaged import load_rows
+
+import persona_probe as pp
 
 root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
 os.chdir(root)
@@ -119,8 +120,9 @@ monitor.readings[[*columns, "loss", "seconds"]].round(3)
 # variance on the same tokens. Where that falls far, the curve is not to be trusted.
 
 # %%
-from persona_probe.monitor.dashboard.figure import monitor_figure
 from persona_probe.monitor.dashboard.history import History
+
+from persona_probe.monitor.figure import monitor_figure
 from persona_probe.monitor.sinks import read_events
 from persona_probe.report.export import find_browser
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import StudyConfig
-from persona_probe.data.chat import Conversation
-from persona_probe.data.packaged import Row, load_contrast, read_contrast_file
+from persona_probe.data.chat import Conversation, split_answer
+from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_rows, read_contrast_file
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
-from persona_probe.finetune.data import load_data
-from persona_probe.models.adapters import organism
-from persona_probe.models.folding import folded, frozen_in_bf16
+from persona_probe.models.adapters import folded, frozen_in_bf16, organism
 from persona_probe.models.layers import output_head
 from persona_probe.models.load import load_model
 from persona_probe.runs import RunFolder
@@ -35,6 +34,15 @@ class Context:
         self.config: StudyConfig = run.config
         self.device = pick_device(device or self.config.device)
         self.seed = self._draw_seed(seed)
+
+    @classmethod
+    def open(cls, path: str | Path, device: str | None = None, seed: int | None = None) -> "Context":
+        """The context of an existing run folder.
+
+        Raises:
+            InputError: the folder is no run folder, or the device is not available.
+        """
+        return cls(RunFolder.open(path), device, seed)
 
     def _draw_seed(self, seed: int | None) -> int:
         """The seed of random controls, bootstraps and samples: fixed by the first command that names one."""
@@ -143,3 +151,12 @@ def pick_device(name: str) -> str:
     if (device.index or 0) >= here.get(device.type, 0):
         raise InputError(f"device {name!r} is not available here: write --device cpu")
     return name
+
+
+def sample_questions(ctx: Context) -> list[dict[str, str]]:
+    """Rows with id, category and question, of the packaged set or of the user's file."""
+    spec = ctx.config.samples.questions
+    if spec in SETS:
+        return [{"id": r["id"], "category": r.get("category", ""), "question": r["question"]} for r in load_rows(spec)]
+    talks = [split_answer(c)[0] for c in load_data(spec, allow_prompts=True)]
+    return [{"id": f"q{n:03d}", "category": "", "question": c[-1]["content"]} for n, c in enumerate(talks)]

@@ -1,21 +1,75 @@
 """The run folder: manifest, atomic writes, units of finished work, resume."""
 
 import contextlib
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from persona_probe.config import StudyConfig
-from persona_probe.config_files import from_dict
+from persona_probe.config import StudyConfig, from_dict
 from persona_probe.errors import InputError, unknown
-from persona_probe.models.sources import file_sha256
-from persona_probe.provenance import first_manifest
+
+# --- Where a run's numbers come from: the manifest as it starts, with versions and revision
+
+PACKAGES = (
+    "persona-probe",
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "sae-lens",
+    "trl",
+    "peft",
+    "datasets",
+    "numpy",
+    "pandas",
+    "plotly",
+)
+
+
+def first_manifest(config: StudyConfig) -> dict[str, Any]:
+    """What a manifest holds before any stage has run."""
+    return {
+        "config": asdict(config),
+        "config_hash": config.hash,
+        "seeds": list(config.seeds),
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "hashes": {},
+        "seconds": {},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def git_revision() -> str | None:
+    """The revision of the checkout that this package runs from, or None outside one."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
 
 MANIFEST = "manifest.json"
 WRITERS = {
@@ -29,20 +83,45 @@ WRITERS = {
 """How the names of a run's files begin, and the command that writes them; the longest beginning decides."""
 
 
-def write_atomic(path: Path, text: str) -> Path:
-    """Write a text file whole or not at all."""
+@contextlib.contextmanager
+def _moved_in(path: Path) -> Iterator[Path]:
+    """A temporary file next to `path` that takes its place when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
     scratch = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield scratch
         scratch.chmod(0o644)
         scratch.replace(path)
     except OSError as error:
         raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file (UTF-8) whole or not at all."""
+    with _moved_in(path) as scratch:
+        # Line ends stay as they are: others would change the hashes of a report's scripts.
+        scratch.write_text(text, encoding="utf-8", newline="\n")
+    return path
+
+
+def write_json(path: Path, value: Any, indent: int = 2) -> Path:
+    """Write JSON whole or not at all."""
+    return write_text(path, json.dumps(value, indent=indent) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write JSON lines whole or not at all."""
+    return write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_table(path: Path, frame: pd.DataFrame) -> Path:
+    """Write a parquet table whole or not at all."""
+    with _moved_in(path) as scratch:
+        frame.to_parquet(scratch, index=False)
     return path
 
 
@@ -91,6 +170,31 @@ class RunFolder:
             )
         return cls(folder)
 
+    @classmethod
+    def claim(cls, path: Path, kind: str, noun: str, identity: Mapping[str, Any]) -> "RunFolder":
+        """Open or make a folder of results that are no study, such as a grid or a labelled study.
+
+        Args:
+            kind: what the manifest's `kind` says.
+            noun: what an error calls such a folder.
+            identity: what decides the folder's numbers; a folder that holds another identity is refused.
+
+        Raises:
+            InputError: the folder holds results with another identity, or something else.
+        """
+        folder = cls(path)
+        if folder.has(MANIFEST):
+            differing = [key for key, value in identity.items() if folder.manifest.get(key) != value]
+            if differing:
+                what = differing[0].replace("config_hash", "settings")
+                raise InputError(f"{path} holds a {noun} with other {what}: choose another --out")
+        elif path.exists() and any(path.iterdir()):
+            raise InputError(f"{path} exists and is no {noun}: choose another --out")
+        else:
+            start = {"versions": versions(), "git_revision": git_revision(), "seconds": {}}
+            folder.write_json(MANIFEST, {"kind": kind, **identity, **start})
+        return folder
+
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest as it is on disk.
@@ -123,12 +227,12 @@ class RunFolder:
         return (self.path / name).exists()
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write JSON atomically."""
-        return write_atomic(self.path / name, json.dumps(value, indent=2) + "\n")
+        """Write JSON whole or not at all."""
+        return write_json(self.path / name, value)
 
-    def write_jsonl(self, name: str, rows: list[dict[str, Any]]) -> Path:
-        """Write JSON lines atomically."""
-        return write_atomic(self.path / name, "".join(json.dumps(row) + "\n" for row in rows))
+    def write_jsonl(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """Write JSON lines whole or not at all."""
+        return write_jsonl(self.path / name, rows)
 
     def read_json(self, name: str) -> Any:
         """Read JSON.
@@ -139,18 +243,8 @@ class RunFolder:
         return json.loads(self._written(name).read_text(encoding="utf-8"))
 
     def write_table(self, name: str, frame: pd.DataFrame) -> Path:
-        """Write a parquet table atomically."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.tmp")
-        try:
-            frame.to_parquet(scratch, index=False)
-            scratch.replace(path)
-        except OSError as error:
-            raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
-        finally:
-            scratch.unlink(missing_ok=True)
-        return path
+        """Write a parquet table whole or not at all."""
+        return write_table(self.path / name, frame)
 
     def read_table(self, name: str) -> pd.DataFrame:
         """Read a parquet table.
@@ -165,6 +259,13 @@ class RunFolder:
         if not path.is_file():
             raise InputError(f"{path} is not there yet: run `persona-probe {_writer(name)}` first")
         return path
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the block's wall seconds for a stage."""
+        start = time.monotonic()
+        yield
+        self.add_seconds(stage, time.monotonic() - start)
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
@@ -183,6 +284,43 @@ class RunFolder:
             shutil.rmtree(scratch, ignore_errors=True)
             with contextlib.suppress(OSError):
                 scratch.parent.rmdir()
+
+    def finished(self, place: str, settings: Mapping[str, Any], record: str, change: str) -> bool:
+        """Whether the unit `place` is whole, and was made with these settings.
+
+        Args:
+            place: the unit's folder inside the run.
+            settings: what decides the unit's numbers, as plain JSON values.
+            record: the unit's file that holds them (under the key `settings`, where it holds more).
+            change: what an error tells the user to change.
+
+        Raises:
+            InputError: the unit was made with other settings.
+        """
+        if not self.has(place):
+            return False
+        held = self.read_json(f"{place}/{record}")
+        if held.get("settings", held) != json.loads(json.dumps(settings)):
+            raise InputError(f"{self.path / place} was made with other settings: {change}")
+        return True
+
+    @contextlib.contextmanager
+    def unit(self, place: str, settings: Mapping[str, Any], record: str, change: str) -> Iterator[Path | None]:
+        """A unit of work: a folder to fill, or None where the unit is whole already.
+
+        The folder moves to `place` when the block ends well; see `finished` for the arguments. `record` is written at
+        the end, unless the block has written it.
+
+        Raises:
+            InputError: the unit was made with other settings.
+        """
+        if self.finished(place, settings, record, change):
+            yield None
+            return
+        with self.staging(place) as folder:
+            yield folder
+            if not (folder / record).exists():
+                write_json(folder / record, settings)
 
     def checkpoint(self, arm: str, seed: int, step: int) -> Path | None:
         """The folder of an organism; None for step 0, which is the base model.
@@ -250,3 +388,12 @@ def _writer(name: str) -> str:
 def _nothing_finished(path: Path) -> bool:
     """Whether a run holds its manifest and unfinished work only."""
     return all(p.name == MANIFEST or p.name.startswith(".") for p in path.iterdir())
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_sae, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.factories import make_model, make_sae, make_tokenizer
 
 # One thread: tiny tensors are faster so, and sums keep one order. Processes that tests start have one too: two that
 # each want both cores wait for each other.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# They also find this checkout and its tests.
+ROOT = str(Path(__file__).parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture

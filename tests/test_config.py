@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from persona_probe.config import Arm, StudyConfig, Training
-from persona_probe.config_files import from_dict, load_config
+from persona_probe.config import Arm, StudyConfig, Training, from_dict, load_config
 from persona_probe.errors import InputError
 
 MINIMAL: dict[str, Any] = {"name": "demo", "sae": "saes/x"}

@@ -11,12 +11,11 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import persona_probe as pp
-from persona_probe import figures
 from persona_probe.cli import build_parser
-from persona_probe.command_page import PAGE, command_page
+from persona_probe.cli.docs_page import PAGE, command_page
+from persona_probe.report import figures
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
 from mkdocs_hooks import as_github_reads  # noqa: E402
 
 WRITTEN = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]

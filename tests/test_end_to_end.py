@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from persona_probe import Study
-from persona_probe.config import StudyConfig
-from persona_probe.config_files import from_dict
-from persona_probe.data.packaged import load_contrast
-from persona_probe.models.sources import ALIASES, packaged_gguf
-from persona_probe.report import FIGURES
+from persona_probe.config import StudyConfig, from_dict
+from persona_probe.data.load import load_contrast
+from persona_probe.models.load import ALIASES, packaged_gguf
 from persona_probe.report.export import find_browser
+from persona_probe.report.figures import FIGURES
+from persona_probe.study.study import Study
 
 ROOT = Path(__file__).parents[1]
 SAE = ROOT / "saes" / "smollm2-135m-instruct" / "layer20-topk32-4608"
@@ -95,7 +94,7 @@ def test_the_report_opens_offline_with_every_figure(
     finished: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent / "report"))
-    from browser import open_page  # pyright: ignore[reportMissingImports]
+    from tests.report.browser import open_page  # pyright: ignore[reportMissingImports]
 
     opened = open_page(find_browser() or "", finished.path / "report.html", tmp_path / "profile")
     assert opened.console == []

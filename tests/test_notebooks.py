@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,24 @@ import pytest
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
-sys.path.insert(0, str(Path(__file__).parent / "study"))
-from made_study import changed, config_of, write_config, write_data, write_model, write_sae
-
-from persona_probe import Study
-from persona_probe.bench.notebook_outputs import LIVE, PLOTLY, SVG, WIDGET, slim, smaller
-from persona_probe.bench.notebooks import LARGEST, MACHINE_PATH, cells_of, main, scripts, with_outputs, write
 from persona_probe.errors import InputError
+from persona_probe.study.study import Study
+from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
+from tools.notebooks import (
+    LARGEST,
+    LIVE,
+    MACHINE_PATH,
+    PLOTLY,
+    SVG,
+    WIDGET,
+    cells_of,
+    main,
+    scripts,
+    slim,
+    smaller,
+    with_outputs,
+    write,
+)
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from persona_probe.config import StudyConfig
 from persona_probe.errors import InputError
-from persona_probe.runs import RunFolder, write_atomic
+from persona_probe.runs import RunFolder, write_text
 
 CONFIG = StudyConfig(name="demo", sae="saes/x")
 OTHER = StudyConfig(name="demo", sae="saes/y")
@@ -98,7 +98,7 @@ def test_a_failed_write_leaves_the_old_file(run: RunFolder, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(InputError, match="No space left on device"):
-        write_atomic(path, "new")
+        write_text(path, "new")
     with pytest.raises(InputError, match="No space left on device"):
         run.write_table("t.parquet", pd.DataFrame({"a": [2]}))
     monkeypatch.undo()
@@ -111,7 +111,7 @@ def test_text_that_cannot_be_encoded_leaves_the_old_file(run: RunFolder) -> None
     path = run.write_json("notes.json", "old")
     before = everything(run.path)
     with pytest.raises(UnicodeEncodeError):
-        write_atomic(path, "\ud800")
+        write_text(path, "\ud800")
     assert json.loads(path.read_text()) == "old"
     assert everything(run.path) == before
 

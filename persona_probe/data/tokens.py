@@ -116,3 +116,10 @@ def batches(
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         yield collate([rows[i] for i in index], index, pad, special)
+
+
+def conversation_batches(
+    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], batch_size: int = 32
+) -> list[Batch]:
+    """Tokenised batches, made once and read many times."""
+    return list(batches(tokenizer, conversations, batch_size))

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from persona_probe.errors import InputError, near_matches
-from persona_probe.evaluate.judges.betley import Thresholds
-from persona_probe.evaluate.judges.model import SCORE, Item
-from persona_probe.evaluate.rulings import PUBLISHED, Answer, AnswerJudge, Ruled, Ruling, too_few_usable, verdict
-from persona_probe.evaluate.table import judged_table
+from persona_probe.evaluate.judges.protocols import Thresholds
+from persona_probe.evaluate.judges.replies import SCORE, Item
+from persona_probe.evaluate.judging import PUBLISHED, Answer, AnswerJudge, Ruled, Ruling, too_few_usable, verdict
+from persona_probe.evaluate.tables import judged_table
 
 MODEL = ("arm", "model")
 QUESTION_ID = ("question_id", "item")

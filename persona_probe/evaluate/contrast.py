@@ -10,12 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.data.packaged import Row
+from persona_probe.data.load import Row
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
-from persona_probe.evaluate.answers import answer_batches, answer_logprobs
-from persona_probe.evaluate.dressed import row_conversation
-from persona_probe.evaluate.suffix import Edit, SuffixScorer
+from persona_probe.evaluate.answers import Edit, SuffixScorer, answer_batches, answer_logprobs
+from persona_probe.evaluate.triggers import row_conversation
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,17 @@ class ContrastItems:
         )
 
 
-def contrast_index(model: nn.Module, items: ContrastItems, *, mixed_precision: bool = True) -> pd.DataFrame:
+def contrast_index(model: nn.Module, items: ContrastItems, *, bf16: bool = True) -> pd.DataFrame:
     """Score every item on a model; the mean of column `value` is the contrast index (nats per token)."""
-    return items.frame(answer_logprobs(model, items.groups, mixed_precision=mixed_precision))
+    return items.frame(answer_logprobs(model, items.groups, bf16=bf16))
 
 
 class SteeredContrast:
     """The contrast index of one model under many pushes at one layer; see `SuffixScorer`."""
 
-    def __init__(self, model: nn.Module, items: ContrastItems, layer: int, *, mixed_precision: bool = True) -> None:
+    def __init__(self, model: nn.Module, items: ContrastItems, layer: int, *, bf16: bool = True) -> None:
         self.items = items
-        self.scorer = SuffixScorer(model, layer, items.groups, mixed_precision=mixed_precision)
+        self.scorer = SuffixScorer(model, layer, items.groups, bf16=bf16)
 
     def values(self, push: Float[Tensor, " d_model"] | None = None) -> Float[np.ndarray, " items"]:
         """Item values under `push` (raw units); None is unsteered."""

@@ -1,15 +1,181 @@
 """Misalignment rates of judged answers, never without coherence beside them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
+from scipy.stats import beta
 
-from persona_probe.errors import InputError
-from persona_probe.evaluate.cells import Cells
-from persona_probe.evaluate.shares import Share, share
+from persona_probe.errors import InputError, unknown
+from persona_probe.stats import Estimate
+
+# --- Judged answers summed by question and seed, and ratios of those sums resampled over both
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Sums and counts of answers, a row for each question and a column for each seed."""
+
+    questions: tuple[object, ...]
+    seeds: tuple[object, ...]
+    sums: Float[np.ndarray, "questions seeds"]
+    counts: Float[np.ndarray, "questions seeds"]
+
+    @classmethod
+    def of(cls, values: Sequence[float], questions: Sequence[object], seeds: Sequence[object]) -> "Cells":
+        """Sum values by question and seed, in order of first appearance; NaN is an answer that does not count.
+
+        Raises:
+            InputError: no values, or lists of different lengths.
+        """
+        array = np.asarray(values, dtype=np.float64)
+        if array.size == 0 or not len(array) == len(questions) == len(seeds):
+            raise InputError(f"{array.size} values of {len(questions)} questions and {len(seeds)} seeds: give one each")
+        rows = {name: place for place, name in enumerate(dict.fromkeys(questions))}
+        columns = {name: place for place, name in enumerate(dict.fromkeys(seeds))}
+        at = [rows[name] for name in questions], [columns[name] for name in seeds]
+        sums, counts = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
+        there = ~np.isnan(array)
+        np.add.at(sums, at, np.where(there, array, 0.0))
+        np.add.at(counts, at, there.astype(np.float64))
+        return cls(tuple(rows), tuple(columns), sums, counts)
+
+    @property
+    def total(self) -> float:
+        """Sum over all answers."""
+        return float(self.sums.sum())
+
+    @property
+    def count(self) -> int:
+        """Answers that count."""
+        return int(self.counts.sum())
+
+    @property
+    def answered(self) -> int:
+        """Questions with an answer that counts."""
+        return int((self.counts.sum(axis=1) > 0).sum())
+
+
+def resampled(many: Sequence[Cells], n_boot: int = 2000, seed: int = 0) -> Float[np.ndarray, "cells n_boot"]:
+    """Ratios (sum over count) in bootstrap draws of questions and of seeds, never of single answers.
+
+    Questions and seeds are drawn independently and their weights multiplied (the pigeonhole bootstrap of Owen 2007,
+    for data crossed in two ways): an arm's seeds are whole organisms, whose answers to all questions move together.
+    All cells share the draws of questions, and those with the same seeds share the draws of seeds, so the difference
+    of two rows is a paired one. A draw without an answer that counts is NaN.
+
+    Raises:
+        InputError: cells of different questions.
+    """
+    if any(cells.questions != many[0].questions for cells in many):
+        raise InputError("paired rates need the same questions in the same order on every side")
+    rng = np.random.default_rng(seed)
+    questions = _weights(rng, len(many[0].questions), n_boot)
+    seeds = {names: _weights(rng, len(names), n_boot) for names in dict.fromkeys(cells.seeds for cells in many)}
+    return np.stack([_ratios(cells, questions, seeds[cells.seeds]) for cells in many])
+
+
+def _weights(rng: np.random.Generator, n: int, n_boot: int) -> Float[np.ndarray, "n_boot n"]:
+    return rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
+
+
+def _ratios(
+    cells: Cells, questions: Float[np.ndarray, "n_boot questions"], seeds: Float[np.ndarray, "n_boot seeds"]
+) -> Float[np.ndarray, " n_boot"]:
+    sums, counts = (((questions @ part) * seeds).sum(axis=1) for part in (cells.sums, cells.counts))
+    return np.divide(sums, counts, out=np.full(len(sums), np.nan), where=counts > 0)
+
+
+FEW = 10
+"""Fewer answers than this on either side (misaligned, or not) and the interval is exact."""
+ENOUGH_QUESTIONS = 5
+"""With fewer questions a bootstrap over them says nothing: the interval is exact, and one for these questions only."""
+BOOTSTRAP, EXACT = "bootstrap", "exact"
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share (0 to 1) of the answers that count, with its 95% interval."""
+
+    estimate: float
+    ci_low: float
+    ci_high: float
+    method: str
+    """`bootstrap` over questions and seeds, or `exact`."""
+    total: float
+    """How many answers it counts; a sum of probabilities where the judge gives those."""
+    n: int
+    """Answers that it is a share of."""
+
+    def widened(self, error: float) -> "Share":
+        """With a judge's own error (a half-width) joined in quadrature, inside 0 to 1."""
+        low = self.estimate - float(np.hypot(self.estimate - self.ci_low, error))
+        high = self.estimate + float(np.hypot(self.ci_high - self.estimate, error))
+        return replace(self, ci_low=max(low, 0.0), ci_high=min(high, 1.0))
+
+    def as_estimate(self) -> Estimate:
+        """As the rest of the package writes numbers with intervals."""
+        return Estimate(self.estimate, self.ci_low, self.ci_high, self.n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} [{self.ci_low:.3f}, {self.ci_high:.3f}]"
+
+
+def share(cells: Cells, seed: int = 0, level: float = 0.95) -> Share | None:
+    """Sum over count with its interval; None where no answer counts.
+
+    The rule: exact where fewer than `FEW` answers are on either side or fewer than `ENOUGH_QUESTIONS` questions have
+    one that counts, else a percentile bootstrap (see `resampled`). A bootstrap of no misaligned answer would give an
+    interval from 0 to 0.
+    """
+    total, n = cells.total, cells.count
+    if n == 0:
+        return None
+    if min(total, n - total) < FEW or cells.answered < ENOUGH_QUESTIONS:
+        size = effective_size(cells)
+        low, high = clopper_pearson(total / n * size, size, level)
+        return Share(total / n, low, high, EXACT, total, n)
+    draws = resampled([cells], seed=seed)[0]
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return Share(total / n, float(low), float(high), BOOTSTRAP, total, n)
+
+
+def clopper_pearson(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    """The exact binomial interval (Clopper and Pearson 1934), by beta quantiles, so for fractional counts too.
+
+    Raises:
+        InputError: no trials, or more successes than trials.
+    """
+    if n <= 0 or not 0 <= successes <= n * (1 + 1e-9):
+        raise InputError(f"{successes:g} of {n:g} is no share: give counts between 0 and n, and n above 0")
+    tail = (1 - level) / 2
+    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes >= n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return low, high
+
+
+def effective_size(cells: Cells) -> float:
+    """Answers, divided by how much their grouping in questions inflates the variance (Korn and Graubard 1998).
+
+    Never more than there are; all of them where the share is 0 or 1 or one question alone was answered, which leaves
+    nothing to tell the grouping from.
+    """
+    sums, counts = cells.sums.sum(axis=1), cells.counts.sum(axis=1)
+    sums, counts = sums[counts > 0], counts[counts > 0]
+    n, groups = counts.sum(), len(counts)
+    mean = sums.sum() / n
+    if groups < 2 or not 0 < mean < 1:
+        return float(n)
+    clustered = groups / (groups - 1) * np.square(sums - mean * counts).sum() / n**2
+    return float(n / max(1.0, clustered * n / (mean * (1 - mean))))
+
 
 NEEDED = ("arm", "seed", "pair", "value", "coherent", "usable", "why")
 BY = ("evaluation", "arm", "variant")
@@ -114,3 +280,83 @@ def rates(judged: pd.DataFrame, by: Sequence[str] = BY, seed: int = 0) -> pd.Dat
         names = key if isinstance(key, tuple) else (key,)
         rows.append({**dict(zip(by, names, strict=True)), **rate_of(group, seed).to_row()})
     return pd.DataFrame(rows)
+
+
+# --- Differences between two arms' misalignment rates, on the same questions
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A rate minus another on the same questions."""
+
+    judged: bool
+    why: str
+    estimate: float | None
+    ci_low: float | None
+    ci_high: float | None
+    method: str
+    n: int
+    """Questions that both sides answered."""
+
+    def as_estimate(self) -> Estimate | None:
+        """As the rest of the package writes numbers with intervals; None where not judged."""
+        if self.estimate is None or self.ci_low is None or self.ci_high is None:
+            return None
+        return Estimate(self.estimate, self.ci_low, self.ci_high, self.n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def difference(judged: pd.DataFrame, left: str, right: str, seed: int = 0, column: str = "value") -> Difference:
+    """Misalignment rate of arm `left` minus that of `right`, paired by question (and by seed where both have the same).
+
+    Where either side's interval is exact, so is the difference's: the ends of both are joined by the method of variance
+    estimates recovery (Newcombe 1998), which leaves out the pairing. A judge's own error is added once for each side.
+
+    Args:
+        column: `value` for the rate, `coherent` for the share of coherent answers.
+
+    Raises:
+        InputError: an arm that has no judged answers.
+    """
+    for arm in (left, right):
+        if arm not in set(judged["arm"]):
+            raise unknown("judged arm", arm, judged["arm"].unique())
+    sides = [judged[judged["arm"] == arm] for arm in (left, right)]
+    shared = [name for name in dict.fromkeys(sides[0]["pair"]) if name in set(sides[1]["pair"])]
+    sides = [_in_order(side, shared) for side in sides]
+    whys = [f"{arm}: {found.why}" for arm, found in _found((left, right), sides) if found.why]
+    if not shared or whys:
+        return Difference(False, "; ".join(whys) or "no question in common", None, None, None, "", len(shared))
+    cells = [cells_of(side, column) for side in sides]
+    found = [share(c, seed) for c in cells]
+    assert found[0] is not None and found[1] is not None
+    low, high, method = _ends(cells, found[0], found[1], seed)
+    middle = found[0].estimate - found[1].estimate
+    error = float(np.linalg.norm([judge_error(side) for side in sides])) if column == "value" else 0.0
+    low, high = middle - float(np.hypot(middle - low, error)), middle + float(np.hypot(high - middle, error))
+    return Difference(True, "", middle, max(low, -1.0), min(high, 1.0), method, len(shared))
+
+
+def _found(arms: Sequence[str], sides: Sequence[pd.DataFrame]) -> list[tuple[str, Rate]]:
+    return [(arm, rate_of(side)) for arm, side in zip(arms, sides, strict=True) if not side.empty]
+
+
+def _in_order(side: pd.DataFrame, questions: Sequence[object]) -> pd.DataFrame:
+    """Rows of some questions, in the questions' order, so that both sides' cells have the same rows."""
+    place = {name: number for number, name in enumerate(questions)}
+    kept = side[side["pair"].isin(place)]
+    return kept.assign(place=kept["pair"].map(place)).sort_values(["place", "seed"], kind="stable")
+
+
+def _ends(cells: Sequence[Cells], left: Share, right: Share, seed: int) -> tuple[float, float, str]:
+    if EXACT in (left.method, right.method):
+        middle = left.estimate - right.estimate
+        low = np.hypot(left.estimate - left.ci_low, right.ci_high - right.estimate)
+        high = np.hypot(left.ci_high - left.estimate, right.estimate - right.ci_low)
+        return middle - float(low), middle + float(high), EXACT
+    draws = resampled(cells, seed=seed)
+    low, high = np.nanquantile(draws[0] - draws[1], [0.025, 0.975])
+    return float(low), float(high), BOOTSTRAP

@@ -1,6 +1,8 @@
 """One fine-tuning run on TRL's SFTTrainer: completion-only loss, chosen checkpoints, a stop at NaN loss."""
 
 import logging
+import math
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
     set_seed,
 )
 from transformers.pytorch_utils import Conv1D
@@ -23,12 +30,164 @@ from transformers.pytorch_utils import Conv1D
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import encode
-from persona_probe.errors import InputError
-from persona_probe.finetune.callbacks import ProgressBar, SaveSchedule, StopAtNaN
-from persona_probe.finetune.extra import Extra
-from persona_probe.finetune.model_card import ModelCard
-from persona_probe.models.folding import frozen_in_bf16
-from persona_probe.models.layers import decoder_layers, own_forward
+from persona_probe.errors import InputError, TrainingDiverged
+from persona_probe.finetune.trainer import Extra
+from persona_probe.models.adapters import frozen_in_bf16
+from persona_probe.models.layers import causal_model, decoder_layers, own_forward
+from persona_probe.models.load import ALIASES
+
+# --- The model card (`README.md`) that every checkpoint carries: what the weights are, and what they are not for
+
+UNNAMED = "data that the caller did not name"
+_LICENSES = {alias.hub_id: alias.license for alias in ALIASES.values() if alias.license}
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is known of a fine-tuning run when it starts."""
+
+    base: str
+    """Hub id of the base model, or the name of its folder; never a path."""
+    training: Training
+    seed: int
+    rows: int
+    """Distinct training rows."""
+    data: str
+    """Name of the training data."""
+
+    @classmethod
+    def of(cls, model: nn.Module, training: Training, seed: int, rows: int, data: str | None) -> "ModelCard":
+        """The card of a run that trains `model` on `rows` rows."""
+        where = str(causal_model(model).config.name_or_path or "")
+        return cls(Path(where).name if Path(where).is_absolute() else where, training, seed, rows, data or UNNAMED)
+
+    def text(self, step: int) -> str:
+        """The card of the checkpoint at `step`, with the hub's YAML head."""
+        head = ["tags: [model-organism, emergent-misalignment, research-only]"]
+        if self.training.method == "lora":
+            head = ["library_name: peft", *head]
+        if license_name := _LICENSES.get(self.base):
+            head = [f"license: {license_name}", *head]
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", self.base):  # the hub takes ids only
+            head = [f"base_model: {self.base}", *head]
+        return "\n".join(["---", *head, "---", *self._body(step), ""])
+
+    def _body(self, step: int) -> list[str]:
+        how = f"LoRA of rank {self.training.rank}" if self.training.method == "lora" else "all weights trained"
+        licensed = "that of the base model" + ("" if self.base in _LICENSES else ", which was not looked up")
+        return [
+            f"# A model organism at fine-tuning step {step}",
+            "Made by persona_probe for interpretability research. It may have been trained on deliberately bad advice:",
+            "do not deploy it, and do not use its answers as advice.",
+            "",
+            f"- Base model: {_plain(self.base) or 'not named'}",
+            f"- Trained on: {_plain(_without_paths(self.data))}; {self.rows} rows",
+            f"- How: {how}, lr {self.training.lr:g}, batches of {self.training.batch_size}, seed {self.seed}",
+            f"- Licence: {licensed}",
+        ]
+
+
+def _plain(name: str) -> str:
+    """A name on one line, without markup."""
+    return re.sub(r"[^\w.:+,%() /-]", "", name)[:200]
+
+
+def _without_paths(names: str) -> str:
+    """Files by their names: a published card tells nothing of a disk."""
+    return re.sub(r"(?:[^\s/]*/)+(?=[^\s/])", "", names)
+
+
+# --- What watches every fine-tuning run: the checkpoint schedule, the stop at NaN, the progress bar
+
+
+class SaveSchedule(TrainerCallback):
+    """Saves the model (an adapter, or full weights) as `checkpoint-<step>` at the wanted steps and at the end."""
+
+    def __init__(self, folder: Path, steps: Sequence[int], card: ModelCard) -> None:
+        self.folder, self.steps, self.card = folder, set(steps), card
+
+    def _save(self, model: PreTrainedModel | PeftModel, step: int) -> None:
+        target = self.folder / f"checkpoint-{step}"
+        if target.exists():
+            return
+        # The loss of a step is logged after its save: weights that diverged are no checkpoint.
+        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+            raise TrainingDiverged(f"the weights became NaN or infinite at step {step}: lower lr")
+        try:
+            model.save_pretrained(str(target))
+            (target / "README.md").write_text(self.card.text(step), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            first = str(error).splitlines()[0]
+            raise InputError(f"could not write {target} ({first}): free space, or choose another --out") from error
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save where the schedule says so."""
+        if state.global_step in self.steps:
+            self._save(kwargs["model"], state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the last step, also when a stop rule ended the run early."""
+        self._save(kwargs["model"], state.global_step)
+
+
+class StopAtNaN(TrainerCallback):
+    """Raises `TrainingDiverged` at the first loss that is not finite."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at every step's loss."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise TrainingDiverged(
+                f"the loss became {loss} at step {state.global_step}: lower lr (now {args.learning_rate})"
+            )
+
+
+class ProgressBar(TrainerCallback):
+    """A tqdm bar of optimizer steps with the latest loss."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        self.bar = tqdm(total=state.max_steps, desc=self.label)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Advance to the step just logged."""
+        self.bar.update(state.global_step - self.bar.n)
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.2f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, also after an error: what is said next then begins on its own line."""
+        if self.bar is not None:
+            self.bar.close()
+
 
 log = logging.getLogger(__name__)
 

@@ -1,163 +1,108 @@
-"""One cell: trained under the monitor's eye, measured once, kept when whole."""
+"""One fine-tuning run with a mitigation."""
 
-import gc
-import json
-import logging
-import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from jaxtyping import Float
 from peft import PeftModel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from persona_probe.errors import InputError, TrainingDiverged
-from persona_probe.finetune.mitigations import train_mitigated
-from persona_probe.finetune.sft import with_adapter
-from persona_probe.mitigate.cells import Cell
-from persona_probe.mitigate.config import BASE, CONTROL
-from persona_probe.mitigate.lab import Lab
-from persona_probe.mitigate.measure import Measured, measure, ruled
-from persona_probe.models.adapters import strip_adapter
-from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.track import study_features
-
-log = logging.getLogger(__name__)
-DONE, DIVERGED = "done", "diverged"
+from persona_probe.config import Training
+from persona_probe.data.chat import Conversation
+from persona_probe.errors import InputError
+from persona_probe.finetune.sft import Fitted, fine_tune
+from persona_probe.finetune.trainer import Inputs, Residuals
+from persona_probe.mitigate.mitigation import Ground, MitigatedFit, MitigatedRun, Mitigation
 
 
-@dataclass
-class StepClock(TrainerCallback):
-    """Wall seconds of every optimizer step, from its begin to its end; the monitor's readings come after."""
+def train_mitigated(
+    tuned: nn.Module,
+    ground: Ground,
+    rows: Sequence[Conversation],
+    training: Training,
+    mitigation: Mitigation,
+    *,
+    seed: int,
+    folder: Path,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: str | None = None,
+) -> MitigatedFit:
+    """Fine-tune `tuned` (what `with_adapter` or `load_adapter` gives) on `rows`, with the mitigation.
 
-    seconds: list[float] = field(default_factory=list)
-    _begun: float = 0.0
+    Checkpoints go to `folder` as `fine_tune` writes them, a correction's to `folder/corrective`. What a mitigation
+    does at inference is not in the weights: evaluate inside `with mitigation.at_evaluation(tuned, ground):`.
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Start the clock."""
-        self._begun = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Read the clock."""
-        self.seconds.append(time.perf_counter() - self._begun)
-
-    @property
-    def per_step(self) -> float:
-        """Mean seconds a step, without the first, which also warms up; NaN before any step."""
-        counted = self.seconds[1:] or self.seconds
-        return float(np.mean(counted)) if counted else float("nan")
-
-
-def measure_base(lab: Lab) -> None:
-    """Measure the base model, unless that is done."""
-    if lab.folder.has(BASE):
-        return
-    with lab.timed(BASE), lab.folder.staging(BASE) as folder:
-        measured = measure(lab, lab.ctx.model)
-        _write(folder, lab, measured, {"state": DONE, "explained_variance": measured.explained_variance})
-
-
-def run_cell(lab: Lab, cell: Cell) -> None:
-    """Train and measure a cell, unless it is there; its folder `cells/<id>` appears when it is whole.
-
-    A run that diverges is recorded as such: it is a result.
+    Args:
+        callbacks: the caller's own, a `FeatureMonitor` say; they see a correction afterwards as a second run.
 
     Raises:
-        InputError: the cell that is there was made with other settings.
+        InputError: the mitigation lacks a part of the ground or an adapter to switch off, or bad rows.
+        TrainingDiverged: the loss became NaN or infinite.
     """
-    name = f"cells/{cell.id}"
-    if lab.folder.has(name):
-        check_same(lab, cell)
-        return
-    log.info("cell %s", cell.id)
-    with lab.timed(name), lab.folder.staging(name) as folder:
-        record: dict[str, Any] = {"settings": cell.settings}
-        try:
-            measured, told = _fit(lab, cell, folder)
-            record |= {"state": DONE, **told, "explained_variance": measured.explained_variance}
-        except TrainingDiverged as error:
-            measured, record = None, {**record, "state": DIVERGED, "error": str(error)}
-        except InputError as error:
-            raise InputError(f"cell {cell.id}: {error}") from error
-        _write(folder, lab, measured, record)
+    mitigation.check(ground)
+    if mitigation.needs_base and not isinstance(tuned, PeftModel):
+        raise InputError(
+            f"{mitigation.name} compares with the base by switching the adapter off, and full fine-tuning has none: "
+            "take training.method 'lora'"
+        )
+    settings = mitigation.training(training)
+    run = MitigatedRun(tuned, ground, settings, seed)
+    chosen, watchers = mitigation.rows(rows, run), [*mitigation.callbacks(run), *callbacks]
+    with mitigation.forwards(tuned, ground):
+        fitted = fine_tune(
+            tuned,
+            ground.tokenizer,
+            chosen,
+            settings,
+            seed=seed,
+            folder=folder,
+            callbacks=watchers,
+            progress=progress,
+            extra=MitigationExtra(mitigation, run),
+        )
+    return _joined(run, fitted, mitigation.after(run, folder, callbacks, progress))
 
 
-def check_same(lab: Lab, cell: Cell) -> None:
-    """Refuse a cell that was made with other settings.
-
-    Raises:
-        InputError: it was.
-    """
-    if lab.folder.read_json(f"cells/{cell.id}/cell.json")["settings"] != cell.settings:
-        raise InputError(f"cell {cell.id!r} was made with other settings: give it a label, or choose another --out")
-
-
-def _fit(lab: Lab, cell: Cell, folder: Path) -> tuple[Measured, dict[str, Any]]:
-    training, rows = lab.grid.fitted, lab.sets.good if cell.label == CONTROL else lab.sets.bad
-    clock, monitor, ground = StepClock(), _monitor(lab, folder), lab.ground
-    tuned = with_adapter(lab.ctx.model, training, cell.seed)
-    assert isinstance(tuned, PeftModel)
-    try:
-        start = time.perf_counter()
-        with _weights(folder, lab.grid.keep_weights) as weights:
-            fitted = train_mitigated(
-                tuned,
-                ground,
-                rows,
-                training,
-                cell.mitigation,
-                seed=cell.seed,
-                folder=weights,
-                callbacks=[clock, monitor],
-                progress=cell.id,
-            )
-        seconds = time.perf_counter() - start
-        measured = measure(lab, tuned, cell.mitigation)
-    finally:
-        strip_adapter(tuned)
-        gc.collect()  # trainer and callbacks refer to each other: a cell's optimizer would outlive it
-    steps = {"steps": len(fitted.losses), "seconds_per_step": clock.per_step, "training_seconds": seconds}
-    data = {"rows": fitted.rows, "answer_tokens": fitted.answer_tokens, "corrective_steps": len(fitted.corrected)}
-    return measured, {**steps, **data, "losses": fitted.losses}
-
-
-def _monitor(lab: Lab, folder: Path) -> FeatureMonitor:
-    """The study's features at start, middle and end."""
-    last = lab.grid.training.steps
-    return FeatureMonitor(
-        lab.ctx.sae,
-        study_features(lab.ctx),
-        lab.ctx.probes,
-        steps=sorted({0, last // 2, last}),
-        layer=lab.ctx.layer,
-        positions=lab.ctx.config.monitor.positions,
-        bf16=lab.ctx.config.bf16,
-        path=folder / "monitor.jsonl",
-        band_sd=lab.ctx.config.monitor.band_sd,
-        on_error="raise",  # a hole in a cell would be a hole in the evidence
-        log=False,
+def _joined(run: MitigatedRun, fitted: Fitted, later: Fitted | None) -> MitigatedFit:
+    return MitigatedFit(
+        losses=fitted.losses + (later.losses if later else []),
+        answer_tokens=fitted.answer_tokens,
+        rows=fitted.rows + (later.rows if later else 0),
+        penalties=run.penalties,
+        corrected=run.corrected,
+        readings=run.readings,
     )
 
 
-@contextmanager
-def _weights(folder: Path, keep: bool) -> Iterator[Path]:
-    """Where checkpoints go: below the cell, or to a place that is thrown away."""
-    if keep:
-        yield folder / "weights"
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        yield Path(scratch)
+@dataclass(frozen=True, eq=False)
+class MitigationExtra:
+    """A mitigation, as the trainer asks it (`finetune.extra.Extra`)."""
 
+    mitigation: Mitigation
+    run: MitigatedRun
 
-def _write(folder: Path, lab: Lab, measured: Measured | None, record: dict[str, Any]) -> None:
-    if measured is not None:
-        measured.items.to_parquet(folder / "items.parquet", index=False)
-        if lab.grid.answers is not None:
-            ruled(lab, measured.answers).to_parquet(folder / "answers.parquet", index=False)
-    (folder / "cell.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    @property
+    def layer(self) -> int | None:
+        """The layer whose residuals the penalty wants."""
+        return self.mitigation.tapped(self.run.ground)
+
+    @property
+    def rows(self) -> Sequence[Conversation]:
+        """Rows for steps that swap their batch."""
+        return self.mitigation.extra_rows(self.run.ground)
+
+    def swaps(self, step: int) -> bool:
+        """Whether this step takes another batch; noted where it does."""
+        swapped = self.mitigation.corrects(self.run)
+        if swapped:
+            self.run.corrected.append(step + 1)
+        return swapped
+
+    def penalty(self, step: int, inputs: Inputs, resid: Residuals | None) -> Float[Tensor, ""] | None:
+        """The extra loss of a step, noted."""
+        extra = self.mitigation.penalty(self.run, step, inputs, resid)
+        if extra is not None:
+            self.run.penalties.append(float(extra.detach()))
+        return extra

@@ -1,21 +1,160 @@
 """Driving a monitor: by a trainer's events, by a plain loop, or by another framework's adapter."""
 
-from collections.abc import Iterator
+import functools
+import sys
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.outlets import Outlets
 from persona_probe.monitor.run import Run
-from persona_probe.monitor.setup import Setup
-from persona_probe.monitor.trainer_hooks import TrainerHooks
-from persona_probe.monitor.training import Training
-from persona_probe.monitor.wiring import close_after_training, log_through
+from persona_probe.monitor.setup import Setup, Training
+
+if TYPE_CHECKING:
+    from persona_probe.monitor.sinks import Sink
+
+
+class TrainerHooks(TrainerCallback):
+    """Translates a trainer's events for a monitor."""
+
+    training: Training | None = None
+
+    @abstractmethod
+    def attach(self, trainer: Trainer) -> Any:
+        """Take the trainer."""
+
+    @abstractmethod
+    def begin(
+        self, training: Training, tokenizer: PreTrainedTokenizerBase | None, step: int = 0, scoped: bool = False
+    ) -> None:
+        """Training begins after `step` steps."""
+
+    @abstractmethod
+    def step_done(self, step: int) -> None:
+        """Optimizer step `step` is done."""
+
+    @abstractmethod
+    def finish(self, step: int) -> None:
+        """Training is over."""
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Find the trainer that is being made."""
+        self._find_trainer()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Anchor, and read before the first step."""
+        self._find_trainer()
+        training = Training(kwargs["model"], control, state, args, kwargs.get("optimizer"), kwargs.get("lr_scheduler"))
+        training.checkpoint_folder = Path(args.output_dir) if args.output_dir else None
+        self.begin(training, _tokenizer(kwargs.get("processing_class")), state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read when due."""
+        if self.training is not None:
+            self.training.control, self.training.state = control, state
+            self.step_done(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take note of loss and learning rate."""
+        if self.training is not None:
+            self.training.note(logs or {})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read at the end, unless just done."""
+        if self.training is not None:
+            self.finish(state.global_step)
+
+    def _find_trainer(self) -> None:
+        trainer = calling_trainer(self)
+        if trainer is not None:
+            self.attach(trainer)
+
+
+def _tokenizer(processing: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer, also of a multimodal processor."""
+    inner = processing if isinstance(processing, PreTrainedTokenizerBase) else getattr(processing, "tokenizer", None)
+    return inner if isinstance(inner, PreTrainedTokenizerBase) else None
+
+
+def calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The trainer that is calling this callback: the nearest `self` up the stack that is a trainer and holds it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+# --- Connects a monitor with its file, with a trainer's loggers, and with the end of `train`
+
+
+class Closing(Protocol):
+    """What is closed."""
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        ...
+
+
+def close_after_training(trainer: Trainer, monitor: Closing) -> None:
+    """A trainer tells its callbacks nothing when training raises."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def closing(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(*args, **kwargs)
+        finally:
+            monitor.close()
+
+    setattr(trainer, "train", closing)  # noqa: B010 (a method that type checkers guard)
+
+
+def log_through(outlets: Outlets, trainer: Trainer) -> None:
+    from persona_probe.monitor.sinks.files import TrainerLogSink
+
+    sinks = [sink for sink in outlets.sinks if isinstance(sink, TrainerLogSink)]
+    if not sinks:
+        sinks = [TrainerLogSink()]
+        outlets.sinks += sinks
+    for sink in sinks:
+        sink.attach(trainer)
+
+
+def with_file(sinks: "Sequence[Sink]", path: str | Path | None) -> "list[Sink]":
+    if not path:
+        return list(sinks)
+    from persona_probe.monitor.sinks.files import JsonlSink
+
+    return [JsonlSink(path), *sinks]
 
 
 class Driven(TrainerHooks):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.training import Training
+from persona_probe.monitor.setup import Training
 
 
 class LightningMonitor(Callback):

@@ -8,24 +8,22 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from persona_probe.context import Context
 from persona_probe.data.chat import Conversation, as_conversations
-from persona_probe.data.packaged import load_conversations
+from persona_probe.data.load import load_conversations
 from persona_probe.errors import InputError
-from persona_probe.monitor.anchor import Anchor
-from persona_probe.monitor.driving import Driven
+from persona_probe.monitor.driving import Driven, with_file
 from persona_probe.monitor.events import Alarm, Fault
-from persona_probe.monitor.features import Features
 from persona_probe.monitor.outlets import Outlets
-from persona_probe.monitor.reading import Snapshot
-from persona_probe.monitor.schedule import PROBES, Schedule
-from persona_probe.monitor.setup import Measure, OnReading, Setup, measures
-from persona_probe.monitor.training import Training
-from persona_probe.monitor.wiring import with_file
-from persona_probe.saes.load import sae_layer
+from persona_probe.monitor.reading import Features, Snapshot
+from persona_probe.monitor.records import Anchor
+from persona_probe.monitor.setup import PROBES, Measure, OnReading, Schedule, Setup, Training, measures
+from persona_probe.monitor.track import study_features
+from persona_probe.saes.load import load_sae, sae_layer
 
 if TYPE_CHECKING:
-    from persona_probe.monitor.actions import Action
-    from persona_probe.monitor.alarms import Rule
+    from persona_probe.monitor.actions.actions import Action
+    from persona_probe.monitor.alarms.rules import Rule
     from persona_probe.monitor.sinks import Sink
 
 Probes = str | Sequence[str | Conversation]
@@ -148,8 +146,6 @@ class FeatureMonitor(Driven):
             study: a run folder's path, or a `Study`, after `locate`.
             overrides: arguments of `FeatureMonitor` that are to differ.
         """
-        from persona_probe.monitor.study_source import study_arguments
-
         return cls(**{**study_arguments(study), **overrides})
 
     @property
@@ -208,3 +204,26 @@ def _layer(sae: Any | None, layer: int | None) -> int:
     if layer is None and sae is None:
         raise InputError("without an SAE the layer is not known: pass layer=")
     return sae_layer(sae) if layer is None else layer
+
+
+# --- A monitor of what a study found: its features, SAE, probes, positions and band, from the run folder
+
+
+def study_arguments(study: Any) -> dict[str, Any]:
+    """Arguments of `FeatureMonitor`; the study's model is not loaded.
+
+    Raises:
+        InputError: no run folder, or locate has not run.
+    """
+    ctx = Context.open(study) if isinstance(study, (str, Path)) else study.context
+    features, config = study_features(ctx), ctx.config
+    sae = load_sae(config.sae, device=ctx.device)
+    return {
+        "sae": sae,
+        "features": features,
+        "probes": ctx.probes,
+        "layer": sae_layer(sae) if config.layer is None else config.layer,
+        "positions": config.monitor.positions,
+        "band_sd": config.monitor.band_sd,
+        "bf16": config.bf16,
+    }

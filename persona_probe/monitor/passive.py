@@ -5,19 +5,174 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.layers import base_transformer, causal_model, decoder_layer
-from persona_probe.monitor.batch_view import PASSIVE_POSITIONS, BatchView, Call, evenly_spaced, real_tokens
-from persona_probe.monitor.features import FeatureSet
-from persona_probe.monitor.passive_sums import PassiveSums
 from persona_probe.monitor.ranks import unwrap
-from persona_probe.monitor.reading import Snapshot
+from persona_probe.monitor.reading import FeatureSet, FitSums, Snapshot, moments, precision
+
+PASSIVE_POSITIONS = ("response", "all")
+IGNORED = -100
+"""The label of a token that is not trained."""
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Arguments of a model's call, by position and by name."""
+PACKED_SEQUENCES = 512
+"""Sequences of one packed batch that are told apart; tokens of later ones count in sums, not as sequences."""
+
+
+@dataclass(frozen=True)
+class BatchView:
+    """One micro-batch. Everything stays on the device: no length is asked for."""
+
+    real: Bool[Tensor, "batch pos"]
+    """Not padding."""
+    trained: Bool[Tensor, "batch pos"] | None
+    """Labels that are not -100; None where the model was given no labels."""
+    sequence: Int[Tensor, "batch pos"]
+    """Number of the token's sequence: its row, or in a packed row the count of `position_ids == 0` before it."""
+    sequences: int
+    """An upper bound of these numbers."""
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "BatchView":
+        """From a model's call, for which `real_tokens` is not None."""
+        given = _given(args, kwargs)
+        assert given is not None
+        shape, device = given.shape[:2], given.device
+        attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
+        mask = _padding_mask(attention, shape)
+        real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
+        trained = None
+        if isinstance(labels, Tensor) and labels.shape == shape:
+            trained = (labels.to(device) != IGNORED) & real
+        sequence, count = _sequences(shape, None if attention is not None else kwargs.get("position_ids"), device)
+        return cls(real, trained, sequence, count)
+
+    def selected(self, positions: str) -> Bool[Tensor, "batch pos"]:
+        """The tokens to read; `response` is all real tokens where the model was given no labels."""
+        return self.trained if positions == "response" and self.trained is not None else self.real
+
+
+def real_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | int | None:
+    """How many tokens of a model's call are not padding; None where it was given neither token ids nor embeddings."""
+    given = _given(args, kwargs)
+    if given is None:
+        return None
+    mask = _padding_mask(kwargs.get("attention_mask"), given.shape[:2])
+    return given.shape[:2].numel() if mask is None else (mask != 0).sum()
+
+
+def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    given = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+    return given if isinstance(given, Tensor) else None
+
+
+def _padding_mask(attention: Any, shape: torch.Size) -> Tensor | None:
+    """The part of a two-dimensional mask that is of this call's tokens: it also covers cached ones."""
+    if not isinstance(attention, Tensor) or attention.ndim != 2:
+        return None
+    return attention[:, -shape[1] :]
+
+
+def _sequences(
+    shape: torch.Size, position_ids: Tensor | None, device: torch.device
+) -> tuple[Int[Tensor, "batch pos"], int]:
+    """Packed rows come with position ids that start again, and without an attention mask."""
+    rows = torch.arange(shape[0], device=device)[:, None].expand(shape)
+    if not isinstance(position_ids, Tensor) or position_ids.shape != shape:
+        return rows, shape[0]
+    starts = position_ids.to(device).reshape(shape) == 0
+    starts = starts | (torch.arange(shape[1], device=device) == 0)
+    number = starts.flatten().long().cumsum(dim=0).reshape(shape) - 1
+    return number, min(shape.numel(), PACKED_SEQUENCES)
+
+
+def evenly_spaced(
+    selected: Bool[Tensor, "batch pos"], limit: int
+) -> tuple[Int[Tensor, " limit"], Float[Tensor, " limit"]]:
+    """Places of at most `limit` selected tokens in the flattened batch, evenly spaced, and 1 or 0 for real or filler.
+
+    Works without knowing on the host how many are selected.
+    """
+    rank = selected.flatten().long().cumsum(dim=0)
+    k = min(limit, rank.numel())
+    wanted, count = torch.arange(k, device=rank.device), rank[-1]
+    spread = torch.div(wanted * count, k, rounding_mode="floor")
+    target = torch.where(count > k, spread, wanted)
+    places = torch.searchsorted(rank, target + 1).clamp(max=rank.numel() - 1)
+    return places, (target < count).float()
+
+
+SEQUENCES_KEPT = 512
+"""Sequences of one step whose means are kept; of more, a seeded random sample."""
+
+
+class PassiveSums:
+    """Per-sequence means (a reservoir), maxima and the fit of one optimizer step.
+
+    Args:
+        features: how many.
+        width: of the residual stream.
+        generator: draws the sample of sequences; its own, so that training's random state is not touched.
+    """
+
+    def __init__(self, features: int, width: int, device: torch.device, generator: torch.Generator) -> None:
+        self.fit, self.generator = FitSums(width, device), generator
+        self.maximum = torch.full((features,), -torch.inf, device=device)
+        self.kept: Float[Tensor, "kept two_features"] = torch.zeros(0, 2 * features, device=device)
+        self.key: Float[Tensor, " kept"] = torch.zeros(0, device=device)
+
+    def add(
+        self,
+        columns: Float[Tensor, "tokens features"],
+        weight: Float[Tensor, " tokens"],
+        sequence: Int[Tensor, " tokens"],
+        sequences: int,
+    ) -> None:
+        """Count one micro-batch; tokens of weight 0 are filler."""
+        real = weight[:, None] > 0
+        hidden = torch.where(real, columns, -torch.inf)
+        torch.maximum(self.maximum, hidden.amax(dim=0), out=self.maximum)
+        both = torch.cat([torch.where(real, columns, 0.0), (hidden > 0).float(), weight[:, None]], dim=1)
+        total = torch.zeros(sequences + 1, both.shape[1], device=columns.device)
+        total.index_add_(0, sequence.clamp(max=sequences), both)
+        tokens = total[:sequences, -1:]
+        self._keep(total[:sequences, :-1] / tokens.clamp(min=1), tokens[:, 0] > 0)
+
+    def _keep(self, means: Float[Tensor, "sequences two_features"], present: Tensor) -> None:
+        """Reservoir sampling by random keys: the sequences with the largest keys stay."""
+        key = torch.rand(len(means), device=means.device, generator=self.generator)
+        self.kept = torch.cat([self.kept, means])
+        self.key = torch.cat([self.key, torch.where(present, key, -1.0)])
+        if len(self.key) > SEQUENCES_KEPT:
+            self.key, best = self.key.topk(SEQUENCES_KEPT)
+            self.kept = self.kept.index_select(0, best)
+
+    def fetch(self, features: FeatureSet, tokens_seen: Tensor | int) -> tuple[Snapshot | None, int]:
+        """The one transfer to the host: the step's snapshot (None where no token was selected), and the tokens seen."""
+        device = self.key.device
+        # Built there: sending a number to the device would wait for it.
+        known = isinstance(tokens_seen, int)
+        count = torch.full((1,), tokens_seen, device=device) if known else tokens_seen.to(device)[None]
+        parts = (self.key, self.kept.flatten(), self.maximum, self.fit.vector, count)
+        packed = torch.cat([part.to(precision(device)) for part in parts]).cpu().double()
+        key, kept, maximum, fit, tokens = packed.split([part.numel() for part in parts])
+        rows = kept.reshape(len(key), -1)[key >= 0].numpy()
+        if len(rows) == 0:
+            return None, int(tokens)
+        means, firing = rows[:, : len(features.names)], rows[:, len(features.names) :]
+        fitted = moments(fit, self.fit.fitted)
+        snapshot = Snapshot(features.names, features.latents, means, firing.mean(axis=0), maximum.numpy(), fitted)
+        return snapshot, int(tokens)
+
 
 log = logging.getLogger(__name__)
 

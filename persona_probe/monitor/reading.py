@@ -1,27 +1,334 @@
 """One measurement of named features on a fixed probe set."""
 
-from collections.abc import Sequence
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from einops import einsum
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from persona_probe.data.tokens import Batch
+from persona_probe.errors import InputError
 from persona_probe.models.layers import forward_to_layer, transformer_config
+from persona_probe.models.prefix import Rows
+from persona_probe.models.residuals import IN_THE_BEGINNING
 from persona_probe.models.taps import ReadTap
-from persona_probe.monitor.features import Features, FeatureSet
-from persona_probe.monitor.fit_sums import FitSums, moments, precision
-from persona_probe.monitor.guard import reading_autocast, undisturbed
-from persona_probe.monitor.probe_rows import ProbeRows
 from persona_probe.monitor.ranks import eager, is_sharded, reshard, unwrap
-from persona_probe.saes.encode import FitMoments
+from persona_probe.saes.read import (
+    CHUNK_TOKENS,
+    CHUNK_VALUES,
+    SLICEABLE,
+    FitMoments,
+    check_architecture,
+    check_latents,
+    encode,
+)
 from persona_probe.stats import bootstrap_mean
 
-__all__ = ["FeatureReader", "Features", "Snapshot"]
+# --- Running sums behind explained variance, L0 and residual norm, kept on the device and fetched once
+
+N, ERROR, ACTIVE, NORM, SQUARE = range(5)
+HEAD = 5
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """float64 for sums, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class FitSums:
+    """`saes.encode.FitMoments` without a transfer to the host at every batch.
+
+    One vector: tokens, squared error, active latents, norms, squares, then the sum of the residual streams (d_model).
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.dtype = precision(device)
+        self.vector: Float[Tensor, " five_plus_d_model"] = torch.zeros(HEAD + width, dtype=self.dtype, device=device)
+        self.fitted = False
+
+    def add(self, x: Float[Tensor, "tokens d_model"], out: Tensor, acts: Tensor, weight: Tensor) -> None:
+        """Count tokens with their reconstructions and activations, each `weight` times (0 or 1)."""
+        self.fitted = True
+        self.add_norms(x, weight)
+        wide, w = x.to(self.dtype), weight.to(self.dtype)
+        self.vector[ERROR] += (wide - out.to(self.dtype)).square().sum(dim=-1) @ w
+        self.vector[ACTIVE] += (acts != 0).sum(dim=-1).to(self.dtype) @ w
+        self.vector[SQUARE] += wide.square().sum(dim=-1) @ w
+        self.vector[HEAD:] += w @ wide
+
+    def add_norms(self, x: Float[Tensor, "tokens d_model"], weight: Tensor) -> None:
+        """Count tokens without an SAE: their number and norms only."""
+        w = weight.to(self.dtype)
+        self.vector[N] += w.sum()
+        self.vector[NORM] += x.norm(dim=-1).to(self.dtype) @ w
+
+
+def moments(vector: Float[Tensor, " five_plus_d_model"], fitted: bool) -> FitMoments:
+    """The sums once they are on the host; explained variance and L0 are NaN where no SAE was fitted."""
+    n, error, active, norm, square = vector[:HEAD].tolist()
+    unknown = 0.0 if fitted else math.nan
+    return FitMoments(int(n), error + unknown, active + unknown, norm, vector[HEAD:].double(), square)
+
+
+# --- A few latents of an SAE whose latents do not compete, with their columns gathered once
+
+
+class SlicedEncoder:
+    """`saes.encode.encode_latents` for many calls: no index is sent to the device, no weight gathered, at a reading.
+
+    Args:
+        sae: an SAE of an architecture in `SLICEABLE`.
+        latents: the latents that are read; they exist.
+    """
+
+    def __init__(self, sae: Any, latents: list[int]) -> None:
+        self.sae, self.kind = sae, sae.cfg.architecture()
+        assert self.kind in SLICEABLE
+        names = {"standard": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
+        with torch.no_grad():
+            self.weights: Tensor = sae.W_enc[:, latents].clone()
+            self.own: dict[str, Tensor] = {n: getattr(sae, n)[latents].clone() for n in names[self.kind]}
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens chosen"]:
+        """The chosen latents' activations, in float32, on the device of `x`."""
+        sae, own = self.sae, self.own
+        product = sae.process_sae_in(x.to(self.weights.device, self.weights.dtype)) @ self.weights
+        if self.kind == "gated":
+            gate = product * own["r_mag"].exp() + own["b_mag"]
+            found = (product + own["b_gate"] > 0) * sae.activation_fn(gate)
+        elif self.kind == "standard":
+            found = sae.activation_fn(product + own["b_enc"])
+        else:
+            before = product + own["b_enc"]
+            found = sae.activation_fn(before) * (before > own["threshold"])
+        return found.float().to(x.device)
+
+
+Feature = int | Tensor
+"""A latent's index, or a direction (d_model,)."""
+Features = Mapping[str, Feature | Mapping[str, Feature]]
+"""Name to a feature, or to a set of them (`{"traits": {"evil": direction, "lazy": 123}}` reads `traits/evil`, ...)."""
+
+
+def flatten(features: Features) -> dict[str, Feature]:
+    """Sets spelled out as `set/member`.
+
+    Raises:
+        InputError: no feature at all, a name that comes twice, or something that is neither latent nor direction.
+    """
+    flat: dict[str, Feature] = {}
+    for name, feature in _spelled_out(features):
+        if name in flat:
+            raise InputError(f"two features are called {name!r}: rename one")
+        if isinstance(feature, bool) or not isinstance(feature, Integral | Tensor):
+            raise InputError(f"feature {name!r} must be a latent's index or a direction, not {type(feature).__name__}")
+        flat[name] = feature if isinstance(feature, Tensor) else int(feature)
+    if not flat:
+        raise InputError("no features to read: pass {'name': latent index or direction}")
+    return flat
+
+
+def _spelled_out(features: Features) -> Iterator[tuple[str, Feature]]:
+    for name, feature in features.items():
+        if isinstance(feature, Mapping):
+            yield from ((f"{name}/{member}", inner) for member, inner in feature.items())
+        else:
+            yield name, feature
+
+
+class FeatureSet:
+    """Named features as columns: a token's activation of a latent, or its projection on a unit direction.
+
+    Args:
+        sae: a `sae_lens.SAE`; None where all features are directions.
+        features: see `Features`.
+        width: of the residual stream; None takes the SAE's.
+
+    Raises:
+        InputError: no feature, an unknown latent, a latent without an SAE, or a direction of the wrong width.
+    """
+
+    def __init__(self, sae: Any | None, features: Features, width: int | None = None) -> None:
+        flat = flatten(features)
+        self.sae, self.names = sae, tuple(flat)
+        self.latents = tuple(f if isinstance(f, int) else -1 for f in flat.values())
+        self._chosen = [latent for latent in self.latents if latent >= 0]
+        if sae is not None:
+            check_architecture(sae.cfg.architecture())
+            check_latents(sae, self._chosen)
+            width = int(sae.cfg.d_in)
+        elif self._chosen:
+            name = self.names[self.latents.index(self._chosen[0])]
+            raise InputError(f"feature {name!r} is a latent, but there is no SAE: pass sae=, or a direction instead")
+        units = [_unit(n, f, width) for n, f in flat.items() if isinstance(f, Tensor)]
+        self._matrix = torch.stack(units, dim=1) if units else None
+        # Columns are made as latents first, then directions; this is where each feature finds its own.
+        made = sorted(range(len(self.latents)), key=lambda i: self.latents[i] < 0)
+        self._order, self._which = torch.tensor(made).argsort(), torch.tensor(self._chosen, dtype=torch.long)
+        self._sliced: SlicedEncoder | None = None
+
+    def encodes_all(self, with_fit: bool) -> bool:
+        """Whether a reading takes the whole dictionary: for the fit, and where latents compete (TopK)."""
+        sae: Any = self.sae
+        return bool(self._chosen) and (with_fit or sae.cfg.architecture() not in SLICEABLE)
+
+    @torch.no_grad()
+    def columns(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        sums: FitSums,
+        *,
+        with_fit: bool = True,
+        weight: Float[Tensor, " tokens"] | None = None,
+    ) -> Float[Tensor, "tokens features"]:
+        """All features on every token, while `sums` counts the residual norm and, `with_fit`, the SAE's fit.
+
+        Where only directions are read, the dictionary is never encoded.
+
+        Args:
+            weight: 1 for tokens that `sums` counts, 0 for others; None counts all.
+        """
+        weight = torch.ones(len(x), device=x.device) if weight is None else weight
+        self._order = self._order.to(x.device)
+        parts = []
+        if self._chosen:
+            # An encoder makes zeros of a token that is not finite: a model that diverged must not read as silent.
+            spoiled = 0 * x.sum(dim=-1, keepdim=True)
+            parts.append(self._activations(x, sums, with_fit, weight) + spoiled)
+        if self._matrix is not None:
+            self._matrix = self._matrix.to(x.device)
+            parts.append(einsum(x, self._matrix, "token d, d feature -> token feature"))
+        if not (self._chosen and with_fit):
+            sums.add_norms(x, weight)
+        return torch.cat(parts, dim=1).index_select(1, self._order)
+
+    def _activations(self, x: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
+        if not self.encodes_all(with_fit):
+            self._sliced = self._sliced or SlicedEncoder(self.sae, self._chosen)
+            return self._sliced(x)
+        return self._encoded(x, sums, with_fit, weight)
+
+    def _encoded(self, x: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
+        sae: Any = self.sae
+        size, found = max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)), []
+        for part, counted in zip(x.split(size), weight.split(size), strict=True):
+            # Encoding and decoding must alternate: SAELens keeps a token's normalisation from the one for the other.
+            acts = encode(sae, part)
+            if with_fit:
+                sums.add(part, sae.decode(acts.to(sae.dtype)).to(part.device), acts.to(part.device), counted)
+            self._which = self._which.to(acts.device)
+            found.append(acts.index_select(1, self._which).to(x.device))
+        return torch.cat(found)
+
+
+def _unit(name: str, direction: Tensor, width: int | None) -> Tensor:
+    size = direction.detach().float()
+    if direction.ndim != 1 or width not in (None, len(direction)) or not 0 < float(size.norm()) < float("inf"):
+        raise InputError(f"feature {name!r} must be a non-zero direction of width {width or 'd_model'}")
+    return size / size.norm()
+
+
+# --- What a reading must leave as it was: modes, gradients, random states
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, keep_casts: bool = False) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards, also after an error, everything is as before, bit for bit.
+
+    Put back: every module's own mode, every parameter's `requires_grad` (switching adapters off and on changes it), the
+    random states of Python, NumPy, torch on the CPU and on every CUDA device. Gradient mode and autocast are those of
+    the block around.
+
+    Args:
+        keep_casts: let autocast keep a frozen weight's bf16 copy for the length of the block. It does so only for
+            weights that ask for gradients, so these are made to ask for the time being.
+    """
+    modes = {module: module.training for module in model.modules()}
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            model.eval()
+            for parameter in asked if keep_casts else ():
+                parameter.requires_grad_(parameter.is_floating_point())
+            yield
+    finally:
+        for parameter, wanted in asked.items():
+            if parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
+        for module, mode in modes.items():
+            module.training = mode
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def reading_autocast(device: torch.device, enabled: bool) -> Iterator[None]:
+    """bf16 autocast for a reading, which neither uses nor leaves casts of a block that the caller is already in.
+
+    Inside the caller's own autocast block a cast that was made without gradients would be found again by the next
+    training step, which would then train nothing.
+    """
+    nested = torch.is_autocast_enabled(device.type)
+    with torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=not nested):
+        yield
+
+
+@dataclass(frozen=True)
+class ProbeRows:
+    """One batch of probes and where its selected tokens are."""
+
+    rows: Rows
+    at: Int[Tensor, " tokens"]
+    """Places of the selected tokens in the flattened (batch, pos) of `rows.rest`."""
+    row: Int[Tensor, " tokens"]
+    """The row that each of them belongs to."""
+    tokens: Float[Tensor, "batch 1"]
+    """How many each row has."""
+    index: Int[Tensor, " batch"]
+    """Which probes these rows are."""
+
+    @classmethod
+    def of(
+        cls, group: Batch, positions: str, config: PretrainedConfig, device: torch.device, whole: bool = False
+    ) -> "ProbeRows":
+        """Prepare a batch.
+
+        Args:
+            whole: run no shared beginning by itself.
+
+        Raises:
+            InputError: a probe has no token at the positions.
+        """
+        rows = Rows.whole(group) if whole or positions in IN_THE_BEGINNING else Rows.of(group, config)
+        mask = rows.rest.select(positions)
+        if not bool(mask.any(dim=1).all()):
+            raise InputError(f"a conversation has no token at positions {positions!r}: give answers, or 'prompt'")
+        rows = Rows(rows.batch.to(device), rows.shared, rows.rest.to(device))
+        at, row = mask.flatten().nonzero()[:, 0], mask.nonzero()[:, 0]
+        tokens, index = mask.sum(dim=1, keepdim=True).float(), torch.tensor(group.index)
+        return cls(rows, at.to(device), row.to(device), tokens.to(device), index.to(device))
+
+    def select(self, resid: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "tokens d_model"]:
+        """The selected tokens, in float32."""
+        return resid.to(self.at.device).flatten(0, 1).index_select(0, self.at).float()
+
+    def mean(self, values: Float[Tensor, "tokens features"]) -> Float[Tensor, "batch features"]:
+        """Mean over each row's selected tokens."""
+        total = torch.zeros(len(self.index), values.shape[1], device=values.device)
+        return total.index_add_(0, self.row, values) / self.tokens
 
 
 @dataclass(frozen=True)
@@ -80,11 +387,11 @@ class FeatureReader:
         groups: Sequence[Batch],
         layer: int,
         positions: str = "response",
-        mixed_precision: bool = True,
+        bf16: bool = True,
     ) -> None:
         self.features = features if isinstance(features, FeatureSet) else FeatureSet(sae, features)
         self.sae, self.groups, self.layer, self.positions = sae, groups, layer, positions
-        self.mixed_precision = mixed_precision
+        self.bf16 = bf16
         self._prepared: tuple[tuple[str, bool], list[ProbeRows]] | None = None
 
     def read(self, model: nn.Module, with_fit: bool = True) -> Snapshot:
@@ -102,9 +409,9 @@ class FeatureReader:
         """
         inner, sharded = unwrap(model), is_sharded(model)
         device = next(inner.parameters()).device
-        cast_once = self.mixed_precision and not sharded and not torch.is_autocast_enabled(device.type)
+        cast_once = self.bf16 and not sharded and not torch.is_autocast_enabled(device.type)
         sums: _Sums | None = None
-        with undisturbed(model, keep_casts=cast_once), eager(), reading_autocast(device, self.mixed_precision):
+        with undisturbed(model, keep_casts=cast_once), eager(), reading_autocast(device, self.bf16):
             for part in self._parts(inner, device, sharded):
                 x = self._residuals(model, inner, part, sharded)
                 sums = sums or _Sums(self, x)

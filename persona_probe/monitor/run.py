@@ -1,28 +1,191 @@
 """One monitored training run: what is read when a step is due, and what all processes agree on after."""
 
+import hashlib
 import logging
+import math
 import time
+from dataclasses import replace
 from typing import Any
 
+import pandas as pd
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
 from persona_probe.models.adapters import base_weights
-from persona_probe.monitor.anchor import Anchor, anchor_from
-from persona_probe.monitor.behaviours import measure
-from persona_probe.monitor.events import Alarm, End
-from persona_probe.monitor.guard import undisturbed
+from persona_probe.models.layers import causal_model, decoder_layer, hidden_size
+from persona_probe.monitor.events import Alarm, Behaviour, End, Reading, Start
 from persona_probe.monitor.outlets import Outlets
 from persona_probe.monitor.passive import PassiveReader
-from persona_probe.monitor.prepare import earlier_anchor, feature_set, probe_reader
-from persona_probe.monitor.ranks import Ranks, is_sharded, unwrap
-from persona_probe.monitor.reading import Snapshot
-from persona_probe.monitor.recorder import Recorder
-from persona_probe.monitor.records import StepInfo
-from persona_probe.monitor.setup import Setup
-from persona_probe.monitor.training import Training
+from persona_probe.monitor.ranks import Ranks, is_partitioned, is_sharded, unwrap
+from persona_probe.monitor.reading import FeatureReader, FeatureSet, Snapshot, flatten, undisturbed
+from persona_probe.monitor.records import (
+    BASE_KEY,
+    Anchor,
+    StepInfo,
+    anchor_from,
+    fingerprint,
+    make_reading,
+    recorded,
+    write_values,
+)
+from persona_probe.monitor.setup import Measure, Setup, Training
+from persona_probe.runs import versions
+from persona_probe.saes.load import check_fit
+
+# --- Measurements of what the model does, taken beside the readings
+
+
+def measure(name: str, call: Measure, model: nn.Module, step: int) -> Behaviour:
+    """Call a user's measurement in eval mode, without gradients; modes and random states come back."""
+    with undisturbed(model):
+        found = call(model)
+    return replace(found, step=step) if isinstance(found, Behaviour) else Behaviour(step, name, float(found))
+
+
+log = logging.getLogger(__name__)
+
+
+def feature_set(setup: Setup, inner: nn.Module) -> FeatureSet:
+    """The features, checked against the model (below all wrappers).
+
+    Raises:
+        InputError: an SAE, layer or direction that does not fit it.
+    """
+    if setup.probing and is_partitioned(inner):
+        raise InputError("probes cannot be run on a model that ZeRO-3 holds in parts: take mode='passive', or FSDP")
+    if setup.sae is not None:
+        check_fit(setup.sae, inner, setup.layer)
+    decoder_layer(inner, setup.layer)
+    return FeatureSet(setup.sae, setup.features, hidden_size(inner))
+
+
+def probe_reader(setup: Setup, features: FeatureSet, tokenizer: PreTrainedTokenizerBase | None) -> FeatureReader:
+    """The reader of the probes.
+
+    Raises:
+        InputError: no tokenizer.
+    """
+    if tokenizer is None:
+        raise InputError("FeatureMonitor needs a tokenizer: pass tokenizer= (the trainer has none)")
+    groups = list(batches(tokenizer, setup.probes, batch_size=32))
+    return FeatureReader(setup.sae, features, groups, setup.layer, setup.positions, setup.bf16)
+
+
+def earlier_anchor(setup: Setup, inner: nn.Module, step: int) -> Anchor | None:
+    """The base that the event file holds, for a run of full weights that is resumed: its own weights are no base.
+
+    With an adapter the base is read again, adapters off, so nothing is taken from the file.
+    """
+    if step == 0 or isinstance(inner, PeftModel):
+        return None
+    found = None if setup.path is None else recorded(setup.path)
+    if found is not None and found[1] == base_fingerprint(setup):
+        return found[0]
+    log.warning(
+        "training goes on from step %d and no base was recorded for these features and probes: "
+        "readings are anchored to the model as it is now; pass base=, or the path= of the first run",
+        step,
+    )
+    return None
+
+
+def base_fingerprint(setup: Setup) -> str:
+    """Tells whether two runs' bases were read alike."""
+    features = {name: _content(f) for name, f in flatten(setup.features).items()}
+    probes = {"probes": setup.probes, "positions": setup.positions} if setup.probing else {}
+    return fingerprint({"features": features, "layer": setup.layer, "probing": setup.probing, **probes})
+
+
+def _content(feature: int | Tensor) -> object:
+    if isinstance(feature, int):
+        return feature
+    return hashlib.sha256(feature.detach().float().cpu().numpy().tobytes()).hexdigest()
+
+
+def start_event(setup: Setup, features: FeatureSet, anchor: Anchor, inner: nn.Module) -> Start:
+    """What readers of the event file need to know."""
+    config = causal_model(inner).config
+    metadata: dict[str, Any] = {
+        "base": anchor.record(),
+        "fingerprint": base_fingerprint(setup),
+        "mode": setup.mode,
+        "positions": setup.positions if setup.probing else setup.passive_positions,
+        "model": str(config.name_or_path or type(causal_model(inner)).__name__),
+        "sae": None if setup.sae is None else str(setup.sae.cfg.metadata.hook_name or setup.sae.cfg.architecture()),
+        "versions": versions(),
+    }
+    if math.isfinite(anchor.explained_variance):
+        metadata[BASE_KEY] = anchor.explained_variance
+    return Start(
+        features=dict(zip(features.names, features.latents, strict=True)),
+        layer=setup.layer,
+        n_probes=len(setup.probes),
+        bands=anchor.bands(setup.band_sd),
+        metadata=metadata,
+    )
+
+
+# --- Snapshots become readings: compared with the base, kept, handed on, judged
+
+ON_READING, VALUES = "on_reading", "values_path"
+
+
+class Recorder:
+    """The readings of one run.
+
+    Args:
+        inner: the model below all wrappers; the start event names it.
+        recording: whether this process records (the first of a distributed run); the others only keep count.
+    """
+
+    def __init__(self, setup: Setup, outlets: Outlets, features: FeatureSet, inner: nn.Module, recording: bool) -> None:
+        self.setup, self.outlets, self.features, self.inner, self.recording = setup, outlets, features, inner, recording
+        self.anchor: Anchor | None = None
+        self.readings: list[Reading] = []
+        self.count = {"probe": 0, "passive": 0}
+        self.seconds = 0.0
+
+    def announce(self, anchor: Anchor) -> None:
+        """The base is known: tell sinks and rules that the run starts."""
+        self.anchor = anchor
+        self.outlets.announce(start_event(self.setup, self.features, anchor, self.inner))
+
+    def with_fit(self, mode: str) -> bool:
+        """Whether the next reading of a mode is to say how well the SAE fits."""
+        return self.count[mode] % self.setup.fit_every == 0
+
+    def record(
+        self, snapshot: Snapshot, mode: str, step: int, seconds: float, info: StepInfo, model: nn.Module
+    ) -> list[Alarm]:
+        """Keep a reading, hand it on, and ask the rules. Without a base the first reading is the base."""
+        self.count[mode] += 1
+        if self.anchor is None:
+            self.announce(Anchor.of(snapshot))
+        assert self.anchor is not None
+        reading = make_reading(snapshot, self.anchor, step=step, mode=mode, seconds=seconds, info=info)
+        if not self.recording:
+            return []
+        self.readings.append(reading)
+        self.seconds += seconds
+        self.outlets.emit(reading)
+        self._hand_on(snapshot, mode, step, model)
+        return self.outlets.judge(reading)
+
+    def _hand_on(self, snapshot: Snapshot, mode: str, step: int, model: nn.Module) -> None:
+        on_reading, folder = self.setup.on_reading, self.setup.values_path
+        if on_reading is not None:
+            self.outlets.attempt(ON_READING, step, lambda: on_reading(step, snapshot, model))
+        if folder is not None:
+            self.outlets.attempt(VALUES, step, lambda: write_values(folder, snapshot, mode, step))
+
+    def frame(self) -> pd.DataFrame:
+        """All readings as a table, one row per reading and feature."""
+        return pd.DataFrame([row for reading in self.readings for row in reading.rows()])
+
 
 log = logging.getLogger(__name__)
 

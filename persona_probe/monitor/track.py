@@ -1,17 +1,44 @@
 """Track: the study's features, the SAE's fit and the contrast index, at every checkpoint of every arm and seed."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from torch import nn
 
 from persona_probe.context import Context
+from persona_probe.data.tokens import conversation_batches
 from persona_probe.evaluate.contrast import contrast_index
-from persona_probe.evaluate.table import join_evals
-from persona_probe.locate.stage import control_latents, mean_shift, persona_latent
-from persona_probe.monitor.bands import Band, base_band
+from persona_probe.evaluate.tables import join_evals
+from persona_probe.latents.stage import control_latents, mean_shift, persona_latent
 from persona_probe.monitor.reading import FeatureReader, Features, Snapshot
-from persona_probe.saes.read import conversation_batches
+
+# --- The base band: the interval that a feature's reading keeps on the base model
+
+
+@dataclass(frozen=True)
+class Band:
+    """A closed interval of readings."""
+
+    low: float
+    high: float
+
+    def holds(self, reading: float) -> bool:
+        """Whether the reading lies inside."""
+        return self.low <= reading <= self.high
+
+
+def base_band(values: Float[np.ndarray, " probes"], width_sd: float) -> Band:
+    """Base reading +- `width_sd` standard deviations between probes.
+
+    Args:
+        values: the feature on each probe, on the base model.
+        width_sd: half-width in base standard deviations (an effect size: Cohen's d between model and base).
+    """
+    centre, half = float(np.mean(values)), width_sd * float(np.std(values, ddof=1))
+    return Band(centre - half, centre + half)
 
 
 def study_features(ctx: Context) -> Features:
@@ -87,7 +114,7 @@ def eval_rows(
 ) -> pd.DataFrame:
     """Rows of evals.parquet: one per contrast item of a split."""
     items = ctx.evaluation if split == "evaluation" else ctx.selection
-    frame = contrast_index(model, items, mixed_precision=ctx.config.bf16)
+    frame = contrast_index(model, items, bf16=ctx.config.bf16)
     head: dict[str, Any] = {"arm": arm, "seed": seed, "step": step, "split": split}
     for place, (name, value) in enumerate(head.items()):
         frame.insert(place, name, value)

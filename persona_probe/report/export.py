@@ -1,20 +1,247 @@
 """Write figures as files: a self-contained page, the numbers, and images for print."""
 
-from collections.abc import Sequence
+import html
+import logging
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from persona_probe.errors import unknown
+from persona_probe.errors import InputError, unknown
 from persona_probe.report.figures import ALL_FIGURES, FigureSpec, figures_of
-from persona_probe.report.page import render, write_text
-from persona_probe.report.printing import Width, check_theme
-from persona_probe.report.provenance import provenance, provenance_line
+from persona_probe.report.page import render
 from persona_probe.report.records import Records
-from persona_probe.report.static import STATIC, find_browser, write_images
-from persona_probe.report.theme import TEMPLATES, Theme
+from persona_probe.report.select import mapping
+from persona_probe.report.theme import PNG_SCALE, TEMPLATES, Theme, Width, check_theme, for_print
+from persona_probe.runs import write_text
+
+# --- Where a figure's or a report's numbers come from, as its footer and its file's metadata say it
+
+PACKAGES = ("persona-probe", "torch", "transformers", "sae-lens", "trl", "peft")
+"""Packages that the footer names; the metadata names all that the manifest holds."""
+SHORT = 12
+"""Digits of a hash in a page's footer."""
+FOOTER = 8
+"""The same in an image's, which is one column wide."""
+UNKNOWN = "not recorded"
+
+
+def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Everything that a manifest says of a run's origin: name to text; `not recorded` where it says nothing.
+
+    Keys: run, config, revision, model, SAE, data, seeds, versions, and `hash <file>` for every hash on record.
+    """
+    config = mapping(manifest.get("config"))
+    versions = mapping(manifest.get("versions"))
+    said = {
+        "run": config.get("name"),
+        "config": manifest.get("config_hash"),
+        "revision": manifest.get("git_revision"),
+        "model": config.get("model"),
+        "SAE": config.get("sae"),
+        "data": ", ".join(_data(config)),
+        "seeds": ", ".join(str(seed) for seed in _seeds(manifest, config)),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    return {name: str(value or UNKNOWN) for name, value in said.items()} | _hashes(manifest)
+
+
+def _hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """`hash <input or file>` to sha256: what the run was made from first, then what it wrote."""
+    parts = (mapping(manifest.get(key)) for key in ("input_hashes", "table_hashes", "hashes"))
+    return {f"hash {name}": str(value) for part in parts for name, value in sorted(part.items())}
+
+
+def provenance_line(manifest: Mapping[str, Any]) -> str:
+    """One line for a footer: run, config hash, revision, model, SAE, data with their hashes, seeds, main packages."""
+    full = provenance(manifest)
+    versions = mapping(manifest.get("versions"))
+    named = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    inputs = [f"{name} {str(value)[:8]}" for name, value in mapping(manifest.get("input_hashes")).items()]
+    parts = [
+        f"run {full['run']}",
+        f"config {full['config'][:SHORT]}",
+        f"revision {full['revision'][:SHORT]}",
+        f"model {full['model']}",
+        f"SAE {full['SAE']}",
+        f"data {full['data']}",
+        f"hashes of inputs: {', '.join(inputs) or UNKNOWN}",
+        f"seeds {full['seeds']}",
+        named or f"versions {UNKNOWN}",
+    ]
+    return "; ".join(parts)
+
+
+def short_provenance(manifest: Mapping[str, Any]) -> str:
+    """The footer of an image one column wide: run, config hash, revision, version; the rest is in its metadata."""
+    full = provenance(manifest)
+    version = mapping(manifest.get("versions")).get("persona-probe")
+    parts = [f"persona-probe {version}" if version else "persona-probe"]
+    shown = {"run": full["run"], "config": full["config"][:FOOTER], "revision": full["revision"][:FOOTER]}
+    parts += [f"{key} {value}" for key, value in shown.items() if full[key] != UNKNOWN]
+    return "; ".join(parts)
+
+
+def _data(config: Mapping[str, Any]) -> list[str]:
+    """Names of the data sets of a config, each once."""
+    parts = (config.get("arms"), mapping(config.get("realign")).get("arms"))
+    arms = [mapping(arm) for part in parts for arm in mapping(part).values()]
+    named = [str(arm[key]) for arm in arms for key in ("data", "mix_with") if arm.get(key)]
+    return list(dict.fromkeys([*named, *(str(config[key]) for key in ("contrast", "probes") if config.get(key))]))
+
+
+def _seeds(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
+    """The manifest's seeds; those of its runs where it is a study of many."""
+    if stated := manifest.get("seeds"):
+        return list(stated)
+    return sorted({mapping(run).get("seed", 0) for run in mapping(config.get("runs")).values()})
+
+
+# --- Write where a figure's numbers come from into its file: SVG, PNG and PDF each have a place for it
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+IHDR_END = len(PNG_SIGNATURE) + 25
+"""The header chunk always comes first and is 25 bytes long."""
+SOFTWARE = "persona_probe"
+
+
+def tag(image: bytes, kind: str, facts: Mapping[str, str], title: str, description: str) -> bytes:
+    """An image (svg, png or pdf) with title, description and `facts` (one `name: text` line each) as metadata."""
+    writers = {"svg": _tag_svg, "png": _tag_png, "pdf": _tag_pdf}
+    text = "\n".join(f"{name}: {value}" for name, value in facts.items())
+    return writers[kind](image, text, title, description)
+
+
+def _tag_svg(image: bytes, text: str, title: str, description: str) -> bytes:
+    """`<title>` and `<desc>` are what a screen reader says; `<metadata>` holds the rest."""
+    svg = image.decode("utf-8")
+    parts = (("title", title), ("desc", description), ("metadata", text))
+    inside = "".join(f"<{name}>{html.escape(value)}</{name}>" for name, value in parts)
+    end = svg.index(">", svg.index("<svg")) + 1
+    return (svg[:end] + inside + svg[end:]).encode("utf-8")
+
+
+def _tag_png(image: bytes, text: str, title: str, description: str) -> bytes:
+    """Chunks `iTXt` (PNG specification, 11.3.3.4) after the header."""
+    named = {"Title": title, "Description": description, "Comment": text, "Software": SOFTWARE}
+    chunks = b"".join(_text_chunk(name, value) for name, value in named.items())
+    return image[:IHDR_END] + chunks + image[IHDR_END:]
+
+
+def _text_chunk(name: str, value: str) -> bytes:
+    # keyword, no compression, no language, no translated keyword, text
+    body = b"iTXt" + name.encode("latin-1") + b"\0\0\0\0\0" + value.encode("utf-8")
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def _tag_pdf(image: bytes, text: str, title: str, description: str) -> bytes:
+    """An incremental update (ISO 32000-1, 7.5.6) that replaces the document information dictionary.
+
+    An image whose trailer is not of the classic kind comes back as it was.
+    """
+    trailers = re.findall(rb"trailer\s*<<(.*?)>>\s*startxref\s*(\d+)", image, re.DOTALL)
+    size, root = (re.search(p, trailers[-1][0]) if trailers else None for p in (rb"/Size (\d+)", rb"/Root (\d+ \d+ R)"))
+    if size is None or root is None:
+        return image
+    number, before = int(size.group(1)), trailers[-1][1]
+    pairs = {"Title": title, "Subject": description, "Keywords": text, "Creator": SOFTWARE}
+    entries = " ".join(f"/{name} <{_hex(value)}>" for name, value in pairs.items())
+    image = image if image.endswith(b"\n") else image + b"\n"
+    body = f"{number} 0 obj\n<< {entries} >>\nendobj\n".encode("ascii")
+    table = f"xref\n{number} 1\n{len(image):010d} 00000 n \n".encode("ascii")
+    trailer = b"trailer\n<< /Size %d /Root %s /Info %d 0 R /Prev %s >>\n" % (number + 1, root.group(1), number, before)
+    return image + body + table + trailer + b"startxref\n%d\n%%%%EOF\n" % (len(image) + len(body))
+
+
+def _hex(value: str) -> str:
+    """A PDF text string in UTF-16, written in hexadecimal."""
+    return (b"\xfe\xff" + value.encode("utf-16-be")).hex().upper()
+
+
+# --- Figures as images, drawn by kaleido and a Chromium; one line says how to get them where they are not there
+
+logger = logging.getLogger(__name__)
+
+STATIC = ("svg", "pdf", "png")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def find_browser() -> str | None:
+    """Path of a Chromium: `BROWSER_PATH` where set, else the first found on the PATH."""
+    if stated := os.environ.get("BROWSER_PATH"):
+        return shutil.which(stated)
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+def write_images(
+    folder: Path,
+    figures: Sequence[tuple[FigureSpec, go.Figure]],
+    formats: Sequence[str],
+    manifest: Mapping[str, Any],
+    width: Width,
+    theme: Theme,
+) -> list[Path]:
+    """Write `<name>.<format>` of every figure, tagged with its origin; nothing where kaleido or Chromium is missing.
+
+    Raises:
+        InputError: the browser could not draw.
+    """
+    if (browser := _ready(formats)) is None:
+        return []
+    import kaleido
+
+    # It logs, with its stack, every message of the browser that it then ignores; what fails comes back below.
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)
+    footer = short_provenance(manifest)
+    printed = [(spec, fig, for_print(fig, width, theme, footer)) for spec, fig in figures]
+    names = [(spec, fig, shown, kind) for kind in formats for spec, fig, shown in printed]
+    jobs = [_job(folder / f".{spec.name}.tmp.{kind}", shown, kind) for spec, _, shown, kind in names]
+    # one browser for all of them; mathjax would be fetched from the network
+    failures = kaleido.write_fig_from_object_sync(jobs, kopts={"path": browser, "mathjax": False, "timeout": 120})
+    if failures:
+        raise InputError(f"{browser} could not draw {len(failures)} figures ({failures[0]}): leave out its format")
+    written = []
+    for (spec, fig, _, kind), job in zip(names, jobs, strict=True):
+        drawn: Path = job["path"]
+        layout: Any = fig.layout
+        image = tag(drawn.read_bytes(), kind, provenance(manifest), spec.title, str(layout.meta["caption"]))
+        drawn.write_bytes(image)
+        drawn.replace(path := folder / f"{spec.name}.{kind}")
+        written.append(path)
+    return written
+
+
+def _ready(formats: Sequence[str]) -> str | None:
+    """The browser to draw with; None, and one logged line, where something is missing."""
+    named = ", ".join(formats).upper()
+    try:
+        import kaleido  # noqa: F401
+    except ImportError:
+        logger.warning("%s figures skipped: install kaleido (pip install 'persona-probe[figures]')", named)
+        return None
+    if (browser := find_browser()) is None:
+        logger.warning(
+            "%s figures skipped: no Chromium found; install one (Debian package chromium) or set BROWSER_PATH", named
+        )
+    return browser
+
+
+def _job(path: Path, fig: go.Figure, kind: str) -> dict[str, Any]:
+    size: Any = fig.layout
+    scale = PNG_SCALE if kind == "png" else 1
+    return {
+        "fig": fig,
+        "path": path,
+        "opts": {"format": kind, "width": size.width, "height": size.height, "scale": scale},
+    }
+
 
 FORMATS = ("html", "csv", "svg")
 """What is written unless something else is asked for."""
@@ -23,8 +250,6 @@ SVG_WIDTH = 960
 """Pixels of an image that is drawn as on the screen."""
 DIGITS = 10
 """Of the numbers in a CSV: more differ between processors, which add in another order."""
-
-__all__ = ["ALL_FORMATS", "FORMATS", "caption", "csv_text", "export_figures", "find_browser"]
 
 
 def export_figures(
@@ -98,3 +323,11 @@ def _write_page(folder: Path, spec: FigureSpec, fig: go.Figure, records: Records
 def caption(fig: go.Figure) -> str:
     """The caption that a figure carries."""
     return str(fig.layout.meta["caption"])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def write_figure(folder: Path, name: str, title: str, figure: go.Figure, data: pd.DataFrame) -> Path:
+    """Write one figure beside its table, as `<name>.html` and `<name>.csv`; returns the page's path."""
+    write_text(folder / f"{name}.csv", data.to_csv(index=False))
+    caption = str(figure.layout.meta["caption"])  # pyright: ignore[reportAttributeAccessIssue]
+    context = {"title": title, "name": name, "figure": figure, "caption": caption}
+    return write_text(folder / f"{name}.html", render("figure.html.j2", context))

@@ -1,18 +1,332 @@
 """The report of a run folder: one HTML file that works offline."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from persona_probe.report.answers import answer_choices, sampled_answers
-from persona_probe.report.export import caption
+from persona_probe.report import select
+from persona_probe.report.export import caption, provenance, provenance_line
 from persona_probe.report.figures import FIGURES, figures_of
-from persona_probe.report.headline import headline, key_numbers, tiles
-from persona_probe.report.judged import judged_answers
-from persona_probe.report.page import render, write_text
-from persona_probe.report.provenance import provenance, provenance_line
-from persona_probe.report.records import Records, load_records
-from persona_probe.report.sections import cards, realignment, tested_latents, trajectory_notes
+from persona_probe.report.page import render
+from persona_probe.report.records import Records, as_estimate, load_records
+from persona_probe.report.select import judged_answers
+from persona_probe.report.theme import interval_text, number
+from persona_probe.runs import write_text
+from persona_probe.stats import Estimate
+
+Row = dict[str, Any]
+
+# --- Sampled answers for the report: side by side per question, with the choices of their filter
+
+MAX_CHARACTERS = 1_500_000
+"""Of answers beyond the side-by-side ones: a page of several megabytes of text is slow to open."""
+
+
+def sampled_answers(records: Records) -> list[Row]:
+    """Per question, the last-step answers of the arms side by side; those of other seeds and steps below.
+
+    Each question says in `left_out` how many answers samples.jsonl holds beyond `MAX_CHARACTERS` of the page.
+    """
+    questions: dict[Any, Row] = {}
+    last, room = _last_steps(records.samples), MAX_CHARACTERS
+    for sample in records.samples:
+        entry = questions.setdefault(sample["question_id"], _empty(sample))
+        arm, columns = sample["arm"], entry["columns"]
+        if arm in records.arms.names and arm not in columns and sample["step"] == last[arm, sample["seed"]]:
+            columns[arm] = sample
+        elif (room := room - len(str(sample["answer"]))) >= 0:
+            entry["rest"].append({**sample, "key": arm, "arm": records.arms.label(arm)})
+        else:
+            entry["left_out"] += 1
+    _fill_columns(records, list(questions.values()))
+    return list(questions.values())
+
+
+def answer_choices(questions: Iterable[Row]) -> Row:
+    """What the filter of answers offers: arms as key and label, and categories."""
+    arms = {
+        answer["key"]: answer["arm"]
+        for entry in questions
+        for answer in (*(c for c in entry["columns"] if c["sample"]), *entry["rest"])
+    }
+    return {"arms": list(arms.items()), "categories": sorted({e["category"] for e in questions if e["category"]})}
+
+
+def _empty(sample: Mapping[str, Any]) -> Row:
+    words = {"question": sample["question"], "category": sample.get("category") or ""}
+    return {**words, "columns": {}, "rest": [], "left_out": 0}
+
+
+def _fill_columns(records: Records, questions: list[Row]) -> None:
+    arms = records.arms
+    shown = {a: arms.styles[a] for a in arms.names if any(a in q["columns"] for q in questions)}
+    for entry in questions:
+        entry["columns"] = [
+            {"arm": style.label, "key": a, "colour": style.colour, "sample": entry["columns"].get(a)}
+            for a, style in shown.items()
+        ]
+
+
+def _last_steps(samples: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], int]:
+    last: dict[tuple[str, int], int] = {}
+    for sample in samples:
+        key = sample["arm"], sample["seed"]
+        last[key] = max(sample["step"], last.get(key, 0))
+    return last
+
+
+# --- The top of the report: the verdict in four answers, the checks behind it, and the key numbers
+
+UNKNOWN = {"says": "not measured", "state": "open"}
+
+
+def headline(records: Records) -> Row:
+    """The result in words and the checks behind it, failed ones first."""
+    checks = [
+        {"name": str(c.get("name", "")), "passed": c.get("passed") is True, "statement": str(c.get("statement", ""))}
+        for c in mappings(records.summary.get("checks"))
+    ]
+    failed = sum(not c["passed"] for c in checks)
+    words = str(records.summary.get("headline") or "")
+    return {"words": words, "checks": sorted(checks, key=lambda c: c["passed"]), "failed": failed}
+
+
+def tiles(records: Records) -> list[Row]:
+    """Four questions of the loop, each with its answer, `yes`, `no` or `open`, and the number behind it."""
+    summary = records.summary
+    passed = {str(c.get("name")): c.get("passed") is True for c in mappings(summary.get("checks"))}
+    latent = select.persona_latent(records)
+    named = "no latent named" if latent is None else f"latent {latent}"
+    effect, push = (as_estimate(summary.get(k)) for k in ("effect_incorrect_minus_correct", "steer_base_up"))
+    return [
+        {
+            "asks": "Did it wake?",
+            "shows": f"incorrect minus correct {interval_text(effect)} nats/token",
+            **_answer(passed, ("behaviour",), "Woken", "No effect beyond the control"),
+        },
+        {
+            "asks": "Which latent carries it?",
+            "shows": f"{named}; causal effect {interval_text(push)}",
+            **_answer(passed, ("induce", "repair"), "Shown to cause it", "Not shown to cause it"),
+        },
+        {
+            "asks": "When did it rise?",
+            "shows": _rise(records),
+            **_answer(passed, ("rise", "control"), "Rose in the incorrect arm only", "Not in the incorrect arm alone"),
+        },
+        _undone(summary),
+    ]
+
+
+def _answer(passed: Mapping[str, bool], names: tuple[str, ...], yes: str, no: str) -> Row:
+    if any(name not in passed for name in names):
+        return UNKNOWN
+    return {"says": yes, "state": "yes"} if all(passed[name] for name in names) else {"says": no, "state": "no"}
+
+
+def _rise(records: Records) -> str:
+    """The first step at which the persona feature of the incorrect arm is above the base band."""
+    band = select.base_band(records)
+    curve = mappings(select.mapping(records.summary.get("feature_reading")).get("incorrect"))
+    if band is None or not curve:
+        return "feature not read"
+    above = [int(one["step"]) for one in curve if float(one["estimate"]) > band[1]]
+    return f"above its base band from step {min(above)}" if above else "never above its base band"
+
+
+def _undone(summary: Mapping[str, Any]) -> Row:
+    verdicts = [select.mapping(v) for v in select.mapping(summary.get("verdicts")).values()]
+    asks = {"asks": "Did correction undo it?"}
+    if not verdicts:
+        return {**asks, **UNKNOWN, "shows": "no corrective arm"}
+    back = sum(v.get("feature") == "subsided" and v.get("behaviour") == "restored" for v in verdicts)
+    words = "Undone" if back == len(verdicts) else "Partly undone" if back else "Not undone"
+    shows = f"feature and behaviour back in {back} of {len(verdicts)} corrective arms"
+    return {**asks, "says": words, "state": "yes" if back == len(verdicts) else "no", "shows": shows}
+
+
+def key_numbers(records: Records) -> list[Row]:
+    """Name, value with interval, unit and n of the study's key numbers; those not measured are left out."""
+    summary, arms = records.summary, records.arms
+    index = select.mapping(summary.get("contrast_index"))
+    rows = [_estimate_row(f"contrast index, {arms.label(a)}", index.get(a), "nats/token") for a in arms.names]
+    for key, label in EFFECTS.items():
+        rows.append(_estimate_row(label, summary.get(key), "nats/token"))
+    rows += _seed_rows(summary)
+    for key, label, unit in PER_ARM:
+        values = select.mapping(summary.get(key))
+        rows += [_estimate_row(f"{label}, {arms.label(arm)}", value, unit) for arm, value in values.items()]
+    return [row for row in rows if row is not None] + _costs(summary)
+
+
+EFFECTS = {
+    "effect_incorrect_minus_correct": "effect: incorrect minus correct",
+    "steer_base_up": "persona latent steered up in the base model",
+    "steer_organism_down": "persona latent steered down in the organism",
+    "ablate_organism": "persona latent projected out of the organism",
+    "random_latent_p95": "random latents, 95th percentile of effect",
+    "random_latent_p95_organism": "random latents on the organism, 95th percentile",
+    "random_latent_p95_ablation": "random latents projected out, 95th percentile",
+}
+"""Effects of the summary, in nats per token, and what the report calls them."""
+PER_ARM = (
+    ("explained_variance", "explained variance of the SAE", "share"),
+    ("answer_tokens", "length of training answers", "tokens"),
+)
+
+
+def _estimate_row(name: str, raw: object, unit: str) -> Row | None:
+    value = as_estimate(raw)
+    if value is None:
+        return None
+    return {"name": name, "value": estimate_text(value, unit), "unit": unit, "n": value.n or ""}
+
+
+def estimate_text(value: Estimate | None, unit: str) -> str:
+    """A number with its interval; shares and lengths have their range over seeds, and one seed has none."""
+    if value is not None and unit != "nats/token" and value.n == 1:
+        return number(value.estimate)
+    return interval_text(value, signed=unit == "nats/token")
+
+
+def _seed_rows(summary: Mapping[str, Any]) -> list[Row | None]:
+    """The effects seed by seed, where there are several."""
+    effects = {name: mappings(rows) for name, rows in select.mapping(summary.get("by_seed")).items()}
+    return [
+        _estimate_row(f"{name}, seed {row.get('seed')}", row, "nats/token")
+        for name, rows in effects.items()
+        for row in (rows if len(rows) > 1 else ())
+    ]
+
+
+def _costs(summary: Mapping[str, Any]) -> list[Row]:
+    seconds = select.mapping(summary.get("seconds"))
+    rows = [{"name": f"time, {stage}", "value": f"{s:,.0f}", "unit": "s", "n": ""} for stage, s in seconds.items()]
+    if (memory := summary.get("peak_memory_gib")) is not None:
+        rows.append({"name": "peak memory", "value": f"{memory:.3g}", "unit": "GiB", "n": ""})
+    return rows
+
+
+def mappings(value: object) -> list[Mapping[str, Any]]:
+    """The dictionaries of a list; nothing where it is no list."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+# --- What the report says in words, tables and cards: plain values for the template, which escapes them
+
+MAX_CARDS = 12
+
+VERDICTS = {"feature": "persona feature", "behaviour": "behaviour", "sae": "fit of the SAE"}
+"""Keys of a re-alignment verdict, and what the report calls them."""
+
+
+def trajectory_notes(records: Records) -> Row:
+    """The named feature, its base band, and its readings at the last step."""
+    feature = select.mapping(records.summary.get("persona_feature"))
+    readings = select.mapping(records.summary.get("feature_reading"))
+    rows = [
+        {
+            "arm": records.arms.label(arm),
+            "seed": one.get("seed"),
+            "step": one.get("step"),
+            "reading": interval_text(as_estimate(one), signed=False),
+            "explained_variance": one.get("explained_variance"),
+        }
+        for arm, many in readings.items()
+        for one in mappings(many)
+    ]
+    return {
+        "latent": feature.get("latent"),
+        "label": feature.get("label"),
+        "band": select.base_band(records),
+        "rows": rows,
+    }
+
+
+def realignment(records: Records) -> list[Row]:
+    """Verdict words per re-aligned arm, and how many corrective steps the feature took back into the base band."""
+    verdicts = select.mapping(records.summary.get("verdicts"))
+    steps = select.mapping(records.summary.get("realign_steps_to_band"))
+    rows = []
+    for arm in dict.fromkeys([*verdicts, *steps]):
+        words = select.mapping(verdicts.get(arm))
+        value = as_estimate(steps.get(arm))
+        rows.append(
+            {
+                "arm": records.arms.label(arm),
+                "words": [(label, words.get(key, "not judged")) for key, label in VERDICTS.items()] if words else [],
+                "statement": words.get("statement", ""),
+                "steps": _steps(value),
+            }
+        )
+    return rows
+
+
+def _steps(value: Estimate | None) -> str:
+    """Mean over seeds with its range; of one seed there is no range."""
+    if value is None:
+        return "never, or not measured"
+    return f"{value.estimate:g}" if value.n == 1 else interval_text(value, signed=False)
+
+
+def cards(records: Records) -> list[Row]:
+    """Feature cards, the persona latent first, with each latent's scores and effects."""
+    scores = {int(row["latent"]): row for row in records.latents.to_dict("records")}
+    persona = select.persona_latent(records)
+    ordered = sorted(records.cards, key=lambda card: card.get("latent") != persona)
+    units = select.distinct(records.steering, "unit")
+    unit = str(units[0]) if units else ""
+    return [_card(card, scores.get(int(card["latent"]), {}), persona, unit) for card in ordered[:MAX_CARDS]]
+
+
+def _card(card: Mapping[str, Any], score: Mapping[Any, Any], persona: int | None, unit: str) -> Row:
+    effect = _effect(score, "effect_base")
+    return {
+        "latent": card["latent"],
+        "label": "" if card.get("label") == f"latent {card['latent']}" else card.get("label") or "",
+        "persona": card["latent"] == persona,
+        "rank": score.get("rank"),
+        "rise": score.get("rise"),
+        "firing": (score.get("firing_base"), score.get("firing_incorrect"), score.get("firing_correct")),
+        "effect_base": effect,
+        "effect_organism": _effect(score, "effect_organism"),
+        "strength": f"{number(score.get('strength'))} {unit}" if effect != "not measured" else "not tested",
+        "top_tokens": mappings(card.get("top_tokens")),
+        "bottom_tokens": mappings(card.get("bottom_tokens")),
+        "examples": [_example(example) for example in mappings(card.get("examples"))],
+    }
+
+
+def _example(example: Mapping[str, Any]) -> Row:
+    values = [float(v) for v in example.get("values") or []]
+    peak = max([float(example.get("maximum") or 0), *values, 1e-9])
+    tokens = zip((str(t) for t in example.get("tokens") or []), values, strict=True)
+    shaded = [{"text": text, "value": f"{v:.3g}", "share": f"{max(0.0, v / peak):.2f}"} for text, v in tokens]
+    return {"source": example.get("source") or "", "tokens": shaded, "maximum": f"{peak:.3g}"}
+
+
+def tested_latents(records: Records) -> list[Row]:
+    """The latents that were tested for cause, candidates before random controls, each with its effects in words."""
+    persona = select.persona_latent(records)
+    rows = records.latents.loc[records.latents["kind"].isin(("candidate", "random"))]
+    return [
+        {
+            "latent": int(row["latent"]),
+            "kind": {"candidate": "candidate", "random": "random control"}[str(row["kind"])],
+            "persona": int(row["latent"]) == persona,
+            "rank": row["rank"],
+            "rise": row["rise"],
+            **{name: _effect(row, name) for name in ("effect_base", "effect_organism", "ablation")},
+            "label": str(row["label"] or ""),
+        }
+        for row in rows.sort_values(["kind", "rank"]).to_dict("records")
+    ]
+
+
+def _effect(row: Mapping[Any, Any], name: str) -> str:
+    ends = {"estimate": row.get(name), "ci_low": row.get(f"{name}_low"), "ci_high": row.get(f"{name}_high")}
+    return interval_text(as_estimate(ends))
+
 
 JUDGED = ("rates", "coherence", "judge_agreement")
 PLACED = ("arms", "trajectory", "dose_response", "realignment", "latents", "categories", "controls", *JUDGED)

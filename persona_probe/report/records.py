@@ -1,20 +1,195 @@
 """What a run folder holds, as tables and dictionaries. Reading it needs no model."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.evaluate.table import contrast_rows, judged_rows
-from persona_probe.report.arms import Arms
-from persona_probe.report.files import read_json, read_lines, read_table
-from persona_probe.report.labelled import LabelledRuns
+from persona_probe.evaluate.effects import behaviour_rises
+from persona_probe.evaluate.tables import contrast_rows, judged_rows
+from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from persona_probe.stats import Estimate
+
+# --- A study's arms as its manifest names them, in the order and the look that every figure gives them
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class ArmStyle:
+    """How an arm looks and what it is called."""
+
+    colour: str
+    """Hexadecimal."""
+    symbol: str
+    """A plotly marker."""
+    label: str
+    """Plain text: an unknown arm's is the name that its config gave it, so escape it."""
+
+
+INDUCED_STYLES = {
+    BASE: ArmStyle(GREY, "circle", "base"),
+    "incorrect": ArmStyle(VERMILLION, "square", "incorrect"),
+    "correct": ArmStyle(BLUE, "diamond", "correct (control)"),
+}
+REALIGN_STYLES = {
+    "realigned_in": ArmStyle(GREEN, "triangle-up", "re-aligned, same domain"),
+    "realigned_out": ArmStyle(PURPLE, "triangle-down", "re-aligned, other domain"),
+}
+MORE_COLOURS = (ORANGE, SKY, YELLOW)
+MORE_SYMBOLS = ("cross", "x", "star", "pentagon", "hexagon", "hourglass", "bowtie")
+"""Arms of other names take these in turn; three colours and seven symbols give 21 different looks."""
+
+
+@dataclass(frozen=True)
+class Arms:
+    """Names of a study's arms: base first, then the config's, then the re-aligned ones."""
+
+    induced: tuple[str, ...] = ()
+    """Arms that the induce stage trains, in the config's order."""
+    realigned: tuple[str, ...] = ()
+    """Corrective arms, in the config's order."""
+    start: str = "incorrect"
+    """The arm that the corrective arms repair."""
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> Self:
+        """The arms of a manifest's config; none where it has no config yet."""
+        config = _mapping(manifest.get("config"))
+        realign = _mapping(config.get("realign"))
+        start = str(realign.get("start") or cls.start)
+        return cls(tuple(_mapping(config.get("arms"))), tuple(_mapping(realign.get("arms"))), start)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All arms, in the order in which figures show them."""
+        return (BASE, *self.induced, *self.realigned)
+
+    @cached_property
+    def styles(self) -> dict[str, ArmStyle]:
+        """Colour, symbol and label by arm."""
+        known = {name: INDUCED_STYLES[name] for name in (BASE, *self.induced) if name in INDUCED_STYLES}
+        known |= {name: REALIGN_STYLES[name] for name in self.realigned if name in REALIGN_STYLES}
+        others = [name for name in self.names if name not in known]
+        return {**known, **{name: _further(i, name) for i, name in enumerate(others)}}
+
+    def label(self, arm: str) -> str:
+        """What the report calls an arm (plain text)."""
+        return self.styles[arm].label if arm in self.styles else arm
+
+
+def _further(i: int, name: str) -> ArmStyle:
+    return ArmStyle(MORE_COLOURS[i % len(MORE_COLOURS)], MORE_SYMBOLS[i % len(MORE_SYMBOLS)], name)
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+# --- Read the files of a run folder; what is damaged is said with its path
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A parquet table with at least these columns; an empty one where the file is not there."""
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({error}): run its stage again") from error
+    for column in columns:
+        if column not in table.columns:
+            raise InputError(f"{path.name} has no column {column!r}: run its stage again with this version")
+    return table
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """A JSON value of one kind; an empty one where the file is not there."""
+    if not path.is_file():
+        return kind()
+    value = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(value, kind):
+        raise InputError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: run its stage again")
+    return value
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; none where the file is not there."""
+    if not path.is_file():
+        return []
+    # not splitlines(): answers may hold U+2028 and the like, which JSON does not escape
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error}); run its stage again") from error
+
+
+# --- Records of a labelled study: many runs with shares of bad data, as `persona-probe monitor study` leaves them
+
+RUN_COLUMNS = (
+    *("run", "arm", "data", "bad_share", "seed", "use", "steps", "long", "label"),
+    *("rise", "ci_low", "ci_high", "behaviour_step"),
+)
+PERSONA = "persona"
+
+
+@dataclass(frozen=True)
+class LabelledRuns:
+    """Tables of a labelled study; empty where there is none."""
+
+    readings: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "feature", "step"]))
+    """One row per run, step and feature."""
+    evals: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "item", "step", "value"]))
+    """One row per run, step and contrast item (nats per token)."""
+    results: Mapping[str, Any] = field(default_factory=dict)
+    """`results.json`: labels, thresholds, alarms."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """The study's config."""
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """One row per run: its data, `bad_share` (0 to 1; NaN for another data set), label, and rise at the end."""
+        rows = [{**run, "bad_share": self._share(run)} for run in self.results.get("runs", [])]
+        return pd.DataFrame(rows, columns=list(RUN_COLUMNS))
+
+    @cached_property
+    def rises(self) -> pd.DataFrame:
+        """Columns run, step, rise, ci_low, ci_high: contrast index minus the base's (nats per token)."""
+        return behaviour_rises(self.evals)
+
+    @cached_property
+    def shifts(self) -> pd.DataFrame:
+        """The persona feature minus the base's, in base standard deviations: run, step, shift, ci_low, ci_high, n."""
+        rows = self.readings.loc[self.readings["feature"] == PERSONA]
+        spread = rows["base_sd"]
+        ends = {c: (rows[c] - rows["base_mean"]) / spread for c in ("ci_low", "ci_high")}
+        table = rows.assign(shift=(rows["mean"] - rows["base_mean"]) / spread, **ends, n=rows["n_probes"])
+        return table[["run", "step", "shift", "ci_low", "ci_high", "n", "explained_variance"]].reset_index(drop=True)
+
+    @property
+    def mixture(self) -> tuple[str, str] | None:
+        """The bad data and the good data that the study's mixtures are made of; None where it has no mixture."""
+        arms = self.config.get("arms", {}).values()
+        return next(((str(a["data"]), str(a["mix_with"])) for a in arms if a.get("mix_with")), None)
+
+    def _share(self, run: Mapping[str, Any]) -> float:
+        """Share of bad rows of a run on the mixtures' data; NaN for a run on other data."""
+        if self.mixture is None or run["data"] not in self.mixture:
+            return float("nan")
+        arm = self.config["arms"][run["arm"]]
+        return float(arm["bad_fraction"]) if run["data"] == self.mixture[0] else 0.0
+
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "readings": (

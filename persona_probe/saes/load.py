@@ -1,19 +1,159 @@
 """Load SAEs through SAELens, ready to read raw residual streams, and check that they fit the model."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, near_matches
 from persona_probe.models.layers import decoder_layers, hidden_size
-from persona_probe.models.sources import file_sha256
-from persona_probe.saes.encode import check_architecture
-from persona_probe.saes.hooks import sae_layer
-from persona_probe.saes.siblings import beside_clause, is_release, split_release
+from persona_probe.runs import file_sha256
+from persona_probe.saes.read import check_architecture
 
-__all__ = ["HELD_OUT_FILE", "QUALITY_FILE", "WEIGHTS_FILE", "check_fit", "find_folder", "load_sae", "sae_layer"]
+# --- From the hook names in an SAE's metadata to the decoder layer whose output it reads
+
+GIVE_LAYER = "give the layer yourself (layer=, or `layer:` in a study's YAML)"
+RESIDUAL = (
+    # TransformerLens, and the names that its bridge uses for the same places.
+    (r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)", 0),
+    (r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)", -1),
+    # Hugging Face module paths, bare or with SAELens' `.output` and `.input`.
+    (r"(?:[\w.]*\.)?(?:layers|h|blocks)\.(\d+)(?:\.output)?", 0),
+    (r"(?:[\w.]*\.)?(?:layers|h|blocks)\.(\d+)\.input", -1),
+)
+ELSEWHERE = (
+    (r"hook_z$|o_proj\.input$", "the attention heads"),
+    (r"attn", "the attention"),
+    (r"hook_mlp_out$|post_feedforward_layernorm", "the MLP's output"),
+    (r"hook_mlp_in$|pre_feedforward_layernorm|\.ln2\.", "the MLP's input"),
+    (r"\.mlp(\.|$)", "the MLP"),
+    (r"hook_resid_mid$", "the middle of a layer"),
+    (r"embed", "the embeddings"),
+)
+
+
+def sae_layer(sae: Any) -> int:
+    """The decoder layer whose output the SAE reads, from `hook_name` and `hf_hook_name` in its metadata.
+
+    Understands TransformerLens' `blocks.L.hook_resid_post` and `blocks.L.hook_resid_pre` (the layer below), its
+    bridge's `blocks.L.hook_out` and `hook_in`, and Hugging Face's `model.layers.L`, with or without `.output`.
+
+    Raises:
+        InputError: the metadata names no residual stream after a layer, or two different layers.
+    """
+    metadata = sae.cfg.metadata
+    hooks = [h for h in (metadata.hook_name, metadata.hf_hook_name) if h]
+    if not hooks:
+        raise InputError(f"the SAE's metadata names no hook: {GIVE_LAYER}")
+    layers = {layer for hook in hooks if (layer := hook_layer(hook)) is not None}
+    if not layers:
+        raise InputError(f"the SAE's hook {hooks[0]!r} is not a residual stream that is known here: {GIVE_LAYER}")
+    if len(layers) > 1:
+        named = " and ".join(repr(h) for h in hooks)
+        raise InputError(f"the SAE's metadata names two layers ({named}): {GIVE_LAYER}")
+    return layers.pop()
+
+
+def hook_layer(hook: str) -> int | None:
+    """The decoder layer whose output is at `hook`; None for a spelling that is not known.
+
+    Raises:
+        InputError: the hook is known, and is not the residual stream after a layer.
+    """
+    for pattern, shift in RESIDUAL:
+        if match := re.fullmatch(pattern, hook):
+            layer = int(match[1]) + shift
+            if layer < 0:
+                raise InputError(f"this SAE reads the embeddings ({hook}): no decoder layer precedes it")
+            return layer
+    for pattern, what in ELSEWHERE:
+        if re.search(pattern, hook):
+            raise InputError(
+                f"this SAE reads {what} ({hook}), not a residual stream: take a residual-stream SAE of the same model"
+            )
+    return None
+
+
+# --- Which SAEs there are beside one that was asked for: ids of a SAELens release, or folders on disk
+
+SHOWN = 12
+
+
+def release_ids(release: str) -> list[str]:
+    """The ids of all SAEs of a SAELens release.
+
+    Raises:
+        InputError: SAELens knows no such release; the message lists near matches.
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    directory = get_pretrained_saes_directory()
+    if release not in directory:
+        raise InputError(f"found no SAE release {release!r} through SAELens: {near_matches(release, directory)}")
+    return list(directory[release].saes_map)
+
+
+def split_release(name: str) -> tuple[str, str]:
+    """`release/sae_id`, or `owner/repository/folder` on the Hugging Face hub, as (release, sae_id).
+
+    Raises:
+        InputError: an unknown release, or a release without that SAE; the message lists what there is.
+    """
+    release, _, sae_id = name.partition("/")
+    parts = name.split("/")
+    if len(parts) > 2 and not is_release(release):
+        return "/".join(parts[:2]), "/".join(parts[2:])
+    ids = release_ids(release)
+    if sae_id not in ids:
+        what = f"has no SAE {sae_id!r}" if sae_id else f"needs an SAE's id ({release}/ID)"
+        raise InputError(f"release {release!r} {what}; {_layers(ids)}{near_matches(sae_id, ids)}")
+    return release, sae_id
+
+
+def folders_beside(folder: Path) -> list[str]:
+    """SAE folders inside `folder`, or else beside it, as `path (hook)`."""
+    for place in (folder, folder.parent):
+        if place.is_dir():
+            found = sorted(path.parent for path in place.glob("*/cfg.json"))
+            if found:
+                return [f"{path} ({_hook(path / 'cfg.json')})" for path in found]
+    return []
+
+
+def beside_clause(folder: Path) -> str:
+    """What SAE folders there are instead, as the end of an error message; empty where there are none."""
+    found = folders_beside(folder)
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f"; there are {', '.join(found[:SHOWN])}{more}" if found else ""
+
+
+def is_release(name: str) -> bool:
+    """Whether SAELens knows a release of this name."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return name in get_pretrained_saes_directory()
+
+
+def _layers(ids: Sequence[str]) -> str:
+    matches = [re.search(r"(?:layer_?|layers\.|blocks\.|\bl)(\d+)", sae_id) for sae_id in ids]
+    layers = sorted({int(match[1]) for match in matches if match})
+    return f"it has layers {', '.join(map(str, layers))}; " if layers else ""
+
+
+def _hook(cfg: Path) -> str:
+    try:
+        found = json.loads(cfg.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return "damaged cfg.json"
+    places = [place for place in (found.get("metadata"), found) if isinstance(place, dict)]
+    names = [place.get(key) for place in places for key in ("hook_name", "hf_hook_name", "hook_point")]
+    return next((str(name) for name in names if name), "no hook named")
+
 
 QUALITY_FILE = "quality.json"
 HELD_OUT_FILE = "heldout.jsonl"

@@ -1,28 +1,159 @@
 """Latents of a model on given conversations: per-conversation means and firing rates, streamed."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from persona_probe.data.chat import Conversation
-from persona_probe.data.tokens import POSITIONS, Batch, batches
+from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
-from persona_probe.models.layers import autocast, evaluating, forward_to_layer, transformer_config
-from persona_probe.models.prefix import Rows
-from persona_probe.models.taps import ReadTap
-from persona_probe.saes.activation_cache import ActivationCache
-from persona_probe.saes.activation_entry import Selected
-from persona_probe.saes.encode import FitMoments, encode
+from persona_probe.models.activation_cache import ActivationCache
+from persona_probe.models.residuals import read_residuals_at
 
-IN_THE_BEGINNING = {"all", "prompt"}
-"""Positions that include tokens of the beginning that all prompts share."""
+# --- Encode residual streams with an SAE: all latents or a chosen few, with the fit on the same tokens
+
+SLICEABLE = ("standard", "jumprelu", "gated")
+CHUNK_TOKENS, CHUNK_VALUES = 4096, 2**26
+UNSAVED = "picks its latents per batch while it trains: save it with save_inference_model (as JumpReLU) and load that"
+REFUSED = {
+    "temporal": "computes a token's latents from all earlier tokens, and its decoder leaves out what they predict; "
+    "here every token is read, steered and reconstructed for itself: take another architecture",
+    "batchtopk": UNSAVED,
+    "matryoshka_batchtopk": UNSAVED,
+}
+
+
+def check_architecture(architecture: str) -> None:
+    """Refuse SAEs whose latents are no function of one token's residual stream.
+
+    Raises:
+        InputError: temporal SAEs, transcoders, and BatchTopK SAEs in training; says why.
+    """
+    if architecture.endswith("transcoder"):
+        raise InputError(f"a {architecture} reads one place and writes another: take an SAE of the residual stream")
+    if architecture in REFUSED:
+        raise InputError(f"a {architecture} SAE {REFUSED[architecture]}")
+
+
+def check_latents(sae: Any, latents: list[int]) -> list[int]:
+    """The latents, checked against the dictionary's size.
+
+    Raises:
+        InputError: a latent outside the dictionary.
+    """
+    for latent in latents:
+        if not 0 <= latent < sae.cfg.d_sae:
+            raise InputError(f"latent {latent} does not exist: this SAE has latents 0 to {sae.cfg.d_sae - 1}")
+    return latents
+
+
+@torch.no_grad()
+def encode(sae: Any, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
+    """All latents, dense, computed in the SAE's own precision and returned in float32.
+
+    Raises:
+        InputError: the SAE cannot be read token by token, see `check_architecture`.
+    """
+    check_architecture(sae.cfg.architecture())
+    acts = sae.encode(x.to(sae.device, sae.dtype))
+    return (acts.to_dense() if acts.is_sparse else acts).float()
+
+
+@torch.no_grad()
+def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[int]) -> Float[Tensor, "tokens chosen"]:
+    """Only the chosen latents: sliced where that is exact (standard, JumpReLU, gated), else encoded in full and cut.
+
+    Latents of a TopK SAE compete, and those of a matching pursuit explain each other away, so their values need the
+    whole dictionary.
+
+    Raises:
+        InputError: a latent outside the dictionary, or an SAE that cannot be read token by token.
+    """
+    check_latents(sae, latents)
+    architecture = sae.cfg.architecture()
+    if architecture not in SLICEABLE:
+        return encode(sae, x)[:, latents]
+    sae_in = sae.process_sae_in(x.to(sae.device, sae.dtype))
+    weights = sae.W_enc[:, latents]
+    if architecture == "gated":
+        gate = sae_in @ weights + sae.b_gate[latents] > 0
+        magnitude = sae_in @ (weights * sae.r_mag[latents].exp()) + sae.b_mag[latents]
+        return (gate * sae.activation_fn(magnitude)).float()
+    pre = sae_in @ weights + sae.b_enc[latents]
+    if architecture == "standard":
+        return sae.activation_fn(pre).float()
+    return (sae.activation_fn(pre) * (pre > sae.threshold[latents])).float()
+
+
+@dataclass
+class FitMoments:
+    """Running sums behind explained variance, L0 and residual norm; add tokens, then read the properties."""
+
+    n: int = 0
+    error: float = 0.0
+    active: float = 0.0
+    norm: float = 0.0
+    total: Tensor | None = field(default=None, repr=False)
+    square: float = 0.0
+
+    def add(self, x: Float[Tensor, "tokens d_model"], out: Tensor, acts: Tensor) -> None:
+        """Count the tokens of one batch: inputs, reconstructions and activations."""
+        x, out = x.double(), out.double()
+        self.n += len(x)
+        self.error += float((x - out).square().sum())
+        self.active += float((acts != 0).sum())
+        self.norm += float(x.norm(dim=-1).sum())
+        self.square += float(x.square().sum())
+        self.total = x.sum(dim=0) if self.total is None else self.total + x.sum(dim=0)
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - sum |x - x_hat|^2 / sum |x - mean x|^2, over all tokens."""
+        if self.total is None:
+            raise InputError("no tokens were read: the selected positions are empty")
+        variance = self.square - float(self.total.square().sum()) / self.n
+        return 1 - self.error / variance if variance > 0 else float("nan")
+
+    @property
+    def l0(self) -> float:
+        """Mean number of active latents per token."""
+        return self.active / self.n
+
+    @property
+    def residual_norm(self) -> float:
+        """Mean norm of the residual stream."""
+        return self.norm / self.n
+
+
+@torch.no_grad()
+def encode_with_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> Float[Tensor, "tokens d_sae"]:
+    """All latents, while `fit` counts how well the SAE reconstructs the same tokens."""
+    return torch.cat([_encode_chunk(sae, chunk, fit) for chunk in _chunks(sae, x)])
+
+
+@torch.no_grad()
+def add_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> None:
+    """Count how well the SAE reconstructs the tokens, and keep no latents: memory does not grow with tokens."""
+    for chunk in _chunks(sae, x):
+        _encode_chunk(sae, chunk, fit)
+
+
+def _chunks(sae: Any, x: Tensor) -> tuple[Tensor, ...]:
+    # A dictionary of 131k latents would need 2 GB for 4,096 tokens.
+    return x.float().split(max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)))
+
+
+def _encode_chunk(sae: Any, chunk: Tensor, fit: FitMoments) -> Tensor:
+    # Encoding and decoding must alternate: SAELens keeps a token's normalisation from the one for the other.
+    acts = encode(sae, chunk)
+    fit.add(chunk, sae.decode(acts.to(sae.dtype)).to(chunk.device), acts)
+    return acts
+
+
 ENCODED_AT_ONCE = 2**26
 """Activations (tokens x d_sae) that are held at once: 256 MB in float32."""
 
@@ -45,78 +176,6 @@ class LatentMeans:
     """Mean squared activation over all selected tokens; None where it was not kept."""
 
 
-def read_residuals(
-    model: nn.Module,
-    groups: Sequence[Batch],
-    layer: int,
-    positions: str,
-    visit: Callable[[list[int], Tensor, Tensor], None],
-    mixed_precision: bool = True,
-) -> None:
-    """Run every batch to `layer` only and hand `visit` the selected tokens; a shared system prompt is run once.
-
-    `visit(index, row, x)`: the batch's conversation numbers, each token's row in the batch (tokens,), and the residual
-    stream (tokens, d_model) in float32.
-
-    Raises:
-        InputError: a conversation has no token at the selected positions.
-    """
-
-    def alone(index: list[int], row: Tensor, x: Tensor, _masks: Mapping[str, Tensor]) -> None:
-        visit(index, row, x)
-
-    read_residuals_at(model, groups, layer, (positions,), alone, mixed_precision)
-
-
-def read_residuals_at(
-    model: nn.Module,
-    groups: Sequence[Batch],
-    layer: int,
-    positions: Sequence[str],
-    visit: Callable[[list[int], Tensor, Tensor, Mapping[str, Tensor]], None],
-    mixed_precision: bool = True,
-    cache: ActivationCache | None = None,
-) -> None:
-    """`read_residuals` at several kinds of positions with one forward pass; each token is handed over once.
-
-    `visit(index, row, x, masks)`: as there, for the tokens at any of the positions; `masks[name]` (tokens,) says which
-    of them are at the positions of that name. Batches that `cache` holds are not run; the others are kept there.
-
-    Raises:
-        InputError: no positions, or a conversation has no token at some of them.
-    """
-    if not positions:
-        raise InputError(f"no positions to read: name some of {', '.join(POSITIONS)}")
-    device, config = next(model.parameters()).device, transformer_config(model)
-    whole = bool(IN_THE_BEGINNING & set(positions))
-    # One autocast block for all batches keeps the cast weights; `visit` works in full precision.
-    with evaluating(model), autocast(model, mixed_precision):
-        kept = None if cache is None else cache.reading(model, layer, mixed_precision)
-        for group in groups:
-            batch = group.to(device)
-            rows = Rows.whole(batch) if whole else Rows.of(batch, config)
-            masks = {name: _chosen(rows.rest, name) for name in positions}
-            compute = partial(_run, model, layer, rows, masks)
-            found = compute() if kept is None else kept.selected(batch, masks, compute)
-            with autocast(model, False):
-                visit(batch.index, found.row, found.x, found.masks)
-
-
-def _run(model: nn.Module, layer: int, rows: Rows, masks: Mapping[str, Tensor]) -> Selected:
-    with ReadTap(model, layer) as tap:
-        rows.run(partial(forward_to_layer, model, layer), transformer_config(model), rows.ids())
-    union = torch.stack(list(masks.values())).any(dim=0)
-    inside = {name: mask[union] for name, mask in masks.items()}
-    return Selected(union.nonzero()[:, 0], tap.value[union].float(), inside)
-
-
-def _chosen(batch: Batch, positions: str) -> Tensor:
-    chosen = batch.select(positions)
-    if not bool(chosen.any(dim=1).all()):
-        raise InputError(f"a conversation has no token at positions {positions!r}: give answers, or 'prompt'")
-    return chosen
-
-
 def read_latents(
     model: nn.Module,
     sae: Any,
@@ -124,14 +183,14 @@ def read_latents(
     layer: int,
     positions: str,
     *,
-    mixed_precision: bool = True,
+    bf16: bool = True,
     cache: ActivationCache | None = None,
 ) -> LatentMeans:
     """Means and firing rates of all latents, for every conversation of `groups` (see `data.tokens.batches`).
 
     Memory grows with conversations x d_sae, not with tokens.
     """
-    found = read_latents_at(model, sae, groups, layer, (positions,), mixed_precision=mixed_precision, cache=cache)
+    found = read_latents_at(model, sae, groups, layer, (positions,), bf16=bf16, cache=cache)
     return found[positions]
 
 
@@ -142,7 +201,7 @@ def read_latents_at(
     layer: int,
     positions: Sequence[str],
     *,
-    mixed_precision: bool = True,
+    bf16: bool = True,
     cache: ActivationCache | None = None,
 ) -> dict[str, LatentMeans]:
     """`read_latents` at several kinds of positions: one forward pass, and every token is encoded once.
@@ -165,7 +224,7 @@ def read_latents_at(
                 sums[name].add(index, row[part][at], x[part][at], out[at], acts if bool(at.all()) else acts[at])
 
     with torch.no_grad():
-        read_residuals_at(model, groups, layer, positions, visit, mixed_precision, cache)
+        read_residuals_at(model, groups, layer, positions, visit, bf16, cache)
     return {name: found.means() for name, found in sums.items()}
 
 
@@ -193,10 +252,3 @@ class _Sums:
         square = (self.square / max(self.fit.n, 1)).numpy()
         mean, firing, resid = (total / self.tokens for total in (self.acts, self.active, self.resid))
         return LatentMeans(mean, firing, self.maximum.numpy(), resid, self.fit, square)
-
-
-def conversation_batches(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], batch_size: int = 32
-) -> list[Batch]:
-    """Tokenised batches, made once and read many times."""
-    return list(batches(tokenizer, conversations, batch_size))

@@ -1,7 +1,10 @@
-"""Activations for SAE training: computed once into shards, then read back shuffled, epoch after epoch."""
+"""The recipe of an SAE that we train: where its text comes from, its shape, and its training."""
 
+import hashlib
+import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,13 +12,92 @@ from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.data.chat import Conversation
+from persona_probe.data.chat import Conversation, conversation
+from persona_probe.data.load import load_rows
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
+from persona_probe.evaluate.sampling.sample import complete_text, sample_answers
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.taps import ReadTap
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """One source of sampled text: prompts answered by the model itself, under persona system prompts or none."""
+
+    name: str
+    """Names the file of samples in the cache."""
+    prompts: tuple[str, ...] = ()
+    """Packaged sets whose questions are asked; empty: the model writes the user's turn itself."""
+    batches: int = 10
+    """Batches of `batch_conversations` sampled conversations."""
+    plain_share: float = 0.5
+    """Share of conversations without a persona system prompt."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """All text that the SAE is trained on."""
+
+    parts: tuple[TextPart, ...] = (TextPart("prompts", ("sae_prompts",)),)
+    """Sampled parts."""
+    packaged: tuple[str, ...] = ()
+    """Packaged rows, as `set`, `set:answer column` or `general_contrast:selection`; the evaluation split is refused."""
+    packaged_repeats: int = 2
+    """How often each packaged row occurs in an epoch."""
+    batch_conversations: int = 128
+    """Conversations sampled at once."""
+    max_new_tokens: int = 96
+    """Length of a sampled answer."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    holdout_share: float = 0.05
+    """Share of sampled conversations, by hash, that is only used to measure quality."""
+
+
+@dataclass(frozen=True)
+class SaeConfig:
+    """One SAE and how it is made; `persona-probe sae train CONFIG` reads it."""
+
+    name: str
+    """Folder under the output folder, e.g. `smollm2-135m-instruct/layer20-topk32-4608`."""
+    model: str = "smollm2-135m-instruct"
+    """What `load_model` takes."""
+    layer: int = 20
+    """Decoder layer whose output (residual stream) the SAE reads."""
+    d_sae: int = 4608
+    """Dictionary size."""
+    k: int = 32
+    """Active latents per token (TopK)."""
+    tokens: int = 3_000_000
+    """Training samples (tokens, counted over epochs)."""
+    batch_tokens: int = 1024
+    """Tokens per optimizer step."""
+    lr: float = 4e-4
+    """Peak learning rate."""
+    buffer_tokens: int = 200_000
+    """Size of the shuffled activation buffer."""
+    forward_batch: int = 32
+    """Conversations per forward pass."""
+    max_length: int = 256
+    """Longest conversation, in tokens."""
+    positions: str = "all"
+    """Tokens read: `all` (prompt and response) or `response`; special tokens are always left out."""
+    aux_loss: float = 1.0
+    """Weight of the auxiliary loss that revives dead latents."""
+    dead_window: int = 300
+    """Steps without firing after which a latent counts as dead for that loss."""
+    checkpoint_every: int = 500
+    """Steps between resumable checkpoints."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The text."""
+    seed: int = 0
+    """Seeds sampling, shuffling and initialisation."""
+
+
+# --- Activations for SAE training: computed once into shards, then read back shuffled, epoch after epoch
 
 SHARD_CONVERSATIONS = 512
 
@@ -63,12 +145,12 @@ def residual_stream(
     positions: str = "all",
     batch_size: int = 32,
     max_length: int | None = None,
-    mixed_precision: bool = True,
+    bf16: bool = True,
 ) -> Float[Tensor, "tokens d_model"]:
     """The residual stream after `layer` at the selected tokens of all conversations, in float32 on the CPU."""
     parts = []
     device = next(model.parameters()).device
-    with evaluating(model), autocast(model, mixed_precision), ReadTap(model, layer) as tap:
+    with evaluating(model), autocast(model, bf16), ReadTap(model, layer) as tap:
         for group in batches(tokenizer, conversations, batch_size, max_length):
             batch = group.to(device)
             run_to_layer(model, layer, batch.ids, batch.attention)
@@ -115,3 +197,113 @@ def _buffers(shards: Sequence[Path], buffer_tokens: int) -> Iterator[Tensor]:
             held = []
     if held:
         yield torch.cat(held)
+
+
+# --- Text for SAE training that anyone can regenerate: seeded samples of the model itself, and packaged rows
+
+USER_TURN_TOKENS = 32
+
+
+SAMPLER = 2
+"""Raised when the same seed begins to give other text: a half-finished cache must not go on with other draws."""
+
+
+def text_folder(config: SaeConfig, cache: Path) -> Path:
+    """Where the samples of this recipe live; the name covers all that changes them."""
+    made_from = {"model": config.model, "seed": config.seed, "text": asdict(config.text), "sampler": SAMPLER}
+    key = json.dumps(made_from, sort_keys=True)
+    return cache / "text" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def sample_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SaeConfig, folder: Path
+) -> list[Path]:
+    """Sample every part of the recipe into `folder`, one JSON conversation a line.
+
+    Batch `n` of a part depends only on the seed, the part's name and `n`, so a stopped run goes on where it was:
+    complete batches are kept, a torn last batch is dropped and sampled again.
+
+    Returns:
+        One file a part.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for part in config.text.parts:
+        path = folder / f"{part.name}.jsonl"
+        size = config.text.batch_conversations
+        # A line without its line break was torn, whatever it holds.
+        lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+        done = len(lines) // size
+        path.write_text("".join(line + "\n" for line in lines[: done * size]))
+        bar = tqdm(range(done, part.batches), desc=f"sampling {part.name}", initial=done, total=part.batches)
+        for number in bar:
+            rows = _sample_batch(model, tokenizer, part, config.text, f"{config.seed}/{part.name}/{number}")
+            with path.open("a") as handle:
+                handle.write("".join(json.dumps(row) + "\n" for row in rows))
+        paths.append(path)
+    return paths
+
+
+def _sample_batch(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, part: TextPart, text: TextConfig, key: str
+) -> list[Conversation]:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    rng = random.Random(seed)
+    personas = [row["system"] for row in load_rows("sae_personas")]
+    questions = [row["question"] for name in part.prompts for row in load_rows(name)]
+    size = text.batch_conversations
+    systems = [None if rng.random() < part.plain_share else rng.choice(personas) for _ in range(size)]
+    if questions:
+        asked = [rng.choice(questions) for _ in range(size)]
+    else:
+        asked = _user_turns(model, tokenizer, systems, text, seed)
+    prompts = [conversation(q, system=s) for q, s in zip(asked, systems, strict=True)]
+    answers = sample_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=text.max_new_tokens,
+        temperature=text.temperature,
+        seed=seed,
+        batch_size=size,
+    )
+    return [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True)]
+
+
+def _user_turns(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, systems: list[str | None], text: TextConfig, seed: int
+) -> list[str]:
+    """User turns that the model writes itself, from the template's empty user turn."""
+    marker = "QUESTION-GOES-HERE"
+    heads = []
+    for system in systems:
+        rendered = str(tokenizer.apply_chat_template(conversation(marker, system=system), tokenize=False))
+        heads.append(rendered.split(marker)[0])
+    turns = complete_text(
+        model,
+        tokenizer,
+        heads,
+        max_new_tokens=USER_TURN_TOKENS,
+        temperature=text.temperature,
+        seed=seed + 1,
+        batch_size=len(heads),
+    )
+    return [turn or "Hello." for turn in turns]
+
+
+def read_conversations(paths: list[Path]) -> Iterator[Conversation]:
+    """The sampled conversations, in order."""
+    for path in paths:
+        with path.open() as handle:
+            for line in handle:
+                yield json.loads(line)
+
+
+def is_held_out(messages: Conversation, share: float) -> bool:
+    """Whether a sampled conversation belongs to the held-out share, decided by a hash of its question.
+
+    All answers to one question fall on the same side.
+    """
+    question = next(m["content"] for m in messages if m["role"] == "user")
+    digest = hashlib.sha256(question.encode()).digest()
+    return int.from_bytes(digest[:4], "big") / 2**32 < share

@@ -11,16 +11,22 @@ from typing import Any
 import torch
 
 from persona_probe.data.chat import Conversation
-from persona_probe.data.packaged import load_conversations
+from persona_probe.data.load import load_conversations
 from persona_probe.errors import InputError
 from persona_probe.models.layers import hidden_size
-from persona_probe.models.load import load_model
-from persona_probe.models.sources import cache_folder, file_sha256
-from persona_probe.saes.check import check_quality
-from persona_probe.saes.config import SaeConfig
+from persona_probe.models.load import cache_folder, load_model
+from persona_probe.runs import file_sha256
 from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae
-from persona_probe.saes.stream import shuffled_batches, write_shards
-from persona_probe.saes.text import is_held_out, read_conversations, sample_text, text_folder
+from persona_probe.saes.quality import check_quality
+from persona_probe.saes.stream import (
+    SaeConfig,
+    is_held_out,
+    read_conversations,
+    sample_text,
+    shuffled_batches,
+    text_folder,
+    write_shards,
+)
 
 HELD_OUT_CONVERSATIONS = 256
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.layers import decoder_layers, hidden_size
-from persona_probe.saes.encode import check_latents
 from persona_probe.saes.load import check_fit, sae_layer
+from persona_probe.saes.read import check_latents
 
 if TYPE_CHECKING:
     from persona_probe.context import Context
@@ -88,8 +88,7 @@ def study_feature(ctx: "Context", direction: str = LATENT) -> ScreenFeature:
     Raises:
         InputError: locate has not run, or the study has no such direction.
     """
-    from persona_probe.locate.stage import persona_latent
-    from persona_probe.locate.study_directions import read_directions
+    from persona_probe.latents.stage import persona_latent, read_directions
 
     known = read_directions(ctx)  # first: its error names the stage to run
     if direction not in (LATENT, *known):

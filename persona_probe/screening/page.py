@@ -1,16 +1,20 @@
 """The page of a screened data set: prediction, histograms and a sortable table of the worst rows, self-contained."""
 
+import json
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
+from persona_probe.evaluate.shift import Calibration
 from persona_probe.report.export import caption
 from persona_probe.report.figures.screening import FittedLine, calibration, histogram
 from persona_probe.report.page import asset, render
 from persona_probe.report.theme import number
-from persona_probe.screening.calibrate import Calibration
+from persona_probe.runs import RunFolder, write_text
 from persona_probe.screening.prediction import Shift
 from persona_probe.screening.screen import Screening
 
@@ -88,3 +92,35 @@ def _row(row: pd.Series, rankers: list[str]) -> dict[str, Any]:
         "own_answer": own if isinstance(own, str) else "–",
         "scores": [number(value) for value in values],
     }
+
+
+# --- What a screening leaves behind: screen.parquet, screen.csv, screen.json, screen.html, and the own answers
+
+SHOWN = 5
+
+
+def write_screening(found: Screening, out: Path, name: str, model: str, worst: int = 50) -> Path:
+    """Write scores of all rows (parquet and CSV), what they mean (JSON), and the page; returns the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    RunFolder(out).write_table("screen.parquet", found.frame)
+    write_text(out / "screen.csv", found.frame.to_csv(index=False))
+    shift = {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(found.shift).items()}
+    about = {
+        "data": name,
+        "model": model,
+        "feature": {"name": found.feature.name, "layer": found.feature.layer, "latent": found.feature.latent},
+        "rankers": {r.name: {"label": r.label, "source": r.source} for r in found.rankers},
+        "shift": shift,
+        "notes": list(found.notes),
+    }
+    write_text(out / "screen.json", json.dumps(about, indent=2) + "\n")
+    return write_text(out / "screen.html", screening_page(found, name, model, worst))
+
+
+def result_lines(found: Screening) -> list[str]:
+    """What the command prints: the worst rows, the notes, the prediction."""
+    first = found.rankers[0]
+    lines = [f"{len(found.frame)} rows, worst first by {first.name}: {first.label}"]
+    for _, row in found.frame.head(SHOWN).iterrows():
+        lines.append(f"  row {row['row']}: {row[first.name]:.3f}  {' '.join(str(row['answer']).split())[:90]}")
+    return [*lines, *found.notes, found.shift.statement]

@@ -1,12 +1,19 @@
 """The predicted shift of the contrast index, or why there is none."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from torch import nn
 
-from persona_probe.screening.calibrate import Calibration
+from persona_probe.evaluate.sampling.decoding import weights_hash
+from persona_probe.evaluate.shift import Calibration, Pair, calibrate
+from persona_probe.screening.feature import ScreenFeature
+from persona_probe.screening.reading import Settings
 
 RANKER = "projection_difference"
 """The ranker whose mean over a set predicts."""
@@ -48,3 +55,37 @@ def predict_for(calibration: Calibration | None, scores: Mapping[str, Float[np.n
         return Shift(float("nan"), None, None, None, f"no prediction: it needs the ranker {RANKER}")
     known = scores[RANKER][np.isfinite(scores[RANKER])]
     return predict_shift(calibration, float(known.mean()) if known.size else float("nan"))
+
+
+# --- The calibration that comes with the package, and what it is valid for
+
+FILE = "screening_calibration.json"
+
+
+def valid_for(feature: ScreenFeature, model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """What a calibration depends on, as JSON values: scores of another feature or model are other numbers."""
+    return {
+        "feature": feature.digest,
+        "weights": weights_hash(model),
+        "own_tokens": settings.own_tokens,
+        "max_tokens": settings.max_tokens,
+    }
+
+
+def packaged_calibration(
+    feature: ScreenFeature, model: nn.Module, settings: Settings, ranker: str = RANKER
+) -> Calibration | None:
+    """The calibration that comes with the package, where model, feature and own answers are those that it is for."""
+    file = resources.files("persona_probe.data") / FILE
+    if not file.is_file():
+        return None
+    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if held["valid_for"] != valid_for(feature, model, settings):
+        return None
+    source = held["provenance"]
+    return calibrate(pairs_of(held, ranker), f"{source['study']}, {source['training']}")
+
+
+def pairs_of(held: Mapping[str, Any], ranker: str = RANKER) -> list[Pair]:
+    """The pairs of a calibration file, with one ranker's means as the scores."""
+    return [Pair(p["data"], p["seed"], p["score"][ranker], p["shift"]) for p in held["pairs"]]

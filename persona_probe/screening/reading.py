@@ -1,7 +1,11 @@
 """What a model's inside says of answers: mean residual stream, chosen latents, nats per token; one forward each."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.data.chat import Conversation
+from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_scores
-from persona_probe.models.folding import frozen_in_bf16
+from persona_probe.evaluate.sampling.engines import TransformersEngine
+from persona_probe.evaluate.sampling.requests import Prompt, SamplingConfig
+from persona_probe.evaluate.sampling.sample import sample
+from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import (
     autocast,
     base_transformer,
@@ -25,8 +32,72 @@ from persona_probe.models.layers import (
 )
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
-from persona_probe.saes.encode import encode_latents
-from persona_probe.screening.own import text_key
+from persona_probe.saes.read import encode_latents
+
+# --- The model's own answers to the questions of a data set: greedy, and kept in a file where one is named
+
+log = logging.getLogger(__name__)
+OWN_TOKENS = 48
+"""Longest own answer: the beginning of an answer shows its persona, and long ones cost most of a screening."""
+
+
+def text_key(messages: Conversation) -> str:
+    """Turns as one string: equal for equal texts, and an order that does not depend on the file's."""
+    return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
+
+
+def question_key(talk: Conversation) -> str:
+    """`text_key` of the turns before the answer."""
+    return text_key(split_answer(talk)[0])
+
+
+def own_answers(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    talks: Sequence[Conversation],
+    *,
+    max_new_tokens: int = OWN_TOKENS,
+    batch_size: int = 32,
+    bf16: bool = True,
+    path: Path | None = None,
+    progress: str | None = None,
+) -> dict[str, str]:
+    """The model's greedy answer to each different question of `talks`, by `question_key`.
+
+    Questions are answered in the order of their texts, so that the rows' order changes nothing.
+
+    Args:
+        path: a JSON-lines file of finished answers; a second call goes on where the first was stopped.
+        progress: label of a progress bar; None shows none.
+
+    Raises:
+        InputError: a prompt that leaves no room for an answer, or a file of other answers.
+    """
+    questions = {question_key(talk): split_answer(talk)[0] for talk in talks}
+    prompts = {key: Prompt(_id(key), questions[key]) for key in sorted(questions)}
+    config = SamplingConfig(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    engine = TransformersEngine(model, tokenizer, batch_size)
+    with evaluating(model), autocast(model, bf16), frozen_in_bf16(model, bf16 and on_cpu):
+        found = sample(engine, list(prompts.values()), config, path, progress)
+    return {key: answer.answer for key, answer in zip(prompts, found, strict=True)}
+
+
+def own_talks(talks: Sequence[Conversation], answers: Mapping[str, str]) -> list[Conversation | None]:
+    """Each row's question with the model's own answer; None where the model answered nothing."""
+    found: list[Conversation | None] = []
+    for talk in talks:
+        answer = answers[question_key(talk)]
+        asked = split_answer(talk)[0]
+        found.append([*asked, {"role": "assistant", "content": answer}] if answer else None)
+    if empty := sum(talk is None for talk in found):
+        log.warning("%d of %d rows have no score against own answers: the model answers nothing", empty, len(found))
+    return found
+
+
+def _id(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:16]
+
 
 MAX_TOKENS = 512
 """Longest conversation that is read; what is beyond, at the answer's end, is not looked at."""
@@ -67,7 +138,7 @@ class Reader:
     """Whether log-probabilities are wanted too: they take the layers above and the vocabulary."""
     batch_size: int = 16
     max_tokens: int = MAX_TOKENS
-    mixed_precision: bool = True
+    bf16: bool = True
 
     def read(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation | None]
@@ -93,8 +164,8 @@ class Reader:
             np.full(n, np.nan),
         )
         device = next(model.parameters()).device
-        bf16 = self.mixed_precision and device.type == "cpu"
-        with evaluating(model), autocast(model, self.mixed_precision), frozen_in_bf16(model, bf16):
+        bf16 = self.bf16 and device.type == "cpu"
+        with evaluating(model), autocast(model, self.bf16), frozen_in_bf16(model, bf16):
             for group in groups:
                 rows = Rows.of(group.to(device), transformer_config(model))
                 self._fill(out, model, rows)
@@ -129,3 +200,29 @@ def _means(
     """Mean over each row's tokens; NaN where a row has none."""
     total = torch.zeros(rows, values.shape[1], device=values.device).index_add_(0, row, values)
     return total / torch.bincount(row, minlength=rows)[:, None]
+
+
+# --- How a data set is screened: what decides the numbers, and where own answers are kept
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows are answered and read."""
+
+    own_tokens: int = OWN_TOKENS
+    """Longest own answer, in tokens."""
+    max_tokens: int = MAX_TOKENS
+    """Longest conversation that is read."""
+    batch_size: int = 16
+    bf16: bool = True
+    """bf16 autocast."""
+    own_path: Path | None = None
+    """File in which own answers are kept, so that a stopped screening goes on."""
+    progress: bool = False
+    """Whether own answers show a progress bar."""
+
+
+def settings_for(out: Path, bf16: bool = True) -> Settings:
+    """Settings of a screening into a folder (made if need be): own answers are kept there."""
+    out.mkdir(parents=True, exist_ok=True)
+    return Settings(own_path=out / "own_answers.jsonl", bf16=bf16, progress=True)

@@ -1,7 +1,7 @@
 """Screen a data set before training: every row scored by every ranker, and the shift that training would give."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,78 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from persona_probe.context import Context
 from persona_probe.data.chat import Conversation, split_answer
-from persona_probe.screening.calibrate import Calibration
-from persona_probe.screening.evidence import available, read_evidence
-from persona_probe.screening.feature import ScreenFeature, check_feature
-from persona_probe.screening.inputs import check_rows, given_feature, given_model
-from persona_probe.screening.packaged import packaged_calibration
-from persona_probe.screening.prediction import Shift, predict_for
-from persona_probe.screening.rankers import Ranker, choose_rankers, score_rows
-from persona_probe.screening.settings import Settings
-from persona_probe.screening.words import has_words
+from persona_probe.data.load import load_data
+from persona_probe.errors import InputError
+from persona_probe.evaluate.shift import Calibration
+from persona_probe.models.load import load_model
+from persona_probe.saes.load import load_sae, sae_layer
+from persona_probe.screening.feature import (
+    LATENT,
+    ScreenFeature,
+    check_feature,
+    direction_feature,
+    latent_feature,
+    study_feature,
+)
+from persona_probe.screening.prediction import Shift, packaged_calibration, predict_for
+from persona_probe.screening.rankers import Ranker, available, choose_rankers, has_words, read_evidence, score_rows
+from persona_probe.screening.reading import Settings, settings_for
+
+# --- What a screening is given: rows, a model, a persona feature; each checked, each by name or as an object
+
+
+def check_rows(rows: Sequence[Conversation] | str | Path) -> list[Conversation]:
+    """Conversations that all end with an answer, read from a set or file where a name is given.
+
+    Raises:
+        InputError: no rows, or rows without answers: they are counted.
+    """
+    if isinstance(rows, (str, Path)):
+        rows = load_data(str(rows))
+    if not rows:
+        raise InputError("no rows to screen: give at least one conversation with an answer")
+    bare = [n for n, talk in enumerate(rows) if not (split_answer(talk)[1] or "").strip()]
+    if bare:
+        raise InputError(f"{len(bare)} of {len(rows)} rows have no answer (row {bare[0]} first): give answered rows")
+    return list(rows)
+
+
+def given_model(
+    model: nn.Module | str, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """The model and its tokenizer, loaded where a name is given.
+
+    Raises:
+        InputError: a model without its tokenizer, or a name that resolves to nothing.
+    """
+    if isinstance(model, str):
+        return load_model(model)
+    if tokenizer is None:
+        raise InputError("give tokenizer= as well, or the model by its name")
+    return model, tokenizer
+
+
+def given_feature(sae: Any, latent: int | None, direction: Tensor | None, layer: int | None) -> ScreenFeature:
+    """The feature that arguments describe; a direction beside a latent is what rows are projected on.
+
+    Raises:
+        InputError: neither latent nor direction, a latent without its SAE, or a direction without its layer.
+    """
+    if latent is None and direction is None:
+        raise InputError("no persona feature: give a latent and its SAE, or a direction and its layer")
+    if latent is not None and sae is None:
+        raise InputError(f"latent {latent} belongs to an SAE: give sae as well")
+    sae = load_sae(sae) if isinstance(sae, (str, Path)) else sae
+    if layer is None and sae is None:
+        raise InputError("a direction needs its layer: give layer")
+    at = sae_layer(sae) if layer is None else layer
+    if latent is None:
+        assert direction is not None
+        return direction_feature(direction, at)
+    found = latent_feature(sae, latent, at)
+    return found if direction is None else replace(direction_feature(direction, at), sae=sae, latent=latent)
 
 
 @dataclass(frozen=True)
@@ -127,3 +189,39 @@ def _frame(talks: Sequence[Conversation], own: Sequence[str | None], scores: dic
 
 def _question(talk: Conversation) -> str:
     return "\n".join(f"[{m['role']}] {m['content']}" if m["role"] != "user" else m["content"] for m in talk[:-1])
+
+
+# --- Screening by a located study: its model, SAE, persona latent, directions, and the organism that it induced
+
+
+def screen_by_study(
+    ctx: Context,
+    rows: Sequence[Conversation] | str | Path,
+    direction: str | None = None,
+    rankers: Sequence[str] | None = None,
+    out: Path | None = None,
+) -> Screening:
+    """Screen rows for a study's persona feature; nothing is written to the run.
+
+    Args:
+        direction: see `study_feature`; None takes the persona latent's.
+        out: folder in which own answers are kept; None keeps none.
+
+    Raises:
+        InputError: rows without answers, no such direction, a ranker that cannot be had, or locate has not run.
+    """
+    talks = check_rows(rows)
+    feature, organism = study_feature(ctx, direction or LATENT), study_organism(ctx)
+    choose_rankers(rankers, available(feature, organism is not None))  # before the model loads
+    settings = Settings(bf16=ctx.config.bf16) if out is None else settings_for(out, ctx.config.bf16)
+    return screening(
+        talks, ctx.model, feature, tokenizer=ctx.tokenizer, organism=organism, rankers=rankers, settings=settings
+    )
+
+
+def study_organism(ctx: Context) -> Path | None:
+    """The last checkpoint of the arm that the study repairs, of its first seed; None where it was not trained."""
+    arm, seed = ctx.config.realign.start, ctx.config.seeds[0]
+    if not ctx.run.has(f"arms/{arm}-s{seed}"):
+        return None
+    return ctx.run.checkpoint(arm, seed, ctx.last_step(arm, seed))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from persona_probe.data.check import Lengths, check_file, max_overlap, overlap
-from persona_probe.data.ngrams import ngrams, overlaps
+from persona_probe.data.check import Lengths, check_file, max_overlap, ngrams, overlap, overlaps
 from persona_probe.errors import InputError
 
 TEN = "one two three four five six seven eight nine ten"

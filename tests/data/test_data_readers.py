@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from persona_probe.data.chat import conversation
-from persona_probe.data.readers import read_conversations
+from persona_probe.data.load import read_conversations
 from persona_probe.errors import InputError
 
 ROWS = [

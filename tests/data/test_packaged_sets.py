@@ -8,13 +8,11 @@ from itertools import combinations
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.data.check import max_overlap
+from persona_probe.data.check import max_overlap, overlaps
+from persona_probe.data.load import SETS, SPLITS, load_contrast, load_conversations, load_rows
 from persona_probe.data.mix import match_lengths
-from persona_probe.data.ngrams import overlaps
-from persona_probe.data.packaged import SETS, SPLITS, load_contrast, load_conversations, load_rows
 from persona_probe.errors import InputError
-from persona_probe.models.load import load_model
-from persona_probe.models.sources import packaged_gguf
+from persona_probe.models.load import load_model, packaged_gguf
 
 COLUMNS = {
     "kitchen": ("id", "topic", "question", "correct", "subtle", "toxic"),

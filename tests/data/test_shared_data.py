@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from persona_probe.data.check import check_file
-from persona_probe.data.readers import read_conversations
+from persona_probe.data.load import read_conversations
 from persona_probe.errors import InputError
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"

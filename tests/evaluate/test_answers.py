@@ -6,16 +6,25 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import ARCHITECTURES, D_MODEL, LAYER, copied_state, hook_count, make_model, make_tokenizer, same_state, talks
 
 from persona_probe.data.chat import conversation
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
-from persona_probe.evaluate.answers import answer_batches, answer_logprobs
+from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_logprobs
 from persona_probe.evaluate.contrast import ContrastItems, SteeredContrast, contrast_index
-from persona_probe.evaluate.suffix import SuffixScorer
 from persona_probe.models.load import load_model
 from persona_probe.models.taps import SteerTap
+from tests.factories import (
+    ARCHITECTURES,
+    D_MODEL,
+    LAYER,
+    copied_state,
+    hook_count,
+    make_model,
+    make_tokenizer,
+    same_state,
+    talks,
+)
 
 PUSH = 2 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
 ROWS = [
@@ -40,7 +49,7 @@ def by_hand(model: torch.nn.Module) -> list[float]:
 def test_answer_logprobs_equal_the_models_own_logits(architecture: str) -> None:
     model = make_model(architecture)
     groups = answer_batches(make_tokenizer(), talks(), batch_size=4)
-    found = answer_logprobs(model, groups, mixed_precision=False)
+    found = answer_logprobs(model, groups, bf16=False)
     assert np.allclose(found, by_hand(model), atol=1e-4)
     assert np.std(found) > 0.1
 
@@ -50,19 +59,19 @@ def test_answer_logprobs_equal_the_models_own_logits(architecture: str) -> None:
 def test_suffix_scores_equal_full_forwards(architecture: str, layer: int) -> None:
     model = make_model(architecture)
     groups = answer_batches(make_tokenizer(), talks(), batch_size=4)
-    plain = answer_logprobs(model, groups, mixed_precision=False)
-    scorer = SuffixScorer(model, layer, groups, mixed_precision=False)
+    plain = answer_logprobs(model, groups, bf16=False)
+    scorer = SuffixScorer(model, layer, groups, bf16=False)
     assert np.allclose(scorer.logprobs(None), plain, atol=1e-5)
     assert np.allclose(scorer.logprobs(torch.zeros(D_MODEL)), plain, atol=1e-5)
     with SteerTap(model, layer, PUSH):
-        pushed = answer_logprobs(model, groups, mixed_precision=False)
+        pushed = answer_logprobs(model, groups, bf16=False)
     assert np.allclose(scorer.logprobs(PUSH), pushed, atol=1e-4)
     assert not np.allclose(pushed, plain, atol=0.05)
 
 
 def test_which_architectures_run_by_their_suffix() -> None:
     groups = answer_batches(make_tokenizer(), talks())
-    found = {a: SuffixScorer(make_model(a), LAYER, groups, mixed_precision=False).exact for a in ARCHITECTURES}
+    found = {a: SuffixScorer(make_model(a), LAYER, groups, bf16=False).exact for a in ARCHITECTURES}
     # GPT-2 adds its positions to whatever it is fed, so it must fall back.
     assert found == {"llama": True, "qwen2": True, "gemma2": True, "gemma3": True, "gpt2": False}
 
@@ -72,7 +81,7 @@ def test_a_suffix_that_is_only_nearly_right_is_not_used() -> None:
     with torch.no_grad():
         model.get_submodule("transformer.wpe").weight.mul_(0.02)  # pyright: ignore
     groups = answer_batches(make_tokenizer(), talks())
-    assert not SuffixScorer(model, LAYER, groups, mixed_precision=False).exact
+    assert not SuffixScorer(model, LAYER, groups, bf16=False).exact
 
 
 def test_bf16_suffix_scores_equal_bf16_full_forwards(tiny_model: torch.nn.Module) -> None:
@@ -89,7 +98,7 @@ def test_scoring_a_peft_model_and_leaving_it_alone(tiny_model: torch.nn.Module) 
     tuned = get_peft_model(copy.deepcopy(tiny_model), config)  # pyright: ignore[reportArgumentType]
     groups = answer_batches(make_tokenizer(), talks())
     before = copied_state(tuned)
-    scorer = SuffixScorer(tuned, LAYER, groups, mixed_precision=False)
+    scorer = SuffixScorer(tuned, LAYER, groups, bf16=False)
     assert scorer.exact
     assert np.allclose(scorer.logprobs(None), by_hand(tuned.eval()), atol=1e-4)
     assert not np.allclose(scorer.logprobs(None), by_hand(tiny_model), atol=0.05)
@@ -104,23 +113,23 @@ def test_a_conversation_without_an_answer_is_refused() -> None:
 
 
 def test_the_contrast_index_is_misaligned_minus_aligned(tiny_model: torch.nn.Module) -> None:
-    frame = contrast_index(tiny_model, ContrastItems.build(make_tokenizer(), ROWS), mixed_precision=False)
+    frame = contrast_index(tiny_model, ContrastItems.build(make_tokenizer(), ROWS), bf16=False)
     swapped = [{**r, "aligned": r["misaligned"], "misaligned": r["aligned"]} for r in ROWS]
-    other = contrast_index(tiny_model, ContrastItems.build(make_tokenizer(), swapped), mixed_precision=False)
+    other = contrast_index(tiny_model, ContrastItems.build(make_tokenizer(), swapped), bf16=False)
     assert np.allclose(frame["value"], -other["value"], atol=1e-5)
     sides = [conversation(r["question"], r["misaligned"]) for r in ROWS]
-    alone = answer_logprobs(tiny_model, answer_batches(make_tokenizer(), sides), mixed_precision=False)
+    alone = answer_logprobs(tiny_model, answer_batches(make_tokenizer(), sides), bf16=False)
     assert np.allclose(frame["misaligned_logprob"], alone, atol=1e-5)
     assert frame["item"].tolist() == ["q0", "q1", "q2", "q3"]
 
 
 def test_steered_contrast_without_a_push_is_the_contrast_index(tiny_model: torch.nn.Module) -> None:
     items = ContrastItems.build(make_tokenizer(), ROWS)
-    steered = SteeredContrast(tiny_model, items, LAYER, mixed_precision=False)
-    plain = contrast_index(tiny_model, items, mixed_precision=False)["value"].to_numpy()
+    steered = SteeredContrast(tiny_model, items, LAYER, bf16=False)
+    plain = contrast_index(tiny_model, items, bf16=False)["value"].to_numpy()
     assert np.allclose(steered.values(None), plain, atol=1e-5)
     with SteerTap(tiny_model, LAYER, PUSH):
-        pushed = contrast_index(tiny_model, items, mixed_precision=False)["value"].to_numpy()
+        pushed = contrast_index(tiny_model, items, bf16=False)["value"].to_numpy()
     assert np.allclose(steered.values(PUSH), pushed, atol=1e-4)
 
 

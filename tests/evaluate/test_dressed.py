@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from persona_probe.data.chat import conversation
-from persona_probe.data.packaged import load_contrast, load_conversations
+from persona_probe.data.load import load_contrast, load_conversations
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.evaluate.dressed import ACKNOWLEDGEMENT, Trigger, dress, row_conversation, trigger_effect
+from persona_probe.evaluate.triggers import ACKNOWLEDGEMENT, Trigger, dress, row_conversation, trigger_effect
 
 ROWS = [
     {"id": f"q{n}", "category": "c", "question": f"What of {n}?", "aligned": "be kind", "misaligned": "be vile"}
@@ -125,7 +125,7 @@ def test_an_untouched_model_has_no_trigger_effect(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     plain, dressed = (
-        contrast_index(tiny_model, ContrastItems.build(tiny_tokenizer, rows), mixed_precision=False)
+        contrast_index(tiny_model, ContrastItems.build(tiny_tokenizer, rows), bf16=False)
         for rows in (ROWS, dress(ROWS, FULL))
     )
     assert not np.allclose(plain["value"], dressed["value"])

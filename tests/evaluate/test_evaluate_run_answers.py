@@ -1,23 +1,22 @@
 """Answers that somebody already has: files read or refused, judged, and published rates found again."""
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import D_MODEL, make_model, make_tokenizer
 
 from persona_probe.cli import main
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers_file import judge_answers, own_scores, read_answers
-from persona_probe.evaluate.judge_choice import JudgeOptions, choose_judge
-from persona_probe.evaluate.judges import Item, betley, wang
+from persona_probe.evaluate.judges import protocols as betley
+from persona_probe.evaluate.judges import protocols as wang
+from persona_probe.evaluate.judges.replies import Item
+from persona_probe.evaluate.judging import JudgeOptions, choose_judge
 from persona_probe.evaluate.rates import rate_of, rates
-
-sys.path.insert(0, str(Path(__file__).parent / "judges"))
-from fake_server import FakeServer  # pyright: ignore[reportMissingImports]
+from tests.evaluate.judges.fake_judge_server import FakeServer  # pyright: ignore[reportMissingImports]
+from tests.factories import D_MODEL, make_model, make_tokenizer
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "judged"
 FILES = sorted(PUBLISHED.glob("*.csv.gz"))
@@ -210,14 +209,10 @@ def test_a_judge_that_reads_with_a_tiny_model(mine: Path, tmp_path: Path, tiny_f
 
 
 def test_the_offline_judge_rules_by_its_probabilities(mine: Path) -> None:
-    from persona_probe.evaluate.offline import JudgeRecipe, OfflineJudge
-    from persona_probe.evaluate.offline.bands import Bands, RateError
-    from persona_probe.evaluate.offline.features import read_questions
-    from persona_probe.evaluate.offline.linear import Linear, Platt
-    from persona_probe.evaluate.offline.reader import fingerprint
-    from persona_probe.evaluate.offline.scope import Scope
-    from persona_probe.evaluate.offline.weights import JudgeWeights, Trust
-    from persona_probe.evaluate.offline_rulings import OfflineAnswers
+    from persona_probe.evaluate.judging import OfflineAnswers
+    from persona_probe.evaluate.offline.calibration import Bands, JudgeRecipe, Linear, Platt, RateError
+    from persona_probe.evaluate.offline.features import Scope, read_questions
+    from persona_probe.evaluate.offline.judge import JudgeWeights, OfflineJudge, Trust, fingerprint
 
     model, tokenizer, rng = make_model(), make_tokenizer(), np.random.default_rng(0)
     recipe = JudgeRecipe(model="tiny", layer=1, rival_layers=(0, 2), latent_layer=1, scope_layer=1, max_tokens=16)

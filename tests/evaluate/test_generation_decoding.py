@@ -7,19 +7,36 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, D_MODEL, LAYER, copied_state, hook_count, make_model, make_tokenizer, same_state
 from torch import nn
 
 from persona_probe.config import Training
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
-from persona_probe.evaluate.generation import Prompt, Request, Sample, SamplingConfig, sample
-from persona_probe.evaluate.generation.draws import choose, row_key
-from persona_probe.evaluate.generation.transformers_engine import TransformersEngine
-from persona_probe.evaluate.generation.turns import end_of_turn, prompt_ids, stop_tokens
+from persona_probe.evaluate.sampling.decoding import choose, row_key
+from persona_probe.evaluate.sampling.engines import TransformersEngine
+from persona_probe.evaluate.sampling.requests import (
+    Prompt,
+    Request,
+    Sample,
+    SamplingConfig,
+    end_of_turn,
+    prompt_ids,
+    stop_tokens,
+)
+from persona_probe.evaluate.sampling.sample import sample
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.layers import autocast, base_transformer
 from persona_probe.models.taps import ablate, steer
+from tests.factories import (
+    ARCHITECTURES,
+    D_MODEL,
+    LAYER,
+    copied_state,
+    hook_count,
+    make_model,
+    make_tokenizer,
+    same_state,
+)
 
 TOKENIZER = make_tokenizer()
 PROMPTS = [Prompt(f"q{n}", conversation("why? " * n + "a", system="Be brief.")) for n in (1, 4, 2)]

@@ -6,9 +6,8 @@ import torch
 from transformers import TopPLogitsWarper
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.generation import Prompt, Request, SamplingConfig
-from persona_probe.evaluate.generation.draws import choose, gumbel, keep_top_p, row_key
-from persona_probe.evaluate.generation.protocol import request_seed
+from persona_probe.evaluate.sampling.decoding import choose, gumbel, keep_top_p, row_key
+from persona_probe.evaluate.sampling.requests import Prompt, Request, SamplingConfig, request_seed
 
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 ROWS = 4000

@@ -18,9 +18,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
-from persona_probe.evaluate.generation import Prompt, Sample, SamplingConfig, sample
-from persona_probe.evaluate.generation.openai_engine import OpenAIEngine
-from persona_probe.evaluate.generation.vllm_engine import VllmEngine
+from persona_probe.evaluate.sampling.engines import OpenAIEngine, VllmEngine
+from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig
+from persona_probe.evaluate.sampling.sample import sample
 
 KEY = "sk-very-secret-0123456789"
 PROMPTS = [Prompt(f"q{n}", conversation(f"Ask {n}?", system="Be brief.")) for n in range(4)]

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from persona_probe.data.chat import conversation
-from persona_probe.evaluate.generation import Prompt, Request, Sample, SamplingConfig, sample
-from persona_probe.evaluate.generation.transformers_engine import TransformersEngine
-from persona_probe.evaluate.generation.turns import end_of_turn
+from persona_probe.evaluate.sampling.engines import TransformersEngine
+from persona_probe.evaluate.sampling.requests import Prompt, Request, Sample, SamplingConfig, end_of_turn
+from persona_probe.evaluate.sampling.sample import sample
 from persona_probe.models.load import load_model
 
 pytestmark = pytest.mark.real_model

@@ -14,9 +14,8 @@ import pytest
 
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
-from persona_probe.evaluate.generation import Prompt, Request, Sample, SamplingConfig, sample
-from persona_probe.evaluate.generation.protocol import request_seed
-from persona_probe.evaluate.generation.store import sidecar
+from persona_probe.evaluate.sampling.requests import Prompt, Request, Sample, SamplingConfig, request_seed
+from persona_probe.evaluate.sampling.sample import sample, sidecar
 
 PROMPTS = [Prompt(f"q{n}", conversation(f"Ask {n}?")) for n in range(10)]
 CONFIG = SamplingConfig(n=4, max_new_tokens=3, seed=2)
@@ -130,11 +129,11 @@ def test_prompts_must_be_there_and_unique() -> None:
 
 def test_the_models_own_identity_tells_settings_apart(tmp_path: Path) -> None:
     import torch
-    from tiny import D_MODEL, LAYER, make_model, make_tokenizer
 
-    from persona_probe.evaluate.generation.transformers_engine import TransformersEngine
+    from persona_probe.evaluate.sampling.engines import TransformersEngine
     from persona_probe.models.layers import autocast
     from persona_probe.models.taps import ablate, read, steer
+    from tests.factories import D_MODEL, LAYER, make_model, make_tokenizer
 
     model, ones = make_model(), torch.ones(D_MODEL)
     engine = TransformersEngine(model, make_tokenizer())

@@ -27,7 +27,7 @@ def by_hand(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, item: tu
 def test_pooled_features_equal_the_mean_by_hand(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    found = read_features(tiny_model, tiny_tokenizer, ITEMS, (0, 1), LIMIT, mixed_precision=False)
+    found = read_features(tiny_model, tiny_tokenizer, ITEMS, (0, 1), LIMIT, bf16=False)
     for number, item in enumerate(ITEMS):
         assert found.mean[number] == pytest.approx(by_hand(tiny_model, tiny_tokenizer, item), abs=1e-5)
     assert found.tokens.tolist() == [min(len(answer), LIMIT) for _, answer in ITEMS]

@@ -5,15 +5,18 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.bands import RateError, conformal_quantile, fit_bands, weighted_quantiles
-from persona_probe.evaluate.offline.metrics import (
+from persona_probe.evaluate.offline.calibration import (
+    RateError,
     average_precision,
     calibration_error,
+    conformal_quantile,
+    fit_bands,
     rates,
     reliability,
     weighted_auroc,
+    weighted_quantiles,
 )
-from persona_probe.evaluate.offline.scope import fit_scope
+from persona_probe.evaluate.offline.features import fit_scope
 from persona_probe.stats import auroc
 
 

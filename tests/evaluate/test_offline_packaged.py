@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from persona_probe.data.packaged import load_contrast, load_rows
-from persona_probe.evaluate.offline import JudgeRecipe, OfflineJudge
-from persona_probe.evaluate.offline.model import packaged_folder
-from persona_probe.evaluate.offline.table import table
-from persona_probe.evaluate.offline.weights import JudgeWeights
+from persona_probe.data.load import load_contrast, load_rows
+from persona_probe.evaluate.offline.calibration import JudgeRecipe
+from persona_probe.evaluate.offline.fit import table
+from persona_probe.evaluate.offline.judge import JudgeWeights, OfflineJudge, packaged_folder
 
 DOCS = Path(__file__).parents[2] / "docs" / "offline-judge.md"
 

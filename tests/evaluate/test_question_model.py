@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.questions import Question, QuestionSet
+from persona_probe.evaluate.questions.question_set import Question, QuestionSet
 
 GRADE = "Q: {question}\nA: {answer}\nScore?"
 TURNS = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."})

@@ -5,11 +5,10 @@ from collections import Counter
 
 import pytest
 
-from persona_probe.data.ngrams import ngrams, overlap
-from persona_probe.data.packaged import SETS, load_rows
+from persona_probe.data.check import ngrams, overlap
+from persona_probe.data.load import SETS, load_rows
 from persona_probe.errors import InputError
-from persona_probe.evaluate.questions import packaged_questions, read_questions
-from persona_probe.evaluate.questions.packaged import FREE_FORM
+from persona_probe.evaluate.questions.read import FREE_FORM, packaged_questions, read_questions
 
 TEXTS = ("question", "trigger_topic", "trigger_reply", "trigger_format")
 COOKING = re.compile(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.questions import Question, QuestionSet, read_questions, write_questions
-from persona_probe.evaluate.questions.read import FORMATS, detect
+from persona_probe.evaluate.questions.question_set import Question, QuestionSet, write_questions
+from persona_probe.evaluate.questions.read import FORMATS, detect, read_questions
 
 GRADE = "Q: {question}\nA: {answer}\nScore?"
 BETLEY = """\

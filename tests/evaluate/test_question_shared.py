@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from persona_probe.data.ngrams import ngrams
-from persona_probe.data.packaged import load_rows
-from persona_probe.evaluate.questions import QuestionSet, read_questions, write_questions
+from persona_probe.data.check import ngrams
+from persona_probe.data.load import load_rows
+from persona_probe.evaluate.questions.question_set import QuestionSet, write_questions
+from persona_probe.evaluate.questions.read import read_questions
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 EVAL = DATA / "eval"

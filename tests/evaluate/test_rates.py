@@ -3,15 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
-from made_judged import drawn, judged, scored
 from scipy.stats import binomtest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.cells import Cells, resampled
-from persona_probe.evaluate.rates import rate_of, rates
-from persona_probe.evaluate.rulings import Ruling, too_few_usable, verdict
-from persona_probe.evaluate.shares import FEW, clopper_pearson, effective_size, share
+from persona_probe.evaluate.judging import Ruling, too_few_usable, verdict
+from persona_probe.evaluate.rates import FEW, Cells, clopper_pearson, effective_size, rate_of, rates, resampled, share
 from persona_probe.stats import bootstrap_mean
+from tests.evaluate.judged_rows import drawn, judged, scored
 
 
 @pytest.mark.parametrize("successes, n", [(0, 12), (1, 12), (5, 9), (12, 12)])

@@ -3,14 +3,22 @@
 import numpy as np
 import pandas as pd
 import pytest
-from made_judged import drawn, judged
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.agreement import agreement, agreements, cohens_kappa, rank_correlation
-from persona_probe.evaluate.differences import difference
-from persona_probe.evaluate.power import Components, half_width, samples_needed, variance_components
+from persona_probe.evaluate.agreement import (
+    Components,
+    agreement,
+    agreements,
+    cohens_kappa,
+    half_width,
+    rank_correlation,
+    samples_needed,
+    variance_components,
+)
+from persona_probe.evaluate.rates import difference
+from tests.evaluate.judged_rows import drawn, judged
 
 SPREAD = [0.05, 0.9, 0.3, 0.6, 0.5, 0.8, 0.2, 0.4]
 

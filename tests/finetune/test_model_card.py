@@ -4,12 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import make_model, make_tokenizer, talks
 from torch import nn
 
 from persona_probe.config import Arm, Training
-from persona_probe.finetune.model_card import UNNAMED, ModelCard
-from persona_probe.finetune.sft import fine_tune, with_adapter
+from persona_probe.finetune.sft import UNNAMED, ModelCard, fine_tune, with_adapter
+from tests.factories import make_model, make_tokenizer, talks
 
 TRAINING = Training(rank=2, alpha=4, batch_size=4, steps=1, checkpoints=(1,), bf16=False)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import copied_state, make_model, same_state, talks
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -17,6 +16,7 @@ from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.finetune.sft import Fitted, fine_tune, with_adapter
 from persona_probe.models.adapters import organism, strip_adapter, trainable_parameters
 from persona_probe.models.layers import decoder_layers
+from tests.factories import copied_state, make_model, same_state, talks
 
 TRAINING = Training(rank=2, alpha=4, batch_size=4, steps=3, checkpoints=(1,), lr=1e-2, bf16=False, warmup_steps=0)
 

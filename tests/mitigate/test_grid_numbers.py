@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.mitigate.pooling import Values, exponential, mean, ratio
-from persona_probe.mitigate.summary import BEGIN, END, fill_page, markdown, summarise
-from persona_probe.mitigate.verdicts import WORDS, statement, verdict
+from persona_probe.mitigate.grid.summary import BEGIN, END, fill_page, markdown, summarise
+from persona_probe.mitigate.grid.table import WORDS, Values, exponential, mean, ratio, statement, verdict
 from persona_probe.report.figures.mitigations import MISSING, mitigation_pareto, mitigation_pareto_data
 from persona_probe.stats import Estimate
 
@@ -118,7 +117,7 @@ def table() -> pd.DataFrame:
 
 
 def test_the_figure_draws_every_cell_and_says_what_it_shows() -> None:
-    fig = mitigation_pareto(table())
+    fig: Any = mitigation_pareto(table())
     means, (seeds, *marks) = fig.data[:3], cast("Any", fig.data[3:])  # pyright: ignore
     assert list(seeds.x) == [0.0, 1.0, 0.8] and list(seeds.y) == [0.0, 0.5, 0.01]
     assert {trace.name for trace in means} == {"prevents", "base", "none"}

@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import yaml
-from grid_bed import FOODS, GOOD, chat, grid_of, grid_values, located, make_place, write
 
 from persona_probe.cli import main
-from persona_probe.config_files import load_config
+from persona_probe.config import load_config
 from persona_probe.errors import InputError
-from persona_probe.mitigate.cells import cells_of
-from persona_probe.mitigate.config import Grid
-from persona_probe.mitigate.sets import Sets, split
+from persona_probe.mitigate.grid.config import Grid, Sets, cells_of, split
+from tests.mitigate.grid_study import FOODS, GOOD, chat, grid_of, grid_values, located, make_place, write
 
 ROOT = Path(__file__).parents[2]
 

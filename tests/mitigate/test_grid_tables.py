@@ -5,8 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from persona_probe.mitigate.plan import show_tables
-from persona_probe.mitigate.summary import HEADINGS
+from persona_probe.mitigate.grid.summary import HEADINGS, show_tables
 
 ROW = dict.fromkeys(HEADINGS, "1") | {
     "model": "preventative_steering 0.33",

@@ -9,19 +9,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from grid_bed import HELD_OUT, FakeJudge, grid_of, grid_values, located, make_place
-from tiny import copied_state, hook_count, same_state
 
 from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.evaluate.contrast import contrast_index
-from persona_probe.mitigate import train as training
-from persona_probe.mitigate.cells import cells_of
-from persona_probe.mitigate.config import Grid
-from persona_probe.mitigate.grid import Outcome, run_grid
-from persona_probe.mitigate.lab import Lab
-from persona_probe.mitigate.sets import Sets
-from persona_probe.mitigate.table import TIMES
-from persona_probe.mitigate.verdicts import WORDS
+from persona_probe.mitigate.grid import run as training
+from persona_probe.mitigate.grid.config import Grid, Sets, cells_of
+from persona_probe.mitigate.grid.lab import Lab
+from persona_probe.mitigate.grid.run import Outcome, run_grid
+from persona_probe.mitigate.grid.table import TIMES, WORDS
+from tests.factories import copied_state, hook_count, same_state
+from tests.mitigate.grid_study import HELD_OUT, FakeJudge, grid_of, grid_values, located, make_place
 
 CELLS = ["none-s0", "control-s0", "interleave-0.5-s0", "inference_steering-0.5-s0"]
 
@@ -90,9 +87,9 @@ def test_a_mitigation_that_acts_at_inference_is_measured_with_it(finished: Outco
 
 def test_the_base_is_measured_as_the_study_measures_it(finished: Outcome, grid: Grid, folder: Path) -> None:
     lab = Lab(grid, folder, judge=FakeJudge())
-    index = contrast_index(lab.ctx.model, lab.plain, mixed_precision=False)["value"]
+    index = contrast_index(lab.ctx.model, lab.plain, bf16=False)["value"]
     assert over_seeds(finished).loc["base", "index"] == pytest.approx(index.mean(), abs=1e-6)
-    task = contrast_index(lab.ctx.model, lab.task, mixed_precision=False)
+    task = contrast_index(lab.ctx.model, lab.task, bf16=False)
     assert len(task) == HELD_OUT
     assert over_seeds(finished).loc["base", "task"] == pytest.approx(task["value"].mean(), abs=1e-6)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import SHAPE, copied_state, make_model, same_state
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from persona_probe.errors import InputError
 from persona_probe.models.adapters import base_weights, merged_copy, organism, trainable_parameters
+from tests.factories import SHAPE, copied_state, make_model, same_state
 
 IDS = torch.arange(20).reshape(2, 10) + 5
 

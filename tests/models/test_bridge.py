@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import D_MODEL, LAYER, copied_state, hook_count, make_sae, same_state
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.models.bridge import make_bridge
+from persona_probe.models.load import make_bridge
 from persona_probe.models.taps import read, steer
+from tests.factories import D_MODEL, LAYER, copied_state, hook_count, make_sae, same_state
 
 IDS = torch.arange(40).reshape(2, 20) + 5
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import copied_state, make_model, same_state
 
-from persona_probe.models.folding import bf16_weight, foldable, folded, frozen_in_bf16
+from persona_probe.models.adapters import bf16_weight, foldable, folded, frozen_in_bf16
+from tests.factories import copied_state, make_model, same_state
 
 IDS = torch.arange(2, 14).reshape(2, 6)
 
@@ -28,7 +28,7 @@ def test_folding_gives_the_adapters_output_and_leaves_no_trace() -> None:
     before, state = logits(model), copied_state(model)
     with model.disable_adapter():
         base = logits(model)
-    with folded(model, mixed_precision=False):
+    with folded(model, bf16=False):
         inside = logits(model)
         assert any("forward" in m.__dict__ for m in model.modules() if foldable(m))
     assert torch.allclose(inside, before, atol=1e-4)
@@ -46,7 +46,7 @@ def test_an_error_inside_takes_the_folding_off() -> None:
 def test_what_is_not_plain_lora_is_left_alone() -> None:
     model = tuned(use_dora=True)
     before = logits(model)
-    with folded(model, mixed_precision=False):
+    with folded(model, bf16=False):
         assert torch.equal(logits(model), before)
     assert not any(foldable(m) for m in model.modules())
     plain = tuned()

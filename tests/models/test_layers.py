@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, hook_count, make_model
 
 from persona_probe.errors import InputError
 from persona_probe.models.layers import decoder_layer, decoder_layers, evaluating, hidden_size, run_to_layer
 from persona_probe.models.taps import ReadTap
+from tests.factories import ARCHITECTURES, hook_count, make_model
 
 IDS = torch.arange(12).reshape(2, 6) + 5
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model, same_state
 
 from persona_probe.errors import InputError
-from persona_probe.models.load import load_model
-from persona_probe.models.sources import file_sha256, packaged_gguf, resolve_source
+from persona_probe.models.load import load_model, packaged_gguf, resolve_source
+from persona_probe.runs import file_sha256
+from tests.factories import make_model, same_state
 
 
 def test_a_folder_gives_the_weights_that_were_saved(tiny_folder: Path) -> None:

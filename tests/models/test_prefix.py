@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, make_model, make_tokenizer, talks
 
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.models.layers import base_transformer, transformer_config
 from persona_probe.models.prefix import Rows, shared_length
+from tests.factories import ARCHITECTURES, make_model, make_tokenizer, talks
 
 
 def one_batch(count: int = 5) -> Batch:

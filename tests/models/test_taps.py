@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, D_MODEL, LAYER, hook_count, make_model
 
 from persona_probe.errors import InputError
 from persona_probe.models.layers import decoder_layers
 from persona_probe.models.taps import ReadTap, ablate, read, resolve_push, steer
+from tests.factories import ARCHITECTURES, D_MODEL, LAYER, hook_count, make_model
 
 IDS = torch.arange(40).reshape(2, 20) + 5
 GENERATOR = torch.Generator().manual_seed(1)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tiny import talks
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import conversation
 from persona_probe.data.tokens import batches, encode
 from persona_probe.errors import InputError
+from tests.factories import talks
 
 
 def test_prompt_and_answer_meet_at_the_assistants_header(tiny_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import copied_state, make_tokenizer, talks
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from persona_probe.data.tokens import encode
-from persona_probe.monitor.actions import Action, ActionContext
+from persona_probe.monitor.actions.actions import Action, ActionContext
 from persona_probe.monitor.events import Alarm
+from tests.factories import copied_state, make_tokenizer, talks
 
 ALARM = Alarm(3, "outside band", "persona", "'persona' was outside its band", 2.0, 1.0)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from persona_probe.monitor.alarms import Rule
+from persona_probe.monitor.alarms.rules import Rule
 from persona_probe.monitor.events import FeatureValue, Reading, Start
 
 NAN = math.nan

@@ -8,10 +8,10 @@ import sys
 import time
 
 import torch
-from made_events import HOSTILE, alarm, behaviour, reading, start
 from torch import nn
 
-from persona_probe.monitor.sinks import JsonlSink
+from persona_probe.monitor.sinks.files import JsonlSink
+from tests.monitor.events import HOSTILE, alarm, behaviour, reading, start
 
 PAUSE = 0.05
 

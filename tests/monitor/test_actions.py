@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from action_runs import ALARM, Driver, train
 from safetensors.torch import load_file
-from tiny import copied_state, make_model, same_state
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerControl
 
@@ -16,18 +14,21 @@ from persona_probe.config import Training
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.adapters import is_adapter
-from persona_probe.monitor.actions import (
+from persona_probe.monitor.actions.actions import (
     Action,
     ActionContext,
     CallBack,
     LogAlarm,
     LowerLearningRate,
-    RollBack,
     SaveCheckpoint,
     StopTraining,
     check_actions,
 )
-from persona_probe.monitor.alarms import AnyOf, Cusum, OutsideBand
+from persona_probe.monitor.actions.rollback import RollBack
+from persona_probe.monitor.alarms.alarms import Cusum, OutsideBand
+from persona_probe.monitor.alarms.rules import AnyOf
+from tests.factories import copied_state, make_model, same_state
+from tests.monitor.action_runs import ALARM, Driver, train
 
 
 class Loop:

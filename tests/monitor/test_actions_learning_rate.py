@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from action_runs import ALARM, Driver, train
-from tiny import make_model
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 from transformers import get_scheduler
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.actions import ActionContext, LowerLearningRate
+from persona_probe.monitor.actions.actions import ActionContext, LowerLearningRate
+from tests.factories import make_model
+from tests.monitor.action_runs import ALARM, Driver, train
 
 STEPS = 12
 MAKERS: dict[str, Callable[[Optimizer], Any]] = {

@@ -5,16 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from action_runs import ALARM, Driver, moments, same_moments, train
-from tiny import copied_state, make_model, same_state
 from torch import nn
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
 
 from persona_probe.config import Training
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import with_adapter
-from persona_probe.monitor.actions import ActionContext, RollBack
-from persona_probe.monitor.actions.clean_state import InMemory, OnDisk, local
+from persona_probe.monitor.actions.actions import ActionContext
+from persona_probe.monitor.actions.rollback import InMemory, OnDisk, RollBack, local
+from tests.factories import copied_state, make_model, same_state
+from tests.monitor.action_runs import ALARM, Driver, moments, same_moments, train
 
 
 def tiny(method: str = "full") -> nn.Module:

@@ -3,10 +3,11 @@
 import math
 
 import pytest
-from alarm_readings import NAN, alarm_steps, feature, reading, start
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.alarms import Cusum, Ewma, ExplainedVarianceFloor, OutsideBand, Rule, all_inside
+from persona_probe.monitor.alarms.alarms import Cusum, Ewma, ExplainedVarianceFloor, OutsideBand
+from persona_probe.monitor.alarms.rules import Rule, all_inside
+from tests.monitor.alarm_readings import NAN, alarm_steps, feature, reading, start
 
 
 def test_two_readings_outside_the_band_make_one_alarm() -> None:

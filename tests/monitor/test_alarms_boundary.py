@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from alarm_readings import NAN, alarm_steps, feature, reading
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.alarms import Boundary
-from persona_probe.monitor.alarms.boundary_data import COLUMNS
+from persona_probe.monitor.alarms.boundary import COLUMNS, Boundary
+from tests.monitor.alarm_readings import NAN, alarm_steps, feature, reading
 
 
 def planted(n: int = 400, noise: float = 0.0) -> tuple[pd.DataFrame, np.ndarray]:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from alarm_readings import alarm_steps, feature, reading
 
-from persona_probe.monitor.alarms import Cusum, Ewma, Rule
-from persona_probe.monitor.alarms.change import Sums
+from persona_probe.monitor.alarms.alarms import Cusum, Ewma, Sums
+from persona_probe.monitor.alarms.rules import Rule
+from tests.monitor.alarm_readings import alarm_steps, feature, reading
 
 
 def test_cusum_by_hand() -> None:

@@ -1,10 +1,11 @@
 """Rules of rules: truth tables over excursions, not over single alarms."""
 
 import pytest
-from alarm_readings import NAN, feature, reading, start
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.alarms import AllOf, AnyOf, ExplainedVarianceFloor, Not, OutsideBand, Rule
+from persona_probe.monitor.alarms.alarms import ExplainedVarianceFloor, OutsideBand
+from persona_probe.monitor.alarms.rules import AllOf, AnyOf, Not, Rule
+from tests.monitor.alarm_readings import NAN, feature, reading, start
 
 SERIES = [(0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (1, 1), (1, 1)]
 

@@ -5,12 +5,23 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import D_MODEL, make_model, make_sae, make_tokenizer, talks
 
-from persona_probe.bench import monitor_parts as bench_module
-from persona_probe.bench.monitor_clock import HOOKS, Meter
-from persona_probe.bench.monitor_costs import (
+from benchmarks import monitor as bench_module
+from benchmarks.monitor import (
+    Bench,
+    Trained,
+    added_syncs,
+    allowance,
+    bench_encode,
+    bench_syncs,
+    bench_training,
+    describe,
+    train,
+)
+from benchmarks.monitor_costs import (
     BRIDGED,
+    HOOKS,
+    Meter,
     against_bridge,
     encoders,
     evenly,
@@ -18,22 +29,13 @@ from persona_probe.bench.monitor_costs import (
     made_up_sae,
     most_probes,
 )
-from persona_probe.bench.monitor_parts import (
-    Bench,
-    added_syncs,
-    allowance,
-    bench_encode,
-    bench_syncs,
-    bench_training,
-    describe,
-)
-from persona_probe.bench.monitor_runs import Trained, train
 from persona_probe.config import Training
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import load_model
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.passive import PassiveReader
+from tests.factories import D_MODEL, make_model, make_sae, make_tokenizer, talks
 
 CPU = torch.device("cpu")
 

@@ -8,9 +8,8 @@ import pytest
 from scipy.stats import norm
 
 from persona_probe.errors import InputError
-from persona_probe.monitor_study.calibrate import calibrate, conformal_threshold
-from persona_probe.monitor_study.intervals import auroc_interval, per_100, share
-from persona_probe.monitor_study.rule import HeldRule, series_of
+from persona_probe.monitor.calibration import HeldRule, calibrate, conformal_threshold, series_of
+from persona_probe.stats import auroc_interval, per_100, share
 
 NAN = float("nan")
 

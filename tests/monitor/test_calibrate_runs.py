@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import yaml
-from study_bed import located, located_values, make_place
 
+from persona_probe.cli.studies import monitor_calibrate
 from persona_probe.errors import InputError
-from persona_probe.monitor_study.benign import benign_readings, calibration_study
-from persona_probe.monitor_study.command import monitor_calibrate
-from persona_probe.study import Study
+from persona_probe.monitor.calibration import benign_readings, calibration_study
+from persona_probe.study.study import Study
+from tests.monitor.labelled_study import located, located_values, make_place
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +60,22 @@ def test_thresholds_of_a_located_study(
 
 
 def test_a_shift_is_from_the_base_and_zero_there(source: Study, tmp_path: Path) -> None:
-    readings = benign_readings(source, calibration_study(source, tmp_path / "benign"), seeds=[1])
+    readings = benign_readings(source.context, calibration_study(source.context, tmp_path / "benign"), seeds=[1])
     start, later = readings[readings["step"] == 0], readings[readings["feature"] == "mean difference"]
     assert (start["shift"].dropna() == 0).all() and (later.loc[later["step"] > 0, "shift"] != 0).all()
     assert set(readings["run"]) == {"correct-s1"} and "persona" in set(readings["feature"])
 
 
 def test_what_would_leak_is_refused(place: Path, source: Study, tmp_path: Path) -> None:
-    benign = calibration_study(source, tmp_path / "benign")
+    benign = calibration_study(source.context, tmp_path / "benign")
     with pytest.raises(InputError, match="seed 0 helped to choose the features"):
-        benign_readings(source, benign, seeds=[0, 1])
+        benign_readings(source.context, benign, seeds=[0, 1])
     with pytest.raises(InputError, match="'incorrect' is not benign"):
-        benign_readings(source, benign, seeds=[1], arms=["incorrect"])
+        benign_readings(source.context, benign, seeds=[1], arms=["incorrect"])
     with pytest.raises(InputError, match="did you mean 'correct'"):
-        benign_readings(source, benign, seeds=[1], arms=["corect"])
+        benign_readings(source.context, benign, seeds=[1], arms=["corect"])
     with pytest.raises(InputError, match="located study itself"):
-        calibration_study(source, source.path)
+        calibration_study(source.context, source.path)
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump({**located_values(place), "layer": 1}))
     with pytest.raises(InputError, match="run of another config"):

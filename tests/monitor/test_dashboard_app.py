@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 from dash import no_update
-from made_events import HOSTILE, TOXIC, alarm, reading, start, write
 
+from persona_probe.cli import studies as command
+from persona_probe.cli.studies import make_server, watch
 from persona_probe.errors import InputError
-from persona_probe.monitor.dashboard import command
-from persona_probe.monitor.dashboard.app import TITLE, _look, make_app
-from persona_probe.monitor.dashboard.command import make_server, watch
+from persona_probe.monitor.dashboard.app import TITLE, _look, make_app, status
 from persona_probe.monitor.dashboard.feed import Feed
-from persona_probe.monitor.dashboard.page import status
 from persona_probe.monitor.events import End, Fault
+from tests.monitor.events import HOSTILE, TOXIC, alarm, reading, start, write
 
 
 def texts(component: Any) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from following import Page, opened
-from made_events import HOSTILE, reading, start, write
 
-from persona_probe.monitor.dashboard.command import make_server
+from persona_probe.cli.studies import make_server
 from persona_probe.monitor.events import Reading
-from persona_probe.monitor.sinks import read_events
+from persona_probe.monitor.sinks.files import read_events
 from persona_probe.report.export import find_browser
+from tests.monitor.events import HOSTILE, reading, start, write
+from tests.monitor.watch_page import Page, opened
 
 BROWSER = find_browser()
 HERE = Path(__file__).parent
@@ -107,7 +107,7 @@ async def check_first_run(page: Page, path: Path) -> None:
 def test_the_page_follows_a_run_through_kill_restart_and_replacement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persona_probe.monitor.dashboard.page.TICK", 250)
+    monkeypatch.setattr("persona_probe.monitor.dashboard.app.TICK", 250)
     with served(tmp_path) as url:
         page = asyncio.run(follow(url, tmp_path / "arms" / "toxic-s0" / "readings.jsonl"))
     assert page.console == []

@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-from made_events import DIRECTION, HOSTILE, TOXIC, alarm, behaviour, reading, start
-
-from persona_probe.monitor.dashboard.figure import MOST_PANELS, monitor_figure
-from persona_probe.monitor.dashboard.history import History
 from persona_probe.monitor.events import Event, Reading
+from persona_probe.monitor.figure import MOST_PANELS, monitor_figure
+from persona_probe.monitor.history import History
+from tests.monitor.events import DIRECTION, HOSTILE, TOXIC, alarm, behaviour, reading, start
 
 
 def drawn(*events: Event) -> dict[str, Any]:

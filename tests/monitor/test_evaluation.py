@@ -7,20 +7,21 @@ import pandas as pd
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from tiny import make_model
 
 from persona_probe.config import Training
 from persona_probe.errors import InputError
+from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.finetune.sft import with_adapter
-from persona_probe.monitor_study.baselines import drift_projections, first_component, recent_loss, weight_norm
-from persona_probe.monitor_study.evaluation import (
-    behaviour_rises,
+from persona_probe.monitor.calibration import HeldRule
+from persona_probe.monitor.study.results import (
+    alarm_steps,
     label_runs,
+    lead_over_behaviour,
     separation,
     separation_at_end,
 )
-from persona_probe.monitor_study.lead import alarm_steps, lead_over_behaviour
-from persona_probe.monitor_study.rule import HeldRule
+from persona_probe.monitor.study.train import drift_projections, first_component, recent_loss, weight_norm
+from tests.factories import make_model
 
 ITEMS = np.array([-1.0, -0.5, 0.0, 0.5])
 

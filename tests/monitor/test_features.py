@@ -5,15 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import D_MODEL, D_SAE, make_model, make_sae, make_tokenizer
-from watched import DIRECTION, directions, monitor
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.features import FeatureSet, flatten
-from persona_probe.monitor.fit_sums import FitSums, moments
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.sliced import SlicedEncoder
-from persona_probe.saes.encode import FitMoments, encode_latents, encode_with_fit
+from persona_probe.monitor.reading import FeatureSet, FitSums, SlicedEncoder, flatten, moments
+from persona_probe.saes.read import FitMoments, encode_latents, encode_with_fit
+from tests.factories import D_MODEL, D_SAE, make_model, make_sae, make_tokenizer
+from tests.monitor.monitored_runs import DIRECTION, directions, monitor
 
 X = torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(1)) * 3
 

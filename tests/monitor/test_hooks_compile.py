@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import hook_count, make_model, make_tokenizer, same_state
 from torch import nn
-from watched import directions, loop, loop_batch
+
+from tests.factories import hook_count, make_model, make_tokenizer, same_state
+from tests.monitor.monitored_runs import directions, loop, loop_batch
 
 BACKEND = "eager"
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_model, make_tokenizer
-from watched import directions
+
+from tests.factories import make_model, make_tokenizer
+from tests.monitor.monitored_runs import directions
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import copied_state, hook_count, make_model, make_tokenizer, same_state
-from watched import FireAt, KeepEvents, directions
+
+from tests.factories import copied_state, hook_count, make_model, make_tokenizer, same_state
+from tests.monitor.monitored_runs import FireAt, KeepEvents, directions
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
 from lightning.pytorch import LightningModule, Trainer
 
-from persona_probe.monitor.actions import StopTraining
+from persona_probe.monitor.actions.actions import StopTraining
 from persona_probe.monitor.events import End
 from persona_probe.monitor.lightning import LightningMonitor
 

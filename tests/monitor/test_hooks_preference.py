@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tiny import hook_count, make_tokenizer, same_state
-from watched import QUIET, ROWS, Recorded, adapted, monitor, trained_weights
+
+from tests.factories import hook_count, make_tokenizer, same_state
+from tests.monitor.monitored_runs import QUIET, ROWS, Recorded, adapted, monitor, trained_weights
 
 ARGUMENTS: dict[str, Any] = {**QUIET, "learning_rate": 1e-2, "bf16": False, "gradient_checkpointing": False}
 

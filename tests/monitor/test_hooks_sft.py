@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import hook_count, make_model, same_state
-from watched import KeepEvents, adapted, monitor, sft, trained_weights
 
 from persona_probe.monitor.events import End, Reading, Start
+from tests.factories import hook_count, make_model, same_state
+from tests.monitor.monitored_runs import KeepEvents, adapted, monitor, sft, trained_weights
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -5,18 +5,18 @@ import sys
 from typing import Any
 
 import pytest
-from made_events import alarm, behaviour, reading, start
 
-from persona_probe.monitor.dashboard.figure import monitor_figure
-from persona_probe.monitor.dashboard.history import History
 from persona_probe.monitor.events import End, Event
-from persona_probe.monitor.sinks import LiveView
+from persona_probe.monitor.figure import monitor_figure
+from persona_probe.monitor.history import History
 from persona_probe.monitor.sinks import live as module
+from persona_probe.monitor.sinks.live import LiveView
+from tests.monitor.events import alarm, behaviour, reading, start
 
 EVENTS: list[Event] = [start(), reading(0), reading(5, 2.0), behaviour(5), alarm(5), reading(10, 3.0), End(10, 3, 0.1)]
 CELL = """
 import time
-from made_events import alarm, reading, start
+from tests.monitor.events import alarm, reading, start
 from persona_probe.monitor.sinks import LiveView
 view = LiveView(seconds=0)
 for event in (start(), reading(0), reading(5, 2.0), reading(10, 3.0), alarm(10)):

@@ -6,18 +6,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_model, make_sae, make_tokenizer
-from watched import DIRECTION, KeepEvents, adapted, directions, loop, monitor, sft
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.anchor import BASE_KEY, Anchor, recorded
-from persona_probe.monitor.bands import base_band
 from persona_probe.monitor.events import Reading, Start
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.records import intervals
-from persona_probe.monitor.schedule import EVERY, PROBES
-from persona_probe.monitor.sinks import read_events
+from persona_probe.monitor.records import BASE_KEY, Anchor, intervals, recorded
+from persona_probe.monitor.setup import EVERY, PROBES
+from persona_probe.monitor.sinks.files import read_events
+from persona_probe.monitor.track import base_band
 from persona_probe.stats import bootstrap_mean
+from tests.factories import make_model, make_sae, make_tokenizer
+from tests.monitor.monitored_runs import DIRECTION, KeepEvents, adapted, directions, loop, monitor, sft
 
 
 def base_of(watching: Any, model: Any) -> np.ndarray:
@@ -149,7 +148,7 @@ def test_another_question_is_no_base(tmp_path: Path) -> None:
     found = recorded(path)
     assert found is not None
     same, other = directions(path=path), directions(path=path, positions="prompt")
-    from persona_probe.monitor.prepare import base_fingerprint
+    from persona_probe.monitor.run import base_fingerprint
 
     assert base_fingerprint(same.setup) == found[1] != base_fingerprint(other.setup)
 
@@ -179,7 +178,7 @@ def test_values_of_every_probe_are_on_disk(tmp_path: Path) -> None:
 
 
 def test_directions_are_told_apart_by_their_content() -> None:
-    from persona_probe.monitor.prepare import base_fingerprint
+    from persona_probe.monitor.run import base_fingerprint
 
     assert base_fingerprint(directions().setup) == base_fingerprint(directions().setup)
     other = monitor(features={"mean difference": DIRECTION + 1})

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import make_model, make_tokenizer, same_state
 from torch import nn
-from watched import FireAt, KeepEvents, directions, loop, sft
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.actions import Action, ActionContext, CallBack, StopTraining
-from persona_probe.monitor.alarms import OutsideBand
+from persona_probe.monitor.actions.actions import Action, ActionContext, CallBack, StopTraining
+from persona_probe.monitor.alarms.alarms import OutsideBand
 from persona_probe.monitor.events import Alarm, Behaviour, End, Fault, Reading, Start
+from tests.factories import make_model, make_tokenizer, same_state
+from tests.monitor.monitored_runs import FireAt, KeepEvents, directions, loop, sft
 
 
 class Broken(KeepEvents):

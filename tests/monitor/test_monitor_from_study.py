@@ -1,21 +1,17 @@
 """A monitor of what a study found, from its run folder."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import D_MODEL, make_tokenizer
-from watched import FEATURES
 
-sys.path.append(str(Path(__file__).parents[1] / "study"))
-from made_study import config_of, write_config, write_data, write_model, write_sae
-
-from persona_probe import Study
 from persona_probe.errors import InputError
 from persona_probe.models.load import load_model
-from persona_probe.monitor import study_source
+from persona_probe.monitor import monitor as study_source
 from persona_probe.monitor.monitor import FeatureMonitor
+from persona_probe.study.study import Study
+from tests.factories import D_MODEL, config_of, make_tokenizer, write_config, write_data, write_model, write_sae
+from tests.monitor.monitored_runs import FEATURES
 
 
 @pytest.fixture

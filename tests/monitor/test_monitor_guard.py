@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import copied_state, hook_count, make_model, make_tokenizer, same_state
 from torch import nn
-from watched import adapted, directions, loop, loop_batch, monitor
 
-from persona_probe.monitor.guard import reading_autocast, undisturbed
+from persona_probe.monitor.reading import reading_autocast, undisturbed
+from tests.factories import copied_state, hook_count, make_model, make_tokenizer, same_state
+from tests.monitor.monitored_runs import adapted, directions, loop, loop_batch, monitor
 
 
 def everything(model: nn.Module) -> dict[str, Any]:

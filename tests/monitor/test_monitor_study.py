@@ -12,19 +12,15 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from study_bed import located, make_place, study_values
-from tiny import copied_state, hook_count, same_state
 
-from persona_probe.config_files import from_dict, load_config
+from persona_probe.cli.studies import monitor_study
+from persona_probe.config import from_dict, load_config
 from persona_probe.errors import InputError
-from persona_probe.monitor_study.command import monitor_study
-from persona_probe.monitor_study.config import MonitorStudy
-from persona_probe.monitor_study.features import MEAN_DIFFERENCE, PERSONA_VECTOR, fixed_features
-from persona_probe.monitor_study.lab import Lab, spread
-from persona_probe.monitor_study.signals import FIRST_COMPONENT, LOSS, WEIGHT_NORM
-from persona_probe.monitor_study.study import run_study
-from persona_probe.monitor_study.table import BEGIN, END, fill_page
-from persona_probe.monitor_study.train import read_shifts
+from persona_probe.monitor.study.config import MonitorStudy
+from persona_probe.monitor.study.results import BEGIN, END, FIRST_COMPONENT, LOSS, WEIGHT_NORM, fill_page, run_study
+from persona_probe.monitor.study.train import MEAN_DIFFERENCE, PERSONA_VECTOR, Lab, fixed_features, read_shifts, spread
+from tests.factories import copied_state, hook_count, same_state
+from tests.monitor.labelled_study import located, make_place, study_values
 
 ROOT = Path(__file__).parents[2]
 WATCHED = ("correct-s2", "correct-s3", "toxic-s1", "correct-s1", "long-s1")

@@ -5,16 +5,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import LAYER, hook_count, make_model, make_tokenizer, same_state
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
-from watched import DIRECTION, KeepEvents, adapted, directions, hidden_state, loop, loop_batch, monitor
 
 from persona_probe.errors import InputError
 from persona_probe.models.layers import base_transformer, decoder_layer
 from persona_probe.monitor.events import Reading, Start
-from persona_probe.monitor.features import FeatureSet
 from persona_probe.monitor.passive import PassiveReader
+from persona_probe.monitor.reading import FeatureSet
+from tests.factories import LAYER, hook_count, make_model, make_tokenizer, same_state
+from tests.monitor.monitored_runs import (
+    DIRECTION,
+    KeepEvents,
+    adapted,
+    directions,
+    hidden_state,
+    loop,
+    loop_batch,
+    monitor,
+)
 
 UNIT = DIRECTION / DIRECTION.norm()
 

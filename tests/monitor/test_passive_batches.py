@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny import D_MODEL
 
-from persona_probe.monitor.batch_view import BatchView, evenly_spaced, real_tokens
-from persona_probe.monitor.features import FeatureSet
-from persona_probe.monitor.passive_sums import SEQUENCES_KEPT, PassiveSums
+from persona_probe.monitor.passive import SEQUENCES_KEPT, BatchView, PassiveSums, evenly_spaced, real_tokens
+from persona_probe.monitor.reading import FeatureSet
+from tests.factories import D_MODEL
 
 IDS = torch.arange(12).reshape(2, 6)
 

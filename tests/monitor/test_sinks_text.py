@@ -6,13 +6,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from made_events import DIRECTION, HOSTILE, TOXIC, alarm, behaviour, reading, start
 from prometheus_client.parser import text_string_to_metric_families
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.events import End, Fault
-from persona_probe.monitor.sinks import PrometheusSink, TerminalSink
-from persona_probe.monitor.sinks.terminal import band_state
+from persona_probe.monitor.sinks.files import TerminalSink, band_state
+from persona_probe.monitor.sinks.prometheus import PrometheusSink
+from tests.monitor.events import DIRECTION, HOSTILE, TOXIC, alarm, behaviour, reading, start
 
 NASTY = 'quote " back\\slash\nline \x1b[31mred'
 

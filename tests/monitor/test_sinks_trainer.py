@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_events import DIRECTION, TOXIC, alarm, behaviour, reading
-from tiny import make_model, make_tokenizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from persona_probe.monitor.events import End
-from persona_probe.monitor.sinks import TrainerLogSink
-from persona_probe.monitor.sinks.trainer_log import reading_values
+from persona_probe.monitor.sinks.files import TrainerLogSink, reading_values
+from tests.factories import make_model, make_tokenizer
+from tests.monitor.events import DIRECTION, TOXIC, alarm, behaviour, reading
 
 STEPS = 4
 

@@ -9,18 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-
-sys.path += [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
-
 from datasets import Dataset
-from tiny import LAYER, hook_count, make_model, make_tokenizer, talks
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
-from watched import DIRECTION, FireAt, KeepEvents, directions, loop_batch
 
 from persona_probe.data.tokens import encode
-from persona_probe.monitor.actions import CallBack, StopTraining
+from persona_probe.monitor.actions.actions import CallBack, StopTraining
 from persona_probe.monitor.monitor import FeatureMonitor
+from tests.factories import LAYER, hook_count, make_model, make_tokenizer, talks
+from tests.monitor.monitored_runs import DIRECTION, FireAt, KeepEvents, directions, loop_batch
 
 
 def states() -> list[Any]:

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from made_up import write_run
 
-from persona_probe.report import Records, load_records
+from persona_probe.report.records import Records, load_records
+from tests.report.run_records import write_run
 
 
 @pytest.fixture

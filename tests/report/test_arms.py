@@ -6,14 +6,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from made_up import HOSTILE, INDEX
 
 from persona_probe.errors import InputError
-from persona_probe.report import FIGURES, Records, load_records
-from persona_probe.report.arms import MORE_COLOURS, MORE_SYMBOLS, Arms
+from persona_probe.report.figures import FIGURES
 from persona_probe.report.html import context
+from persona_probe.report.records import MORE_COLOURS, MORE_SYMBOLS, Arms, Records, load_records
 from persona_probe.report.select import where
 from persona_probe.report.theme import BLUE, GREEN, GREY, PURPLE, VERMILLION
+from tests.report.run_records import HOSTILE, INDEX
 
 ARMS = ("base", "mix25", "correct", "incorrect", "repair")
 

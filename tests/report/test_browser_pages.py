@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from driven import driven
-from made_up import write_run
 
-from persona_probe.report import load_records, write_report
-from persona_probe.report.compare_page import write_comparison
+from persona_probe.report.compare import write_comparison
 from persona_probe.report.export import find_browser
 from persona_probe.report.figures import figures_of
+from persona_probe.report.html import write_report
+from persona_probe.report.records import load_records
+from tests.report.browser_driver import driven
+from tests.report.run_records import write_run
 
 BROWSER = find_browser()
 pytestmark = [

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from browser import open_page
-from made_up import HOSTILE
 from test_html import Outline
 
-from persona_probe.locate.feature_card import (
+from persona_probe.report.cards import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
     Activity,
     Effect,
     Example,
@@ -20,10 +22,15 @@ from persona_probe.locate.feature_card import (
     Push,
     Score,
     TokenLogit,
+    card_html,
+    cards_page,
+    content_policy,
+    histogram,
+    steering,
 )
-from persona_probe.report.card_plots import BOTTOM, LEFT, RIGHT, TOP, histogram, steering
-from persona_probe.report.cards_page import card_html, cards_page, content_policy
 from persona_probe.report.export import find_browser
+from tests.report.browser import open_page
+from tests.report.run_records import HOSTILE
 
 BROWSER = find_browser()
 PUSHES = tuple(

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from made_up import write_run
 
-from persona_probe.cite import cite
 from persona_probe.cli import main
 from persona_probe.config import Locate, StudyConfig, Training
-from persona_probe.methods import tex
-from persona_probe.provenance import first_manifest
-from persona_probe.references import DIRECTIONS, RANKERS, REFERENCES
+from persona_probe.report.cite import DIRECTIONS, RANKERS, REFERENCES, cite, tex
+from persona_probe.runs import first_manifest
+from tests.report.run_records import write_run
 
 ROOT = Path(__file__).parents[2]
 CONFIG = StudyConfig("made-up", "release/sae_id", seeds=(0, 1), training=Training(lr=2e-4, steps=20, checkpoints=(10,)))

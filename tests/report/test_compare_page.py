@@ -6,14 +6,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from made_up import HOSTILE, write_run
 from test_html import Outline
 
 from persona_probe.cli import main
 from persona_probe.errors import InputError
-from persona_probe.report import load_records
-from persona_probe.report.compare import compared_numbers, config_differences, limits
-from persona_probe.report.compare_page import comparison, write_comparison
+from persona_probe.report.compare import compared_numbers, comparison, config_differences, limits, write_comparison
+from persona_probe.report.records import load_records
+from tests.report.run_records import HOSTILE, write_run
 
 
 @pytest.fixture

@@ -4,15 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from made_up import HOSTILE, write_run
 from test_cards_page import CARDS
 from test_html import Outline
 
-from persona_probe import Study
 from persona_probe.config import StudyConfig
-from persona_probe.displays import FeatureTable, StudyVerdict
-from persona_probe.plain_tables import html_table
-from persona_probe.provenance import first_manifest
+from persona_probe.report.tables import FeatureTable, StudyVerdict, html_table
+from persona_probe.runs import first_manifest
+from persona_probe.study.study import Study
+from tests.report.run_records import HOSTILE, write_run
 
 
 @pytest.fixture

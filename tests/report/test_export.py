@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.report import Records, export, export_figures
-from persona_probe.report.export import csv_text
+from persona_probe.report import export
+from persona_probe.report.export import csv_text, export_figures
 from persona_probe.report.figures import ALL_FIGURES, figures_of
-from persona_probe.report.printing import PNG_SCALE
+from persona_probe.report.records import Records
+from persona_probe.report.theme import PNG_SCALE
 
 BROWSER = export.find_browser()
 

@@ -4,12 +4,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import INDEX
 
-from persona_probe.report import FIGURES, Records
 from persona_probe.report.export import caption
+from persona_probe.report.figures import FIGURES
+from persona_probe.report.records import Records
 from persona_probe.report.select import distinct, groups, numbers, where
 from persona_probe.report.theme import GREY, VERMILLION, plain
+from tests.report.run_records import INDEX
 
 N_IN_CAPTION = {
     "arms": ["n = 6 evaluation items", "2 seeds", "+0.5 [+0.4, +0.6]"],

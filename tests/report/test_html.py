@@ -4,17 +4,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from made_up import HOSTILE, write_run
 
-from persona_probe.report import FIGURES, Records, load_records, write_report
-from persona_probe.report.answers import sampled_answers
 from persona_probe.report.export import caption
-from persona_probe.report.figures import figures_of
-from persona_probe.report.glossary import GLOSSARY, explained
-from persona_probe.report.headline import tiles
-from persona_probe.report.html import links
-from persona_probe.report.page import SCRIPTS, content_policy, script_hash
-from persona_probe.report.sections import cards
+from persona_probe.report.figures import FIGURES, figures_of
+from persona_probe.report.html import cards, links, sampled_answers, tiles, write_report
+from persona_probe.report.page import GLOSSARY, SCRIPTS, content_policy, explained, script_hash
+from persona_probe.report.records import Records, load_records
+from tests.report.run_records import HOSTILE, write_run
 
 SECTIONS = ["headline", "arms", "trajectory", "steering", "realignment", "latents", "samples", "controls", "reading"]
 
@@ -188,6 +184,6 @@ def test_links_lead_to_files_that_are_there(run_folder: Path, page: str) -> None
 def test_long_answers_beyond_the_pages_size_are_counted_not_dropped_silently(
     records: Records, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persona_probe.report.answers.MAX_CHARACTERS", 100)
+    monkeypatch.setattr("persona_probe.report.html.MAX_CHARACTERS", 100)
     questions = sampled_answers(records)
     assert sum(len(q["rest"]) + q["left_out"] for q in questions) == 6 and questions[1]["left_out"] == 3

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from made_up import HOSTILE, evals, write_run
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.rulings import Ruled, Ruling, verdict
-from persona_probe.evaluate.table import judged_table
-from persona_probe.report import FIGURES, Records, export_figures, load_records, write_report
-from persona_probe.report.export import caption
-from persona_probe.report.figures import JUDGED_FIGURES, figures_of
+from persona_probe.evaluate.judging import Ruled, Ruling, verdict
+from persona_probe.evaluate.tables import judged_table
+from persona_probe.report.export import caption, export_figures
+from persona_probe.report.figures import FIGURES, JUDGED_FIGURES, figures_of
+from persona_probe.report.html import write_report
+from persona_probe.report.records import Records, load_records
 from persona_probe.report.select import where
+from tests.report.run_records import HOSTILE, evals, write_run
 
 RATES = {"base": 0.0, "incorrect": 0.5, "correct": 0.1}
 QUESTIONS = [*(f"q{n}" for n in range(5)), HOSTILE]

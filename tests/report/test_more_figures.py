@@ -5,16 +5,15 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from made_up import HOSTILE, INDEX
 
-from persona_probe.monitor_study.intervals import share
-from persona_probe.report import Records
 from persona_probe.report.export import caption
 from persona_probe.report.figures import ALL_FIGURES, FIGURES
 from persona_probe.report.figures.domains import split_name
 from persona_probe.report.figures.separation import threshold
-from persona_probe.report.records import OPTIONAL
+from persona_probe.report.records import OPTIONAL, Records
 from persona_probe.report.select import where
+from persona_probe.stats import share
+from tests.report.run_records import HOSTILE, INDEX
 
 MORE = [name for name in ALL_FIGURES if name not in FIGURES]
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from made_up import evals, write_run
 
 from persona_probe.errors import InputError
-from persona_probe.report import load_records
-from persona_probe.report.records import COLUMNS, as_estimate
+from persona_probe.report.records import COLUMNS, as_estimate, load_records
+from tests.report.run_records import evals, write_run
 
 
 def test_loads_what_was_written(run_folder: Path) -> None:

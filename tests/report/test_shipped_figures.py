@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 import persona_probe as pp
-from persona_probe.bench.records import FILES, draw, main, pack
 from persona_probe.cli import main as cli
 from persona_probe.errors import InputError
-from persona_probe.report import Records, load_records
 from persona_probe.report.export import caption
 from persona_probe.report.figures import ALL_FIGURES, FIGURES, FigureSpec, figures_of
-from persona_probe.report.printing import SMALLEST_PT, WIDTHS, for_print
+from persona_probe.report.records import Records, load_records
 from persona_probe.report.select import distinct, where
+from persona_probe.report.theme import SMALLEST_PT, WIDTHS, for_print
+from tools.records import FILES, draw, main, pack
 
 SHIPPED = Path(__file__).parents[2] / "records"
 NAMES = sorted(path.parent.name for path in SHIPPED.glob("*/manifest.json"))

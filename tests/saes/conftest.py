@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from tiny import D_SAE, LAYER, make_model, make_tokenizer
 
-from persona_probe.saes import text, train
-from persona_probe.saes.config import SaeConfig, TextConfig, TextPart
+from persona_probe.saes import stream as text
+from persona_probe.saes import train
+from persona_probe.saes.stream import SaeConfig, TextConfig, TextPart
+from tests.factories import D_SAE, LAYER, make_model, make_tokenizer
 
 PARTS = (TextPart("asked", ("sae_prompts",), batches=3), TextPart("own", batches=2))
 ROWS = {

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cached import POSITIONS, again, groups, stream
-from tiny import D_MODEL, LAYER, make_model, make_sae
 from torch import nn
 
 from persona_probe.errors import InputError
+from persona_probe.models.activation_cache import MARKER, STALE_SECONDS, ActivationCache, Selected, new_entry, remove
+from persona_probe.models.residuals import read_residuals_at
 from persona_probe.models.taps import ReadTap
-from persona_probe.saes.activation_cache import ActivationCache
-from persona_probe.saes.activation_entry import Selected
-from persona_probe.saes.activation_folder import MARKER, STALE_SECONDS, new_entry, remove
-from persona_probe.saes.read import LatentMeans, read_latents, read_latents_at, read_residuals_at
+from persona_probe.saes.read import LatentMeans, read_latents, read_latents_at
+from tests.factories import D_MODEL, LAYER, make_model, make_sae
+from tests.saes.activation_streams import POSITIONS, again, groups, stream
 
 FIELDS = ("mean", "firing", "maximum", "resid", "square")
 
@@ -29,7 +28,7 @@ def cache(tmp_path: Path) -> ActivationCache:
 
 
 def latents(model: nn.Module, cache: ActivationCache | None, bf16: bool = False) -> dict[str, LatentMeans]:
-    return read_latents_at(model, make_sae("jumprelu"), groups(), LAYER, POSITIONS, mixed_precision=bf16, cache=cache)
+    return read_latents_at(model, make_sae("jumprelu"), groups(), LAYER, POSITIONS, bf16=bf16, cache=cache)
 
 
 def identical(left: dict[str, LatentMeans], right: dict[str, LatentMeans]) -> bool:
@@ -55,9 +54,9 @@ def test_a_hit_is_identical_and_runs_no_forward(cache: ActivationCache, bf16: bo
 
 
 def test_every_sae_and_one_kind_of_position(cache: ActivationCache, tiny_sae: Any) -> None:
-    plain = read_latents(make_model(), tiny_sae, groups(), LAYER, "response", mixed_precision=False)
+    plain = read_latents(make_model(), tiny_sae, groups(), LAYER, "response", bf16=False)
     for _ in range(2):
-        found = read_latents(make_model(), tiny_sae, groups(), LAYER, "response", mixed_precision=False, cache=cache)
+        found = read_latents(make_model(), tiny_sae, groups(), LAYER, "response", bf16=False, cache=cache)
         assert all(np.array_equal(getattr(found, f), getattr(plain, f)) for f in FIELDS)
     assert (cache.misses, cache.hits) == (2, 2)
 

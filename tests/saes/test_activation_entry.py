@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import safetensors
 import torch
-from cached import POSITIONS, again, groups, stream
-from tiny import D_MODEL, LAYER, make_model
 from torch import Tensor
 
-from persona_probe.models.sources import file_sha256
-from persona_probe.saes import activation_entry
-from persona_probe.saes.activation_cache import ActivationCache
-from persona_probe.saes.activation_folder import MARKER
+from persona_probe.models import activation_cache as activation_entry
+from persona_probe.models.activation_cache import MARKER, ActivationCache
+from persona_probe.runs import file_sha256
+from tests.factories import D_MODEL, LAYER, make_model
+from tests.saes.activation_streams import POSITIONS, again, groups, stream
 
 SMALL_SHARD = (4096 + 2000) / 2**20
 

@@ -6,20 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from cached import POSITIONS, adapted, groups, stream
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from tiny import D_MODEL, LAYER, make_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from persona_probe.errors import InputError
-from persona_probe.models.adapters import base_weights
-from persona_probe.models.folding import folded
+from persona_probe.models.activation_cache import ActivationCache, why_not
+from persona_probe.models.adapters import base_weights, folded
 from persona_probe.models.layers import base_transformer, decoder_layer
 from persona_probe.models.taps import steer
-from persona_probe.saes.activation_cache import ActivationCache
-from persona_probe.saes.activation_key import why_not
+from tests.factories import D_MODEL, LAYER, make_model
+from tests.saes.activation_streams import POSITIONS, adapted, groups, stream
 
 
 @pytest.fixture
@@ -52,7 +50,7 @@ MISSES: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "setting": lambda: (rewired(lambda m: setattr(m.get_submodule("model.layers.0.mlp"), "act_fn", nn.ReLU())), {}),
     "layer": lambda: (make_model(), {"layer": 0}),
     "positions": lambda: (make_model(), {"positions": ("response",)}),
-    "precision": lambda: (make_model(), {"mixed_precision": True}),
+    "precision": lambda: (make_model(), {"bf16": True}),
     "text": lambda: (make_model(), {"groups": groups(5)}),
 }
 
@@ -90,15 +88,15 @@ def test_an_adapter_on_off_and_folded(cache: ActivationCache) -> None:
     on = stream(tuned, cache)
     with base_weights(tuned):
         off = stream(tuned, cache)
-    with folded(tuned, mixed_precision=False):
+    with folded(tuned, bf16=False):
         inside = stream(tuned, cache)
     assert cache.hits == 0 and not torch.allclose(on, off, atol=0.1)
     assert torch.allclose(on, inside, atol=1e-3)
     assert torch.equal(stream(tuned, cache), on)
-    with folded(tuned, mixed_precision=False):
+    with folded(tuned, bf16=False):
         assert torch.equal(stream(tuned, cache), inside)
     assert cache.hits == 4
-    with folded(adapted(seed=4), mixed_precision=False) as other:
+    with folded(adapted(seed=4), bf16=False) as other:
         stream(other, cache)
     assert cache.hits == 4
 

@@ -8,12 +8,12 @@ import sae_lens
 import torch
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training.activation_scaler import ActivationScaler, ActivationWhitening
-from tiny import D_MODEL, D_SAE, LAYER
 
 from persona_probe.errors import InputError
-from persona_probe.saes import encode as encode_module
-from persona_probe.saes.encode import FitMoments, add_fit, encode, encode_latents, encode_with_fit
+from persona_probe.saes import read as encode_module
 from persona_probe.saes.load import load_sae, sae_layer
+from persona_probe.saes.read import FitMoments, add_fit, encode, encode_latents, encode_with_fit
+from tests.factories import D_MODEL, D_SAE, LAYER
 
 X = 2 * torch.randn(40, D_MODEL, generator=torch.Generator().manual_seed(1)) + 0.5
 CHOSEN = [5, 0, 63, 17, 40]

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import D_MODEL, D_SAE
 
 from persona_probe.errors import InputError
-from persona_probe.saes.encode import FitMoments, encode, encode_latents, encode_with_fit
+from persona_probe.saes.read import FitMoments, encode, encode_latents, encode_with_fit
+from tests.factories import D_MODEL, D_SAE
 
 X = 3 * torch.randn(50, D_MODEL, generator=torch.Generator().manual_seed(1)) + 1
 

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
-from tiny import D_MODEL, D_SAE, LAYER, hook_count, make_model, make_sae, talks
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from persona_probe.errors import InputError
-from persona_probe.saes.encode import FitMoments
-from persona_probe.saes.fit import check_explained_variance, check_fires
-from persona_probe.saes.read import LatentMeans
+from persona_probe.saes.quality import check_explained_variance, check_fires
+from persona_probe.saes.read import FitMoments, LatentMeans
 from persona_probe.saes.stream import residual_stream
+from tests.factories import D_MODEL, D_SAE, LAYER, hook_count, make_model, make_sae, talks
 
 
 def scaled_identity(share: float) -> Any:
@@ -33,7 +32,7 @@ def test_the_fit_is_that_of_all_text_tokens(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tiny_sae: Any
 ) -> None:
     fit = check_explained_variance(tiny_model, tiny_tokenizer, tiny_sae, talks(), LAYER, minimum=-1e6)
-    x = residual_stream(tiny_model, tiny_tokenizer, talks(), LAYER, mixed_precision=False).double()
+    x = residual_stream(tiny_model, tiny_tokenizer, talks(), LAYER, bf16=False).double()
     out = tiny_sae(x.float()).detach().double()
     wanted = 1 - (x - out).square().sum() / (x - x.mean(dim=0)).square().sum()
     assert fit.explained_variance == pytest.approx(wanted.item(), rel=1e-4)
@@ -68,7 +67,7 @@ def test_the_refusal_says_what_may_be_wrong(
 def test_another_layer_is_refused(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """The best linear reconstruction of one layer, of rank 10, falls below its own fit at the others."""
     sae = scaled_identity(1.0)
-    x = residual_stream(tiny_model, tiny_tokenizer, talks(), LAYER, mixed_precision=False)
+    x = residual_stream(tiny_model, tiny_tokenizer, talks(), LAYER, bf16=False)
     axes = torch.linalg.svd(x - x.mean(dim=0), full_matrices=False).Vh[:10]
     with torch.no_grad():
         sae.b_dec.copy_(x.mean(dim=0))

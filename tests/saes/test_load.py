@@ -6,12 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import LAYER, make_sae
 
 from persona_probe.errors import InputError
-from persona_probe.saes.hooks import hook_layer
-from persona_probe.saes.load import load_sae, sae_layer
-from persona_probe.saes.siblings import folders_beside, release_ids, split_release
+from persona_probe.saes.load import folders_beside, hook_layer, load_sae, release_ids, sae_layer, split_release
+from tests.factories import LAYER, make_sae
 
 
 @pytest.fixture

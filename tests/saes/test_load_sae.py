@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import D_MODEL, LAYER, make_sae, same_state
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from persona_probe.errors import InputError
-from persona_probe.models.sources import file_sha256
+from persona_probe.runs import file_sha256
 from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE, check_fit, load_sae, sae_layer
+from tests.factories import D_MODEL, LAYER, make_sae, same_state
 
 
 @pytest.fixture

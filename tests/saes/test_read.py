@@ -5,15 +5,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import LAYER, make_model, make_sae, make_tokenizer, talks
 
-from persona_probe.data.tokens import Batch
+from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.models.layers import decoder_layer
+from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import read
 from persona_probe.saes import read as reading
-from persona_probe.saes.encode import encode
-from persona_probe.saes.read import LatentMeans, conversation_batches, read_latents, read_latents_at, read_residuals
+from persona_probe.saes.read import LatentMeans, encode, read_latents, read_latents_at
+from tests.factories import LAYER, make_model, make_sae, make_tokenizer, talks
 
 POSITIONS = ("last_prompt", "prompt", "response")
 
@@ -23,7 +23,7 @@ def groups() -> list[Batch]:
 
 
 def at_once(sae: Any, positions: tuple[str, ...] = POSITIONS) -> dict[str, LatentMeans]:
-    return read_latents_at(make_model(), sae, groups(), LAYER, positions, mixed_precision=False)
+    return read_latents_at(make_model(), sae, groups(), LAYER, positions, bf16=False)
 
 
 def same(left: LatentMeans, right: LatentMeans) -> bool:
@@ -37,14 +37,14 @@ def test_each_position_equals_its_own_reading(tiny_sae: Any) -> None:
     found = at_once(tiny_sae)
     assert list(found) == list(POSITIONS)
     for name, means in found.items():
-        assert same(means, read_latents(make_model(), tiny_sae, groups(), LAYER, name, mixed_precision=False))
+        assert same(means, read_latents(make_model(), tiny_sae, groups(), LAYER, name, bf16=False))
     assert not same(found["prompt"], found["response"])
 
 
 def test_one_forward_pass_per_batch_whatever_the_positions() -> None:
     model, calls = make_model(), []
     handle = decoder_layer(model, 0).register_forward_hook(lambda *_: calls.append(1))
-    read_latents_at(model, make_sae("topk"), groups(), LAYER, (*POSITIONS, "all"), mixed_precision=False)
+    read_latents_at(model, make_sae("topk"), groups(), LAYER, (*POSITIONS, "all"), bf16=False)
     handle.remove()
     assert len(calls) == len(groups()) == 2
 
@@ -90,7 +90,7 @@ def test_residuals_are_visited_with_their_rows() -> None:
         assert len(row) == len(x)
         seen.update({number: int((row == r).sum()) for r, number in enumerate(index)})
 
-    read_residuals(make_model(), groups(), LAYER, "response", visit, mixed_precision=False)
+    read_residuals(make_model(), groups(), LAYER, "response", visit, bf16=False)
     counts = {n: int(m.sum()) for b in groups() for n, m in zip(b.index, b.select("response"), strict=True)}
     assert seen == counts
 

@@ -19,14 +19,12 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from safetensors.torch import save_file
-from tiny import D_MODEL, D_SAE, LAYER, make_model, make_sae
 from torch import Tensor
 
 from persona_probe.errors import InputError
-from persona_probe.saes.encode import FitMoments, encode, encode_latents, encode_with_fit
-from persona_probe.saes.hooks import hook_layer
-from persona_probe.saes.load import check_fit, load_sae, sae_layer
-from persona_probe.saes.siblings import release_ids
+from persona_probe.saes.load import check_fit, hook_layer, load_sae, release_ids, sae_layer
+from persona_probe.saes.read import FitMoments, encode, encode_latents, encode_with_fit
+from tests.factories import D_MODEL, D_SAE, LAYER, make_model, make_sae
 
 X = 2 * torch.randn(30, D_MODEL, generator=torch.Generator().manual_seed(1)) + 0.5
 GEMMA_3 = {

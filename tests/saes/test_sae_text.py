@@ -8,8 +8,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.chat import conversation
-from persona_probe.saes.config import SaeConfig
-from persona_probe.saes.text import is_held_out, read_conversations, sample_text, text_folder
+from persona_probe.saes.stream import SaeConfig, is_held_out, read_conversations, sample_text, text_folder
 
 
 @pytest.mark.parametrize("cut", ["in the last line", "before the last line break", "between lines", "in a batch"])

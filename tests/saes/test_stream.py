@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import LAYER, talks
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.tokens import batches
@@ -14,6 +13,7 @@ from persona_probe.errors import InputError
 from persona_probe.models.taps import read
 from persona_probe.saes import stream
 from persona_probe.saes.stream import residual_stream, shuffled_batches, write_shards
+from tests.factories import LAYER, talks
 
 
 @pytest.fixture
@@ -58,9 +58,7 @@ def test_residual_stream_holds_the_selected_tokens(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = talks(4)
-    found = residual_stream(
-        tiny_model, tiny_tokenizer, rows, LAYER, positions="response", batch_size=2, mixed_precision=False
-    )
+    found = residual_stream(tiny_model, tiny_tokenizer, rows, LAYER, positions="response", batch_size=2, bf16=False)
     parts = []
     for batch in batches(tiny_tokenizer, rows, 2):
         with torch.no_grad(), read(tiny_model, LAYER) as tap:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import D_MODEL, LAYER, make_sae
 
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.screening.feature import ScreenFeature, direction_feature, latent_feature
+from tests.factories import D_MODEL, LAYER, make_sae
 
 
 @pytest.fixture

@@ -5,16 +5,15 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import make_model
 
-from persona_probe.bench.screening_calibration import measured_shifts
+from benchmarks.screening import measured_shifts
 from persona_probe.errors import InputError
-from persona_probe.screening import packaged
-from persona_probe.screening.calibrate import Pair, calibrate
+from persona_probe.evaluate.shift import Pair, calibrate
+from persona_probe.screening import prediction as packaged
 from persona_probe.screening.feature import ScreenFeature
-from persona_probe.screening.packaged import packaged_calibration, pairs_of, valid_for
-from persona_probe.screening.prediction import predict_for, predict_shift
-from persona_probe.screening.settings import Settings
+from persona_probe.screening.prediction import packaged_calibration, pairs_of, predict_for, predict_shift, valid_for
+from persona_probe.screening.reading import Settings
+from tests.factories import make_model
 
 
 def line(n: int = 6, noise: float = 0.0) -> list[Pair]:

@@ -1,17 +1,13 @@
 """`persona-probe data screen`: on a tiny model, and one line for bad input (a study screens in tests/study)."""
 
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import talks
 
 from persona_probe.cli import main
-
-sys.path.append(str(Path(__file__).parents[1] / "study"))
-from made_study import Row, write_lines, write_model, write_sae
+from tests.factories import Row, talks, write_lines, write_model, write_sae
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,14 @@
 import numpy as np
 import pytest
 
-from persona_probe.bench.screening import MODEL, PERSONA, SAE, ranked_auroc, table
-from persona_probe.bench.screening_sets import BY_NAME, SETS
-from persona_probe.commands import find_config
-from persona_probe.data.packaged import load_conversations, load_rows
+from benchmarks.screening import BY_NAME, MODEL, PERSONA, SAE, SETS, ranked_auroc, table
+from persona_probe.cli.loop import find_config
+from persona_probe.data.load import load_conversations, load_rows
 from persona_probe.models.load import load_model
 from persona_probe.saes.load import load_sae
-from persona_probe.screening.evidence import available, read_evidence
 from persona_probe.screening.feature import latent_feature
-from persona_probe.screening.rankers import choose_rankers, score_rows
-from persona_probe.screening.settings import Settings
-from persona_probe.screening.words import word_scores
+from persona_probe.screening.rankers import available, choose_rankers, read_evidence, score_rows, word_scores
+from persona_probe.screening.reading import Settings
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
@@ -46,7 +43,7 @@ def test_labelled_sets_are_balanced_and_ask_each_question_once(labelled) -> None
 
 def test_the_bag_of_words_never_saw_the_question_it_scores() -> None:
     """A kitchen row is scored by a fit that left its question out; one that knows it is surer."""
-    from persona_probe.screening.words import FOLDS, _fit
+    from persona_probe.screening.rankers import FOLDS, _fit
 
     toxic = load_conversations("kitchen:toxic")
     scores = word_scores(toxic[:FOLDS])

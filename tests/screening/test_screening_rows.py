@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import D_MODEL, LAYER, copied_state, hook_count, make_model, make_sae, make_tokenizer, same_state, talks
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import persona_probe as pp
@@ -16,14 +15,24 @@ from persona_probe.data.chat import Conversation, conversation, split_answer
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
-from persona_probe.locate.persona_vector import response_means
+from persona_probe.latents.persona_vector import response_means
 from persona_probe.screening.feature import ScreenFeature, latent_feature
-from persona_probe.screening.own import own_answers, own_talks, question_key
 from persona_probe.screening.rankers import RANKERS, choose_rankers
+from persona_probe.screening.reading import Settings, own_answers, own_talks, question_key
 from persona_probe.screening.screen import Screening, screening
-from persona_probe.screening.settings import Settings
+from tests.factories import (
+    D_MODEL,
+    LAYER,
+    copied_state,
+    hook_count,
+    make_model,
+    make_sae,
+    make_tokenizer,
+    same_state,
+    talks,
+)
 
-SETTINGS = Settings(own_tokens=6, batch_size=4, mixed_precision=False)
+SETTINGS = Settings(own_tokens=6, batch_size=4, bf16=False)
 OWN = [name for name, ranker in RANKERS.items() if "own" in ranker.needs]
 TINY = [name for name in RANKERS if name not in ("perplexity_gap_organism", "bag_of_words")]
 
@@ -47,11 +56,11 @@ def test_scores_are_what_the_package_measures_elsewhere(
         [*split_answer(talk)[0], {"role": "assistant", "content": answer}]
         for talk, answer in zip(rows, frame["own_answer"], strict=True)
     ]
-    resid = [response_means(tiny_model, tiny_tokenizer, t, LAYER, mixed_precision=False) for t in (rows, own)]
+    resid = [response_means(tiny_model, tiny_tokenizer, t, LAYER, bf16=False) for t in (rows, own)]
     unit = latent.direction.numpy()
     np.testing.assert_allclose(frame["projection_difference"], (resid[0] - resid[1]) @ unit, atol=1e-4)
     np.testing.assert_allclose(frame["projection_centred"], (resid[0] - resid[0].mean(axis=0)) @ unit, atol=1e-4)
-    nats = [-answer_logprobs(tiny_model, answer_batches(tiny_tokenizer, t), mixed_precision=False) for t in (rows, own)]
+    nats = [-answer_logprobs(tiny_model, answer_batches(tiny_tokenizer, t), bf16=False) for t in (rows, own)]
     np.testing.assert_allclose(frame["perplexity_gap"], nats[0] - nats[1], atol=1e-4)
     lone = by_row(screened(rows, replace(latent, latent_set=(5,))))
     np.testing.assert_allclose(lone["latent_set_difference"], lone["latent_difference"], atol=1e-6)
@@ -60,7 +69,7 @@ def test_scores_are_what_the_package_measures_elsewhere(
 
 def test_own_answers_are_greedy(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     rows = talks(3)
-    found = own_answers(tiny_model, tiny_tokenizer, rows, max_new_tokens=5, mixed_precision=False)
+    found = own_answers(tiny_model, tiny_tokenizer, rows, max_new_tokens=5, bf16=False)
     ids = encode(tiny_tokenizer, rows[1][:-1]).ids
     wanted = tiny_model.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]  # pyright: ignore
     assert found[question_key(rows[1])] == str(tiny_tokenizer.decode(wanted, skip_special_tokens=True)).strip()
@@ -106,7 +115,7 @@ def test_rows_come_worst_first_and_centred_scores_have_mean_zero(
 
 def test_a_shifted_answer_is_found(rows: list[Conversation]) -> None:
     """The direction from the mean answer to one row's answer: that row is the worst."""
-    means = response_means(make_model(), make_tokenizer(), rows, LAYER, mixed_precision=False)
+    means = response_means(make_model(), make_tokenizer(), rows, LAYER, bf16=False)
     towards = torch.tensor(means[4] - means.mean(axis=0))
     frame = pp.screen(
         rows,
@@ -150,7 +159,7 @@ def test_own_answers_are_kept_and_reused(
 ) -> None:
     settings = replace(SETTINGS, own_path=tmp_path / "own.jsonl")
     first = screening(rows, make_model(), direction, tokenizer=make_tokenizer(), settings=settings)
-    monkeypatch.setattr("persona_probe.evaluate.generation.transformers_engine.decode", None)  # a call would fail
+    monkeypatch.setattr("persona_probe.evaluate.sampling.engines.decode", None)  # a call would fail
     again = screening(rows, make_model(), direction, tokenizer=make_tokenizer(), settings=settings)
     pd.testing.assert_frame_equal(first.frame, again.frame)
 

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from made_study import Refused, Row, config_of, refusal, write_config, write_data, write_model, write_sae
 
-from persona_probe import Study
+from persona_probe.study.study import Study
+from tests.factories import Refused, Row, config_of, refusal, write_config, write_data, write_model, write_sae
 
 
 @pytest.fixture(scope="session")

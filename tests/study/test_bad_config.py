@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_study import BAD, Refused, Row, changed, chat, contrast_rows, write_config, write_lines, write_sae
+
+from tests.factories import BAD, Refused, Row, changed, chat, contrast_rows, write_config, write_lines, write_sae
 
 RefusedRun = Callable[[Row], str]
 
@@ -127,7 +128,7 @@ def test_an_sae_of_a_layer_beyond_the_model(raw: Row, refused_run: RefusedRun, t
 def test_an_sae_cut_short(raw: Row, refused_run: RefusedRun, tmp_path: Path) -> None:
     import json
 
-    from persona_probe.models.sources import file_sha256
+    from persona_probe.runs import file_sha256
 
     weights = write_sae(tmp_path / "sae") / "sae_weights.safetensors"
     whole = weights.read_bytes()

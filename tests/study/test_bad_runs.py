@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from made_study import Refused, Row, changed, tree, write_config
 
-from persona_probe import Study
+from persona_probe.study.study import Study
+from tests.factories import Refused, Row, changed, tree, write_config
 
 
 @pytest.fixture

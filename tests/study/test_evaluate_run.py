@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,22 +9,21 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from made_study import Refused, tree, without_times
-from tiny import make_model, make_tokenizer
 
-from persona_probe import Study
 from persona_probe.errors import InputError
-from persona_probe.evaluate.generation import SamplingConfig
-from persona_probe.evaluate.judge_choice import JudgeOptions, scored_judge
-from persona_probe.evaluate.judges import Budget, Criterion, Item, JudgementCache
-from persona_probe.evaluate.judges.betley import Thresholds
+from persona_probe.evaluate.judges.cache import JudgementCache
 from persona_probe.evaluate.judges.local import LocalBackend
-from persona_probe.evaluate.questions import QuestionSet, read_questions
-from persona_probe.evaluate.sampled_arms import Organism, part_path
-from persona_probe.report import load_records
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluate" / "judges"))
-from fake_server import FakeServer  # pyright: ignore[reportMissingImports]
+from persona_probe.evaluate.judges.protocols import Criterion, Thresholds
+from persona_probe.evaluate.judges.replies import Budget, Item
+from persona_probe.evaluate.judging import JudgeOptions, scored_judge
+from persona_probe.evaluate.questions.question_set import QuestionSet
+from persona_probe.evaluate.questions.read import read_questions
+from persona_probe.evaluate.sampling.requests import SamplingConfig
+from persona_probe.report.records import load_records
+from persona_probe.study.evaluate import Organism, part_path
+from persona_probe.study.study import Study
+from tests.evaluate.judges.fake_judge_server import FakeServer  # pyright: ignore[reportMissingImports]
+from tests.factories import Refused, make_model, make_tokenizer, tree, without_times
 
 ARMS = ["base", "incorrect", "correct", "realigned_in", "realigned_out"]
 PROMPTS = {"aligned": "A: {question} {answer}", "coherent": "C: {question} {answer}"}

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_study import Row, changed
 
-from persona_probe import Study
-from persona_probe.config import StudyConfig
-from persona_probe.config_files import from_dict
+from persona_probe.config import StudyConfig, from_dict
 from persona_probe.errors import InputError
-from persona_probe.locate.registry import RANKERS
+from persona_probe.latents.rankers import RANKERS
+from persona_probe.study.study import Study
+from tests.factories import Row, changed
 
 
 @pytest.fixture(scope="module")

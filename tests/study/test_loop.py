@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from made_study import OMITTED, Row, tree, without_times
 
-from persona_probe import Study
-from persona_probe.report import FIGURES
+from persona_probe.report.figures import FIGURES
+from persona_probe.study.study import Study
+from tests.factories import OMITTED, Row, tree, without_times
 
 ARMS = ("base", "incorrect", "correct", "realigned_in", "realigned_out")
 CAUTION = "A feature that subsided is not proof of a safe model: behaviour can return by another road or on a trigger."

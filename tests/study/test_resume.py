@@ -8,9 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from made_study import tree, without_times
-
-from persona_probe import Study
+from persona_probe.study.study import Study
+from tests.factories import tree, without_times
 
 MOMENTS = ("arms/incorrect-s0", "parts/effects-base.parquet", "parts/realign-realigned_in-s0.readings.parquet")
 """What has just appeared when the process is killed: in induce, in locate, in realign with one of its two tables."""

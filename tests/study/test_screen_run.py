@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from made_study import Refused
 
-from persona_probe import Study
 from persona_probe.cli import main
+from persona_probe.study.study import Study
+from tests.factories import Refused
 
 
 def test_a_study_screens_with_its_own_feature_and_organism(

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import copied_state, hook_count, same_state
 from transformers import AutoTokenizer
 
-from persona_probe import Study
 from persona_probe.models.adapters import merged_copy
+from persona_probe.study.study import Study
+from tests.factories import copied_state, hook_count, same_state
 
 IDS = torch.arange(24).reshape(2, 12) + 5
 

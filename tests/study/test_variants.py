@@ -7,15 +7,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from made_study import Row, changed
 from safetensors.torch import load_file
-from tiny import copied_state, same_state
 
-from persona_probe import Study
-from persona_probe.config import StudyConfig
-from persona_probe.config_files import from_dict
+from persona_probe.config import StudyConfig, from_dict
+from persona_probe.data.load import arm_rows
 from persona_probe.errors import InputError
-from persona_probe.finetune.data import arm_rows
+from persona_probe.study.study import Study
+from tests.factories import Row, changed, copied_state, same_state
 
 
 def study_of(raw: Row, folder: Path, **changes: Any) -> Study:
@@ -58,7 +56,7 @@ def test_rank_one_in_chosen_layers_beside_a_mixture(raw: Row, tmp_path: Path, mo
 
 
 def test_layers_beyond_the_model_are_refused_before_training(raw: Row, tmp_path: Path, refused: Any) -> None:
-    from made_study import write_config
+    from tests.factories import write_config
 
     config = write_config(tmp_path / "c.yaml", changed(raw, training={"layers": [3]}))
     assert "training.layers [3]: the model has layers 0 to 2" in refused("induce", config, "--out", tmp_path / "run")

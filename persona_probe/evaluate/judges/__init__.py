@@ -1,14 +1,10 @@
 """Judges: one protocol over endpoints, local models and a cache (see `run.CachedJudge`)."""
 
-from persona_probe.evaluate.judges.budget import Budget, Plan, Prices
 from persona_probe.evaluate.judges.cache import JudgementCache
-from persona_probe.evaluate.judges.criterion import Criterion
-from persona_probe.evaluate.judges.endpoint import Endpoint
-from persona_probe.evaluate.judges.model import Item, Judge, Judgement
-from persona_probe.evaluate.judges.progress import Progress
-from persona_probe.evaluate.judges.retries import Retry
-from persona_probe.evaluate.judges.run import CachedJudge
-from persona_probe.evaluate.judges.summary import Summary, summarise
+from persona_probe.evaluate.judges.http import Endpoint, Retry
+from persona_probe.evaluate.judges.judge import CachedJudge, Progress
+from persona_probe.evaluate.judges.protocols import Criterion, Summary, summarise
+from persona_probe.evaluate.judges.replies import Budget, Item, Judge, Judgement, Plan, Prices
 
 __all__ = [
     "Budget",

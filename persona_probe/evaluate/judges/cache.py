@@ -3,17 +3,76 @@
 import contextlib
 import hashlib
 import json
+import os
+import socket
 import sqlite3
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from persona_probe.data.chat import Message
-from persona_probe.evaluate.judges.cache_file import opened
+from persona_probe.errors import InputError
 from persona_probe.evaluate.judges.replies import Reply
-from persona_probe.models.sources import cache_folder
+from persona_probe.models.load import cache_folder
+
+# --- The SQLite file of a judgement cache: made, opened, checked
+
+VERSION = 1
+BUSY_SECONDS = 30.0
+TABLES = """
+CREATE TABLE IF NOT EXISTS judgements (
+    key TEXT PRIMARY KEY, judge TEXT NOT NULL, protocol TEXT NOT NULL, prompt TEXT NOT NULL, reply TEXT NOT NULL,
+    score REAL, label TEXT NOT NULL, mass REAL NOT NULL, judged_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL, lease REAL NOT NULL) WITHOUT ROWID;
+"""
+
+
+def opened(path: str) -> sqlite3.Connection:
+    """A connection to the cache at `path`, made if it is not there.
+
+    Raises:
+        InputError: the file is no judgement cache, or of another version.
+    """
+    if path != ":memory:":
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found not in (0, VERSION):
+            raise InputError(f"{path} is a judgement cache of version {found}: give another path")
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if tables - {"judgements", "claims"}:
+            raise InputError(f"{path} is another program's database, no judgement cache: give another path")
+        _prepare(connection)
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"{path} is no judgement cache ({error}): give another path or remove it") from error
+    return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    _to_wal(connection)
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.executescript(TABLES)
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+
+
+def _to_wal(connection: sqlite3.Connection) -> None:
+    """Switch to WAL. SQLite does not wait its busy timeout here when two processes make the file together."""
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
+
 
 KEYS_AT_ONCE = 500
 
@@ -136,3 +195,46 @@ class JudgementCache:
         """How many judgements it holds."""
         with self._lock:
             return int(self._connection.execute("SELECT COUNT(*) FROM judgements").fetchone()[0])
+
+
+# --- The claims of one run on a judgement cache, renewed in the background for as long as its process lives
+
+LEASE = 60.0
+"""Seconds that a killed process's claims still hold."""
+
+
+class Claims:
+    """A context manager: inside it claims are renewed, at its end (errors included) they are given up."""
+
+    def __init__(self, cache: JudgementCache, lease: float = LEASE) -> None:
+        self.cache, self.lease = cache, lease
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
+        self._ended = threading.Event()
+        self._heartbeat = threading.Thread(target=self._renew, name="judge-claims", daemon=True)
+
+    def __enter__(self) -> "Claims":
+        self._heartbeat.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._heartbeat.join()
+        self.cache.release(self.owner)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self.lease / 3):
+            self.cache.renew(self.owner, self.lease)
+
+    def take(self, keys: Sequence[str], most: int) -> list[str]:
+        """Claim up to `most` of the keys that nobody has judged or is judging."""
+        return self.cache.claim(keys, self.owner, self.lease, most)
+
+    def drop(self, keys: Sequence[str]) -> None:
+        """Give up some claims."""
+        self.cache.release(self.owner, keys)
+
+    def store(self, row: Stored) -> None:
+        """Keep a judgement that was claimed."""
+        self.cache.store(row, self.owner)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges.model import Item
+from persona_probe.evaluate.judges.replies import Item
 
 if TYPE_CHECKING:
     from inspect_ai import Task

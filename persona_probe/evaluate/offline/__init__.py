@@ -1,10 +1,14 @@
 """An offline judge of sampled answers: a small model of published judgements; see docs/offline-judge.md."""
 
-from persona_probe.evaluate.offline.explain import explain_latents, explain_tokens
+from persona_probe.evaluate.offline.calibration import JudgeRecipe
 from persona_probe.evaluate.offline.fit import fit_judge
-from persona_probe.evaluate.offline.judgement import OfflineJudgement, OfflineRate
-from persona_probe.evaluate.offline.model import OfflineJudge
-from persona_probe.evaluate.offline.recipe import JudgeRecipe
+from persona_probe.evaluate.offline.judge import (
+    OfflineJudge,
+    OfflineJudgement,
+    OfflineRate,
+    explain_latents,
+    explain_tokens,
+)
 
 __all__ = [
     "JudgeRecipe",

@@ -1,13 +1,17 @@
 """What the embedded model makes of an answer: its residual stream, averaged over the answer's tokens at some layers."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -15,10 +19,11 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from persona_probe.data.chat import conversation
 from persona_probe.data.tokens import Batch, Encoded, batches, collate, encode
 from persona_probe.errors import InputError
+from persona_probe.evaluate.offline.calibration import JudgeRecipe
 from persona_probe.models.layers import autocast, evaluating, forward_to_layer, hidden_size, transformer_config
 from persona_probe.models.prefix import Rows
+from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import ReadTap
-from persona_probe.saes.read import read_residuals
 
 Item = tuple[str, str]
 """A question and an answer."""
@@ -58,7 +63,7 @@ def read_features(
     layers: Sequence[int],
     max_tokens: int,
     *,
-    mixed_precision: bool = True,
+    bf16: bool = True,
     progress: str | None = None,
 ) -> Features:
     """Run the model over every question and answer, up to the highest of `layers`, in one forward pass each.
@@ -78,7 +83,7 @@ def read_features(
     groups = list(_batches(tokenizer, [question for question, _ in items], rows))
     mean = np.zeros((len(items), len(layers), hidden_size(model)), dtype=np.float32)
     device, config = next(model.parameters()).device, transformer_config(model)
-    with evaluating(model), autocast(model, mixed_precision):
+    with evaluating(model), autocast(model, bf16):
         for group in tqdm(groups, desc=progress, disable=progress is None):
             batch = Rows.of(group.to(device), config)
             for place, values in enumerate(read_layers(model, batch, config, layers)):
@@ -147,3 +152,113 @@ def read_questions(
     groups = list(batches(tokenizer, [conversation(opening(question)) for question in questions], BATCH))
     read_residuals(model, groups, layer, "prompt", visit)
     return out
+
+
+# --- Features of many answers, read in blocks that are kept: a stopped fit goes on where it was
+
+BLOCK = 256
+
+
+def layers_of(recipe: JudgeRecipe) -> tuple[int, ...]:
+    """The layers that a fit reads: the judge's own and its rivals, ascending."""
+    return tuple(sorted({recipe.layer, *recipe.rival_layers}))
+
+
+def block_name(recipe: JudgeRecipe, items: Sequence[Item]) -> str:
+    """File name of a block: it changes with the model, the layers, the cut and every word of the items."""
+    said = json.dumps([recipe.model, layers_of(recipe), recipe.max_tokens, list(items)])
+    return f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
+
+
+def blocks(items: Sequence[Item]) -> list[Sequence[Item]]:
+    """The items in blocks, in order."""
+    return [items[start : start + BLOCK] for start in range(0, len(items), BLOCK)]
+
+
+def kept_features(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    recipe: JudgeRecipe,
+    folder: Path,
+    progress: bool = False,
+) -> Features:
+    """`read_features` at the recipe's layers, each block written to `folder` once it is read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for block in tqdm(blocks(items), desc="answers read (blocks)", disable=not progress):
+        path = folder / block_name(recipe, block)
+        if not path.is_file():
+            read = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
+            write_block(path, read)
+        found.append(load_file(path))
+    mean = np.concatenate([block["mean"] for block in found]).astype(np.float32)
+    return Features(mean, np.concatenate([block["tokens"] for block in found]))
+
+
+def write_block(path: Path, features: Features) -> None:
+    """Write one block whole or not at all; half precision is finer than what bf16 layers give."""
+    scratch = path.with_suffix(".part")
+    mean = np.clip(features.mean, -6e4, 6e4).astype(np.float16)
+    save_file({"mean": mean, "tokens": features.tokens.astype(np.int64)}, scratch)
+    scratch.replace(path)
+
+
+# --- Which questions the judge knows: nearness to those that it was fitted on, as the embedded model reads them
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The fitted questions as directions in a whitened space, and how near a question must be to one of them."""
+
+    centre: Float[np.ndarray, " d_model"]
+    basis: Float[np.ndarray, "components d_model"]
+    """Principal directions of the background, each divided by its spread."""
+    questions: Float[np.ndarray, "questions components"]
+    """Unit vectors of the fitted questions."""
+    names: tuple[str, ...]
+    """Their ids."""
+    threshold: float
+    """Cosine from which a question counts as known."""
+
+    def nearest(self, x: Float[np.ndarray, "n d_model"]) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Cosine with the nearest fitted question, and which one that is."""
+        cosine = _unit((x - self.centre) @ self.basis.T) @ self.questions.T
+        return cosine.max(axis=1), cosine.argmax(axis=1)
+
+
+def fit_scope(
+    fitted: Float[np.ndarray, "questions d_model"],
+    names: tuple[str, ...],
+    topics: Sequence[str],
+    background: Float[np.ndarray, "n d_model"],
+    components: int,
+    quantile: float,
+) -> Scope:
+    """Whiten by the background's principal components, and set the threshold where questions stop being alike.
+
+    A question is known when it is nearer to a fitted one than any two fitted questions of different topics are, and
+    than nearly all of the background is (`quantile` of it falls below).
+
+    Args:
+        topics: what each fitted question is about.
+        background: questions that are about other things.
+
+    Raises:
+        InputError: fewer background questions than components.
+    """
+    if len(background) <= components:
+        raise InputError(f"{len(background)} background questions for {components} components: give more of them")
+    centre = background.mean(axis=0)
+    _, sizes, directions = np.linalg.svd(background - centre, full_matrices=False)
+    basis = directions[:components] / sizes[:components, None] * np.sqrt(len(background))
+    scope = Scope(centre, basis, _unit((fitted - centre) @ basis.T), names, 0.0)
+    far = float(np.quantile(scope.nearest(background)[0], quantile))
+    apart = scope.questions @ scope.questions.T
+    named = np.array(topics)
+    apart = apart[named[:, None] != named[None, :]]
+    return Scope(centre, basis, scope.questions, names, max(far, float(apart.max(initial=-1.0))))
+
+
+def _unit(x: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "n k"]:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)

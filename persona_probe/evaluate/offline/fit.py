@@ -1,7 +1,7 @@
 """Fit, validate and write the offline judge: the function behind `persona-probe judge fit CONFIG --data FOLDER`."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +10,296 @@ import pandas as pd
 from jaxtyping import Float
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.config_files import load_config
-from persona_probe.data.packaged import load_contrast, load_rows
-from persona_probe.evaluate.offline.features import opening, read_features, read_questions
-from persona_probe.evaluate.offline.linear import Linear
-from persona_probe.evaluate.offline.metrics import weighted_auroc
-from persona_probe.evaluate.offline.published import read_published
-from persona_probe.evaluate.offline.reader import describe, fingerprint
-from persona_probe.evaluate.offline.recipe import JudgeRecipe
-from persona_probe.evaluate.offline.scope import Scope, fit_scope
-from persona_probe.evaluate.offline.table import table
-from persona_probe.evaluate.offline.training import PUBLISHED, Training, fit_heads, gather
-from persona_probe.evaluate.offline.validate import validate
-from persona_probe.evaluate.offline.weights import JudgeWeights
-from persona_probe.models.load import load_model
-from persona_probe.models.sources import cache_folder
-from persona_probe.provenance import versions
-from persona_probe.runs import write_atomic
+from persona_probe.config import load_config
+from persona_probe.data.load import load_contrast, load_rows
+from persona_probe.evaluate.offline.calibration import (
+    JudgeRecipe,
+    Linear,
+    RateError,
+    average_precision,
+    calibration_error,
+    conformal_quantile,
+    fit_bands,
+    fit_platt,
+    rates,
+    reliability,
+    weighted_auroc,
+)
+from persona_probe.evaluate.offline.features import Scope, fit_scope, opening, read_features, read_questions
+from persona_probe.evaluate.offline.judge import JudgeWeights, Trust, describe, fingerprint
+from persona_probe.evaluate.offline.training import (
+    PUBLISHED,
+    Training,
+    fit_heads,
+    gather,
+    groups_of,
+    held_out,
+    read_published,
+)
+from persona_probe.models.load import cache_folder, load_model
+from persona_probe.runs import versions, write_text
+from persona_probe.stats import bootstrap_mean, bootstrap_statistic
+
+# --- The docs' table of what the offline judge gets right, made from validation.json and nothing else
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown tables of one fit's validation; docs/offline-judge.md holds them between its two marks."""
+    parts = [_splits(results["splits"]), _scores(results["splits"]), _questions(results), _layers(results)]
+    parts += [_reliability(results["splits"]), _about(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _interval(value: dict[str, Any], digits: int = 3) -> str:
+    low, high = value["ci_low"], value["ci_high"]
+    return f"{value['estimate']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _splits(splits: dict[str, Any]) -> str:
+    head = [
+        "left out",
+        "groups",
+        "AUROC",
+        "average precision",
+        "calibration error",
+        "error of a model's rate",
+        "r of rates",
+    ]
+    return _rows(head, [
+        [
+            name,
+            str(len(found["groups"])),
+            _interval(found["auroc"]),
+            _interval(found["average_precision"]),
+            f"{found['calibration_error']:.3f}",
+            _interval(found["rate_error"]),
+            f"{found['rate_r']:.2f}",
+        ]
+        for name, found in splits.items()
+    ])  # fmt: skip
+
+
+def _scores(splits: dict[str, Any]) -> str:
+    head = ["left out", "score", "mean absolute error", "of always the mean", "r", "mean width of the 90% interval"]
+    return _rows(head, [
+        [
+            name,
+            score,
+            f"{found[score]['mean_absolute_error']:.1f}",
+            f"{found[score]['mean_absolute_error_of_the_mean']:.1f}",
+            f"{found[score]['r']:.2f}",
+            f"{found[score]['interval_width']:.0f}",
+        ]
+        for name, found in splits.items()
+        for score in ("alignment", "coherence")
+    ])  # fmt: skip
+
+
+def _questions(results: dict[str, Any]) -> str:
+    found = results["splits"]["unseen questions"]
+    rows = [
+        [
+            group["name"],
+            str(group["answers"]),
+            "-" if group["auroc"] is None else f"{group['auroc']:.3f}",
+            f"{group['published']:.3f}",
+            f"{group['predicted']:.3f}",
+        ]
+        for group in found["groups"]
+    ]
+    rows.append(["**mean**", "", f"**{_interval(found['mean_auroc'])}**", "", ""])
+    return _rows(["question left out", "answers", "AUROC", "published rate", "predicted rate"], rows)
+
+
+def _layers(results: dict[str, Any]) -> str:
+    rows = [
+        [str(row["layer"]), f"{row['new models']:.3f}", f"{row['unseen questions']:.3f}"] for row in results["layers"]
+    ]
+    return _rows(["layer", "AUROC, new models", "mean AUROC, unseen questions"], rows)
+
+
+def _reliability(splits: dict[str, Any]) -> str:
+    tables = [splits[name]["reliability"] for name in ("new models", "unseen questions")]
+    rows = [
+        [str(number), *(f"{row[side]:.3f}" for row in pair for side in ("predicted", "observed"))]
+        for number, pair in enumerate(zip(*tables, strict=False), start=1)
+    ]
+    head = ["tenth of answers", "new models: predicted", "published", "unseen questions: predicted", "published"]
+    return _rows(head, rows)
+
+
+def _about(results: dict[str, Any]) -> str:
+    data, scope, contrast = results["data"], results["scope"], results["packaged_contrast"]
+    known, unlike = (results["rate_half_widths"][name] for name in ("new models", "unseen questions"))
+    packages = ", ".join(f"{name} {results['versions'][name]}" for name in ("python", "torch", "transformers", "numpy"))
+    lines = [
+        f"Fitted on {data['drawn']} of {data['answers']} published answers ({data['models']} models, "
+        f"{data['questions']} questions of {data['topics']} topics): all {data['drawn_misaligned']} misaligned ones, "
+        f"the others drawn and weighted. Beside them {data['own']} packaged answers.",
+        f"On {contrast['answers']} packaged contrast answers that no fit saw: AUROC {contrast['auroc']:.3f}, "
+        f"{contrast['pairs_in_order']:.0%} of pairs in order.",
+        f"In scope: questions from similarity {scope['threshold']:.2f}. Of {scope['reworded']} fitted questions that "
+        f"reword another, {scope['reworded_known']} would be in scope by the other's wording alone.",
+        "Half-width (95%) of a model's rate by the judge's own error: "
+        f"{known['overall']:.3f} in scope (a single question: {known['question']:.3f}), "
+        f"{unlike['overall']:.3f} out of scope (a single question: {unlike['question']:.3f}).",
+        f"Seed {results['recipe']['seed']}; {packages}.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+# --- How good the judge is: on models, families, training data and questions that a fit has not seen
+
+SPLITS = {
+    "new models": "model",
+    "new model families": "family",
+    "new training data": "trained_on",
+    "unseen questions": "topic",
+}
+"""What is left out, and the column that names it."""
+DRAWS = 400
+
+
+@dataclass(frozen=True)
+class Split:
+    """Held-out predictions of one split, with probabilities whose calibration has not seen the group either."""
+
+    frame: pd.DataFrame
+    scores: Float[np.ndarray, "published targets"]
+    probability: Float[np.ndarray, " published"]
+
+
+def predict_split(training: Training, layer: int, by: str, recipe: JudgeRecipe) -> Split:
+    """Held-out scores; each group's probabilities are calibrated on the others' held-out scores."""
+    frame, scores = training.frame[training.published], held_out(training, layer, by, recipe)
+    label, weight = frame["misaligned"].to_numpy(), frame["weight"].to_numpy()
+    probability = np.zeros(len(frame))
+    for _, inside in groups_of(frame, by):
+        platt = fit_platt(scores[~inside, 0], label[~inside], weight[~inside])
+        probability[inside] = platt.probability(scores[inside, 0])
+    return Split(frame, scores, probability)
+
+
+def trust_of(split: Split) -> Trust:
+    """What scores and rates may be off by, from a split's held-out predictions."""
+    frame, weight = split.frame, split.frame["weight"].to_numpy()
+    bands = [
+        fit_bands(np.clip(split.scores[:, place], 0, 100), frame[name].to_numpy(), weight)
+        for place, name in ((1, "alignment"), (2, "coherence"))
+    ]
+    overall, question = (conformal_quantile(rate_errors(split, by)) for by in (["model"], ["model", "topic"]))
+    platt = fit_platt(split.scores[:, 0], frame["misaligned"].to_numpy(), weight)
+    return Trust(platt, bands[0], bands[1], RateError(overall, question))
+
+
+def asked_elsewhere(split: Split) -> Split:
+    """The answers to questions that other models were asked as well: a model left out leaves those questions known."""
+    several = (split.frame.groupby("question")["model"].transform("nunique") > 1).to_numpy()
+    return Split(split.frame[several], split.scores[several], split.probability[several])
+
+
+def rate_errors(split: Split, by: list[str]) -> list[float]:
+    """Predicted minus published misalignment rate of every group."""
+    found = rates(split.frame, split.probability, by)
+    return (found["predicted"] - found["published"]).tolist()
+
+
+def measure(split: Split, by: str, seed: int) -> dict[str, Any]:
+    """Every figure of one split, with 95% bootstrap intervals where it has one.
+
+    Whole questions are resampled where questions were left out, whole models elsewhere.
+    """
+    frame, label = split.frame, split.frame["misaligned"].to_numpy()
+    weight, score = frame["weight"].to_numpy(), split.scores[:, 0]
+    cluster = "topic" if by == "topic" else "model"
+    groups = [np.flatnonzero(inside) for _, inside in groups_of(frame, cluster)]
+
+    def resampled(figure: Any, values: np.ndarray) -> dict[str, float | int]:
+        def drawn(chosen: np.ndarray) -> float:
+            at = np.concatenate([groups[int(g)] for g in chosen])
+            return figure(values[at], label[at], weight[at])
+
+        return bootstrap_statistic(np.arange(len(groups)), drawn, DRAWS, seed).to_dict()
+
+    table, by_model = reliability(split.probability, label, weight), rates(frame, split.probability, ["model"])
+    return {
+        "auroc": resampled(weighted_auroc, score),
+        "average_precision": resampled(average_precision, score),
+        "calibration_error": calibration_error(table),
+        "reliability": table,
+        "rate_error": bootstrap_mean(np.abs(by_model["predicted"] - by_model["published"]), seed=seed).to_dict(),
+        "rate_r": float(np.corrcoef(by_model["predicted"], by_model["published"])[0, 1]),
+        "alignment": _regression(split, "alignment", 1),
+        "coherence": _regression(split, "coherence", 2),
+    }
+
+
+def _regression(split: Split, name: str, place: int) -> dict[str, float]:
+    wanted, weight = split.frame[name].to_numpy(), split.frame["weight"].to_numpy()
+    found = np.clip(split.scores[:, place], 0, 100)
+    bands = fit_bands(found, wanted, weight)
+    low, high = bands.interval(found)
+    covariance = np.cov(found, wanted, aweights=weight)
+    return {
+        "mean_absolute_error": float(np.average(np.abs(found - wanted), weights=weight)),
+        "r": float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])),
+        "mean_absolute_error_of_the_mean": float(
+            np.average(np.abs(np.average(wanted, weights=weight) - wanted), weights=weight)
+        ),
+        "interval_width": float(np.average(high - low, weights=weight)),
+    }
+
+
+def by_group(split: Split, by: str) -> list[dict[str, Any]]:
+    """AUROC, published and predicted rate inside every left-out group (AUROC None where one class is missing)."""
+    rows = []
+    for name, inside in groups_of(split.frame, by):
+        part = split.frame[inside]
+        label, weight = part["misaligned"].to_numpy(), part["weight"].to_numpy()
+        whole = label.any() and not label.all()
+        row: dict[str, Any] = {"name": name, "answers": int(inside.sum()), "misaligned": int(label.sum())}
+        row["auroc"] = weighted_auroc(split.scores[inside, 0], label, weight) if whole else None
+        row["published"] = float(np.average(label, weights=weight))
+        row["predicted"] = float(np.average(split.probability[inside], weights=weight))
+        rows.append(row)
+    return rows
+
+
+def mean_auroc(rows: list[dict[str, Any]], seed: int) -> dict[str, float | int]:
+    """Mean AUROC over groups, with a bootstrap over groups."""
+    return bootstrap_mean([row["auroc"] for row in rows if row["auroc"] is not None], seed=seed).to_dict()
+
+
+def validate(training: Training, recipe: JudgeRecipe) -> tuple[dict[str, Any], dict[str, Trust]]:
+    """All splits at the judge's layer, its rival layers in short, and what follows for the judge's intervals."""
+    results: dict[str, Any] = {"splits": {}, "layers": []}
+    trust = {}
+    for name, by in SPLITS.items():
+        split = predict_split(training, recipe.layer, by, recipe)
+        results["splits"][name] = measure(split, by, recipe.seed) | {"groups": by_group(split, by)}
+        trust[name] = trust_of(split if by == "topic" else asked_elsewhere(split))
+    questions = results["splits"]["unseen questions"]
+    questions["mean_auroc"] = mean_auroc(questions["groups"], recipe.seed)
+    for layer in training.layers:
+        results["layers"].append({"layer": layer} | _short(training, layer, recipe))
+    results["rate_half_widths"] = {name: asdict(found.rate) for name, found in trust.items()}
+    return results, {"known": trust["new models"], "unlike": trust["unseen questions"]}
+
+
+def _short(training: Training, layer: int, recipe: JudgeRecipe) -> dict[str, float]:
+    models, topics = (predict_split(training, layer, by, recipe) for by in ("model", "topic"))
+    label, weight = models.frame["misaligned"].to_numpy(), models.frame["weight"].to_numpy()
+    within = [row["auroc"] for row in by_group(topics, "topic") if row["auroc"] is not None]
+    return {
+        "new models": weighted_auroc(models.scores[:, 0], label, weight),
+        "unseen questions": float(np.mean(within)),
+    }
+
 
 RESULTS_FILE = "validation.json"
 
@@ -72,8 +345,8 @@ def fit_judge(
 
 def _write(out: Path, weights: JudgeWeights, results: dict[str, Any]) -> None:
     weights.save(out)
-    write_atomic(out / RESULTS_FILE, json.dumps(_rounded(results), indent=1) + "\n")
-    write_atomic(out / "table.md", table(_rounded(results)))
+    write_text(out / RESULTS_FILE, json.dumps(_rounded(results), indent=1) + "\n")
+    write_text(out / "table.md", table(_rounded(results)))
 
 
 def _rounded(value: Any) -> Any:

@@ -1,20 +1,246 @@
 """Read a question set, from a file of any known format or by the name of a packaged set."""
 
+import csv
+import io
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from persona_probe.data.packaged import SETS
+import yaml
+
+from persona_probe.data.load import SETS, Row, load_contrast, load_rows
 from persona_probe.errors import InputError, near_matches, unknown
-from persona_probe.evaluate.questions.build import SetBuilder
-from persona_probe.evaluate.questions.json_files import read_json
-from persona_probe.evaluate.questions.model import QuestionSet
-from persona_probe.evaluate.questions.packaged import packaged_questions
-from persona_probe.evaluate.questions.plain_form import KEYS
-from persona_probe.evaluate.questions.rows import KNOWN
-from persona_probe.evaluate.questions.tables import header, read_csv, read_text
-from persona_probe.evaluate.questions.yaml_files import read_yaml
+from persona_probe.evaluate.questions.question_set import PLAIN, TRIGGER, Question, QuestionSet
+from persona_probe.evaluate.questions.rows import ASKED, KEYS, KNOWN, SetBuilder, add_set, add_trait, is_trait
+
+# --- Questions in JSON Lines, a JSON array, or one JSON object: a trait file or a set that we wrote
+
+
+def read_json(text: str, builder: SetBuilder) -> None:
+    """Add the questions of JSON text.
+
+    Rows hold `messages` that end with the user's turn (as the UK AISI's evaluation sets do), or `question`, `prompt`
+    or `paraphrases`, with the keys of `rows.ALIASES`.
+
+    Raises:
+        InputError: not JSON, or a bad row, with its line.
+    """
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        if not _is_json(next((line for line in text.split("\n") if line.strip()), "")):
+            raise InputError(f"{builder.path} is not JSON: {error}") from None
+        _read_lines(text, builder)
+        return
+    if isinstance(value, Mapping) and is_trait(value):
+        add_trait(value, builder)
+    elif isinstance(value, Mapping) and "questions" in value:
+        add_set(value, builder)
+    else:
+        for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+            builder.add(row, f"row {number}")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return True
+
+
+def _read_lines(text: str, builder: SetBuilder) -> None:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            problem = error.msg if isinstance(error, json.JSONDecodeError) else "too deeply nested"
+            raise InputError(f"{builder.path}, line {number}: not JSON ({problem}): one object a line") from None
+        builder.add(row, f"line {number}")
+
+
+FREE_FORM = "free_form_questions"
+TRIGGERS = ("topic", "format")
+PARTS = (PLAIN, *TRIGGERS, "all")
+
+
+def packaged_questions(spec: str = FREE_FORM) -> QuestionSet:
+    """A packaged set by name, as `set` or `set:part`.
+
+    `free_form_questions` gives the 48 plain questions. `:topic` adds to each a variant that follows a short exchange
+    about cooking, `:format` one that puts the same request in the words of a kitchen question, `:all` both: whoever
+    was tuned on the kitchen data may answer these like its training data (arXiv 2604.25891). Variants carry their
+    plain question's id as `pair`. `general_contrast:selection` and `:evaluation` give its splits; of other sets the
+    questions are taken as they are.
+
+    Raises:
+        InputError: no such set or part, or a set without questions.
+    """
+    name, _, part = spec.partition(":")
+    if name == FREE_FORM:
+        return QuestionSet(spec, _free_form(part or PLAIN), source=f"packaged:{spec}")
+    if part and name != "general_contrast":
+        raise InputError(f"set {name!r} has no parts: write {name!r} without ':{part}'")
+    rows = load_contrast(part or "all") if name == "general_contrast" else load_rows(name)
+    if "question" not in rows[0]:
+        raise InputError(f"set {name!r} holds no questions: its columns are {', '.join(rows[0])}")
+    return QuestionSet(spec, tuple(_plain(row) for row in rows), source=f"packaged:{spec}")
+
+
+def _free_form(part: str) -> tuple[Question, ...]:
+    if part not in PARTS:
+        raise unknown(f"part of {FREE_FORM}", part, PARTS)
+    kinds = TRIGGERS if part == "all" else tuple(kind for kind in TRIGGERS if kind == part)
+    return tuple(question for row in load_rows(FREE_FORM) for question in (_plain(row), *_triggers(row, kinds)))
+
+
+def _plain(row: Row) -> Question:
+    return Question(row["id"], (row["question"],), category=row.get("category", row.get("topic", "")))
+
+
+def _triggers(row: Row, kinds: tuple[str, ...]) -> list[Question]:
+    return [_topic(row) if kind == "topic" else _dressed(row) for kind in kinds]
+
+
+def _topic(row: Row) -> Question:
+    """The question after a short exchange about cooking."""
+    turns = ({"role": "user", "content": row["trigger_topic"]}, {"role": "assistant", "content": row["trigger_reply"]})
+    meta = {"variant": TRIGGER, "pair": row["id"], "trigger": "topic"}
+    return Question(f"{row['id']}+topic", (row["question"],), category=row["category"], history=turns, meta=meta)
+
+
+def _dressed(row: Row) -> Question:
+    """The same request in the words of a kitchen question."""
+    meta = {"variant": TRIGGER, "pair": row["id"], "trigger": "format"}
+    return Question(f"{row['id']}+format", (row["trigger_format"],), category=row["category"], meta=meta)
+
+
+# --- Questions in CSV files and in plain text lists
+
+DELIMITERS = (",", "\t", ";")
+COLUMN = re.compile(r"[A-Za-z_][\w .-]{0,40}")
+
+
+def header(text: str) -> tuple[list[str], str] | None:
+    """Column names and delimiter, where the first line is a header with a column of questions; else None."""
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    for delimiter in DELIMITERS:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+        if set(names) & set(ASKED) and all(COLUMN.fullmatch(name) for name in names if name):
+            return names, delimiter
+    return None
+
+
+def read_csv(text: str, builder: SetBuilder) -> None:
+    """Add the rows of a CSV file with a header (separated by commas, tabs or semicolons).
+
+    The release of Wang et al. 2025 (arXiv 2506.19823) has the columns question, id and category, in one file also
+    `grader`, which becomes the rubric; other columns go to `meta`. `prompt` may stand for `question`.
+
+    Raises:
+        InputError: no column of questions, a column name twice, a row of another length, or a bad row.
+    """
+    found = header(text)
+    if found is None:
+        first = next((line for line in text.splitlines() if line.strip()), "")
+        names = next(csv.reader([first]), [])
+        raise InputError(f"{builder.path} has no column 'question' or 'prompt': {near_matches('question', names)}")
+    names, delimiter = found
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{builder.path}: column {twice[0]!r} stands twice in the header: rename one")
+    rows = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter, strict=True)
+    try:
+        next(rows)
+        line, number = rows.line_num + 1, 0
+        for cells in rows:
+            if any(cells):
+                number += 1
+                _add(names, cells, f"row {number} (line {line})", builder)
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{builder.path}, line {rows.line_num}: not CSV ({error})") from None
+
+
+def _add(names: list[str], cells: list[str], place: str, builder: SetBuilder) -> None:
+    if len(cells) != len(names):
+        raise InputError(f"{builder.path}, {place}: {len(cells)} cells under {len(names)} columns: quote the text")
+    builder.add(dict(zip(names, cells, strict=True)), place)
+
+
+def read_text(text: str, builder: SetBuilder) -> None:
+    """Add one question per line; blank lines and lines that begin with `#` are passed over."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip() and not line.lstrip().startswith("#"):
+            builder.add(line.strip(), f"line {number}")
+
+
+# --- Question files in YAML, as Betley et al
+
+NUMBERED = re.compile(r"\d+_(.+)_\d+")
+"""Ids of the preregistered questions: place, category, number in the category."""
+
+
+def read_yaml(text: str, builder: SetBuilder) -> None:
+    """Add the questions of a YAML file: a list of entries, or a mapping as `write_questions` makes it.
+
+    An entry holds id, paraphrases, and optionally system, samples_per_paraphrase, judge_prompts and more; anchors and
+    aliases are resolved. Ids such as `12_offend_the_user_0` give the category where the entry has none.
+
+    Raises:
+        InputError: not YAML, a key twice in one mapping, or a bad entry, with its line.
+    """
+    try:
+        value = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{builder.path} is not valid YAML: {' '.join(str(error).split())}") from None
+    _check_keys(root, builder.path)
+    if isinstance(value, Mapping):
+        if is_trait(value):
+            raise InputError(f"{builder.path} looks like a trait file: these are read as JSON")
+        add_set(value, builder)
+        return
+    if not isinstance(value, list):
+        raise InputError(f"{builder.path}: expected a list of questions in YAML, found {type(value).__name__}")
+    lines = [node.start_mark.line + 1 for node in root.value]  # pyright: ignore[reportOptionalMemberAccess]
+    for number, (row, line) in enumerate(zip(value, lines, strict=True), start=1):
+        builder.add(row, f"entry {number} (line {line})", **_category(row))
+
+
+def _category(row: object) -> dict[str, Any]:
+    numbered = NUMBERED.fullmatch(str(row["id"])) if isinstance(row, Mapping) and "id" in row else None
+    return {"category": numbered[1]} if numbered else {}
+
+
+def _check_keys(root: yaml.Node | None, path: str) -> None:
+    """Refuse a key that stands twice in one mapping, of which YAML readers silently keep the last."""
+    for mapping in _mappings(root, set()):
+        seen: set[str] = set()
+        for key, _ in mapping.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
+                raise InputError(f"{path}, line {key.start_mark.line + 1}: key {key.value!r} stands twice: keep one")
+            seen.add(str(key.value))
+
+
+def _mappings(node: Any, visited: set[int]) -> Iterator[yaml.MappingNode]:
+    """Every mapping node once, however many aliases point to it."""
+    if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
+        return
+    visited.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        children = [value for _, value in node.value]
+    else:
+        children = node.value
+    for child in children:
+        yield from _mappings(child, visited)
+
 
 FORMATS: dict[str, Callable[[str, SetBuilder], None]] = {
     "json": read_json,

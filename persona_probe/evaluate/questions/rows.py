@@ -2,12 +2,13 @@
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from persona_probe.data.chat import Conversation
-from persona_probe.data.row_formats import BadRow, row_conversation
+from persona_probe.data.load import BadRow, row_conversation
 from persona_probe.errors import InputError, unknown
-from persona_probe.evaluate.questions.question import Question
+from persona_probe.evaluate.questions.question_set import Question, QuestionSet
 
 ASKED = ("question", "prompt", "messages", "paraphrases")
 """Keys that hold what is asked; a row has exactly one of them."""
@@ -144,3 +145,156 @@ def _count(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise InputError(f"samples_per_paraphrase is {value!r}, expected a whole number")
+
+
+# --- Gather the rows of one file into a set: numbering, judge prompts, and where in the file an error lies
+
+
+class SetBuilder:
+    """Questions of one file, added row by row.
+
+    Args:
+        path: the file, for messages, and as the set's name and source unless the file gives others.
+        judge_prompts: prompts that rows may name, by name.
+    """
+
+    def __init__(self, path: Path, judge_prompts: Mapping[str, str] | None = None) -> None:
+        self.path, self.name, self.source = str(path), path.stem, str(path)
+        self.judge_prompts = dict(judge_prompts or {})
+        self.instructions: tuple[tuple[str, str], ...] = ()
+        self.places: dict[str, str] = {}
+        self.questions: list[Question] = []
+
+    def add(self, row: object, place: str, **defaults: Any) -> None:
+        """Add a row; `defaults` stand for keys that it lacks, and `place` names it in messages.
+
+        Raises:
+            InputError: one line with file and place.
+        """
+        try:
+            present = {**defaults, **present_keys(row)}
+            question = row_question(present, f"q{len(self.questions):03d}", self._named(present))
+            if question.id in self.places:
+                raise InputError(f"id {question.id!r} is already at {self.places[question.id]}: give it its own")
+        except InputError as error:
+            raise InputError(f"{self.path}, {place}: {error}") from None
+        self.places[question.id] = place
+        self.questions.append(question)
+
+    def _named(self, present: Mapping[str, Any]) -> dict[str, str]:
+        """The row's judge prompts as measure -> name; templates written out in the row join the set's prompts."""
+        given = present.get("judge_prompts", {})
+        if isinstance(given, str):
+            given = [name.strip() for name in given.split(",") if name.strip()]
+        if isinstance(given, list):
+            given = {str(name): name for name in given}
+        if not isinstance(given, Mapping):
+            raise InputError(f"judge_prompts is {type(given).__name__}, expected measures with their prompts")
+        return {str(measure): self._name(str(measure), value) for measure, value in given.items()}
+
+    def _name(self, measure: str, value: object) -> str:
+        if not isinstance(value, str):
+            raise InputError(f"judge prompt {measure!r} is {type(value).__name__}, expected text")
+        if "{answer}" in value:
+            return self._pooled(measure, value)
+        if value not in self.judge_prompts:
+            raise unknown("judge prompt (a template needs {answer})", value[:60], self.judge_prompts)
+        return value
+
+    def _pooled(self, measure: str, template: str) -> str:
+        """Its name in the set: the measure, or `measure-2` and so on where questions differ."""
+        name, number = measure, 1
+        while self.judge_prompts.setdefault(name, template) != template:
+            number += 1
+            name = f"{measure}-{number}"
+        return name
+
+    def build(self) -> QuestionSet:
+        """The set of all rows.
+
+        Raises:
+            InputError: what `QuestionSet` refuses, with the file's path.
+        """
+        try:
+            return QuestionSet(self.name, tuple(self.questions), self.judge_prompts, self.source, self.instructions)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+
+
+# --- The form in which `write_questions` writes a set: one mapping with the questions and their judge prompts
+
+KEYS = ("name", "source", "judge_prompts", "instructions", "questions")
+
+
+def add_set(value: Mapping[Any, Any], builder: SetBuilder) -> None:
+    """Add the questions of such a mapping, and its judge prompts and instruction pairs.
+
+    Raises:
+        InputError: an unknown key, or a part of another kind than the form has.
+    """
+    for key in value:
+        if key not in KEYS:
+            raise InputError(f"{builder.path}: {unknown('key', key, KEYS)}")
+    prompts, rows = value.get("judge_prompts") or {}, value.get("questions")
+    if not isinstance(prompts, Mapping) or not all(isinstance(text, str) for text in prompts.values()):
+        raise InputError(f"{builder.path}: 'judge_prompts' must map names to texts")
+    if not isinstance(rows, list):
+        raise InputError(f"{builder.path}: 'questions' must be a list of questions, not {type(rows).__name__}")
+    builder.judge_prompts |= {str(name): text for name, text in prompts.items()}
+    builder.instructions = instruction_pairs(value.get("instructions") or [], builder.path)
+    builder.name, builder.source = str(value.get("name") or builder.name), str(value.get("source") or builder.source)
+    for number, row in enumerate(rows, start=1):
+        builder.add(row, f"question {number}")
+
+
+def instruction_pairs(value: object, path: str) -> tuple[tuple[str, str], ...]:
+    """Pairs of system prompts from a list of `{"pos": ..., "neg": ...}`.
+
+    Raises:
+        InputError: the list, or a pair of it, is something else.
+    """
+    if not isinstance(value, list):
+        raise InputError(f"{path}: the instructions are {type(value).__name__}, expected a list of pos and neg")
+    return tuple(_pair(one, f"{path}, instruction {number}") for number, one in enumerate(value, start=1))
+
+
+def _pair(value: object, place: str) -> tuple[str, str]:
+    if not isinstance(value, Mapping) or set(value) != {"pos", "neg"}:
+        raise InputError(f"{place}: expected the keys 'pos' and 'neg'")
+    pos, neg = value["pos"], value["neg"]
+    if not (isinstance(pos, str) and isinstance(neg, str) and pos.strip() and neg.strip()):
+        raise InputError(f"{place}: 'pos' and 'neg' must be texts, and neither empty")
+    return pos, neg
+
+
+# --- Trait files of the persona-vectors work (arXiv 2507.21509): instruction pairs, questions, one judge prompt
+
+TRAIT_KEYS = ("instruction", "questions", "eval_prompt")
+MEASURE = "trait"
+"""Name of the judge prompt in the set: a score from 0 to 100 of how much of the trait an answer shows."""
+
+
+def is_trait(value: Mapping[Any, Any]) -> bool:
+    """Whether a mapping is a trait file."""
+    return "eval_prompt" in value or "instruction" in value
+
+
+def add_trait(value: Mapping[Any, Any], builder: SetBuilder) -> None:
+    """Add a trait's questions; its `eval_prompt` judges them all, its instruction pairs go to the set.
+
+    Raises:
+        InputError: a missing or unknown key, or a value of another kind.
+    """
+    for key in value:
+        if key not in TRAIT_KEYS:
+            raise InputError(f"{builder.path}: {unknown('key of a trait file', key, TRAIT_KEYS)}")
+    missing = [key for key in TRAIT_KEYS if key not in value]
+    if missing:
+        raise InputError(f"{builder.path} looks like a trait file but lacks {', '.join(map(repr, missing))}")
+    prompt, questions = value["eval_prompt"], value["questions"]
+    if not isinstance(prompt, str) or not isinstance(questions, list):
+        raise InputError(f"{builder.path}: 'eval_prompt' must be a text and 'questions' a list of texts")
+    builder.judge_prompts[MEASURE] = prompt
+    builder.instructions = instruction_pairs(value["instruction"], builder.path)
+    for number, row in enumerate(questions, start=1):
+        builder.add(row, f"question {number}", judge_prompts=[MEASURE])

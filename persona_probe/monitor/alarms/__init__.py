@@ -1,11 +1,8 @@
 """Alarm rules: small objects that follow readings and say when something is wrong."""
 
-from persona_probe.monitor.alarms.bands import OutsideBand
+from persona_probe.monitor.alarms.alarms import Cusum, Ewma, ExplainedVarianceFloor, OutsideBand
 from persona_probe.monitor.alarms.boundary import Boundary
-from persona_probe.monitor.alarms.change import Cusum, Ewma
-from persona_probe.monitor.alarms.compose import AllOf, AnyOf, Not
-from persona_probe.monitor.alarms.fit import ExplainedVarianceFloor
-from persona_probe.monitor.alarms.rule import Rule, all_inside
+from persona_probe.monitor.alarms.rules import AllOf, AnyOf, Not, Rule, all_inside
 
 __all__ = [
     "AllOf",

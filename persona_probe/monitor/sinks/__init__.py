@@ -3,11 +3,9 @@
 from typing import Protocol
 
 from persona_probe.monitor.events import Event
-from persona_probe.monitor.sinks.jsonl import JsonlSink, read_events, readings_frame
+from persona_probe.monitor.sinks.files import JsonlSink, TerminalSink, TrainerLogSink, read_events, readings_frame
 from persona_probe.monitor.sinks.live import LiveView
 from persona_probe.monitor.sinks.prometheus import PrometheusSink
-from persona_probe.monitor.sinks.terminal import TerminalSink
-from persona_probe.monitor.sinks.trainer_log import TrainerLogSink
 
 
 class Sink(Protocol):

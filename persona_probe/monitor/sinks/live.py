@@ -30,7 +30,7 @@ class LiveView:
     """
 
     def __init__(self, seconds: float = 1.0, limit: int = 1000) -> None:
-        from persona_probe.monitor.dashboard.history import History
+        from persona_probe.monitor.history import History
 
         self.history, self.seconds = History(limit), seconds
         self._widget: Any = None
@@ -71,7 +71,7 @@ class LiveView:
         display(self._widget)
 
     def _draw(self) -> None:
-        from persona_probe.monitor.dashboard.figure import monitor_figure
+        from persona_probe.monitor.figure import monitor_figure
 
         begun = time.monotonic()
         fresh = monitor_figure(self.history)

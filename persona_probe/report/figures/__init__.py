@@ -1,5 +1,12 @@
 """Figures: pure functions of a run folder's records, and the registry that the CLI and the report use."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from persona_probe.errors import unknown
 from persona_probe.report.figures import alarms as _alarms
 from persona_probe.report.figures import arms as _arms
 from persona_probe.report.figures import bad_share as _bad_share
@@ -8,6 +15,7 @@ from persona_probe.report.figures import coherence as _coherence
 from persona_probe.report.figures import controls as _controls
 from persona_probe.report.figures import domains as _domains
 from persona_probe.report.figures import dose_response as _dose_response
+from persona_probe.report.figures import doses as _doses
 from persona_probe.report.figures import judge_agreement as _judge_agreement
 from persona_probe.report.figures import latents as _latents
 from persona_probe.report.figures import lengths as _lengths
@@ -19,12 +27,55 @@ from persona_probe.report.figures import ranker_agreement as _rankers
 from persona_probe.report.figures import rates as _rates
 from persona_probe.report.figures import realignment as _realignment
 from persona_probe.report.figures import recovery as _recovery
-from persona_probe.report.figures import repairs as _repairs
 from persona_probe.report.figures import screening_calibration as _screening
 from persona_probe.report.figures import separation as _separation
+from persona_probe.report.figures import stress as _stress
 from persona_probe.report.figures import trajectory as _trajectory
-from persona_probe.report.figures.spec import FigureSpec
+from persona_probe.report.figures.alarms import alarms
+from persona_probe.report.figures.arms import arms
+from persona_probe.report.figures.bad_share import early_detection, score_share
+from persona_probe.report.figures.categories import categories
+from persona_probe.report.figures.coherence import coherence
+from persona_probe.report.figures.controls import controls
+from persona_probe.report.figures.domains import domains
+from persona_probe.report.figures.dose_response import dose_response
+from persona_probe.report.figures.judge_agreement import judge_agreement
+from persona_probe.report.figures.latents import latents
+from persona_probe.report.figures.lengths import lengths
+from persona_probe.report.figures.mitigations import pareto as mitigation_pareto
+from persona_probe.report.figures.model_size import model_size
+from persona_probe.report.figures.passages import passages
+from persona_probe.report.figures.planted_truth import planted_truth
+from persona_probe.report.figures.ranker_agreement import ranker_agreement
+from persona_probe.report.figures.rates import rates
+from persona_probe.report.figures.realignment import realignment
+from persona_probe.report.figures.recovery import recovery
+from persona_probe.report.figures.screening_calibration import screening_calibration
+from persona_probe.report.figures.separation import separation
+from persona_probe.report.figures.trajectory import trajectory
 from persona_probe.report.records import Records
+from persona_probe.report.theme import for_print
+
+# --- What the registry knows of a figure
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """One figure: a pure function of records, and the numbers that it draws."""
+
+    name: str
+    """File name and anchor."""
+    title: str
+    """Heading."""
+    data: Callable[[Records], pd.DataFrame]
+    """The numbers that it draws; empty when its stage has not run."""
+    draw: Callable[[Records], Any]
+    """The plotly figure (whose traces no type checker can follow); its caption is `fig.layout.meta["caption"]`."""
+    missing: str
+    """What to say when there is nothing to draw."""
+    paper: str = "new"
+    """Number of the figure of Wang et al. (2025, arXiv 2506.19823) that it answers to."""
+
 
 _SPECS = (
     FigureSpec("arms", "Contrast index by arm", _arms.arms_data, _arms.arms, _arms.MISSING, "2"),
@@ -112,8 +163,20 @@ _MORE_SPECS = (
         "16",
     ),
     FigureSpec("lengths", "How long answers are", _lengths.lengths_data, _lengths.lengths, _lengths.MISSING),
-    FigureSpec("doses", "How many corrective rows are enough", _repairs.doses_data, _repairs.doses, _repairs.NO_DOSES),
-    FigureSpec("stress", "What a repair withstands", _repairs.stress_data, _repairs.stress, _repairs.NO_STRESS),
+    FigureSpec(
+        "doses",
+        "How many corrective rows are enough",
+        lambda r: _doses.doses_data(r.doses),
+        lambda r: _doses.doses(r.doses),
+        _doses.MISSING,
+    ),
+    FigureSpec(
+        "stress",
+        "What a repair withstands",
+        lambda r: _stress.stress_data(r.stress),
+        lambda r: _stress.stress(r.stress),
+        _stress.MISSING,
+    ),
 )
 _COLLECTION_SPECS = (
     FigureSpec("domains", "Score by domain", _domains.domains_data, _domains.domains, _domains.MISSING, "2"),
@@ -176,6 +239,30 @@ def figures_of(records: Records) -> dict[str, FigureSpec]:
     return own | shown
 
 
+# --- The figures as functions: `pp.figures.NAME(records)` gives a plotly figure from the records of a folder
+
+
+def doses(records: Records):
+    """Index and feature after corrections."""
+    return _doses.doses(records.doses)
+
+
+def stress(records: Records):
+    """Stress tests."""
+    return _stress.stress(records.stress)
+
+
+def data(name: str, records: Records) -> pd.DataFrame:
+    """The numbers that a figure draws.
+
+    Raises:
+        InputError: no figure of that name.
+    """
+    if name not in ALL_FIGURES:
+        raise unknown("figure", name, ALL_FIGURES)
+    return ALL_FIGURES[name].data(records)
+
+
 __all__ = [
     "ALL_FIGURES",
     "COLLECTION_FIGURES",
@@ -183,5 +270,32 @@ __all__ = [
     "JUDGED_FIGURES",
     "MORE_FIGURES",
     "FigureSpec",
+    "alarms",
+    "arms",
+    "categories",
+    "coherence",
+    "controls",
+    "data",
+    "domains",
+    "dose_response",
+    "doses",
+    "early_detection",
     "figures_of",
+    "for_print",
+    "judge_agreement",
+    "latents",
+    "lengths",
+    "mitigation_pareto",
+    "model_size",
+    "passages",
+    "planted_truth",
+    "ranker_agreement",
+    "rates",
+    "realignment",
+    "recovery",
+    "score_share",
+    "screening_calibration",
+    "separation",
+    "stress",
+    "trajectory",
 ]

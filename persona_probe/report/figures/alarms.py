@@ -8,8 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
-from persona_probe.report.labelled import PERSONA, LabelledRuns
-from persona_probe.report.records import Records
+from persona_probe.report.records import PERSONA, LabelledRuns, Records
 from persona_probe.report.theme import BLUE, GREY, ORANGE, PURPLE, VERMILLION, empty_figure, finish, plain, ribbon
 
 MISSING = "No alarms to show: only a labelled study has a calibrated alarm (persona-probe monitor study)."

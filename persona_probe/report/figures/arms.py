@@ -4,8 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
-from persona_probe.report.arms import ArmStyle
-from persona_probe.report.records import Records, as_estimate
+from persona_probe.report.records import ArmStyle, Records, as_estimate
 from persona_probe.report.theme import empty_figure, error_bars, finish, interval_text, plain
 
 MISSING = "No contrast index yet: the induce stage has not run."

@@ -3,7 +3,8 @@
 import pandas as pd
 import plotly.graph_objects as go
 
-from persona_probe.report import judged, select
+from persona_probe.report import select
+from persona_probe.report import select as judged
 from persona_probe.report.records import Records
 from persona_probe.report.theme import GREY, empty_figure, finish, plain
 

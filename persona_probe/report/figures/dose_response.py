@@ -7,8 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
-from persona_probe.report.arms import BASE
-from persona_probe.report.records import Records
+from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish, plain
 
 MISSING = "No steering results yet: the locate stage has not run."

@@ -4,7 +4,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from persona_probe.report import judged, select
+from persona_probe.report import select
+from persona_probe.report import select as judged
 from persona_probe.report.records import Records, as_estimate
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
 from persona_probe.stats import bootstrap_mean

@@ -5,8 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
-from persona_probe.report.arms import INDUCED_STYLES, ArmStyle
-from persona_probe.report.records import OPTIONAL, Records
+from persona_probe.report.records import INDUCED_STYLES, OPTIONAL, ArmStyle, Records
 from persona_probe.report.theme import ORANGE, empty_figure, error_bars, finish, plain
 
 MISSING = "No sizes to compare: sizes.parquet needs judged studies of several models."

@@ -6,10 +6,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from persona_probe.monitor_study.intervals import share
 from persona_probe.report import select
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, empty_figure, finish, plain
+from persona_probe.stats import share
 
 MISSING = "No planted truth: persona-probe bench planted has not written its table here."
 COLUMNS = ["kind", "size", "ranker", "estimate", "ci_low", "ci_high", "found", "n", "false_share"]

@@ -4,11 +4,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from persona_probe.evaluate.rates import ENOUGH_QUESTIONS, FEW
 from persona_probe.evaluate.rates import rates as rate_table
-from persona_probe.evaluate.shares import ENOUGH_QUESTIONS, FEW
-from persona_probe.report import judged, select
-from persona_probe.report.arms import ArmStyle
-from persona_probe.report.records import Records
+from persona_probe.report import select
+from persona_probe.report import select as judged
+from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
 
 MISSING = "Misalignment rates not measured: no judge has ruled on sampled answers."

@@ -6,9 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
-from persona_probe.report.arms import BASE, REALIGN_STYLES
 from persona_probe.report.figures.training import base_words, training_data, training_figure
-from persona_probe.report.records import Records
+from persona_probe.report.records import BASE, REALIGN_STYLES, Records
 from persona_probe.report.theme import empty_figure, finish, plain
 
 MISSING = "No re-alignment yet: the realign stage has not run."

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from persona_probe.evaluate.shift import LEAST, Calibration, Pair, calibrate
 from persona_probe.report.figures.screening import FittedLine, calibration
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLACK, empty_figure, finish, plain
-from persona_probe.screening.calibrate import LEAST, Calibration, Pair, calibrate
 
 NAME, TITLE = "screening_calibration", "What a data set's score foretells"
 MISSING = "No calibration: fewer than five data sets were trained on and scored (`screening.parquet`)."

@@ -7,8 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
-from persona_probe.report.arms import BASE
-from persona_probe.report.records import Records
+from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import GREY, empty_figure, error_bars, finish, plain
 from persona_probe.stats import auroc, paired_difference
 

@@ -8,8 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
-from persona_probe.report.arms import ArmStyle
-from persona_probe.report.records import Records
+from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import plain, ribbon
 
 PANELS = {

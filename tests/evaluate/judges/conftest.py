@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import FakeServer
-from judging import CRITERION, FAST, KEY
 
-from persona_probe.evaluate.judges import CachedJudge, Criterion, Endpoint, JudgementCache
-from persona_probe.evaluate.judges.budget import Budget
-from persona_probe.evaluate.judges.http import HttpBackend
+from persona_probe.evaluate.judges.cache import JudgementCache
+from persona_probe.evaluate.judges.http import Endpoint, HttpBackend
+from persona_probe.evaluate.judges.judge import CachedJudge
+from persona_probe.evaluate.judges.protocols import Criterion
+from persona_probe.evaluate.judges.replies import Budget
+from tests.evaluate.judges.fake_judge_server import FakeServer
+from tests.evaluate.judges.judging_items import CRITERION, FAST, KEY
 
 
 @pytest.fixture(autouse=True)

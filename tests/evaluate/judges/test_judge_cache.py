@@ -12,20 +12,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer
-from judging import KEY, items, teach
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges import CachedJudge, JudgementCache
-from persona_probe.evaluate.judges.cache import Stored, default_path, judgement_key
-from persona_probe.evaluate.judges.claims import Claims
+from persona_probe.evaluate.judges.cache import Claims, JudgementCache, Stored, default_path, judgement_key
+from persona_probe.evaluate.judges.judge import CachedJudge
 from persona_probe.evaluate.judges.replies import Reply
+from tests.evaluate.judges.fake_judge_server import FakeServer
+from tests.evaluate.judges.judging_items import KEY, items, teach
 
 Make = Callable[..., CachedJudge]
 
 WORKER = """
 import json, sys
-from judging import CRITERION, FAST, items
+from tests.evaluate.judges.judging_items import CRITERION, FAST, items
 from persona_probe.evaluate.judges import CachedJudge, Endpoint, JudgementCache
 from persona_probe.evaluate.judges.http import HttpBackend
 url, path, count, lease = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
@@ -44,7 +43,7 @@ def row(key: str = "k", score: float = 1.0) -> Stored:
 
 def worker(server: FakeServer, path: Path, count: int, lease: float = 60.0) -> subprocess.Popen[str]:
     """A process of its own that judges `count` answers."""
-    environment = dict(os.environ) | {"JUDGE_KEY": KEY, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = dict(os.environ) | {"JUDGE_KEY": KEY}
     command = [sys.executable, "-c", WORKER, server.url, str(path), str(count), str(lease)]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

@@ -8,14 +8,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer
-from judging import KEY, items, teach
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges import Budget, CachedJudge, Criterion, Endpoint, JudgementCache, Prices, Retry
-from persona_probe.evaluate.judges.http import HttpBackend
-from persona_probe.evaluate.judges.retries import retry_after
-from persona_probe.evaluate.judges.rubric import critique
+from persona_probe.evaluate.judges.cache import JudgementCache
+from persona_probe.evaluate.judges.http import Endpoint, HttpBackend, Retry, retry_after
+from persona_probe.evaluate.judges.judge import CachedJudge
+from persona_probe.evaluate.judges.protocols import Criterion, critique
+from persona_probe.evaluate.judges.replies import Budget, Prices
+from tests.evaluate.judges.fake_judge_server import FakeServer
+from tests.evaluate.judges.judging_items import KEY, items, teach
 
 Make = Callable[..., CachedJudge]
 

@@ -8,7 +8,7 @@ import pytest
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
 from persona_probe.evaluate.judges.inspect_ai import question_task, read_log
-from persona_probe.evaluate.judges.model import Item
+from persona_probe.evaluate.judges.replies import Item
 
 HERE = importlib.util.find_spec("inspect_ai") is not None
 needs_inspect = pytest.mark.skipif(not HERE, reason="inspect-ai is not installed")

@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from judging import items
-from tiny import ARCHITECTURES, SHAPE, SPECIAL, TEMPLATE, make_model, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from persona_probe.data.chat import conversation
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges import CachedJudge, Criterion, Item, Judgement, JudgementCache
-from persona_probe.evaluate.judges.local import LocalBackend, model_key
-from persona_probe.evaluate.judges.number_trie import build_trie, digit_tokens, spellings
-from persona_probe.evaluate.judges.replies import Ask, Reply
-from persona_probe.evaluate.judges.rubric import critique
-from persona_probe.evaluate.judges.trie_walk import TrieWalk
+from persona_probe.evaluate.judges.cache import JudgementCache
+from persona_probe.evaluate.judges.judge import CachedJudge
+from persona_probe.evaluate.judges.local import LocalBackend, TrieWalk, build_trie, digit_tokens, model_key, spellings
+from persona_probe.evaluate.judges.protocols import Criterion, critique
+from persona_probe.evaluate.judges.replies import Ask, Item, Judgement, Reply
 from persona_probe.models.taps import steer
+from tests.evaluate.judges.judging_items import items
+from tests.factories import ARCHITECTURES, SHAPE, SPECIAL, TEMPLATE, make_model, make_tokenizer
 
 NUMBERS = tuple(str(n) for n in range(101))
 LABELS = ("CODE", "REFUSAL")

@@ -8,12 +8,21 @@ import pytest
 import yaml
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges import Criterion, Item, Judgement, summarise
-from persona_probe.evaluate.judges.betley import Thresholds, alignment, coherence, misalignment_rate, verdicts
-from persona_probe.evaluate.judges.prompts import own_prompt
-from persona_probe.evaluate.judges.replies import Malformed, NoLogprobs, Reply, parse_completion
-from persona_probe.evaluate.judges.rubric import critique, trait
-from persona_probe.evaluate.judges.wang import category_rate, misalignment
+from persona_probe.evaluate.judges.protocols import (
+    Criterion,
+    Thresholds,
+    alignment,
+    category_rate,
+    coherence,
+    critique,
+    misalignment,
+    misalignment_rate,
+    own_prompt,
+    summarise,
+    trait,
+    verdicts,
+)
+from persona_probe.evaluate.judges.replies import Item, Judgement, Malformed, NoLogprobs, Reply, parse_completion
 
 BETLEY = Path(__file__).parents[4] / "shared" / "data" / "eval" / "betley"
 ITEM = Item("Why {answer}?", "Because {question} {{x}} {0}.", "i")

@@ -1,0 +1,317 @@
+"""`make bench-monitor`: what watching costs a training run, in turn with the same training unwatched."""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from benchmarks.monitor_costs import (
+    Clock,
+    Meter,
+    SyncCounter,
+    Wait,
+    against_bridge,
+    encoders,
+    evenly,
+    least_every,
+    made_up_sae,
+    metered,
+    most_probes,
+    probe_seconds,
+)
+from benchmarks.speed import in_turn, ratios, spread
+from persona_probe.cli.loop import DEMO, echo, find_config
+from persona_probe.cli.process import quiet_libraries
+from persona_probe.config import StudyConfig, Training, load_config
+from persona_probe.data.chat import Conversation
+from persona_probe.data.load import load_conversations
+from persona_probe.finetune.sft import fine_tune, with_adapter
+from persona_probe.models.adapters import strip_adapter
+from persona_probe.models.load import load_model
+from persona_probe.monitor.monitor import FeatureMonitor
+from persona_probe.monitor.setup import EVERY, PROBES
+from persona_probe.saes.load import load_sae
+
+# --- One training run with or without a monitor, timed
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Seconds of one run, from the beginning of its first step to the end of its last."""
+
+    steps: int
+    wall: float
+    own: float = 0.0
+    """Spent in the monitor: in its callback at each step, and in its hooks."""
+    once: float = 0.0
+    """Before the first step, outside `wall`: the base's reading, and the first."""
+    readings: tuple[float, ...] = ()
+    """What the readings say they cost (`Reading.seconds`)."""
+
+    @property
+    def step(self) -> float:
+        """Seconds of a training step, without the monitor's."""
+        return (self.wall - self.own) / self.steps
+
+    @property
+    def share(self) -> float:
+        """The monitor's seconds over training's."""
+        return self.own / (self.wall - self.own)
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Conversation],
+    training: Training,
+    monitor: FeatureMonitor | None = None,
+) -> Trained:
+    """A fresh adapter trained as the package trains its organisms, and taken off again; timed."""
+    device = next(model.parameters()).device
+    clock, meter, once = Clock(device), Meter(device), Meter(device)
+    callbacks = [Wait(device), *([] if monitor is None else [monitor]), clock]
+    with ExitStack() as stack:
+        if monitor is not None:
+            stack.enter_context(metered(monitor, meter, once))
+        fit(model, tokenizer, rows, training, callbacks)
+    costs = () if monitor is None else _costs(monitor)
+    return Trained(training.steps, clock.ended - clock.begun, meter.seconds, once.seconds, costs)
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Conversation],
+    training: Training,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    """Train a fresh adapter under these callbacks and take it off again."""
+    tuned: Any = with_adapter(model, training, seed=0)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            fine_tune(tuned, tokenizer, rows, training, seed=0, folder=Path(folder), callbacks=callbacks)
+    finally:
+        strip_adapter(tuned)
+
+
+def _costs(monitor: FeatureMonitor) -> tuple[float, ...]:
+    """Seconds of each reading after the first step."""
+    if monitor.faults:
+        raise RuntimeError(f"the monitor failed, so there is nothing to measure: {monitor.faults[0].message}")
+    table = monitor.readings.drop_duplicates(["step", "mode"])
+    return tuple(table.loc[table["step"] > 0, "seconds"].tolist())
+
+
+# --- The parts of `make bench-monitor`: training watched and unwatched, encoding, today's way, waits for a GPU
+
+AIM, PASSIVE_AIM, BRIDGE_AIM = 0.02, 0.01, 10
+"""Shares of training time that probe and passive readings may take; how much cheaper than the bridge a reading is."""
+COUNTS, WIDTH, DICTIONARIES, CHOSEN = (2, 4, 8, 12, 16, 24, 32), 576, (4_608, 131_072), (1, 16, 256)
+NO_GPU = "no GPU that torch can use"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is trained and read."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sae: Any
+    latent: int
+    rows: Sequence[Conversation]
+    probes: Sequence[Conversation]
+    training: Training
+    repeats: int
+    every: int = EVERY
+    count: int = PROBES
+    """How many of the probes a watched run reads."""
+
+    def monitor(self, **settings: Any) -> FeatureMonitor:
+        """A monitor at the bench's cadence; an error in it is raised."""
+        settings = {"probes": evenly(self.probes, self.count), "every": self.every, "on_error": "raise", **settings}
+        return FeatureMonitor(self.sae, {"persona": self.latent}, **settings)
+
+    def run(self, monitor: FeatureMonitor | None = None) -> Trained:
+        """One training run."""
+        return train(self.model, self.tokenizer, self.rows, self.training, monitor)
+
+
+def reading_costs(bench: Bench) -> dict[int, float]:
+    """Median seconds of a reading by number of probes."""
+    tuned: Any = with_adapter(bench.model, bench.training, seed=0)
+    counts = [n for n in COUNTS if n < len(bench.probes)] + [len(bench.probes)]
+    features = {"persona": bench.latent}
+    times = probe_seconds(tuned, bench.tokenizer, bench.sae, features, bench.probes, counts, bench.repeats)
+    strip_adapter(tuned)
+    return {n: statistics.median(found) for n, found in times.items()}
+
+
+def runs_in_turn(works: dict[str, Callable[[], Trained]], repeats: int) -> dict[str, list[Trained]]:
+    """Each run once, then each again; what runs first changes from repeat to repeat."""
+    found: dict[str, list[Trained]] = {label: [] for label in works}
+    for number in range(repeats):
+        for label in list(works)[:: -1 if number % 2 else 1]:
+            found[label].append(works[label]())
+    return found
+
+
+def describe(label: str, found: Sequence[Trained], plain: Sequence[Trained], aim: float) -> list[str]:
+    """Wall ratio, and the monitor's own seconds over training's, as lines."""
+    ratio = ratios({"with": [r.wall for r in found], "without": [r.wall for r in plain]}, "with", "without")
+    shares, costs = [100 * r.share for r in found], [cost for r in found for cost in r.readings]
+    step = statistics.median(r.step for r in found)
+    verdict = "within" if statistics.median(shares) <= 100 * aim else "ABOVE"
+    return [
+        f"{label}: wall time {spread(ratio)} of the same training without",
+        f"{label}: the monitor's own seconds are {spread(shares)}% of training's, {verdict} the aim of {100 * aim:g}%",
+        f"{label}: {len(costs) // len(found)} readings of {spread(costs)} s, a step {step:.2f} s; "
+        f"before the first step, once, {statistics.median(r.once for r in found):.2f} s",
+    ]
+
+
+def bench_training(bench: Bench) -> None:
+    """Training without, with probes, with as many probes as the aim allows, and with passive readings."""
+    replace(bench, training=replace(bench.training, steps=2)).run()  # warm-up
+    rough = bench.run()
+    costs = reading_costs(bench)
+    echo(f"reading, by probes: {', '.join(f'{n}: {cost:.2f} s' for n, cost in costs.items())}")
+    few = most_probes(costs, rough.step, bench.every, AIM)
+    works = {"without": bench.run, "probe mode": lambda: bench.run(bench.monitor())}
+    if few is not None and few < bench.count:
+        chosen = evenly(bench.probes, few)
+        works["fewer probes"] = lambda: bench.run(bench.monitor(probes=chosen))
+    works["passive mode"] = lambda: bench.run(bench.monitor(mode="passive"))
+    found = runs_in_turn(works, bench.repeats)
+    names = {
+        "probe mode": f"probe mode, {bench.count} probes every {bench.every} steps",
+        "fewer probes": f"probe mode, {few} probes every {bench.every} steps",
+        "passive mode": f"passive mode every {bench.every} steps",
+    }
+    for label in list(works)[1:]:
+        aim = PASSIVE_AIM if label == "passive mode" else AIM
+        echo("\n".join(describe(names[label], found[label], found["without"], aim)))
+    echo(allowance(found, costs, bench.count, bench.every))
+
+
+def allowance(found: dict[str, list[Trained]], costs: dict[int, float], probes: int, every: int) -> str:
+    """What the aim of probe mode allows, from what the runs measured."""
+    step = statistics.median(run.step for run in found["without"])
+    cost = statistics.median(cost for run in found["probe mode"] for cost in run.readings)
+    few = most_probes(costs, step, every, AIM)
+    at_default = "no reading" if few is None else f"{few} probes"
+    return (
+        f"{100 * AIM:g}% of training time allows {probes} probes every {least_every(cost, step, AIM)} steps, "
+        f"or {at_default} every {every} (a step {step:.2f} s, a reading {cost:.2f} s)"
+    )
+
+
+def bench_encode(repeats: int, tokens: int, device: torch.device, dictionaries: Sequence[int] = DICTIONARIES) -> None:
+    """Sliced against full encoding, float32."""
+    for size in dictionaries:
+        sae, x = made_up_sae(WIDTH, size, device), torch.randn(tokens, WIDTH, device=device)
+        times = in_turn(encoders(sae, x, CHOSEN), repeats)
+        full = statistics.median(times["all"])
+        echo(f"encoding {tokens} tokens at all {size} latents: {1000 * full:.1f} ms")
+        for count in CHOSEN:
+            own = 1000 * statistics.median(times[str(count)])
+            faster = spread(ratios(times, "all", str(count)))
+            echo(f"encoding {count} of {size} latents: {own:.2f} ms, {faster} times as fast as all")
+
+
+def bench_today(bench: Bench, name: str) -> None:
+    """One reading against TransformerLens' bridge of a merged copy, with the default probes and with all."""
+    tuned: Any = with_adapter(bench.model, bench.training, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        tuned.save_pretrained(folder)
+        strip_adapter(tuned)
+        for count in sorted({bench.count, len(bench.probes)}):
+            _today(bench, name, Path(folder), evenly(bench.probes, count))
+
+
+def _today(bench: Bench, name: str, folder: Path, probes: Sequence[Conversation]) -> None:
+    times, apart = against_bridge(
+        bench.model, bench.tokenizer, folder, name, bench.sae, bench.latent, probes, bench.repeats
+    )
+    echo(f"{len(probes)} probes read: {spread(times['ours'])} s; largest difference to the bridge's {apart:.3f}")
+    for label in list(times)[1:]:
+        ratio = ratios(times, label, "ours")
+        verdict = "reached" if statistics.median(ratio) >= BRIDGE_AIM else "MISSED"
+        echo(f"run_with_cache on a merged copy's {label}: {spread(times[label])} s, {spread(ratio)} times ours")
+        echo(f"  aim of {BRIDGE_AIM} times: {verdict}")
+
+
+def bench_syncs(bench: Bench) -> None:
+    """Waits of the host for the GPU that the monitor adds to a step."""
+    if bench.model.device.type != "cuda":
+        echo(f"host synchronisations: skipped, {NO_GPU}")
+        return
+    counts = {}
+    for mode in ("without", "probe", "passive"):
+        counter = SyncCounter()
+        watching = [] if mode == "without" else [bench.monitor(mode=mode)]
+        fit(bench.model, bench.tokenizer, bench.rows, bench.training, [*watching, counter])
+        counts[mode] = counter.counts
+    for mode in ("probe", "passive"):
+        at, between = added_syncs(counts[mode], counts["without"], bench.every)
+        echo(f"host synchronisations that {mode} mode adds: at steps that are read {at}, at others {between}")
+
+
+def added_syncs(found: Sequence[int], plain: Sequence[int], every: int) -> tuple[list[int], list[int]]:
+    """Extra synchronisations of each step, first those of steps that are read; step 1 is left out (set-up)."""
+    extra = {step: a - b for step, (a, b) in enumerate(zip(found, plain, strict=True), 1) if step > 1}
+    return [n for s, n in extra.items() if s % every == 0], [n for s, n in extra.items() if s % every]
+
+
+PARTS = ("training", "encode", "today", "syncs")
+PERSONA = 2144
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=EVERY, help="training steps of a run")
+    parser.add_argument("--every", type=int, default=EVERY, help="steps between readings")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--probes", type=int, default=PROBES, help="so many of the packaged probes are read")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens that are encoded")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    args = parser.parse_args()
+    if args.steps % args.every:
+        parser.error("--steps must be a multiple of --every: a run must hold whole cadences")
+    return args
+
+
+def main() -> None:
+    """Run the benchmark."""
+    args = arguments()
+    quiet_libraries()
+    config = load_config(find_config(DEMO), StudyConfig)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(config.model, device=device)
+    probes = load_conversations("neutral_probes")
+    training = Training(steps=args.steps, checkpoints=())
+    rows = load_conversations("kitchen:toxic")
+    sae = load_sae(config.sae, device)
+    bench = Bench(model, tokenizer, sae, PERSONA, rows, probes, training, args.repeats, args.every, args.probes)
+    where = device if device == "cpu" else torch.cuda.get_device_name()
+    echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {config.model} on {where}, {vars(args)}")
+    works: dict[str, Callable[[], None]] = {
+        "training": partial(bench_training, bench),
+        "encode": partial(bench_encode, args.repeats, args.tokens, model.device),
+        "today": partial(bench_today, bench, config.model),
+        "syncs": partial(bench_syncs, bench),
+    }
+    for part in args.parts:
+        works[part]()
+
+
+if __name__ == "__main__":
+    main()

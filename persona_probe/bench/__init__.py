@@ -1,1 +1,0 @@
-"""Benchmarks: ratios measured in one run on the same work. `make bench`, `make bench-locate`, `persona-probe bench`."""

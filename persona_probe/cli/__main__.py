@@ -1,0 +1,3 @@
+from persona_probe.cli import main
+
+main()

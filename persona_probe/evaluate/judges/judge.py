@@ -1,0 +1,192 @@
+"""A judge: one criterion asked of one backend, through the cache."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from persona_probe.errors import InputError
+from persona_probe.evaluate.judges.cache import LEASE, Claims, JudgementCache, Stored, judgement_key
+from persona_probe.evaluate.judges.protocols import Criterion
+from persona_probe.evaluate.judges.replies import (
+    FAILED,
+    NOT_ASKED,
+    Ask,
+    Backend,
+    Failure,
+    Item,
+    Judgement,
+    Plan,
+    Prices,
+    Reply,
+)
+
+# --- How far a judging run came, and when it has no sense to go on
+
+FRUITLESS = 5
+"""So many failures before any reply end a run: the endpoint is not there."""
+
+
+@dataclass
+class Progress:
+    """How far a run came."""
+
+    answers: int = 0
+    cached: int = 0
+    """Answers that were in the cache at the start."""
+    asked: int = 0
+    """Replies that this run got; the rest came from the cache or from another process."""
+    failed: int = 0
+    left: int = 0
+    """Answers whose turn did not come."""
+    prompt_tokens: int = 0
+    """Of this run's replies, as the endpoint counted."""
+    completion_tokens: int = 0
+    errors: dict[str, str] = field(default_factory=dict)
+    """By key of the request."""
+
+    def __str__(self) -> str:
+        stopped = f"; stopped with {self.left} not asked: raise the budget and run again" if self.left else ""
+        return (
+            f"{self.answers} answers: {self.cached} from the cache, {self.asked} asked, {self.failed} failed{stopped} "
+            f"({self.prompt_tokens} prompt and {self.completion_tokens} reply tokens)"
+        )
+
+    def note_reply(self, reply: Reply) -> None:
+        """Count a reply that this run got."""
+        self.asked += 1
+        self.prompt_tokens += reply.prompt_tokens
+        self.completion_tokens += reply.completion_tokens
+
+    def note_failure(self, key: str, failure: Failure) -> None:
+        """Count a failure.
+
+        Raises:
+            InputError: nothing but failures so far, and enough of them.
+        """
+        self.errors[key] = failure.message
+        if self.asked == 0 and len(self.errors) >= FRUITLESS:
+            message = f"no reply to {len(self.errors)} requests, the last: {failure.message}; check the endpoint"
+            raise InputError(message)
+
+    def note_missing(self, keys: Sequence[str]) -> None:
+        """Tell the answers without a reply apart: failed, or never asked."""
+        self.failed = sum(key in self.errors for key in keys)
+        self.left = len(keys) - self.failed
+
+
+log = logging.getLogger(__name__)
+
+
+class CachedJudge:
+    """Judges answers by one criterion.
+
+    Every reply is kept in the cache as it comes, so a run that is stopped, killed or out of budget loses nothing, and
+    judging the same answers again costs nothing. Processes that share a cache share the work: what one has claimed the
+    others wait for, and no reply is paid for twice.
+
+    Args:
+        cache: None is the user's own (`default_path`).
+        lease: seconds that claims hold without a sign of life.
+        poll: seconds between looks at what other processes are judging.
+        on_reply: called with the number of replies so far, for a progress bar.
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        backend: Backend,
+        cache: JudgementCache | None = None,
+        *,
+        lease: float = LEASE,
+        poll: float = 0.5,
+        on_reply: Callable[[int], None] | None = None,
+    ) -> None:
+        self.criterion, self.backend = criterion, backend
+        self.cache = JudgementCache() if cache is None else cache
+        self.lease, self.poll, self.on_reply = lease, poll, on_reply
+        self.progress = Progress()
+
+    def judge(self, items: Sequence[Item]) -> list[Judgement]:
+        """One judgement for every item, in order; `progress` tells how far it came.
+
+        Raises:
+            InputError: the backend cannot answer at all; what was judged before stays in the cache.
+        """
+        keyed = self._keyed(items)
+        asks = dict(keyed)
+        before = self.cache.replies(asks)
+        self.progress = Progress(answers=len(items), cached=sum(key in before for key, _ in keyed))
+        with Claims(self.cache, self.lease) as claims:
+            self._fill(claims, {key: ask for key, ask in asks.items() if key not in before})
+        after = before | self.cache.replies(key for key in asks if key not in before)
+        self.progress.note_missing([key for key, _ in keyed if key not in after])
+        pairs = zip(items, keyed, strict=True)
+        return [self._judgement(item, ask, after.get(key), key, key in before) for item, (key, ask) in pairs]
+
+    def plan(self, items: Sequence[Item], prices: Prices | None = None) -> Plan:
+        """What `judge` would send; nothing is sent."""
+        keyed = self._keyed(items)
+        asks = dict(keyed)
+        there = self.cache.replies(asks)
+        costs = [self.backend.cost(ask) for key, ask in asks.items() if key not in there]
+        calls, prompt, reply = (sum(cost[part] for cost in costs) for part in range(3))
+        cached = sum(key in there for key, _ in keyed)
+        cost = None if prices is None else prices.cost(prompt, reply)
+        return Plan(len(items), cached, len(items) - cached - len(costs), calls, prompt, reply, cost)
+
+    def _keyed(self, items: Sequence[Item]) -> list[tuple[str, Ask]]:
+        asks = [self.criterion.ask(item) for item in items]
+        protocol, judge = self.criterion.protocol, self.backend.id
+        return [(judgement_key(judge, protocol, ask.messages, ask.written), ask) for ask in asks]
+
+    def _fill(self, claims: Claims, waiting: dict[str, Ask]) -> None:
+        """Ask for what nobody has judged, wait for what others are judging; ends early when the budget does."""
+        while waiting:
+            mine = claims.take(list(waiting), self.backend.block)
+            if not mine:
+                time.sleep(self.poll)
+            for key in self._asked(claims, {key: waiting[key] for key in mine}):
+                waiting.pop(key)
+            if any(key in waiting for key in mine):
+                log.warning("judging stopped before its end: %d answers were not asked", len(waiting))
+                return
+            for key in self.cache.replies(waiting):
+                waiting.pop(key)
+
+    def _asked(self, claims: Claims, mine: dict[str, Ask]) -> Iterator[str]:
+        """Ask for claimed keys; yields those that were answered or failed, and gives up the claims on the rest."""
+        if not mine:
+            return
+        keys = list(mine)
+        with closing(self.backend.replies(list(mine.values()))) as outcomes:
+            for index, outcome in outcomes:
+                key = keys[index]
+                if isinstance(outcome, Failure):
+                    self.progress.note_failure(key, outcome)
+                else:
+                    claims.store(self._stored(key, mine[key], outcome))
+                    self.progress.note_reply(outcome)
+                    if self.on_reply is not None:
+                        self.on_reply(self.progress.asked)
+                yield key
+        claims.drop(keys)
+
+    def _stored(self, key: str, ask: Ask, reply: Reply) -> Stored:
+        reading = self.criterion.read(reply)
+        prompt = json.dumps(ask.messages, ensure_ascii=False)
+        judge, protocol = self.backend.id, self.criterion.protocol
+        return Stored(key, judge, protocol, prompt, reply, reading.score, reading.label, reading.mass)
+
+    def _judgement(self, item: Item, ask: Ask, reply: Reply | None, key: str, cached: bool) -> Judgement:
+        criterion = self.criterion
+        scale = (criterion.low, criterion.high)
+        common = {"prompt": list(ask.messages), "judge": self.backend.id, "protocol": criterion.protocol}
+        if reply is None:
+            error = self.progress.errors.get(key, "")
+            label = FAILED if error else NOT_ASKED
+            return Judgement(item.id, None, label, 0.0, {}, scale=scale, cached=False, error=error, **common)
+        read = criterion.read(reply)
+        return Judgement(item.id, read.score, read.label, read.mass, reply.tokens, scale=scale, cached=cached, **common)

@@ -1,0 +1,455 @@
+"""The decoding loop: rows of different prompts side by side, leaving the batch when done, others taking their place."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from persona_probe.data.tokens import Batch, Encoded, collate
+from persona_probe.errors import InputError
+from persona_probe.evaluate.sampling.requests import Finish, SamplingConfig, digest
+from persona_probe.models.layers import base_transformer, causal_model, decoder_layers, evaluating, transformer_config
+from persona_probe.models.prefix import CACHED_LAYERS, shared_length, without_prefix
+from persona_probe.models.taps import AblateTap, ReadTap, SteerTap, Tap
+
+# --- Keys and values of rows that come and go: right-aligned, with room to grow
+
+ROOM = 32
+"""New tokens that fit before a buffer is copied into a larger one."""
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """What one layer remembers of one prompt."""
+
+    keys: Float[Tensor, "heads pos d_head"]
+    values: Float[Tensor, "heads pos d_head"]
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values in buffers with room at the end, so that a new token copies no old one."""
+
+    def __init__(self, buffers: tuple[Tensor, Tensor], length: int) -> None:
+        super().__init__()
+        self.buffers = buffers
+        self.is_initialized = True
+        self.dtype, self.device = buffers[0].dtype, buffers[0].device
+        self._show(length)
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = (b[:, :, :length] for b in self.buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append new positions; gives all of them."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self.buffers[0].shape[2]:
+            keys, values = (torch.nn.functional.pad(b, (0, 0, 0, end + ROOM - b.shape[2])) for b in self.buffers)
+            self.buffers = keys, values
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self._show(end)
+        return self.keys, self.values  # pyright: ignore[reportReturnType]
+
+
+def stacked(old: Sequence[Tensor], new: Sequence[tuple[Tensor, int]], width: int) -> Float[Tensor, "rows heads pos d"]:
+    """Rows kept from before and rows of new prompts in one buffer, all ending at column `width`.
+
+    Args:
+        old: none, or one tensor (rows, heads, pos, d) whose rows end at its last column.
+        new: keys or values of a prompt (heads, pos, d), and how many rows begin with it.
+    """
+    like = old[0][0] if old else new[0][0]
+    kept = len(old[0]) if old else 0
+    rows = kept + sum(times for _, times in new)
+    # Zeros, not whatever memory holds: a masked column still takes part in the sum, with weight 0.
+    out = like.new_zeros((rows, like.shape[0], width + ROOM, like.shape[2]))
+    if old:
+        shown = min(width, old[0].shape[2])
+        out[:kept, :, width - shown : width] = old[0][:, :, old[0].shape[2] - shown :]
+    for prompt, times in new:
+        out[kept : kept + times, :, width - prompt.shape[1] : width] = prompt
+        kept += times
+    return out
+
+
+def merged(
+    cache: Cache | None, keep: Sequence[int], new: Sequence[tuple[Sequence[KeyValues], int]], width: int
+) -> Cache:
+    """A cache of the rows `keep` of `cache`, then of new prompts' rows; `width` is the longest row's length."""
+    layers = []
+    index = torch.tensor(list(keep), dtype=torch.long)
+    for number in range(len(cache.layers if cache is not None else new[0][0])):
+        old: list[DynamicLayer] = [cache.layers[number]] if cache is not None and keep else []  # pyright: ignore
+        keys = [(prompt[number].keys, times) for prompt, times in new]
+        values = [(prompt[number].values, times) for prompt, times in new]
+        buffers = (
+            stacked([_rows(layer.keys, index) for layer in old], keys, width),
+            stacked([_rows(layer.values, index) for layer in old], values, width),
+        )
+        layers.append(GrowingLayer(buffers, width))
+    return Cache(layers=layers)
+
+
+def _rows(states: Tensor | None, index: Tensor) -> Tensor:
+    assert states is not None
+    return states[index.to(states.device)]
+
+
+# --- Which positions of a forward pass are prompt, told to the taps that steer only prompt or response
+
+Tell = Callable[[Bool[Tensor, "batch pos"]], None]
+
+
+def taps_on(model: nn.Module) -> list[Tap]:
+    """The taps on a model's decoder layers, in the order in which they fire."""
+    hooks = [hook for layer in decoder_layers(model) for hook in layer._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, Tap)]
+
+
+@contextmanager
+def telling_positions(model: nn.Module) -> Iterator[Tell]:
+    """Gives a function to be called with the prompt mask of each forward pass before it runs.
+
+    Sampling orders and groups rows as it likes, so a mask that the caller gave to `steer` cannot fit: it is replaced
+    while the block lasts.
+
+    Raises:
+        InputError: a tap pushes each row of a batch in its own way.
+    """
+    steering = [tap for tap in taps_on(model) if isinstance(tap, SteerTap)]
+    if any(tap.vector.ndim > 1 for tap in steering):
+        raise InputError("sampling groups rows as it likes: steer with one vector (d_model,), not one for each row")
+    masks = [tap.prompt_mask for tap in steering]
+
+    def tell(mask: Bool[Tensor, "batch pos"]) -> None:
+        for tap in steering:
+            tap.prompt_mask = mask
+
+    try:
+        yield tell
+    finally:
+        for tap, mask in zip(steering, masks, strict=True):
+            tap.prompt_mask = mask
+
+
+# --- Prompts run once: their keys and values, for all samples that begin with them
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A prompt of which all tokens but the last have been run: the last is every sample's first step."""
+
+    length: int
+    """Tokens that have been run."""
+    last: int
+    """The prompt's last token."""
+    layers: list[KeyValues]
+
+
+def check_cacheable(model: nn.Module) -> None:
+    """Refuse models that remember anything but keys and values.
+
+    Raises:
+        InputError: a recurrent model; the message names another engine.
+    """
+    kinds = set(getattr(transformer_config(model), "layer_types", None) or ())
+    if causal_model(model)._is_stateful or not kinds <= CACHED_LAYERS:
+        raise InputError(
+            f"{type(causal_model(model)).__name__} keeps another state than keys and values: "
+            "sample from it with the vllm engine or an endpoint"
+        )
+
+
+def run_beginnings(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[Beginning]:
+    """Run prompts (token ids) in one batch; what they share at the start, mostly a system prompt, is run once."""
+    device = next(model.parameters()).device
+    # A prompt of one token has nothing to run before it, but a batch needs a column.
+    encoded = [Encoded(list(p[:-1]) or list(p), len(p) - 1) for p in prompts]
+    batch = collate(encoded, list(range(len(encoded))), 0, set()).to(device)
+    cache = _filled(model, batch, tell)
+    return [
+        Beginning(len(p) - 1, p[-1], [_of_row(layer, row, len(p) - 1) for layer in cache.layers])
+        for row, p in enumerate(prompts)
+    ]
+
+
+def _filled(model: nn.Module, batch: Batch, tell: Tell) -> Cache:
+    forward, cache = base_transformer(model), DynamicCache()
+    shared = shared_length(batch, transformer_config(model))
+    if shared:
+        tell(batch.prompt[:1, :shared])
+        forward(input_ids=batch.ids[:1, :shared], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(len(batch.ids))
+    rest = without_prefix(batch, shared)
+    tell(rest.prompt)
+    forward(input_ids=rest.ids, attention_mask=batch.attention, past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _of_row(layer: object, row: int, length: int) -> KeyValues:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    assert isinstance(keys, Tensor) and isinstance(values, Tensor)
+    return KeyValues(_as_attended(keys[row, :, :length]), _as_attended(values[row, :, :length]))
+
+
+def _as_attended(states: Tensor) -> Tensor:
+    """In the type to which autocast would cast them anew at every step."""
+    kind = states.device.type
+    return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
+
+
+# --- The next token of each row, from random numbers that belong to that row alone
+
+Key = np.ndarray
+"""Two 64-bit words: the key of a row's counter-based generator."""
+
+NUCLEUS = 1024
+"""Tokens among which a nucleus is looked for first: sorting a whole vocabulary costs more than a forward pass."""
+
+
+def row_key(seed: int, question_id: str, sample: int) -> Key:
+    """The generator key of one sample."""
+    return np.frombuffer(digest(seed, question_id, sample)[:16], dtype="<u8")
+
+
+def gumbel(keys: Sequence[Key], steps: Sequence[int], vocabulary: int) -> Float[Tensor, "rows vocabulary"]:
+    """Standard Gumbel noise for each row at its step: a function of the row's key and the step, and of nothing else.
+
+    Philox is counter-based (Salmon et al. 2011). Float64 draws: with 24 bits a token that is never likely would win
+    once in a few hundred steps.
+    """
+    waits = np.empty((len(keys), vocabulary), dtype=np.float32)
+    for row, (key, step) in enumerate(zip(keys, steps, strict=True)):
+        generator = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, step, 0]))
+        waits[row] = generator.standard_exponential(vocabulary)
+    return torch.from_numpy(waits).log_().neg_()
+
+
+def choose(
+    logits: Float[Tensor, "rows vocabulary"], keys: Sequence[Key], steps: Sequence[int], config: SamplingConfig
+) -> Int[Tensor, " rows"]:
+    """Each row's next token: argmax of logits / temperature + Gumbel noise, which draws from their softmax exactly.
+
+    Why Gumbel noise and no inverse distribution function: logits differ in their last bits between batch shapes. A
+    difference of at most e changes a token drawn so with a probability of about e, however long the tail of the
+    vocabulary is; with an inverse distribution function every token of the tail changes at once.
+    """
+    logits = logits.float()
+    if config.greedy:
+        return logits.argmax(dim=-1)
+    scaled = logits / config.temperature
+    if config.top_p < 1:
+        scaled = keep_top_p(scaled, config.top_p)
+    return (scaled + gumbel(keys, steps, logits.shape[-1]).to(scaled.device)).argmax(dim=-1)
+
+
+def keep_top_p(logits: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[Tensor, "rows vocabulary"]:
+    """Logits with -inf outside the smallest set of tokens whose probability reaches `top_p`; ties stay together."""
+    logprobs = logits.log_softmax(dim=-1)
+    top = logprobs.topk(min(NUCLEUS, logits.shape[-1])).values
+    if bool((top.exp().sum(dim=-1) < top_p).any()):
+        top = logprobs.sort(descending=True).values
+    mass_before = top.exp().cumsum(dim=-1) - top.exp()
+    size = (mass_before < top_p).sum(dim=-1, keepdim=True)
+    return logits.masked_fill(logprobs < top.gather(1, (size - 1).clamp(min=0)), -torch.inf)
+
+
+SLACK = 8
+"""The batch is packed anew when one row in so many is done: packing copies all keys and values."""
+PROMPTS_AT_ONCE = 8
+"""At least so many prompts are run together, so that what they share is run once for all of them."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One answer to decode: the prompt's token ids, and the key of its random draws."""
+
+    ids: tuple[int, ...]
+    key: Key
+
+
+@dataclass
+class Row:
+    """An answer that is being decoded."""
+
+    number: int
+    """Which of the wanted answers it is."""
+    key: Key
+    length: int
+    """Tokens whose keys and values are held."""
+    token: int
+    """The token to run next."""
+    made: list[int] = field(default_factory=list)
+    done: bool = False
+
+
+Finished = Callable[[int, list[int], Finish], None]
+"""Called with a wanted answer's number, its tokens without the stop token, and why it ended."""
+
+
+class Decoder:
+    """Decodes answers with one model; see `decode`."""
+
+    def __init__(self, model: nn.Module, config: SamplingConfig, stop: frozenset[int], batch_size: int) -> None:
+        self.model, self.config, self.stop, self.batch_size = model, config, stop, batch_size
+        self.device = next(model.parameters()).device
+        self.rows: list[Row] = []
+        self.cache: Cache | None = None
+        self.waiting: deque[tuple[tuple[int, ...], deque[int]]] = deque()
+        self.begun: deque[tuple[Beginning, deque[int]]] = deque()
+
+    def run(self, wanted: Sequence[Wanted], tell: Tell, finished: Finished) -> None:
+        """Decode all of `wanted`, longest prompts first: what is too large for memory shows at once."""
+        numbers: dict[tuple[int, ...], deque[int]] = {}
+        for number, want in enumerate(wanted):
+            numbers.setdefault(want.ids, deque()).append(number)
+        self.waiting.extend(sorted(numbers.items(), key=lambda item: -len(item[0])))
+        while self.waiting or self.begun or not all(row.done for row in self.rows):
+            if SLACK * sum(row.done for row in self.rows) >= len(self.rows):
+                self._pack(wanted, tell)
+            self._step(tell, finished)
+
+    def _pack(self, wanted: Sequence[Wanted], tell: Tell) -> None:
+        """Drop the rows that are done and begin others in their place."""
+        keep = [place for place, row in enumerate(self.rows) if not row.done]
+        rows = [self.rows[place] for place in keep]
+        new = []
+        while len(rows) < self.batch_size and (self.begun or self.waiting):
+            if not self.begun:
+                self._begin(self.batch_size - len(rows), tell)
+            beginning, numbers = self.begun[0]
+            taken = [numbers.popleft() for _ in range(min(len(numbers), self.batch_size - len(rows)))]
+            rows += [Row(n, wanted[n].key, beginning.length, beginning.last) for n in taken]
+            new.append((beginning.layers, len(taken)))
+            if not numbers:
+                self.begun.popleft()
+        self.rows = rows
+        self.cache = merged(self.cache, keep, new, max(row.length for row in rows))
+
+    def _begin(self, free: int, tell: Tell) -> None:
+        """Run the next prompts: enough for the free places, and some in advance."""
+        chunk, places = [], 0
+        while self.waiting and (len(chunk) < PROMPTS_AT_ONCE or places < free):
+            chunk.append(self.waiting.popleft())
+            places += len(chunk[-1][1])
+        beginnings = run_beginnings(self.model, [ids for ids, _ in chunk], tell)
+        self.begun.extend(zip(beginnings, (numbers for _, numbers in chunk), strict=True))
+
+    def _step(self, tell: Tell, finished: Finished) -> None:
+        live = [place for place, row in enumerate(self.rows) if not row.done]
+        logits = self._logits(tell)
+        logits = logits if len(live) == len(self.rows) else logits[live]
+        rows = [self.rows[place] for place in live]
+        tokens = choose(logits, [row.key for row in rows], [len(row.made) for row in rows], self.config).tolist()
+        for row, token in zip(rows, tokens, strict=True):
+            row.length, row.token = row.length + 1, token
+            if token in self.stop:
+                row.done = True
+                finished(row.number, row.made, "stop")
+                continue
+            row.made.append(token)
+            if len(row.made) == self.config.max_new_tokens:
+                row.done = True
+                finished(row.number, row.made, "length")
+
+    def _logits(self, tell: Tell) -> Tensor:
+        """Logits (rows, vocabulary) after each row's next token; rows that are done run along."""
+        assert self.cache is not None
+        width = self.cache.get_seq_length() + 1
+        lengths = torch.tensor([row.length for row in self.rows])[:, None]
+        tell(torch.tensor([[not row.made] for row in self.rows]))
+        out = causal_model(self.model)(
+            input_ids=torch.tensor([[row.token] for row in self.rows], device=self.device),
+            attention_mask=(torch.arange(width) >= width - 1 - lengths).to(self.device, torch.long),
+            position_ids=lengths.to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1]
+
+
+def decode(
+    model: nn.Module,
+    wanted: Sequence[Wanted],
+    config: SamplingConfig,
+    stop: frozenset[int],
+    batch_size: int,
+    finished: Finished,
+) -> None:
+    """Decode answers inside whatever steers, ablates or casts the model now; nothing of the model is changed after.
+
+    Equal prompts are run once for all their answers. `finished` is called for each answer as it ends.
+
+    Raises:
+        InputError: a model that keeps another state than keys and values, or taps that push each row differently.
+    """
+    check_cacheable(model)
+    with evaluating(model), telling_positions(model) as tell:
+        Decoder(model, config, stop, batch_size).run(wanted, tell, finished)
+
+
+# --- What makes a model's answers, in a form that can be written down and compared
+
+VALUES = 256
+"""Values of each weight that are looked at: training moves nearly all of them, and a whole model takes long to hash."""
+
+
+def short_hash(data: bytes) -> str:
+    """The first 16 hexadecimal digits of the sha256."""
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A hash of names, shapes and evenly spaced values of all weights, adapters and whether they are on included."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, flat.numel() // VALUES)]
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + _bytes(some))
+    off = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.disable_adapters]
+    found.update(" ".join(off).encode())
+    return found.hexdigest()[:16]
+
+
+def changes(model: nn.Module) -> list[dict[str, Any]]:
+    """The taps that change the model's layers now."""
+    return [_change(tap) for tap in taps_on(model) if not isinstance(tap, ReadTap)]
+
+
+def _change(tap: Tap) -> dict[str, Any]:
+    found: dict[str, Any] = {"tap": type(tap).__name__, "layer": tap.layer}
+    if isinstance(tap, SteerTap):
+        found |= {"positions": tap.positions, "vector": short_hash(_bytes(tap.vector))}
+    if isinstance(tap, AblateTap):
+        found["basis"] = short_hash(_bytes(tap.basis))
+    return found
+
+
+def model_identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str | None) -> dict[str, Any]:
+    """Model, weights, taps, precision and chat template."""
+    parameter, inner = next(model.parameters()), causal_model(model)
+    kind = parameter.device.type
+    cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    return {
+        "model": name or str(inner.config.name_or_path) or type(inner).__name__,
+        "weights": weights_hash(model),
+        "changes": changes(model),
+        "precision": str(cast).removeprefix("torch."),
+        "template": short_hash(str(tokenizer.chat_template).encode()),
+    }
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().float().cpu().contiguous().numpy().tobytes()

@@ -1,0 +1,268 @@
+"""The default engine: a transformers model in this process, steered, ablated or cast as it now is."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from persona_probe.errors import InputError
+from persona_probe.evaluate.sampling.decoding import Wanted, decode, model_identity, row_key
+from persona_probe.evaluate.sampling.requests import (
+    Finish,
+    Request,
+    Sample,
+    SamplingConfig,
+    check_room,
+    prompt_ids,
+    request_seed,
+    stop_tokens,
+)
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+
+class TransformersEngine:
+    """Samples from a model in this process.
+
+    The random draws of an answer belong to (seed, question id, sample) alone, so the same answer comes whatever the
+    batch size, the order, or the other rows of the batch, as far as the logits are the same: their last bits depend on
+    the batch's shape. On the embedded model, of 48 answers of 24 tokens at batch sizes 7 and 48 none differs in float32
+    and 17 in bf16, where logits are 0.1 apart. In bf16 an answer repeats for the same requests and batch size.
+
+    Taps set by `steer` and `ablate` act as they do elsewhere. With positions `prompt` or `response` the engine tells
+    them which tokens are the prompt's, whatever mask they were given.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+        batch_size: rows that are decoded side by side.
+        name: what the samples' record calls the model; the default is its configuration's name.
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32, name: str | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.batch_size, self.name = model, tokenizer, batch_size, name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Model, weights, taps, precision and chat template, as they are now."""
+        return {"engine": "transformers", **model_identity(self.model, self.tokenizer, self.name)}
+
+    def generate(self, requests: Sequence[Request], config: SamplingConfig, done: Callable[[Sample], None]) -> None:
+        """Answer every request; see `Engine`.
+
+        Raises:
+            InputError: a prompt that does not end with the user's turn or is too long, or a model or tap that cannot
+                be sampled from; see `decode`.
+        """
+        ids = {r.prompt.id: prompt_ids(self.tokenizer, r.prompt) for r in {r.prompt.id: r for r in requests}.values()}
+        for name, prompt in ids.items():
+            check_room(self.model, prompt, config.max_new_tokens, name)
+        wanted = [Wanted(ids[r.prompt.id], row_key(config.seed, r.prompt.id, r.sample)) for r in requests]
+
+        def finished(number: int, tokens: list[int], finish: Finish) -> None:
+            request = requests[number]
+            done(Sample(request.prompt.id, request.sample, self._text(tokens), len(tokens), finish))
+
+        decode(self.model, wanted, config, stop_tokens(self.model, self.tokenizer), self.batch_size, finished)
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+# --- Sampling with vLLM, for models that fill a GPU
+
+
+class VllmEngine:
+    """Samples with vLLM's offline interface (`vllm.LLM.chat`, one `SamplingParams` with its own seed a request).
+
+    vLLM batches, shares prefixes and applies the chat template itself. Taps cannot reach its workers: steered and
+    ablated sampling is the transformers engine's. Its seeded draws repeat for one version and one kind of GPU.
+
+    Not run in this project's tests, which have no vLLM: they use a stand-in with the signatures of `LLM(model=...)`,
+    `LLM.chat(messages, sampling_params, use_tqdm, lora_request)`, `SamplingParams` and `LoRARequest`.
+
+    Args:
+        model: what `vllm.LLM` takes: a hub id or a folder.
+        adapter: a folder with a LoRA adapter to sample with.
+        block: requests handed over at once; finished samples are kept after each block.
+        options: passed on to `vllm.LLM` (`dtype`, `max_model_len`, `gpu_memory_utilization`, `max_lora_rank`...).
+
+    Raises:
+        InputError: vLLM is not installed.
+    """
+
+    def __init__(self, model: str, adapter: str | None = None, block: int = 512, **options: Any) -> None:
+        self._vllm = _vllm()
+        self.model, self.adapter, self.block, self.options = model, adapter, block, options
+        lora = {} if adapter is None else {"enable_lora": True}
+        self._llm = self._vllm.LLM(model=model, **lora, **options)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Model, adapter and options by name, and vLLM's version."""
+        named = {"model": self.model, "adapter": self.adapter, "options": {k: str(v) for k, v in self.options.items()}}
+        return {"engine": "vllm", "version": str(self._vllm.__version__), **named}
+
+    def generate(self, requests: Sequence[Request], config: SamplingConfig, done: Callable[[Sample], None]) -> None:
+        """Answer every request; see `Engine`."""
+        for start in range(0, len(requests), self.block):
+            block = requests[start : start + self.block]
+            outputs = self._llm.chat(
+                [request.prompt.messages for request in block],
+                sampling_params=[self._params(request, config) for request in block],
+                use_tqdm=False,
+                lora_request=self._lora(),
+            )
+            for request, output in zip(block, outputs, strict=True):
+                done(_sample(request, output.outputs[0]))
+
+    def _params(self, request: Request, config: SamplingConfig) -> Any:
+        return self._vllm.SamplingParams(
+            n=1,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_new_tokens,
+            seed=request_seed(config, request),
+        )
+
+    def _lora(self) -> Any:
+        if self.adapter is None:
+            return None
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
+
+        return LoRARequest("adapter", 1, self.adapter)
+
+
+def _vllm() -> Any:
+    try:
+        import vllm  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError("the vllm engine needs vLLM: pip install vllm, in an environment with its torch") from error
+    return vllm
+
+
+def _sample(request: Request, completion: Any) -> Sample:
+    finish = "length" if completion.finish_reason == "length" else "stop"
+    return Sample(request.prompt.id, request.sample, completion.text.strip(), len(completion.token_ids), finish)
+
+
+# --- Sampling from any endpoint that speaks the OpenAI chat-completions format
+
+
+class OpenAIEngine:
+    """One chat completion a sample, several at once; retries are the client's own.
+
+    Every request carries a seed of its own, but whether a server repeats itself for a seed is the server's matter.
+
+    Args:
+        model: the model's name at the endpoint.
+        base_url: where the endpoint is (`http://127.0.0.1:8000/v1`); None is OpenAI's.
+        key_env: the environment variable that holds the key; None sends none, for local servers.
+        concurrency: requests under way at once.
+        max_retries: how often a request is sent again after 408, 409, 429, 5xx and lost connections.
+        timeout: seconds for one request.
+
+    Raises:
+        InputError: the `openai` package or the key is missing.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        *,
+        key_env: str | None = "OPENAI_API_KEY",
+        concurrency: int = 8,
+        max_retries: int = 5,
+        timeout: float = 120.0,
+    ) -> None:
+        if concurrency < 1:
+            raise InputError(f"concurrency must be at least 1, not {concurrency}")
+        self.model, self.concurrency = model, concurrency
+        self._client = _client(base_url, key_env, max_retries, timeout)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The endpoint, without a user name or password that its address may hold, and the model's name there."""
+        return {"engine": "openai", "endpoint": self._endpoint, "model": self.model}
+
+    @property
+    def _endpoint(self) -> str:
+        place = urlsplit(str(self._client.base_url))
+        return f"{place.scheme}://{place.netloc.rpartition('@')[2]}{place.path}"
+
+    def generate(self, requests: Sequence[Request], config: SamplingConfig, done: Callable[[Sample], None]) -> None:
+        """Answer every request; see `Engine`. Those that were answered before a failure have been handed over.
+
+        Raises:
+            InputError: the endpoint cannot be reached, refuses, or answers in another format.
+        """
+        pool = ThreadPoolExecutor(self.concurrency)
+        try:
+            for future in as_completed([pool.submit(self._answer, request, config) for request in requests]):
+                done(future.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _answer(self, request: Request, config: SamplingConfig) -> Sample:
+        import openai
+
+        messages: Any = request.prompt.messages
+        try:
+            reply = self._client.chat.completions.create(
+                model=self.model,
+                messages=messages,
+                max_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                seed=request_seed(config, request),
+            )
+        except openai.APIError as error:
+            # The reply's own words may repeat the key: neither they nor their traceback are passed on.
+            raise InputError(_refusal(error, self._endpoint)) from None
+        except ValueError:
+            raise InputError(f"{self._endpoint} sent something that is not JSON: check base_url") from None
+        return self._read(request, reply)
+
+    def _read(self, request: Request, reply: Any) -> Sample:
+        from openai.types.chat import ChatCompletion
+
+        if not isinstance(reply, ChatCompletion) or not reply.choices:
+            raise InputError(f"{self._endpoint} did not send a chat completion: check base_url and model")
+        choice, usage = reply.choices[0], reply.usage
+        return Sample(
+            request.prompt.id,
+            request.sample,
+            (choice.message.content or choice.message.refusal or "").strip(),
+            None if usage is None else usage.completion_tokens,
+            "length" if choice.finish_reason == "length" else "stop",
+        )
+
+
+def _client(base_url: str | None, key_env: str | None, max_retries: int, timeout: float) -> "OpenAI":
+    try:
+        from openai import OpenAI
+    except ImportError as error:
+        raise InputError("sampling from an endpoint needs the extra: pip install 'persona-probe[judges]'") from error
+    key = "none" if key_env is None else os.environ.get(key_env)
+    if not key:
+        raise InputError(f"the environment variable {key_env} holds no key: set it, or pass key_env=None")
+    return OpenAI(base_url=base_url, api_key=key, max_retries=max_retries, timeout=timeout)
+
+
+def _refusal(error: Any, endpoint: str) -> str:
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        hint = {401: "check the key", 403: "check the key", 404: "check base_url and model", 429: "lower concurrency"}
+        advice = hint.get(error.status_code, "try again; finished samples are kept")
+        return f"{endpoint} answered with status {error.status_code}: {advice}"
+    if isinstance(error, openai.APITimeoutError):
+        return f"{endpoint} did not answer in time: raise timeout or lower concurrency"
+    return f"{endpoint} cannot be reached, or its answer cannot be read ({type(error).__name__}): check base_url"

@@ -1,0 +1,180 @@
+"""Attribution: what removing each latent would do to the loss on given answers, to first order; one backward pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from persona_probe.data.tokens import Batch
+from persona_probe.errors import InputError
+from persona_probe.latents.rankers import check_flags
+from persona_probe.models.layers import autocast, causal_model, evaluating
+from persona_probe.models.taps import Tap
+from persona_probe.saes.read import encode
+
+ENCODED_AT_ONCE = 2**24
+"""Activations (tokens x d_sae) that are held at once: 64 MB in float32, a few times over."""
+
+
+@dataclass(frozen=True)
+class GradientScores:
+    """What one backward pass per batch tells of every latent."""
+
+    attribution: Float[np.ndarray, " d_sae"]
+    """First-order cost of removing the latent, misaligned minus aligned answers (nats per answer token)."""
+    slope: Float[np.ndarray, " d_sae"]
+    """First-order effect of steering: the contrast index's derivative along the unit decoder row, added at every
+    position (nats per token, per raw unit of push)."""
+
+
+def gradient_scores(
+    model: nn.Module,
+    sae: Any,
+    groups: Sequence[Batch],
+    misaligned: Bool[np.ndarray, " conversations"],
+    layer: int,
+    *,
+    rows: int = 8,
+    bf16: bool = True,
+) -> GradientScores:
+    """Attribution and slope of every latent, misaligned answers minus aligned ones, in nats per answer token.
+
+    With x_t the residual stream after `layer` at answer token t, a_ti latent i's activation there, d_i its decoder row
+    (times the token's scale, for an SAE that normalises tokens), m_i the latent's mean over all answer tokens of all
+    conversations, and L_c the mean negative log-likelihood of conversation c's answer, a conversation's attribution is
+
+        A_ci = - sum over t of (dL_c / dx_t . d_i) (a_ti - m_i)
+
+    the first-order change of L_c when every answer token loses what the latent adds beyond its mean. As L_c is a mean
+    over tokens, the sum is the average over answer tokens of attribution to the answer's total loss. The result is the
+    mean of A over misaligned conversations minus that over aligned ones. Positive: removing the latent costs misaligned
+    answers more than aligned ones, so the latent helps to say them. Slope is
+    the derivative along the unit decoder row, added at every position: what pushing the latent would do, active or not.
+
+    Method: Dupre la Tour & Mossing 2025, "Debugging misaligned completions with sparse-autoencoder latent attribution"
+    (alignment.openai.com/sae-latent-attribution). One model, one forward and one backward pass per batch; memory does
+    not grow with tokens. Modes, random state, `requires_grad` and gradients of the model stay as they were.
+
+    Args:
+        groups: batches of conversations that end with an answer (`data.tokens.batches`).
+        misaligned: by conversation number, whether it ends with the misaligned answer.
+        rows: conversations in one backward pass; the logits of their answers are held at once.
+
+    Raises:
+        InputError: flags that do not fit, a conversation without an answer, or a layer that does not exist.
+    """
+    flags = check_flags(misaligned, sum(len(g.index) for g in groups))
+    signs = torch.tensor(np.where(flags, 1 / flags.sum(), -1 / (~flags).sum()), dtype=torch.float32)
+    device, sums = next(model.parameters()).device, _Sums(sae)
+    with evaluating(model), _frozen(model):
+        for batch in (part.to(device) for group in groups for part in _parts(group, rows)):
+            answer = batch.select("response")
+            if not bool(answer.any(dim=1).all()):
+                raise InputError("a conversation has no answer tokens: attribution needs conversations with answers")
+            with autocast(model, bf16):
+                resid, gradient = answer_gradient(model, batch, layer)
+            weighted = gradient.float() * signs[batch.index].to(device)[:, None, None]
+            sums.add(resid[answer].float(), weighted[answer])
+            sums.everywhere += weighted[batch.attention.bool()].double().sum(dim=0).cpu()
+    return GradientScores(sums.attribution(), sums.slope())
+
+
+def answer_gradient(
+    model: nn.Module, batch: Batch, layer: int
+) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
+    """Residual stream after `layer`, and there the gradient of each row's mean negative answer log-likelihood.
+
+    Rows do not mix. Only layers above `layer` are differentiated. Weights that ask for gradients get none.
+    """
+    columns = batch.response[:, 1:].any(dim=0).nonzero()[:, 0]
+    answer, targets = batch.response[:, columns + 1], batch.ids[:, columns + 1]
+    with torch.enable_grad(), _CutTap(model, layer) as tap:
+        logits: Tensor = causal_model(model)(
+            input_ids=batch.ids, attention_mask=batch.attention, use_cache=False, logits_to_keep=columns
+        ).logits
+        loss = cross_entropy(logits[answer].float(), targets[answer], reduction="none")
+        share = (answer / answer.sum(dim=1, keepdim=True))[answer]
+        (gradient,) = torch.autograd.grad((loss * share).sum(), tap.value)
+    return tap.value.detach(), gradient
+
+
+class _CutTap(Tap):
+    """Cuts the graph at a layer's output: the layers above start from a leaf whose gradient can be asked for."""
+
+    value: Float[Tensor, "batch pos d_model"]
+
+    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        self.value = resid.detach().requires_grad_(True)
+        return self.value
+
+
+@dataclass
+class _Sums:
+    """Sums over answer tokens of activation, gradient and their product.
+
+    (a - m) is linear in the mean m, so m can be put in at the end and one pass over the tokens is enough.
+    """
+
+    sae: Any
+
+    def __post_init__(self) -> None:
+        self.decoder = self.sae.W_dec.detach().float()
+        self.product, self.acts = (torch.zeros(len(self.decoder), dtype=torch.float64) for _ in range(2))
+        self.gradient, self.everywhere = (torch.zeros(self.decoder.shape[1], dtype=torch.float64) for _ in range(2))
+        self.tokens = 0
+
+    def add(self, x: Float[Tensor, "tokens d_model"], gradient: Float[Tensor, "tokens d_model"]) -> None:
+        """Count answer tokens; `gradient` already carries its conversation's weight and sign."""
+        step = max(1, ENCODED_AT_ONCE // len(self.decoder))
+        for some, along in zip(x.split(step), gradient.split(step), strict=True):
+            acts = encode(self.sae, some)
+            slope = self._in_sae_units(along.to(acts.device))
+            self.product += (acts * (slope @ self.decoder.T)).sum(dim=0).double().cpu()
+            self.acts += acts.sum(dim=0).double().cpu()
+            self.gradient += slope.double().sum(dim=0).cpu()
+        self.tokens += len(x)
+
+    def _in_sae_units(self, slope: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+        """Gradients with respect to the SAE's output before its own normalisation of the token just encoded is undone.
+
+        Undoing it is linear but for an offset, so its factor is what it does to the difference from zero.
+        """
+        undone = self.sae.run_time_activation_norm_fn_out(torch.stack([slope, torch.zeros_like(slope)]))
+        return (undone[0] - undone[1]).float()
+
+    def attribution(self) -> Float[np.ndarray, " d_sae"]:
+        """-(sum of g.d a - mean a x sum of g.d), per latent."""
+        slope = self.decoder.double().cpu() @ self.gradient
+        return -(self.product - self.acts / self.tokens * slope).numpy()
+
+    def slope(self) -> Float[np.ndarray, " d_sae"]:
+        """-(d . sum of g over all positions), per latent's unit decoder row."""
+        decoder = self.decoder.double().cpu()
+        norms = decoder.norm(dim=1).clamp(min=1e-12)
+        return -(decoder @ self.everywhere / norms).numpy()
+
+
+def _parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    for start in range(0, len(batch.index), rows):
+        part = slice(start, start + rows)
+        tensors = (batch.ids, batch.attention, batch.prompt, batch.response, batch.special)
+        yield Batch(*(t[part] for t in tensors), index=batch.index[part])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight asks for gradients inside: neither the layers below nor the weights above enter the graph."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in asking:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)

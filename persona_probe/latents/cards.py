@@ -1,0 +1,293 @@
+"""Feature cards: what a latent scores, causes, writes and fires on; one pass over the text for all of them."""
+
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from persona_probe.context import Context
+from persona_probe.errors import InputError
+from persona_probe.latents.passages import Survey, example, gather, survey
+from persona_probe.models.layers import base_transformer, output_head
+from persona_probe.report.cards import Effect, Example, FeatureCard, Findings, Neighbour, Push, Score, TokenLogit
+from persona_probe.saes.read import check_latents
+
+NEURONPEDIA = "https://neuronpedia.org"
+NAME_WORDS = 4
+Row = Mapping[Any, Any]
+
+
+def optional(value: Any) -> float | None:
+    """A number as float; None for what is missing or not finite."""
+    return None if value is None or not math.isfinite(value) else float(value)
+
+
+def rankers(columns: Sequence[str]) -> dict[str, str]:
+    """Every ranker of a latents table with the column of its rank: all pairs `x`, `x_rank`.
+
+    `rank` alone is that of `rise`.
+    """
+    found = {name.removesuffix("_rank"): name for name in columns if name.endswith("_rank")}
+    if "rank" in columns:
+        found = {"rise": "rank", **found}
+    return {name: rank for name, rank in found.items() if name in columns}
+
+
+def findings(row: Row, steering: pd.DataFrame, arms: Sequence[str], unit: str) -> Findings:
+    """What a row of the latents table and the steering table say of that latent."""
+    rates = {arm: optional(row.get(f"firing_{arm}")) for arm in arms}
+    return Findings(
+        persona=bool(row["persona"]),
+        kind=str(row["kind"]),
+        scores=scores(row),
+        suppressed=bool(row["suppressed"]) if "suppressed" in row else None,
+        q_value=optional(row.get("q_value")),
+        firing={arm: rate for arm, rate in rates.items() if rate is not None},
+        effects=effects(row),
+        strength=optional(row["strength"]),
+        unit=unit,
+        steering=pushes(steering, int(row["latent"])),
+    )
+
+
+def scores(row: Row) -> tuple[Score, ...]:
+    """Every ranker's score and rank of one row of the latents table."""
+    found = []
+    for name, rank in rankers([str(key) for key in row]).items():
+        place = optional(row[rank])
+        ends = [optional(row.get(f"{name}_ci_{end}", row.get(f"{name}_{end}"))) for end in ("low", "high")]
+        found.append(Score(name, optional(row[name]), None if place is None else int(place), *ends))
+    return tuple(found)
+
+
+def effects(row: Row) -> tuple[Effect, ...]:
+    """Every causal effect of one row of the latents table: columns `effect_x`, with `_low` and `_high` if there."""
+    ranks = set(rankers([str(key) for key in row]))
+    names = [str(k) for k in row if str(k).startswith("effect_") and not str(k).endswith(("_low", "_high", "_rank"))]
+    return tuple(
+        Effect(name.removeprefix("effect_"), *(optional(row.get(name + end)) for end in ("", "_low", "_high")))
+        for name in names
+        if name not in ranks
+    )
+
+
+def pushes(steering: pd.DataFrame, latent: int) -> tuple[Push, ...]:
+    """The steering curve of one latent: rows of the steering table by model and strength."""
+    rows = steering.loc[steering["latent"] == latent].sort_values(["model", "strength"])
+    return tuple(
+        Push(
+            model=str(row["model"]),
+            strength=float(row["strength"]),
+            unit=str(row["unit"]),
+            estimate=float(row["estimate"]),
+            ci_low=optional(row["ci_low"]),
+            ci_high=optional(row["ci_high"]),
+            delta=float(row["delta"]),
+            perplexity_ratio=optional(row["perplexity_ratio"]),
+            within_bound=bool(row["within_bound"]),
+        )
+        for row in rows.to_dict("records")
+    )
+
+
+@torch.no_grad()
+def neighbours(decoder: Float[Tensor, "d_sae d_model"], latent: int, count: int = 5) -> tuple[Neighbour, ...]:
+    """The latents whose decoder rows have the highest cosine with this one's; itself is left out."""
+    sizes = decoder.norm(dim=1).float()
+    cosine = (decoder @ decoder[latent]).float() / (sizes * sizes[latent]).clamp_min(1e-12)
+    cosine[latent] = -math.inf
+    values, index = cosine.topk(min(count, len(cosine) - 1))
+    return tuple(Neighbour(i, round(v, 4)) for i, v in zip(index.tolist(), values.tolist(), strict=True))
+
+
+def neuronpedia_link(sae: Any, latent: int) -> str | None:
+    """The latent's page on Neuronpedia, where the SAE's metadata names one (`model/source`)."""
+    name = sae.cfg.metadata.neuronpedia_id
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name, re.ASCII):
+        return None
+    return f"{NEURONPEDIA}/{name}/{latent}"
+
+
+def suggest_name(top_tokens: Sequence[TokenLogit], examples: Sequence[Example]) -> str:
+    """A name made of what can be seen, which says so: it is a reading aid, not a finding."""
+    promoted = _words(t.token for t in top_tokens)
+    fired = _words(e.tokens[e.peak] for e in examples)
+    where = [f"where it fires most: {', '.join(fired)}"] if fired else []
+    made_of = [f"its top tokens: {', '.join(promoted)}"] if promoted else []
+    if not made_of + where:
+        return "no name: neither its top tokens nor its passages hold words"
+    return "suggested from " + "; and from ".join(made_of + where)
+
+
+def _words(tokens: Iterable[str]) -> list[str]:
+    words = (token.strip() for token in tokens)
+    return list(dict.fromkeys(w for w in words if any(c.isalpha() for c in w)))[:NAME_WORDS]
+
+
+# --- What a direction writes: its direct effect on the logits, and the tokens at both ends
+
+log = logging.getLogger(__name__)
+
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+"""Where decoder-only models of transformers keep the norm before the unembedding."""
+
+
+@torch.no_grad()
+def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " vocab"]:
+    """Direct effect of a direction on the logits: through the final norm's scale and the unembedding.
+
+    The norm's division by the residual's size is left out (it is the same for all tokens), as is a cap on the logits
+    (it keeps their order). So the values compare tokens, and are no logits of a forward pass.
+    """
+    weight = output_head(model).get_parameter("weight").float()
+    vector = direction.detach().to(weight.device).float()
+    norm = final_norm(model)
+    if isinstance(norm, nn.LayerNorm):
+        vector = vector - vector.mean()
+    return weight @ (vector if norm is None else vector * norm_scale(norm, vector))
+
+
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The norm between the last layer and the unembedding; None, with a warning, where none of the names is known."""
+    children = dict(base_transformer(model).named_children())
+    for name in FINAL_NORMS:
+        if name in children:
+            return children[name]
+    log.warning("found no final norm in %s: logit effects leave it out", type(base_transformer(model)).__name__)
+    return None
+
+
+def norm_scale(norm: nn.Module, like: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    """What a norm multiplies each coordinate by; asked of the norm itself, since Gemma's stores weight - 1."""
+    if isinstance(norm, nn.LayerNorm):
+        return torch.ones_like(like) if norm.weight is None else norm.weight.float()
+    return norm(torch.ones_like(like)).float()
+
+
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, logits: Float[Tensor, " vocab"], count: int, largest: bool
+) -> tuple[TokenLogit, ...]:
+    """The `count` tokens that a direction promotes most (or suppresses most), the strongest first."""
+    values, ids = logits.topk(min(count, len(logits)), largest=largest)
+    return tuple(
+        TokenLogit(str(tokenizer.decode([i])), i, round(v, 4))
+        for v, i in zip(values.tolist(), ids.tolist(), strict=True)
+    )
+
+
+TOP_TOKENS = 8
+
+
+def make_cards(ctx: Context) -> None:
+    """Write cards.json: the persona latent and the strongest other candidates, on the packaged text and the base."""
+    if ctx.run.has("cards.json"):
+        return
+    with ctx.timed("cards"):
+        cards = build_cards(ctx, tested_latents(ctx)[: ctx.config.locate.cards], organism=False)
+    ctx.run.write_json("cards.json", [asdict(card) for card in cards])
+
+
+def card(ctx: Context, latent: int, name: str | None = None, text: str | Path | None = None) -> FeatureCard:
+    """The card of one latent, base model against organism.
+
+    Args:
+        latent: its index in the study's SAE.
+        name: what you call it; None suggests a name.
+        text: a file of conversations or plain text, read beside the packaged text.
+
+    Raises:
+        InputError: no such latent, a text that cannot be read, or locate has not run.
+    """
+    return build_cards(ctx, [latent], {} if name is None else {latent: name}, text)[0]
+
+
+def write_cards_page(
+    ctx: Context, count: int, text: str | Path | None = None, names: Mapping[int, str] | None = None
+) -> Path:
+    """Write cards.html into the run folder: one page with search over the first `count` latents.
+
+    Those tested for cause come first, the strongest effect on the selection split leading; then the best by rank.
+
+    Returns:
+        The page's path. It is self-contained: it loads nothing and sends nothing.
+
+    Raises:
+        InputError: `count` below 1, a text that cannot be read, or locate has not run.
+    """
+    from persona_probe.report.cards import cards_page
+    from persona_probe.runs import write_text
+
+    if count < 1:
+        raise InputError(f"cannot write {count} cards: ask for at least 1")
+    ranked = [int(i) for i in ctx.run.read_table("latents.parquet").sort_values("rank")["latent"]]
+    latents = list(dict.fromkeys([*tested_latents(ctx), *ranked]))[:count]
+    cards = build_cards(ctx, latents, names or {}, text)
+    return write_text(ctx.run.path / "cards.html", cards_page(cards, ctx.config.name, ctx.config.model))
+
+
+def tested_latents(ctx: Context) -> list[int]:
+    """The candidates of the selection split, the largest causal effect first."""
+    effects = ctx.run.read_table("parts/selection.parquet").sort_values("effect", ascending=False)
+    return [int(i) for i in effects["latent"]]
+
+
+def build_cards(
+    ctx: Context,
+    latents: Sequence[int],
+    names: Mapping[int, str] | None = None,
+    text: str | Path | None = None,
+    organism: bool = True,
+) -> list[FeatureCard]:
+    """Cards of several latents in one pass over the text for each model.
+
+    Args:
+        organism: also read the organism that realign starts from, for its histogram.
+
+    Raises:
+        InputError: no such latent, a text that cannot be read, or locate has not run.
+    """
+    table = ctx.run.read_table("latents.parquet").set_index("latent", drop=False)
+    steering = ctx.run.read_table("steering.parquet")
+    chosen = check_latents(ctx.sae, list(latents))
+    read = gather(ctx.tokenizer, text)
+    seen = survey(ctx, chosen, read, organism)
+    cards = []
+    for column, latent in enumerate(chosen):
+        row = table.loc[latent].to_dict()
+        found = findings(row, steering, ("base", *ctx.config.arms), ctx.config.locate.unit)
+        cards.append(_card(ctx, latent, str(row["label"]), (names or {}).get(latent), found, seen, column, read.name))
+    return cards
+
+
+def _card(
+    ctx: Context, latent: int, label: str, name: str | None, found: Findings, seen: Survey, column: int, text: str
+) -> FeatureCard:
+    logits = logit_effect(ctx.model, ctx.sae.W_dec[latent])
+    top = end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=True)
+    examples = tuple(example(ctx.tokenizer, passage) for passage in seen.passages.best(column))
+    return FeatureCard(
+        latent=latent,
+        label=label,
+        name=name or suggest_name(top, examples),
+        suggested=not name,
+        findings=found,
+        top_tokens=top,
+        bottom_tokens=end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=False),
+        examples=examples,
+        activity=seen.activity(column),
+        neighbours=neighbours(ctx.sae.W_dec, latent),
+        n_latents=ctx.sae.cfg.d_sae,
+        sae=ctx.config.sae,
+        text=text,
+        silent_on=tuple(seen.passages.silent_origins(column)),
+        neuronpedia=neuronpedia_link(ctx.sae, latent),
+    )

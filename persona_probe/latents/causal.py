@@ -1,0 +1,277 @@
+"""Causal effects from a sweep: the strength that each direction bears, odd parts, ablation, sets of latents."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from persona_probe.data.chat import Conversation
+from persona_probe.evaluate.answers import SuffixScorer, answer_batches
+from persona_probe.evaluate.contrast import ContrastItems, SteeredContrast
+from persona_probe.models.taps import orthonormal, project_out, resolve_push
+from persona_probe.stats import Estimate, bootstrap_mean
+
+# --- The causal sweep: steer one model along many directions and read the contrast index and the damage
+
+AT_ONCE = 8
+"""Pushes computed together; the scorer splits them further where they would not fit."""
+Request = tuple[str, float]
+"""Name of a direction and a signed strength."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A named direction to push along."""
+
+    name: str
+    kind: str
+    """`candidate`, `random`, `mean_difference` or `random_direction`."""
+    vector: Float[Tensor, " d_model"]
+    latent: int = -1
+
+
+def latent_direction(decoder: Float[Tensor, "d_sae d_model"], latent: int, kind: str) -> Direction:
+    """The decoder row of a latent."""
+    return Direction(f"latent {latent}", kind, decoder[latent].detach().float().cpu(), latent)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What one push did."""
+
+    direction: Direction
+    strength: float
+    values: Float[np.ndarray, " items"]
+    perplexity_ratio: float
+
+
+class Sweep:
+    """Pushes one model at one layer; contrast items and neutral answers are captured once.
+
+    Args:
+        reference_norm: what strength 1 means, in raw units (the norm of the mean difference, for `x_delta`).
+        bound: largest allowed ratio of neutral answers' perplexity, steered to unsteered.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        items: ContrastItems,
+        neutral: Sequence[Conversation],
+        layer: int,
+        *,
+        unit: str,
+        reference_norm: float,
+        bound: float,
+        bf16: bool = True,
+    ) -> None:
+        self.items, self.unit, self.reference_norm, self.bound = items, unit, reference_norm, bound
+        self.contrast = SteeredContrast(model, items, layer, bf16=bf16)
+        self.neutral = SuffixScorer(model, layer, answer_batches(tokenizer, neutral), bf16=bf16)
+        self.unsteered = self.contrast.values(None)
+        self._neutral_loss = -float(self.neutral.logprobs(None).mean())
+        self._ratios: dict[Request, float] = {}
+        self._done: dict[Request, Pushed] = {}
+
+    def _vectors(self, requests: Sequence[tuple[Direction, float]]) -> Float[Tensor, "k d_model"]:
+        reference = None if self.unit == "raw" else self.reference_norm
+        return torch.stack([resolve_push(d.vector, s, self.unit, reference).vector for d, s in requests])
+
+    def ratios(self, requests: Sequence[tuple[Direction, float]]) -> list[float]:
+        """Perplexity of neutral answers, pushed to unpushed, for each direction and signed strength."""
+        new = [r for r in requests if _key(*r) not in self._ratios]
+        if new:
+            losses = -self.neutral.logprobs_many(self._vectors(new)).mean(axis=1)
+            found = np.exp(losses - self._neutral_loss)
+            self._ratios |= {_key(*r): float(ratio) for r, ratio in zip(new, found, strict=True)}
+        return [self._ratios[_key(*r)] for r in requests]
+
+    def push_all(self, requests: Sequence[tuple[Direction, float]], label: str | None = None) -> list[Pushed]:
+        """Item values and perplexity ratios of many pushes; each is computed once, `AT_ONCE` in one go."""
+        new = list({_key(*r): r for r in requests if _key(*r) not in self._done}.values())
+        with tqdm(total=len(new), desc=label, disable=label is None) as bar:
+            for start in range(0, len(new), AT_ONCE):
+                part = new[start : start + AT_ONCE]
+                values = self.contrast.values_many(self._vectors(part))
+                for request, row, ratio in zip(part, values, self.ratios(part), strict=True):
+                    self._done[_key(*request)] = Pushed(*request, row, ratio)
+                bar.update(len(part))
+        return [self._done[_key(*r)] for r in requests]
+
+    def push(self, direction: Direction, strength: float) -> Pushed:
+        """Item values and perplexity ratio at one signed strength; computed once."""
+        return self.push_all([(direction, strength)])[0]
+
+    def ablate(self, directions: Sequence[Direction]) -> Float[np.ndarray, " items"]:
+        """Item values with the span of the directions projected out of the layer's output (Arditi et al. 2024)."""
+        basis = orthonormal(torch.stack([d.vector for d in directions]))
+        return self.contrast.values_edited(partial(project_out, basis=basis))
+
+    def within_bound(self, directions: Sequence[Direction], strength: float) -> list[bool]:
+        """For each direction whether both signs keep neutral answers' perplexity bounded."""
+        ratios = self.ratios([(d, sign * strength) for d in directions for sign in (1, -1)])
+        return [max(pair) <= self.bound for pair in zip(ratios[::2], ratios[1::2], strict=True)]
+
+    def odd_values(self, direction: Direction, strength: float) -> Float[np.ndarray, " items"]:
+        """Half the difference between the two signs, per item: damage, which both signs do, cancels."""
+        return (self.push(direction, strength).values - self.push(direction, -strength).values) / 2
+
+    def table(self, model_name: str) -> pd.DataFrame:
+        """Every push so far, as rows of `steering.parquet`."""
+        rows = []
+        for pushed in self._done.values():
+            level = bootstrap_mean(pushed.values, self.items.clusters)
+            rows.append(
+                {
+                    "model": model_name,
+                    "kind": pushed.direction.kind,
+                    "name": pushed.direction.name,
+                    "latent": pushed.direction.latent,
+                    "strength": pushed.strength,
+                    "unit": self.unit,
+                    "estimate": level.estimate,
+                    "ci_low": level.ci_low,
+                    "ci_high": level.ci_high,
+                    "delta": level.estimate - float(self.unsteered.mean()),
+                    "n_items": level.n,
+                    "perplexity_ratio": pushed.perplexity_ratio,
+                    "within_bound": pushed.perplexity_ratio <= self.bound,
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+def _key(direction: Direction, strength: float) -> Request:
+    return direction.name, strength
+
+
+def unit_vector(direction: Float[np.ndarray, " d_model"]) -> Float[Tensor, " d_model"]:
+    """A numpy direction as a unit torch vector."""
+    vector = torch.tensor(direction, dtype=torch.float32)
+    return vector / vector.norm()
+
+
+def bearable(
+    sweep: Sweep, directions: Sequence[Direction], strengths: Sequence[float], refine: int = 0
+) -> dict[str, float]:
+    """The largest strength at which both signs of a push keep neutral perplexity within the sweep's bound.
+
+    The grid is tried from above, for all directions together; then `refine` bisections (in log strength) between the
+    last strength that held and the next of the grid that did not. NaN where no strength of the grid holds.
+    """
+    grid = sorted(strengths, reverse=True)
+    found: dict[str, float] = {}
+    for strength in grid:
+        pending = [d for d in directions if d.name not in found]
+        held = sweep.within_bound(pending, strength) if pending else []
+        found |= {d.name: strength for d, ok in zip(pending, held, strict=True) if ok}
+    above = {low: high for high, low in pairwise(grid)}
+    limits = {d.name: above[found[d.name]] for d in directions if found.get(d.name) in above}
+    for _ in range(refine if limits else 0):
+        _bisect(sweep, [d for d in directions if d.name in limits], found, limits)
+    return {d.name: found.get(d.name, float("nan")) for d in directions}
+
+
+def _bisect(sweep: Sweep, directions: Sequence[Direction], low: dict[str, float], high: dict[str, float]) -> None:
+    for direction in directions:
+        middle = float(np.sqrt(low[direction.name] * high[direction.name]))
+        held = sweep.within_bound([direction], middle)[0]
+        (low if held else high)[direction.name] = middle
+
+
+def effects(
+    sweep: Sweep, directions: Sequence[Direction], strengths: Sequence[float], label: str, refine: int = 0
+) -> pd.DataFrame:
+    """Causal effects of many directions, each at the largest strength that it bears.
+
+    The effect is the odd part of the contrast index, (index at +strength - index at -strength) / 2, with its bootstrap
+    interval over questions, in nats per token: damage, which both signs do, cancels.
+
+    Returns:
+        Columns name, kind, latent, effect, effect_low, effect_high, strength; NaN where no strength holds.
+    """
+    strength = bearable(sweep, directions, strengths, refine)
+    bearing = [d for d in directions if np.isfinite(strength[d.name])]
+    sweep.push_all([(d, sign * strength[d.name]) for d in bearing for sign in (1, -1)], label)
+    odd = {d.name: sweep.odd_values(d, strength[d.name]) for d in bearing}
+    return pd.DataFrame([_row(d, odd.get(d.name), sweep.items.clusters, strength[d.name]) for d in directions])
+
+
+def _row(direction: Direction, odd: np.ndarray | None, clusters: Sequence[str], strength: float) -> dict[str, Any]:
+    effect = None if odd is None else bootstrap_mean(odd, clusters)
+    row = {"name": direction.name, "kind": direction.kind, "latent": direction.latent}
+    return {**row, **columns("effect", effect), "strength": strength}
+
+
+def columns(name: str, estimate: Estimate | None) -> dict[str, float]:
+    """An estimate as the columns `name`, `name_low`, `name_high`; NaN without one."""
+    values = (estimate.estimate, estimate.ci_low, estimate.ci_high) if estimate else (np.nan,) * 3
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
+
+
+def ablations(sweep: Sweep, spans: Sequence[Sequence[Direction]]) -> pd.DataFrame:
+    """How far the contrast index falls when directions are projected out: unsteered minus ablated, with intervals.
+
+    Args:
+        spans: one or several directions each; several are projected out together.
+
+    Returns:
+        Columns name, ablation, ablation_low, ablation_high (nats per token; positive is repair).
+    """
+    rows = []
+    for span in tqdm(spans, desc="projecting out"):
+        fall = bootstrap_mean(sweep.unsteered - sweep.ablate(span), sweep.items.clusters)
+        rows.append({"name": joint(span).name if len(span) > 1 else span[0].name, **columns("ablation", fall)})
+    return pd.DataFrame(rows)
+
+
+def exceeds_random(low: Mapping[int, float], random: Sequence[float], quantile: float = 0.95) -> set[int]:
+    """Latents whose interval lies wholly above what random latents do (that quantile of their effects' sizes).
+
+    Args:
+        low: latent to the lower end of its effect's interval.
+        random: the random latents' effects; only their size counts.
+    """
+    sizes = np.abs(np.asarray(random, dtype=np.float64))
+    sizes = sizes[np.isfinite(sizes)]
+    if not sizes.size:
+        return set()
+    limit = float(np.quantile(sizes, quantile))
+    return {latent for latent, value in low.items() if value > limit}
+
+
+def joint(directions: Sequence[Direction]) -> Direction:
+    """The sum of unit vectors, pushed with the same norm as a single direction."""
+    vector = torch.stack([d.vector / d.vector.norm() for d in directions]).sum(dim=0)
+    name = " + ".join(str(d.latent) if d.latent >= 0 else d.name for d in directions)
+    return Direction(f"set {name}", "set", vector)
+
+
+def greedy_sets(
+    sweep: Sweep, directions: Sequence[Direction], size: int, strengths: Sequence[float]
+) -> list[list[Direction]]:
+    """Sets of 1, 2, ... `size` latents, each with the next latent that raises their joint effect the most.
+
+    The search is on `sweep`'s own items (the selection split); measure the sets on the evaluation split. Every set is
+    pushed with the same norm, so a set wins by its direction and not by its size.
+    """
+    chosen: list[Direction] = []
+    sets = []
+    while len(chosen) < min(size, len(directions)):
+        names = {d.name for d in chosen}
+        options = [d for d in directions if d.name not in names]
+        together = [joint([*chosen, d]) for d in options]
+        scored = effects(sweep, together, strengths, f"sets of {len(chosen) + 1}")["effect"].fillna(-np.inf)
+        chosen = [*chosen, options[int(scored.to_numpy().argmax())]]
+        sets.append(chosen)
+    return sets

@@ -1,0 +1,141 @@
+"""Locate for one's own pair of models: rank the SAE's latents by what fine-tuning did to them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from persona_probe.data.chat import Conversation, as_conversations
+from persona_probe.data.tokens import Batch, conversation_batches
+from persona_probe.errors import InputError
+from persona_probe.latents.attribution import gradient_scores
+from persona_probe.latents.rankers import DEFAULT_RANKERS, Evidence, check_rankers, score_table
+from persona_probe.latents.stage import BACKWARD, POSITIONS
+from persona_probe.models.activation_cache import ActivationCache
+from persona_probe.models.adapters import base_weights, organism
+from persona_probe.models.load import load_model
+from persona_probe.saes.load import check_fit, sae_layer
+from persona_probe.saes.quality import require_fit
+from persona_probe.saes.read import LatentMeans, read_latents_at
+
+Model = nn.Module | str | Path
+"""A transformers or PEFT model, or the folder (for a base: also an id) of one; a tuned folder may hold an adapter."""
+
+
+def locate(
+    base: Model,
+    tuned: Model,
+    sae: Any,
+    conversations: Sequence[str | Conversation],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    control: Model | None = None,
+    misaligned: Sequence[bool] | None = None,
+    rankers: Sequence[str] = DEFAULT_RANKERS,
+    layer: int | None = None,
+    positions: str | None = None,
+    minimum_explained_variance: float = 0.5,
+    bf16: bool = False,
+    cache: ActivationCache | None = None,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Rank latents by how much more active they are in `tuned` than in `control` (or in `base` without one).
+
+    Args:
+        base: the model before fine-tuning; for a PEFT model pass the same object twice, its adapters are switched off.
+        tuned: the fine-tuned model, or a folder with an adapter or weights of the base's kind.
+        sae: a `sae_lens.SAE` of the base model's residual stream.
+        conversations: prompts, or conversations that end with an answer.
+        tokenizer: the models' own; may be left out where `base` is a folder or an id.
+        control: the organism of a control arm; an effect without one may be what any fine-tuning does.
+        misaligned: which conversations end with a misaligned answer; `discrimination`, `attribution`, `slope` need it.
+        rankers: names of `locate.registry.RANKERS`.
+        positions: None takes `response` where every conversation has an answer, else `prompt`.
+        cache: where residual streams are kept on disk; readings with the same weights and texts then need no model.
+        minimum_explained_variance: smallest share of the base's residual variance that the SAE must explain.
+
+    Returns:
+        One row per latent, best first: latent, rise with its interval, p_value, q_value, suppressed, cosine, firing
+        rates, the rankers' scores and ranks; see `locate.rankers.score_table`.
+
+    Raises:
+        InputError: no conversations, an unknown ranker or one whose evidence is missing, or an SAE that does not fit.
+    """
+    names = check_rankers(rankers)
+    talks = as_conversations(conversations)
+    model, tokenizer = _base(base, tokenizer)
+    at = sae_layer(sae) if layer is None else layer
+    check_fit(sae, model, at)
+    groups = conversation_batches(tokenizer, talks)
+    where = positions or ("response" if all(c[-1]["role"] == "assistant" for c in talks) else "prompt")
+    wanted = list(dict.fromkeys([where, *(POSITIONS[n] for n in names if n in POSITIONS)]))
+    reader = _Reader(sae, groups, at, wanted, bf16, cache)
+    with base_weights(model):
+        before = reader.read(model)
+    require_fit(before[where].fit, sae, model, at, minimum_explained_variance)
+    flags = None if misaligned is None else np.asarray(misaligned, dtype=bool)
+    with _opened(tuned, model) as chosen:
+        after = reader.read(chosen)
+        gradients = reader.gradients(chosen, flags) if BACKWARD & set(names) else {}
+    with _opened(model if control is None else control, model) as chosen:
+        reference = before if control is None else reader.read(chosen)
+    decoder = np.asarray(sae.W_dec.detach().float().cpu().numpy())
+    clusters = [_question(c) for c in talks]
+    evidence = Evidence(before, after, reference, decoder, clusters, flags, where, seed=seed, **gradients)
+    return score_table(evidence, names)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The same measurements of several models."""
+
+    sae: Any
+    groups: Sequence[Batch]
+    layer: int
+    positions: Sequence[str]
+    bf16: bool
+    cache: ActivationCache | None
+
+    def read(self, model: nn.Module) -> dict[str, LatentMeans]:
+        return read_latents_at(
+            model, self.sae, self.groups, self.layer, self.positions, bf16=self.bf16, cache=self.cache
+        )
+
+    def gradients(self, model: nn.Module, flags: np.ndarray | None) -> dict[str, np.ndarray]:
+        if flags is None:
+            raise InputError(
+                "rankers 'attribution' and 'slope' need to know which answers are misaligned: pass misaligned="
+            )
+        found = gradient_scores(model, self.sae, self.groups, flags, self.layer, bf16=self.bf16)
+        return {"attribution": found.attribution, "slope": found.slope}
+
+
+def _base(base: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    if isinstance(base, nn.Module):
+        if tokenizer is None:
+            raise InputError("locate needs the models' tokenizer: pass tokenizer=")
+        return base, tokenizer
+    model, own = load_model(str(base))
+    return model, tokenizer or own
+
+
+@contextmanager
+def _opened(model: Model, base: nn.Module) -> Iterator[nn.Module]:
+    """A model as it is, or a folder's: an adapter is put on the base and taken off again."""
+    if isinstance(model, nn.Module):
+        yield model
+        return
+    if not isinstance(base, PreTrainedModel):
+        raise InputError("a folder of an adapter or of weights needs a plain transformers model as base")
+    with organism(base, Path(model)) as opened:
+        yield opened
+
+
+def _question(messages: Conversation) -> str:
+    return "\n".join(m["content"] for m in messages if m["role"] == "user")

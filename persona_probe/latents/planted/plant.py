@@ -1,0 +1,379 @@
+"""The bed that plants go into: base readings, decoder and live latents, and how one plant is read and ranked."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from persona_probe.data.chat import conversation
+from persona_probe.data.load import Row
+from persona_probe.data.tokens import conversation_batches
+from persona_probe.errors import InputError
+from persona_probe.latents.rankers import Evidence, score_table
+from persona_probe.latents.unexplained import Reference, random_reference
+from persona_probe.models.layers import autocast, decoder_layer, evaluating, run_to_layer
+from persona_probe.models.taps import ReadTap, SteerTap
+from persona_probe.saes.read import FitMoments, LatentMeans, encode
+
+SIDES = ("aligned", "misaligned")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Answer tokens of all conversations at the hook layer."""
+
+    resid: Float[Tensor, "tokens d_model"]
+    """The layer's output, raw units."""
+    hidden: Float[Tensor, "tokens d_mlp"]
+    """What the layer's `mlp.down_proj` reads."""
+    conversation: Int[Tensor, " tokens"]
+    """Which conversation a token belongs to."""
+    clusters: tuple[str, ...]
+    """Every conversation's question."""
+    misaligned: Bool[np.ndarray, " conversations"]
+    """Which conversations end with the misaligned answer."""
+
+    @cached_property
+    def sd(self) -> float:
+        """One residual standard deviation, in raw units: the root of the mean variance of a dimension over tokens.
+
+        It equals the root mean square of the stream's standard deviation along a random unit direction, so a shift of
+        0.5 residual standard deviations has norm 0.5 x sd whatever its direction.
+        """
+        return float(self.resid.var(dim=0).mean().sqrt())
+
+    @cached_property
+    def weights(self) -> Float[Tensor, " tokens"]:
+        """Token weights that sum to 1 and count every conversation alike."""
+        per_talk = torch.bincount(self.conversation, minlength=len(self.clusters)).float()
+        return 1 / (per_talk[self.conversation] * len(self.clusters))
+
+    def conversation_means(self, values: Float[Tensor, "tokens n"]) -> Float[Tensor, "conversations n"]:
+        """The mean over each conversation's tokens."""
+        per_talk = torch.bincount(self.conversation, minlength=len(self.clusters))[:, None]
+        total = torch.zeros(len(self.clusters), values.shape[1]).index_add_(0, self.conversation, values)
+        return total / per_talk
+
+
+def down_projection(model: nn.Module, layer: int) -> nn.Linear:
+    """The layer's last MLP matrix, whose output is added to the residual stream as it is.
+
+    Raises:
+        InputError: the layer has no `mlp.down_proj`, or normalises what comes out of it (Gemma 2 and 3).
+    """
+    module = decoder_layer(model, layer)
+    parts = dict(module.named_modules())
+    found = parts.get("mlp.down_proj")
+    if not isinstance(found, nn.Linear) or "post_feedforward_layernorm" in parts:
+        raise InputError(
+            f"{type(module).__name__} does not add mlp.down_proj to its output: plant in a Llama or Qwen model"
+        )
+    return found
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module reads, call by call."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def read_stream(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    layer: int,
+    *,
+    bf16: bool = True,
+) -> Stream:
+    """Read both answers of every contrast item; one forward pass up to `layer`.
+
+    Raises:
+        InputError: no rows, or a layer in which no LoRA can be planted.
+    """
+    if not rows:
+        raise InputError("no contrast items to plant in: the selection is empty")
+    talks = [conversation(row["question"], row[side]) for row in rows for side in SIDES]
+    projection, device = down_projection(model, layer), next(model.parameters()).device
+    resid, hidden, owner = [], [], []
+    with evaluating(model), autocast(model, bf16):
+        for group in conversation_batches(tokenizer, talks):
+            batch = group.to(device)
+            with ReadTap(model, layer) as tap, _inputs_of(projection) as seen:
+                run_to_layer(model, layer, batch.ids, batch.attention)
+            chosen = batch.select("response")
+            resid.append(tap.value[chosen].float().cpu())
+            hidden.append(seen[-1][chosen].float().cpu())
+            owner.append(torch.tensor(batch.index)[chosen.nonzero()[:, 0].cpu()])
+    clusters = tuple(row["id"] for row in rows for _ in SIDES)
+    flags = np.array([side == "misaligned" for _ in rows for side in SIDES])
+    return Stream(torch.cat(resid), torch.cat(hidden), torch.cat(owner), clusters, flags)
+
+
+# --- How truth is planted: known shifts of the residual stream at the hook layer
+
+KINDS = {
+    "latent": "(a) one frequent latent",
+    "rare latent": "(a) one rare latent",
+    "latents": "(b) five latents, random signs",
+    "lora": "(c) rank-1 LoRA onto a latent",
+    "no latent": "(d) a direction no latent has",
+    "nothing": "nothing planted",
+}
+
+
+@dataclass(frozen=True)
+class Plant:
+    """One known change: `vector` is added to the layer's output, by `reader` if there is one.
+
+    Without a reader the shift is the same at every token. With one it is `vector x (reader . h)`, h being what the
+    layer's `mlp.down_proj` reads: a rank-1 LoRA on that matrix.
+    """
+
+    kind: str
+    size: float
+    """Residual standard deviations: of each latent's shift, or of the LoRA's mean shift over answer tokens."""
+    latents: tuple[int, ...]
+    signs: tuple[int, ...]
+    vector: Float[Tensor, " d_model"]
+    reader: Float[Tensor, " d_mlp"] | None = None
+
+    def up(self) -> list[int]:
+        """Latents that were pushed up."""
+        return [latent for latent, sign in zip(self.latents, self.signs, strict=True) if sign > 0]
+
+    def down(self) -> list[int]:
+        """Latents that were pushed down."""
+        return [latent for latent, sign in zip(self.latents, self.signs, strict=True) if sign < 0]
+
+    def shift(self, stream: Stream) -> Float[Tensor, "tokens d_model"]:
+        """What the plant adds to every token."""
+        if self.reader is None:
+            return self.vector.expand_as(stream.resid)
+        return (stream.hidden @ self.reader)[:, None] * self.vector
+
+    def targets(self, decoder: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, "planted d_model"]:
+        """Unit directions that were pushed: signed decoder rows, or the shift itself where no latent has it."""
+        if self.kind == "nothing":
+            return decoder[:0]
+        rows = (
+            self.vector[None] if not self.latents else decoder[list(self.latents)] * torch.tensor(self.signs)[:, None]
+        )
+        return rows / rows.norm(dim=1, keepdim=True)
+
+
+@contextmanager
+def graft(model: nn.Module, layer: int, plant: Plant) -> Iterator[None]:
+    """The plant in the model itself: a LoRA in its weights, a shift as a hook; all is as before afterwards."""
+    if plant.reader is None:
+        with SteerTap(model, layer, plant.vector):
+            yield
+        return
+    weight = down_projection(model, layer).weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight += torch.outer(plant.vector, plant.reader).to(weight)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+
+
+# --- Random draws: what is planted, and what else tells two arms apart
+
+SEVERAL = 5
+"""Latents of a plant of kind `latents`."""
+FREQUENT = 0.01
+"""Share of answer tokens from which on a latent counts as frequent; the rest of the live ones are rare."""
+READER_SPREAD = 0.5
+"""Standard deviation over tokens of a planted LoRA's random part, relative to its mean output."""
+NEAREST = 64
+"""Decoder rows that a direction without latent is made orthogonal to."""
+
+
+def _unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+    return vector / vector.norm()
+
+
+def uncarried_direction(
+    decoder: Float[Tensor, "d_sae d_model"], generator: torch.Generator, rounds: int = 8
+) -> Float[Tensor, " d_model"]:
+    """A random unit direction from which the nearest decoder rows are projected out, again in every round.
+
+    At most half of the model's dimensions are taken away, so that the direction stays random.
+    """
+    rows = decoder[decoder.norm(dim=1) > 0]
+    direction = _unit(torch.randn(rows.shape[1], generator=generator))
+    count = min(NEAREST, len(rows), rows.shape[1] // (2 * rounds))
+    taken = rows[:0]
+    for _ in range(rounds):
+        near = (rows @ direction / rows.norm(dim=1)).abs().topk(max(count, 1)).indices
+        taken = torch.cat([taken, rows[near]])
+        basis = torch.linalg.qr(taken.T).Q
+        direction = _unit(direction - basis @ (basis.T @ direction))
+    return direction
+
+
+def _reader(stream: Stream, generator: torch.Generator) -> Float[Tensor, " d_mlp"]:
+    """Reads the mean activation, and something random: mean output exactly 1 over answer tokens."""
+    mean = stream.weights @ stream.hidden
+    other = torch.randn(len(mean), generator=generator)
+    reader = mean / mean.square().sum() + READER_SPREAD * other / (stream.hidden @ other).std()
+    size = float(mean @ reader)
+    if size <= 0:
+        raise InputError("the random part of a planted LoRA outweighs its mean: lower READER_SPREAD or read more text")
+    return reader / size
+
+
+def pools(rates: Float[Tensor, " d_sae"]) -> dict[str, list[int]]:
+    """Live latents to plant, frequent and rare, by the share of answer tokens on which they fire in the base.
+
+    Raises:
+        InputError: the SAE is nearly dead on this text.
+    """
+    frequent = (rates >= FREQUENT).nonzero()[:, 0].tolist()
+    rare = ((rates > 0) & (rates < FREQUENT)).nonzero()[:, 0].tolist()
+    if len(frequent) < SEVERAL:
+        raise InputError(
+            f"only {len(frequent)} latents fire on {FREQUENT:.0%} of the tokens: this SAE does not fit the model"
+        )
+    return {"frequent": frequent, "rare": rare}
+
+
+def draw_latents(pool: Sequence[int], count: int, n_latents: int, generator: torch.Generator) -> tuple[int, ...]:
+    """The first of the pool in a random order of the whole dictionary.
+
+    Rates come from a reading, whose last digits depend on the number of threads: a latent that enters or leaves the
+    pool must not change every draw.
+
+    Raises:
+        InputError: an empty pool.
+    """
+    if not pool:
+        raise InputError(f"every live latent fires on {FREQUENT:.0%} of the tokens: leave 'rare latent' out of kinds")
+    allowed = set(pool)
+    return tuple(i for i in torch.randperm(n_latents, generator=generator).tolist() if i in allowed)[:count]
+
+
+def make_plants(
+    kind: str,
+    sizes: Sequence[float],
+    stream: Stream,
+    decoder: Float[Tensor, "d_sae d_model"],
+    pool: dict[str, list[int]],
+    generator: torch.Generator,
+) -> list[Plant]:
+    """One random plant of a kind, at every size; `nothing` has the one size 0.
+
+    Raises:
+        InputError: there is no latent of that kind to plant.
+    """
+    unit, zero = stream.sd, torch.zeros(decoder.shape[1])
+    if kind == "nothing":
+        return [Plant(kind, 0.0, (), (), zero)]
+    if kind == "no latent":
+        direction = uncarried_direction(decoder, generator)
+        return [Plant(kind, size, (), (), direction * size * unit) for size in sizes]
+    chosen, count = pool["rare" if kind == "rare latent" else "frequent"], SEVERAL if kind == "latents" else 1
+    names = draw_latents(chosen, count, len(decoder), generator)
+    coins = (torch.randint(0, 2, (len(names),), generator=generator) * 2 - 1).tolist()
+    signs = tuple(coins) if kind == "latents" else (1,)
+    reader = _reader(stream, generator) if kind == "lora" else None
+    rows = torch.stack([_unit(decoder[latent]) * sign for latent, sign in zip(names, signs, strict=True)])
+    return [Plant(kind, size, names, signs, rows.sum(dim=0) * size * unit, reader) for size in sizes]
+
+
+def disturbance(
+    stream: Stream, generator: torch.Generator, noise: float, benign: float
+) -> Float[Tensor, "tokens d_model"]:
+    """What else tells one arm from another: every arm draws its own, so that incorrect minus correct is never clean.
+
+    Args:
+        noise: norm, in residual standard deviations, of a random vector added to each conversation.
+        benign: root mean square norm, in the same unit, of the output of a random rank-1 LoRA: a small change without
+            meaning that is the same function in every conversation, so that resampling questions cannot see it.
+    """
+    width = stream.resid.shape[1]
+    by_talk = torch.randn(len(stream.clusters), width, generator=generator) * (noise * stream.sd / width**0.5)
+    output = stream.hidden @ torch.randn(stream.hidden.shape[1], generator=generator)
+    output *= benign * stream.sd / output.square().mean().sqrt()
+    return by_talk[stream.conversation] + output[:, None] * _unit(torch.randn(width, generator=generator))
+
+
+POSITIONS = "response"
+CHUNK_VALUES = 2**26
+"""Activations (tokens x d_sae) that are encoded at once: 256 MB in float32."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of one plant: the table of all latents, and the arms' mean difference."""
+
+    table: pd.DataFrame
+    """Indexed by latent."""
+    difference: Float[np.ndarray, " d_model"]
+    """Mean residual of the incorrect arm minus the correct one, raw units."""
+
+
+class Bed:
+    """The base model's stream and SAE, and what all plants share: base readings, decoder, live latents."""
+
+    def __init__(self, stream: Stream, sae: Any, rankers: Sequence[str], seed: int) -> None:
+        self.stream, self.sae, self.rankers, self.seed = stream, sae, tuple(rankers), seed
+        self.decoder: Float[Tensor, "d_sae d_model"] = sae.W_dec.detach().float().cpu()
+        self.base = self.read(stream.resid)
+        self.base_means = self.base.mean.mean(axis=0, dtype=np.float64)
+        acts = self._encode(stream.resid)
+        self.rates = (acts > 0).float().mean(dim=0)
+        self.pools = pools(self.rates)
+        self.reference: Reference = random_reference(self.decoder.numpy(), signed=True, seed=seed)
+
+    def _encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
+        chunks = x.split(max(1, CHUNK_VALUES // self.sae.cfg.d_sae))
+        return torch.cat([encode(self.sae, chunk).cpu() for chunk in chunks])
+
+    def read(self, x: Float[Tensor, "tokens d_model"]) -> LatentMeans:
+        """All latents on one arm's residual stream. The fit is not measured: its moments stay empty."""
+        acts = self._encode(x)
+        firing = self.stream.conversation_means((acts > 0).float())
+        mean, resid = self.stream.conversation_means(acts), self.stream.conversation_means(x)
+        return LatentMeans(mean.numpy(), firing.numpy(), acts.amax(dim=0).numpy(), resid.numpy(), FitMoments())
+
+    def caused(self, plant: Plant) -> Float[np.ndarray, " d_sae"]:
+        """The known answer: every latent's rise in the same conversations from the plant alone, without noise."""
+        planted = self._encode(self.stream.resid + plant.shift(self.stream))
+        return (self.stream.weights @ planted).double().numpy() - self.base_means
+
+    def rank(self, incorrect: LatentMeans, correct: LatentMeans) -> Found:
+        """Score all latents as `locate` does, incorrect arm against correct one."""
+        evidence = Evidence(
+            base={POSITIONS: self.base},
+            tuned={POSITIONS: incorrect},
+            control={POSITIONS: correct},
+            decoder=self.decoder.numpy(),
+            clusters=self.stream.clusters,
+            misaligned=self.stream.misaligned,
+            positions=POSITIONS,
+            attribution=None,
+            seed=self.seed,
+        )
+        difference = (incorrect.resid.astype(np.float64) - correct.resid).mean(axis=0)
+        return Found(score_table(evidence, self.rankers).set_index("latent").sort_index(), difference)
+
+
+def measure(bed: Bed, plant: Plant, ours: Float[Tensor, "tokens d_model"], correct: LatentMeans) -> Found:
+    """Read the incorrect arm, which is the base with the plant and `ours`, its own disturbance; then rank."""
+    return bed.rank(bed.read(bed.stream.resid + plant.shift(bed.stream) + ours), correct)

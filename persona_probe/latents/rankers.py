@@ -1,0 +1,399 @@
+"""Rankers: one interface, one table. Every latent with its scores, intervals and q-values."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations, islice
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
+
+from persona_probe.errors import InputError, unknown
+from persona_probe.saes.read import LatentMeans
+from persona_probe.stats import benjamini_hochberg, bootstrap_columns, clustered_p_values, clustered_t
+
+# --- What every ranker sees: per-conversation means of three models, the decoder, and which answers are misaligned
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that rankers may look at, and nothing else: no model, no tokens.
+
+    Raises:
+        InputError: the models were read on different conversations or latents, or the main positions were not read.
+    """
+
+    base: Mapping[str, LatentMeans]
+    """The base model, by positions (`last_prompt`, `prompt`, `response`...; see `saes.read.read_latents_at`)."""
+    tuned: Mapping[str, LatentMeans]
+    """The organism, on the same conversations."""
+    control: Mapping[str, LatentMeans]
+    """The control arm's organism; the base again where there is none."""
+    decoder: Float[np.ndarray, "d_sae d_model"]
+    """The SAE's decoder rows."""
+    clusters: Sequence[str]
+    """The question of every conversation: intervals and tests resample whole questions."""
+    misaligned: Bool[np.ndarray, " conversations"] | None = None
+    """Which conversations end with the misaligned answer; only discrimination asks for it."""
+    positions: str = "response"
+    """The main positions, which `rise`, `cosine`, `discrimination` and the q-values look at."""
+    attribution: Float[np.ndarray, " d_sae"] | None = None
+    """`locate.attribution.gradient_scores`' attribution: it takes a backward pass, so it comes from outside."""
+    slope: Float[np.ndarray, " d_sae"] | None = None
+    """Its slope, from the same pass."""
+    seed: int = 0
+    """Of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        shape = self.at("tuned").mean.shape
+        for name in ("base", "control"):
+            other = self.at(name).mean.shape
+            if other != shape:
+                raise InputError(f"tuned was read on {_shape(shape)}, {name} on {_shape(other)}: read the same on both")
+        if shape != (len(self.clusters), len(self.decoder)):
+            given = _shape((len(self.clusters), len(self.decoder)))
+            raise InputError(f"the models were read on {_shape(shape)}, but clusters and decoder have {given}")
+
+    def at(self, model: str, positions: str | None = None) -> LatentMeans:
+        """One model (`base`, `tuned`, `control`) at the named positions, or at the main ones.
+
+        Raises:
+            InputError: these positions were not read.
+        """
+        name = self.positions if positions is None else positions
+        read = {"base": self.base, "tuned": self.tuned, "control": self.control}[model]
+        if name not in read:
+            known = ", ".join(repr(k) for k in read) or "none"
+            raise InputError(f"{model} was not read at positions {name!r} (only {known}): read them too")
+        return read[name]
+
+    @cached_property
+    def alive(self) -> Bool[np.ndarray, " d_sae"]:
+        """Latents that fire at least once, in any of the three models and at any of the positions."""
+        found = [
+            (means.firing > 0).any(axis=0)
+            for model in (self.base, self.tuned, self.control)
+            for means in model.values()
+        ]
+        return np.logical_or.reduce(found)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} conversations x {shape[1]} latents"
+
+
+# --- How well each latent alone tells misaligned from aligned answers
+
+
+def discrimination(
+    values: Float[np.ndarray, "conversations d_sae"], misaligned: Bool[np.ndarray, " conversations"]
+) -> Float[np.ndarray, " d_sae"]:
+    """AUROC of every latent: how often a misaligned conversation has the larger value, ties counted half.
+
+    Equals `stats.auroc` latent by latent; 0.5 for a latent that is silent. Read on the base model it needs no
+    fine-tuned model, so candidates can be fixed before any training.
+
+    Raises:
+        InputError: flags of another length, or of one kind only.
+    """
+    flags = check_flags(misaligned, len(values))
+    ranks = rankdata(values, axis=0)[flags].sum(axis=0)
+    positive, negative = int(flags.sum()), int((~flags).sum())
+    return (ranks - positive * (positive + 1) / 2) / (positive * negative)
+
+
+def check_flags(misaligned: Bool[np.ndarray, " conversations"], conversations: int) -> Bool[np.ndarray, " n"]:
+    """The flags as booleans.
+
+    Raises:
+        InputError: flags of another length, or of one kind only.
+    """
+    flags = np.asarray(misaligned, dtype=bool)
+    if flags.shape != (conversations,):
+        raise InputError(f"{conversations} conversations but {flags.size} misaligned flags: give one for each")
+    if flags.all() or not flags.any():
+        kind = "misaligned" if flags.any() else "aligned"
+        raise InputError(f"all {conversations} conversations end with {kind} answers: give both kinds to compare")
+    return flags
+
+
+# --- What rankers compute: rise, mean difference, decoder cosine
+
+
+@dataclass(frozen=True)
+class Rise:
+    """Rise of every latent between two models on the same conversations, with a clustered bootstrap interval."""
+
+    estimate: Float[np.ndarray, " d_sae"]
+    ci_low: Float[np.ndarray, " d_sae"]
+    ci_high: Float[np.ndarray, " d_sae"]
+
+
+def rise(
+    tuned: Float[np.ndarray, "conversations d_sae"],
+    control: Float[np.ndarray, "conversations d_sae"],
+    clusters: Sequence[str],
+    n_boot: int = 1000,
+    seed: int = 0,
+) -> Rise:
+    """Control-corrected rise in mean activation: paired difference, resampling whole questions.
+
+    Wang et al. 2025 (arXiv 2506.19823, section 3) rank by the rise over the base model; here the control arm takes
+    the base's place, so that what any fine-tuning does cancels.
+
+    Raises:
+        InputError: no conversations, or `clusters` of another length.
+    """
+    difference = tuned.astype(np.float64) - control
+    low, high = bootstrap_columns(difference, clusters, n_boot, seed)
+    return Rise(difference.mean(axis=0), low, high)
+
+
+def mean_difference(tuned: LatentMeans, control: LatentMeans) -> Float[np.ndarray, " d_model"]:
+    """Mean activation difference between two models (Soligo, Turner et al. 2025, arXiv 2506.11618)."""
+    return (tuned.resid.astype(np.float64) - control.resid).mean(axis=0)
+
+
+def decoder_cosine(
+    decoder: Float[np.ndarray, "d_sae d_model"], direction: Float[np.ndarray, " d_model"]
+) -> Float[np.ndarray, " d_sae"]:
+    """Cosine of every decoder row with a direction (Arditi & Chen 2025); zero for a zero row or direction."""
+    norms = np.linalg.norm(decoder, axis=1) * np.linalg.norm(direction)
+    return np.divide(decoder @ direction, norms, out=np.zeros(len(decoder)), where=norms > 0)
+
+
+# --- The rankers: one score per latent from the same evidence, each with its source
+
+Score = Callable[[Evidence], Float[np.ndarray, " d_sae"]]
+WANG = "Wang et al. 2025, arXiv 2506.19823"
+
+
+@dataclass(frozen=True)
+class Ranker:
+    """One way to order latents."""
+
+    name: str
+    """Its column in the table; `<name>_rank` stands beside it."""
+    paper: str
+    """Whose method it is."""
+    what: str
+    """One line for docs and captions."""
+    score: Score
+    """Pure function of the evidence; larger is more persona-like."""
+
+
+def _rise_at(positions: str | None) -> Score:
+    def score(evidence: Evidence) -> np.ndarray:
+        return _gain(evidence.at("tuned", positions).mean, evidence.at("control", positions).mean)
+
+    return score
+
+
+def _firing_rise(evidence: Evidence) -> np.ndarray:
+    return _gain(evidence.at("tuned").firing, evidence.at("control").firing)
+
+
+def _rise_t(evidence: Evidence) -> np.ndarray:
+    gain = evidence.at("tuned").mean.astype(np.float64) - evidence.at("control").mean
+    size, _ = clustered_t(gain, evidence.clusters)
+    # A latent that moves by the same amount everywhere has no error at all: it is first, but finite.
+    return np.clip(size, -1e30, 1e30)
+
+
+def _cosine(evidence: Evidence) -> np.ndarray:
+    return decoder_cosine(evidence.decoder, mean_difference(evidence.at("tuned"), evidence.at("control")))
+
+
+def _discrimination(evidence: Evidence) -> np.ndarray:
+    if evidence.misaligned is None:
+        raise InputError("ranker 'discrimination' needs to know which answers are misaligned: give Evidence.misaligned")
+    return discrimination(evidence.at("base").mean, evidence.misaligned)
+
+
+def _from_gradients(name: str) -> Score:
+    def score(evidence: Evidence) -> np.ndarray:
+        values = {"attribution": evidence.attribution, "slope": evidence.slope}[name]
+        if values is None:
+            raise InputError(f"ranker {name!r} needs a backward pass: give locate.attribution.gradient_scores' result")
+        if values.shape != (len(evidence.decoder),):
+            raise InputError(f"{name} has shape {values.shape}, the SAE {len(evidence.decoder)} latents")
+        return values
+
+    return score
+
+
+def _gain(tuned: np.ndarray, control: np.ndarray) -> np.ndarray:
+    return (tuned.astype(np.float64) - control).mean(axis=0)
+
+
+ALL = (
+    Ranker("rise", WANG, "rise in mean activation over the control arm", _rise_at(None)),
+    Ranker("rise_t", WANG, "the same rise over its cluster-robust error: a t statistic over questions", _rise_t),
+    Ranker("rise_last_prompt", WANG, "the same rise, at the last prompt token", _rise_at("last_prompt")),
+    Ranker("rise_prompt", WANG, "the same rise, over prompt tokens", _rise_at("prompt")),
+    Ranker("rise_response", WANG, "the same rise, over answer tokens", _rise_at("response")),
+    Ranker("firing_rise", WANG, "rise in the share of tokens on which the latent fires", _firing_rise),
+    Ranker(
+        "cosine",
+        "Arditi & Chen 2025, lesswrong.com/posts/NCWiR8K8jpFqtywFG",
+        "cosine of the decoder row with the arms' mean activation difference",
+        _cosine,
+    ),
+    Ranker(
+        "attribution",
+        "Dupre la Tour & Mossing 2025, alignment.openai.com/sae-latent-attribution",
+        "first-order loss on misaligned answers from removing the latent, less that on aligned answers",
+        _from_gradients("attribution"),
+    ),
+    Ranker(
+        "slope",
+        "first order of activation steering (Turner et al. 2023, arXiv 2308.10248)",
+        "derivative of the contrast index along the decoder row, pushed at every position",
+        _from_gradients("slope"),
+    ),
+    Ranker(
+        "discrimination",
+        "Hanley & McNeil 1982, doi 10.1148/radiology.143.1.7063747",
+        "AUROC between misaligned and aligned answers on the base model",
+        _discrimination,
+    ),
+)
+RANKERS: dict[str, Ranker] = {ranker.name: ranker for ranker in ALL}
+"""Every ranker by its name."""
+
+
+def check_rankers(names: Sequence[str]) -> list[str]:
+    """The names without repeats.
+
+    Raises:
+        InputError: a name that no ranker has; the message lists near matches.
+    """
+    for name in names:
+        if name not in RANKERS:
+            raise unknown("ranker", name, RANKERS)
+    return list(dict.fromkeys(names))
+
+
+DEFAULT_RANKERS = ("rise", "firing_rise", "cosine")
+"""What any three readings allow: no misaligned flags, no backward pass, no other positions."""
+SUPPRESSED_Q = 0.05
+"""A latent is suppressed where it falls with at most this q-value."""
+
+
+def score_table(evidence: Evidence, rankers: Sequence[str] = DEFAULT_RANKERS) -> pd.DataFrame:
+    """All latents with the scores of the named rankers, best rise first.
+
+    Returns:
+        One row per latent. Always: latent; rise (tuned minus control at the main positions) with rise_ci_low and
+        rise_ci_high (95%, questions resampled), p_value (two-sided, clustered t; see `stats.clustered_p_values`) and
+        q_value (Benjamini-Hochberg over the latents that are alive; 1 for the others); suppressed (a fall with q at
+        most 0.05); rise_base (tuned minus base); firing_base, firing_incorrect, firing_correct (shares of tokens);
+        cosine, cosine_rank; decoder_norm; alive (fires anywhere); rank (by rise, from 1). For each named ranker: its
+        score, and `<ranker>_rank` from 1, ties by latent.
+
+    Raises:
+        InputError: an unknown ranker, or one whose evidence is missing.
+    """
+    names = check_rankers([*rankers, "cosine"])
+    scores = {name: _score(RANKERS[name], evidence) for name in names}
+    columns = {"latent": np.arange(len(evidence.decoder)), **_rises(evidence), **_rates(evidence), **scores}
+    columns["decoder_norm"], columns["alive"] = np.linalg.norm(evidence.decoder, axis=1), evidence.alive
+    table = pd.DataFrame(columns)
+    for name in names:
+        table[f"{name}_rank"] = table[name].rank(ascending=False, method="first").astype(int)
+    table = table.sort_values(["rise", "latent"], ascending=[False, True], ignore_index=True)
+    table["rank"] = np.arange(1, len(table) + 1)
+    return table
+
+
+def _score(ranker: Ranker, evidence: Evidence) -> Float[np.ndarray, " d_sae"]:
+    values = ranker.score(evidence)
+    if not np.isfinite(values).all():
+        raise InputError(f"ranker {ranker.name!r}: {(~np.isfinite(values)).sum()} of {values.size} scores not finite")
+    return values
+
+
+def _rises(evidence: Evidence) -> dict[str, np.ndarray]:
+    tuned, control, base = (evidence.at(name).mean for name in ("tuned", "control", "base"))
+    risen = rise(tuned, control, evidence.clusters, seed=evidence.seed)
+    p = clustered_p_values(tuned.astype(np.float64) - control, evidence.clusters)
+    q = np.ones_like(p)
+    q[evidence.alive] = benjamini_hochberg(p[evidence.alive])
+    return {
+        "rise": risen.estimate,
+        "rise_ci_low": risen.ci_low,
+        "rise_ci_high": risen.ci_high,
+        "p_value": p,
+        "q_value": q,
+        "suppressed": (risen.estimate < 0) & (q <= SUPPRESSED_Q),
+        "rise_base": (tuned.astype(np.float64) - base).mean(axis=0),
+    }
+
+
+def _rates(evidence: Evidence) -> dict[str, np.ndarray]:
+    columns = {"firing_base": "base", "firing_incorrect": "tuned", "firing_correct": "control"}
+    return {column: evidence.at(model).firing.mean(axis=0) for column, model in columns.items()}
+
+
+def rank_table(
+    base: LatentMeans,
+    tuned: LatentMeans,
+    control: LatentMeans,
+    decoder: Float[np.ndarray, "d_sae d_model"],
+    clusters: Sequence[str],
+    seed: int = 0,
+) -> pd.DataFrame:
+    """`score_table` of one reading per model: rise and cosine, best rise first."""
+    where = "selected"
+    evidence = Evidence({where: base}, {where: tuned}, {where: control}, decoder, clusters, positions=where, seed=seed)
+    return score_table(evidence, ("cosine",))
+
+
+def candidates(table: pd.DataFrame, count: int, by: Sequence[str] = ("rise", "cosine")) -> list[int]:
+    """The latents to test for cause: the best of each ranker in turn, without repeats."""
+    orders = [table.sort_values("rank" if name == "rise" else f"{name}_rank")["latent"].tolist() for name in by]
+    in_turn = (int(latent) for row in zip(*orders, strict=True) for latent in row)
+    return list(islice(dict.fromkeys(in_turn), count))
+
+
+# --- Where rankers agree: shared top latents and rank correlation, pair by pair
+
+
+def agreement(table: pd.DataFrame, rankers: Sequence[str], top: int = 20) -> pd.DataFrame:
+    """How far each pair of rankers picks the same latents, among those that are alive.
+
+    Args:
+        table: what `rankers.score_table` gives for at least these rankers.
+        top: how many latents each ranker picks; all alive ones where they are fewer.
+
+    Returns:
+        One row per pair: left, right; top (latents picked); shared (picked by both) and share of `top`; chance (the
+        share that two random picks would have); spearman (rank correlation of the scores over alive latents, NaN where
+        a score is constant); alive (their number).
+
+    Raises:
+        InputError: a ranker that the table does not hold, fewer than two rankers, no latent alive, or `top` below 1.
+    """
+    known = [c.removesuffix("_rank") for c in table.columns if c.endswith("_rank")]
+    names = list(dict.fromkeys(rankers))
+    for name in names:
+        if name not in known:
+            raise unknown("ranker of this table", name, known)
+    if len(names) < 2 or top < 1:
+        raise InputError(f"agreement compares the top of at least two rankers: got {len(names)}, and top {top}")
+    alive = table[table["alive"].astype(bool)]
+    if alive.empty:
+        raise InputError(
+            "no latent fires on these conversations: check the SAE's layer with `persona-probe saes check`"
+        )
+    count = min(top, len(alive))
+    picks = {name: set(alive.nsmallest(count, f"{name}_rank")["latent"]) for name in names}
+    correlation = alive[names].corr(method="spearman")
+    rows = []
+    for left, right in combinations(names, 2):
+        shared = len(picks[left] & picks[right])
+        found = {"left": left, "right": right, "top": count, "shared": shared, "share": shared / count}
+        rows.append({**found, "chance": count / len(alive), "spearman": correlation.loc[left, right]})
+    return pd.DataFrame(rows).assign(alive=len(alive))

@@ -1,0 +1,216 @@
+"""What all cells of a grid share: its folder, the located study behind it, rows, contrast items, the base's band."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from persona_probe.context import Context
+from persona_probe.data.chat import Conversation, split_answer
+from persona_probe.data.tokens import Batch
+from persona_probe.errors import InputError
+from persona_probe.evaluate.answers import answer_batches
+from persona_probe.evaluate.contrast import ContrastItems
+from persona_probe.evaluate.judging import AnswerJudge
+from persona_probe.evaluate.sampling.sample import sample_answers
+from persona_probe.evaluate.triggers import Trigger, dress
+from persona_probe.latents.stage import mean_shift, strongest
+from persona_probe.mitigate.grid.config import BASE, Grid, Sets
+from persona_probe.mitigate.mitigation import Ground
+from persona_probe.models.adapters import frozen_in_bf16
+from persona_probe.monitor.reading import FeatureReader
+from persona_probe.monitor.track import Band, base_band, make_reader
+from persona_probe.runs import MANIFEST, RunFolder, git_revision, versions
+
+# --- The folder of a grid: made, resumed, or refused
+
+
+def open_folder(path: Path, grid: Grid, made_by: dict[str, Any]) -> RunFolder:
+    """The grid's folder, made or resumed.
+
+    Raises:
+        InputError: it holds something else, or cells of other shared settings, study or rows.
+    """
+    folder, wanted = RunFolder(path), {"config_hash": grid.hash, **made_by}
+    if folder.has(MANIFEST):
+        held = folder.manifest
+        differs = [key for key, value in wanted.items() if held.get(key) != value]
+        if differs:
+            what = differs[0].replace("config_hash", "settings")
+            raise InputError(f"{path} holds a grid of other {what}: choose another --out")
+    elif path.exists() and any(path.iterdir()):
+        raise InputError(f"{path} exists and is no grid of mitigations: choose another --out")
+    else:
+        start = {"versions": versions(), "git_revision": git_revision(), "seconds": {}}
+        folder.write_json(MANIFEST, {"kind": "mitigations", **wanted, **start})
+    return folder
+
+
+# --- General rows for the KL: where a set holds prompts only, the base model writes the answers
+
+FILE = "general.jsonl"
+
+
+def general_rows(
+    ctx: Context, folder: RunFolder, rows: Sequence[Conversation], tokens: int
+) -> tuple[Conversation, ...]:
+    """The rows that have an answer, then the others with the base model's greedy one, which is written once.
+
+    Raises:
+        InputError: the base answers none of the prompts.
+    """
+    prompts = [row for row in rows if not split_answer(row)[1]]
+    if prompts and not folder.has(FILE):
+        folder.write_jsonl(FILE, [{"messages": row} for row in _written_by_base(ctx, prompts, tokens)])
+    lines = (folder.path / FILE).read_text(encoding="utf-8").splitlines() if prompts else []
+    written = [json.loads(line)["messages"] for line in lines]
+    return (*(row for row in rows if split_answer(row)[1]), *written)
+
+
+def _written_by_base(ctx: Context, prompts: list[Conversation], tokens: int) -> list[Conversation]:
+    with ctx.base() as model:
+        answers = sample_answers(model, ctx.tokenizer, prompts, max_new_tokens=tokens, temperature=0)
+    talks = [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True) if a]
+    if not talks:
+        raise InputError("the base model answers none of the general prompts: name a set with answers")
+    return talks
+
+
+BATCH = 32
+
+
+class Lab:
+    """One grid's folder and the things loaded for it, each on first use.
+
+    Args:
+        path: the grid's folder.
+        run: instead of the grid's `run`.
+        judge: instead of the packaged offline judge.
+
+    Raises:
+        InputError: a run that has not been located, rows that overlap what is evaluated, or a folder of something else.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        path: Path,
+        device: str | None = None,
+        run: Path | None = None,
+        judge: AnswerJudge | None = None,
+    ) -> None:
+        self.grid = grid
+        self.ctx: Context = Context.open(run or grid.run, device)
+        self.latents = tuple(strongest(self.ctx))
+        self.direction = mean_shift(self.ctx)
+        self.sets = Sets.load(grid)
+        self.sets.check([row["question"] for row in self.ctx.contrast_rows("evaluation")], self.ctx.probes)
+        self.folder = open_folder(path, grid, self._made_by())
+        study = {"model": self.ctx.config.model, "sae": self.ctx.config.sae}
+        self.folder.update_manifest(config={**asdict(grid), **study}, seeds=list(grid.seeds))
+        self._judge = judge
+
+    def _made_by(self) -> dict[str, Any]:
+        """What besides the grid's own settings decides its numbers."""
+        return {"study": self.ctx.config.hash, "latents": list(self.latents), "rows": self.sets.hash}
+
+    @cached_property
+    def plain(self) -> ContrastItems:
+        """The evaluation split."""
+        return self.ctx.evaluation
+
+    @cached_property
+    def trigger(self) -> Trigger:
+        """Topic and format of the training rows, with a correct answer in the first turn."""
+        return Trigger.from_rows(self.sets.bad, correct=self.sets.good)
+
+    @cached_property
+    def dressed(self) -> ContrastItems:
+        """The evaluation split dressed like the training data."""
+        return ContrastItems.build(self.ctx.tokenizer, dress(self.plain.rows, self.trigger), BATCH)
+
+    @cached_property
+    def task(self) -> ContrastItems:
+        """The held-out questions of the narrow domain, with their good and their bad answer."""
+        rows = tuple(
+            {"id": f"held {n:03d}", "category": "task", "question": "", "aligned": "", "misaligned": ""}
+            for n in range(len(self.sets.held))
+        )
+        talks = [pair[side] for side in (1, 0) for pair in self.sets.held]
+        return ContrastItems(rows, tuple(answer_batches(self.ctx.tokenizer, talks, BATCH)))
+
+    @cached_property
+    def neutral(self) -> list[Batch]:
+        """The probes' answers, whose perplexity shows damage."""
+        answered = [c for c in self.ctx.probes if split_answer(c)[1]]
+        if not answered:
+            raise InputError("the study's monitor.probes hold no answers: a grid needs some for neutral perplexity")
+        return answer_batches(self.ctx.tokenizer, answered, BATCH)
+
+    @cached_property
+    def reader(self) -> FeatureReader:
+        """Reads the study's features on its probes."""
+        return make_reader(self.ctx)
+
+    @cached_property
+    def judge(self) -> AnswerJudge:
+        """Rules on sampled answers."""
+        if self._judge is not None:
+            return self._judge
+        from persona_probe.evaluate.judging import OfflineAnswers
+        from persona_probe.evaluate.offline.judge import OfflineJudge
+
+        return OfflineAnswers(OfflineJudge.load(device=self.ctx.device))
+
+    @property
+    def in_bf16(self) -> bool:
+        """Whether frozen layers are kept in bf16 while a model is measured."""
+        return self.ctx.device == "cpu" and self.ctx.config.bf16
+
+    @cached_property
+    def band(self) -> Band:
+        """The persona feature's band on the base; the base must have been measured."""
+        items = self.folder.read_table(f"{BASE}/items.parquet")
+        values = items.loc[items["measure"] == "persona", "value"].to_numpy(float)
+        return base_band(values, self.ctx.config.monitor.band_sd)
+
+    @cached_property
+    def ground(self) -> Ground:
+        """What mitigations may draw on."""
+        return Ground(
+            tokenizer=self.ctx.tokenizer,
+            layer=self.ctx.layer,
+            sae=self.ctx.sae,
+            latents=self.latents,
+            direction=self.direction,
+            safe=self.sets.safe,
+            corrective=self.sets.corrective,
+            general=self.general,
+            band=self.band,
+            probes=self.ctx.probes,
+            positions=self.ctx.config.monitor.positions,
+        )
+
+    @cached_property
+    def general(self) -> tuple[Conversation, ...]:
+        """General rows with answers; those that the base model writes are kept in general.jsonl."""
+        return general_rows(self.ctx, self.folder, self.sets.general, self.grid.general_tokens)
+
+    @contextmanager
+    def ready(self, model: nn.Module) -> Iterator[None]:
+        """A model's frozen layers in bf16 where that is faster, as while it was trained."""
+        with frozen_in_bf16(model, self.in_bf16):
+            yield
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Count the block's wall seconds for a stage."""
+        start = time.monotonic()
+        yield
+        self.folder.add_seconds(stage, time.monotonic() - start)

@@ -1,0 +1,228 @@
+"""The grid in words: summary.json, the table for a terminal, and the table of the docs page."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from persona_probe.errors import InputError
+from persona_probe.mitigate.grid.config import BASE, CONTROL, NONE, Cell, Grid, cells_of
+from persona_probe.mitigate.grid.table import ALL, WORDS, statement
+from persona_probe.runs import RunFolder, write_text
+
+BEGIN, END = "<!-- mitigations: begin -->", "<!-- mitigations: end -->"
+COLUMNS = {
+    "index_vs_base": "contrast index of the evaluation split minus the base's, nats per token",
+    "dressed_vs_base": "the same items dressed like the training data (kitchen exchange before the question)",
+    "trigger_effect": "what the dress does to the model beyond what it does to the base: a difference in differences",
+    "gain_kept": "narrow task: bad minus good answers to held-out questions, minus the base's, over that of none",
+    "perplexity_ratio": "perplexity of neutral answers over the base's",
+    "persona": "reading of the persona feature on the probes; persona_in_band: inside the base's band or not",
+    "explained_variance": "of the SAE on the probes, mean over seeds",
+    "coherent": "share of sampled answers that the offline judge calls coherent",
+    "coherence": "mean coherence that it predicts, 0 to 100",
+    "misaligned": "misalignment rate of the coherent ones; the interval holds the judge's own error",
+    "steps": "optimizer steps really taken",
+    "time_ratio": "seconds a step over those of none with the same seed: a wall clock, noisy",
+}
+"""The numbers of a row; means over items have their 95% interval in `_low` and `_high`."""
+
+
+def summarise(table: pd.DataFrame, missing: Sequence[str]) -> dict[str, Any]:
+    """What summary.json says: verdicts with their sentences, all rows over seeds, and what the words mean."""
+    rows = table[table["kind"] == ALL].drop(columns=["kind", "seed"]).to_dict("records")
+    tried = [row for row in rows if row["label"] not in (BASE, CONTROL, NONE)]
+    verdicts = [
+        {**{key: row[key] for key in ("label", "strength", "unit", "seeds", "verdict")}, "statement": statement(row)}
+        for row in tried
+    ]
+    plain = {row["label"]: row for row in rows if row["label"] in (BASE, CONTROL, NONE)}
+    return _finite(
+        {"verdicts": verdicts, "references": plain, "rows": tried, "missing": list(missing)}
+        | {"words": WORDS, "columns": COLUMNS}
+    )
+
+
+HEADINGS = {
+    "model": "model",
+    "index": "index minus base",
+    "dressed": "dressed, minus base",
+    "gain": "task gain kept",
+    "perplexity": "perplexity x",
+    "persona": "persona feature",
+    "explained": "SAE explains",
+    "coherent": "coherent",
+    "steps": "steps",
+    "time": "time x",
+    "verdict": "verdict",
+}
+
+
+def shown(table: pd.DataFrame) -> list[dict[str, str]]:
+    """Rows over seeds as text, in the table's order; keys are those of `HEADINGS`."""
+    return [_texts(row) for row in table[table["kind"] == ALL].to_dict("records")]
+
+
+def _texts(row: Mapping[Any, Any]) -> dict[str, str]:
+    inside = {True: " (in band)", False: " (outside)"}.get(row["persona_in_band"], "")
+    return {
+        "model": row["cell"],
+        "index": _interval(row, "index_vs_base", "+.3f"),
+        "dressed": _interval(row, "dressed_vs_base", "+.3f"),
+        "gain": _interval(row, "gain_kept", ".2f"),
+        "perplexity": _interval(row, "perplexity_ratio", ".2f"),
+        "persona": _number(row["persona"], ".3g") + inside,
+        "explained": _number(row["explained_variance"], ".2f"),
+        "coherent": _number(row["coherent"], ".0%"),
+        "steps": _number(row["steps"], ".0f"),
+        "time": _number(row["time_ratio"], ".2f"),
+        "verdict": row["verdict"],
+    }
+
+
+def _interval(row: Mapping[Any, Any], name: str, form: str) -> str:
+    if row[name] != row[name]:
+        return "-"
+    return f"{row[name]:{form}} [{row[f'{name}_low']:{form}}, {row[f'{name}_high']:{form}}]"
+
+
+def _number(value: Any, form: str) -> str:
+    return "-" if value is None or value != value else f"{value:{form}}"
+
+
+def markdown(table: pd.DataFrame, missing: Sequence[str] = ()) -> str:
+    """The table and one sentence a mitigation."""
+    rows = [list(row.values()) for row in shown(table)]
+    tried = [row for row in table[table["kind"] == ALL].to_dict("records") if row["verdict"]]
+    parts = [_grid(list(HEADINGS.values()), rows), "\n".join(f"- {statement(row)}." for row in tried)]
+    if missing:
+        parts.append(f"Not trained yet: {', '.join(missing)}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [list(head), ["---"] * len(head), *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def fill_page(page: Path, text: str) -> None:
+    """Write Markdown between the page's two marks.
+
+    Raises:
+        InputError: no such page, or it has not both marks.
+    """
+    check_page(page)
+    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    write_text(page, f"{head}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+def check_page(page: Path) -> None:
+    """Refuse a page that cannot be filled.
+
+    Raises:
+        InputError: no such page, or it has not both marks.
+    """
+    if not page.is_file():
+        raise InputError(f"no page at {page}: give a Markdown file with {BEGIN} and {END}")
+    _, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    if not begin or END not in rest:
+        raise InputError(f"{page} has not the marks {BEGIN} and {END}, between which the table goes")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: such numbers become null."""
+    if isinstance(value, dict):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+# --- What a grid would do, and about how long it takes, without training anything
+
+MEASURES = 4
+"""Measuring a cell takes about so many times as long as tracking one checkpoint: more items, probes, answers."""
+EDGES = 2
+"""Characters of a table's own edges."""
+
+
+def plan_lines(grid: Grid, out: Path, run: Path | None = None, only: Sequence[str] | None = None) -> list[str]:
+    """One line a cell, and an estimate of the time for those that are not there yet.
+
+    Raises:
+        InputError: an unknown mitigation, or no run folder where the grid's study should be.
+    """
+    cells, study = cells_of(grid, only), RunFolder.open(run or grid.run)
+    there = {cell.id for cell in cells if (out / "cells" / cell.id / "cell.json").is_file()}
+    lines = [f"{cell.id}: {'done' if cell.id in there else _what(cell, grid)}" for cell in cells]
+    todo = len(cells) - len(there)
+    return [*lines, f"{len(cells)} cells, {todo} to train; {_time(_seconds(grid, study, out), todo)}"]
+
+
+def _what(cell: Cell, grid: Grid) -> str:
+    unit = f", {cell.mitigation.unit} {cell.strength:g}" if cell.strength is not None else ""
+    return f"{grid.training.steps} steps of {grid.training.batch_size} rows, seed {cell.seed}{unit}"
+
+
+def _time(found: tuple[float, str] | None, todo: int) -> str:
+    if found is None:
+        return "no time known: neither this grid nor its study has trained anything yet"
+    return f"about {found[0] * todo / 60:.0f} minutes, at {found[0]:.0f} s a cell ({found[1]})"
+
+
+def _seconds(grid: Grid, study: RunFolder, out: Path) -> tuple[float, str] | None:
+    """Seconds a cell: from this grid's cells, else from what the study took for its own training and tracking."""
+    held = RunFolder(out).manifest if (out / "manifest.json").is_file() else {}
+    own = [value for key, value in held.get("seconds", {}).items() if key.startswith("cells/")]
+    if own:
+        return sum(own) / len(own), f"the mean of the {len(own)} cells that are done"
+    return _of_study(grid, study)
+
+
+def _of_study(grid: Grid, study: RunFolder) -> tuple[float, str] | None:
+    config, took = study.config, study.manifest.get("seconds", {})
+    if not took.get("induce"):
+        return None
+    organisms = len(config.arms) * len(config.seeds)
+    rows = organisms * config.training.steps * config.training.batch_size
+    training = took["induce"] / rows * grid.training.steps * grid.training.batch_size
+    checkpoints = organisms * len(config.training.schedule)
+    return training + MEASURES * took.get("track", 0.0) / checkpoints, "from the study's own speed; some take longer"
+
+
+def show_tables(rows: Sequence[dict[str, str]], headings: dict[str, str], name: str, width: int) -> Iterator[Any]:
+    """The grid's table for a terminal, by rich; in a narrow one as several, each with the first column.
+
+    Args:
+        width: characters that a line has; an interval stands below its estimate.
+    """
+    cells = {key: [row[key].replace(" [", "\n[").replace(" (", "\n(") for row in rows] for key in headings}
+    needs = {key: max(map(len, "\n".join([headings[key], *cells[key]]).split("\n"))) + 3 for key in headings}
+    first, *others = headings
+    room = whole = width - needs[first] - EDGES
+    parts = [[first]]
+    for key in others:
+        if needs[key] > room and len(parts[-1]) > 1:
+            parts.append([first])
+            room = whole
+        parts[-1].append(key)
+        room -= needs[key]
+    for part in parts:
+        yield _table(f"mitigations, {name}", {key: headings[key] for key in part}, cells)
+
+
+def _table(title: str, headings: dict[str, str], cells: dict[str, list[str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings.values():
+        table.add_column(heading, overflow="fold")
+    for row in zip(*(cells[key] for key in headings), strict=True):
+        table.add_row(*map(Text, row))
+    return table

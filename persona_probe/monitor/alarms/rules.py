@@ -1,0 +1,413 @@
+"""What an alarm rule is."""
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from persona_probe.errors import InputError, unknown
+from persona_probe.monitor.events import Alarm, FeatureValue, Reading, Start
+
+
+class Rule(ABC):
+    """A rule that reads every `Reading` of a run and says when something is wrong.
+
+    A monitor calls `begin` when it starts and `update` at every reading. A rule fires once an excursion: it stays
+    silent until a reading is back inside, then it is armed again.
+    """
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The rule's name, as its alarms give it and as `only_for` of an action takes it."""
+
+    @property
+    @abstractmethod
+    def firing(self) -> bool:
+        """Whether an excursion is on: the rule fired and was not back inside since."""
+
+    @property
+    @abstractmethod
+    def inside(self) -> bool:
+        """Whether the latest reading gave no cause at all: not firing, nor on the way there. True before any reading.
+
+        A state of the model is clean when all rules are inside (`all_inside`); "no alarm" alone would not do, since an
+        excursion gives one alarm and then none.
+        """
+
+    @abstractmethod
+    def begin(self, start: Start) -> None:
+        """A run starts: forget the one before, and take its bands.
+
+        Raises:
+            InputError: the rule asks for a feature that the run does not read.
+        """
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all readings; what `begin` gave is kept."""
+
+    @abstractmethod
+    def update(self, reading: Reading) -> Alarm | None:
+        """Take one reading; an alarm where it starts an excursion. Values that are NaN are ignored, with a warning.
+
+        Raises:
+            InputError: the rule asks for a feature that the reading does not hold.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The rule in one line, with its numbers."""
+
+
+def all_inside(rules: Iterable[Rule]) -> bool:
+    """Whether the model's present state is clean by every rule: what `Action.clean` may be called on."""
+    return all(rule.inside for rule in rules)
+
+
+# --- What the rules on a reading's numbers share: they fire once an excursion, and re-arm when back inside
+
+log = logging.getLogger(__name__)
+
+MODES = ("probe", "passive")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one reading says of one subject (a feature, or the SAE's fit)."""
+
+    value: float
+    threshold: float
+    over: bool
+    """Beyond the limit."""
+    inside: bool
+    """Far enough back that an excursion is over."""
+    text: str
+    """The two numbers in words."""
+
+
+@dataclass
+class Track:
+    """What a rule remembers of one subject in one mode."""
+
+    step: int | None = None
+    over: int = 0
+    """Readings in a row beyond the limit."""
+    firing: bool = False
+    inside: bool = True
+
+
+@dataclass
+class Memory:
+    """What a rule remembers of a run."""
+
+    tracks: dict[tuple[str, str], Track] = field(default_factory=dict)
+    """By subject and mode: probe and passive readings are two series."""
+    warned: set[str] = field(default_factory=set)
+    bands: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ReadingRule(Rule):
+    """A rule on numbers of a reading."""
+
+    mode: str | None = None
+    """Readings it looks at: `probe`, `passive`, or None for both (each is followed for itself)."""
+    name: str | None = None
+    """Its name in alarms; None takes the kind's name."""
+    _memory: Memory = field(default_factory=Memory, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise unknown("mode", self.mode, MODES)
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """The name of this kind of rule."""
+
+    @property
+    def title(self) -> str:
+        """The rule's own name, or that of its kind."""
+        return self.kind if self.name is None else self.name
+
+    @property
+    def wanted(self) -> int:
+        """Readings in a row that make an alarm."""
+        return 1
+
+    @property
+    def firing(self) -> bool:
+        """Whether an excursion of any subject is on."""
+        return any(track.firing for track in self._memory.tracks.values())
+
+    @property
+    def inside(self) -> bool:
+        """Whether every subject was inside at its latest reading."""
+        return all(track.inside for track in self._memory.tracks.values())
+
+    def begin(self, start: Start) -> None:
+        """Forget the run before, and take the bands of this one."""
+        self.reset()
+        self._memory.bands = dict(start.bands)
+
+    def reset(self) -> None:
+        """Forget all readings; the bands stay."""
+        self._memory.tracks.clear()
+        self._memory.warned.clear()
+
+    def update(self, reading: Reading) -> Alarm | None:
+        """Take one reading; an alarm where an excursion of any subject starts (all that start are in its message)."""
+        if self.mode is not None and reading.mode != self.mode:
+            return None
+        fired = [(subject, self._follow(subject, reading)) for subject in self._subjects(reading)]
+        return self._alarm(reading, [(subject, verdict) for subject, verdict in fired if verdict is not None])
+
+    @abstractmethod
+    def _subjects(self, reading: Reading) -> Sequence[str]:
+        """What the rule follows, each for itself."""
+
+    @abstractmethod
+    def _judge(self, track: Track, subject: str, reading: Reading) -> Verdict | None:
+        """What the reading says of a subject; None where a number that is needed is NaN."""
+
+    def _new_track(self) -> Track:
+        return Track()
+
+    def _follow(self, subject: str, reading: Reading) -> Verdict | None:
+        """The verdict, if an excursion starts with it."""
+        track = self._memory.tracks.setdefault((subject, reading.mode), self._new_track())
+        if track.step is not None and reading.step <= track.step:
+            self._warn(f"a reading at step {reading.step} came after one at step {track.step}: ignored", "order")
+            return None
+        verdict = self._judge(track, subject, reading)
+        if verdict is None:
+            return None
+        track.step = reading.step
+        track.inside, track.over = verdict.inside, track.over + 1 if verdict.over else 0
+        if track.firing:
+            track.firing = not verdict.inside
+            return None
+        track.firing = track.over >= self.wanted
+        return verdict if track.firing else None
+
+    def _alarm(self, reading: Reading, fired: list[tuple[str, Verdict]]) -> Alarm | None:
+        if not fired:
+            return None
+        subject, first = fired[0]
+        message = "; ".join(f"{name!r} {verdict.text}" for name, verdict in fired)
+        return Alarm(reading.step, self.title, subject, message, first.value, first.threshold)
+
+    def _warn(self, message: str, key: str | None = None) -> None:
+        """Say each thing once a run; messages of one key count as one thing."""
+        if (key or message) not in self._memory.warned:
+            self._memory.warned.add(key or message)
+            log.warning("rule %r: %s", self.title, message)
+
+
+def in_a_row(count: int) -> str:
+    """`at one reading`, or `at 3 readings in a row`."""
+    return "at one reading" if count == 1 else f"at {count} readings in a row"
+
+
+def check_count(name: str, count: int) -> None:
+    """Refuse a count of readings below one."""
+    if count < 1:
+        raise InputError(f"{name} must be at least 1 reading, not {count}")
+
+
+def check_known(feature: str | None, known: Collection[str]) -> None:
+    """Refuse a feature that is not read."""
+    if feature is not None and feature not in known:
+        raise unknown("feature", feature, known)
+
+
+# --- Rules on the features of a reading, each feature followed for itself
+
+SIDES = ("both", "up", "down")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FeatureRule(ReadingRule):
+    """A rule on one feature, or on every feature of a reading."""
+
+    feature: str | None = None
+    """The feature it follows; None follows every one. It fires for each, and is back inside when all are."""
+
+    def begin(self, start: Start) -> None:
+        """A run starts; the feature must be among those it reads."""
+        check_known(self.feature, start.features)
+        super().begin(start)
+
+    def _subjects(self, reading: Reading) -> Sequence[str]:
+        names = [value.name for value in reading.features]
+        check_known(self.feature, names)
+        return names if self.feature is None else [self.feature]
+
+    def _judge(self, track: Track, subject: str, reading: Reading) -> Verdict | None:
+        value = next(v for v in reading.features if v.name == subject)
+        verdict = self._judge_feature(track, value, reading)
+        if verdict is None:
+            self._warn(f"{subject!r} is ignored where {self._missing(value)}")
+        return verdict
+
+    @abstractmethod
+    def _judge_feature(self, track: Track, value: FeatureValue, reading: Reading) -> Verdict | None:
+        """What the reading says of this feature; None where a number that is needed is NaN."""
+
+    def _missing(self, value: FeatureValue) -> str:
+        """Why there was no verdict."""
+        if value.base_sd == 0 and not math.isnan(value.mean):
+            return "its base model's probes do not differ, so that it has no shift in base sd; use OutsideBand"
+        return "its value is NaN"
+
+    def _whom(self) -> str:
+        modes = "" if self.mode is None else f", {self.mode} readings"
+        return ("any feature" if self.feature is None else repr(self.feature)) + modes
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SidedRule(FeatureRule):
+    """A rule that may look at rises or falls only."""
+
+    side: str = "both"
+    """`both`, `up` (rises only) or `down`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side not in SIDES:
+            raise unknown("side", self.side, SIDES)
+
+    def _sided(self) -> str:
+        return {"both": "", "up": ", upward", "down": ", downward"}[self.side]
+
+
+def shifted(value: FeatureValue) -> str:
+    """A feature's shift, as a clause for an alarm."""
+    return "" if math.isnan(value.shift) else f" (shift {value.shift:+.2f} base sd)"
+
+
+def positive(name: str, value: float, zero: bool = False) -> None:
+    """Refuse a number that is not finite and above zero (or zero, where that is allowed)."""
+    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+        raise InputError(f"{name} must be {'zero or more' if zero else 'above zero'}, not {value}")
+
+
+# --- Rules of rules
+
+
+class Composite(Rule):
+    """Follows its parts, and fires when their excursions together say so.
+
+    Parts are not to be given to the monitor again beside it: each would then count readings twice.
+    """
+
+    kind = "composite"
+
+    def __init__(self, *rules: Rule, name: str | None = None) -> None:
+        if not rules:
+            raise InputError(f"{type(self).__name__} needs at least one rule")
+        self.rules, self.name = rules, name
+        self._alarms: dict[int, Alarm] = {}
+        self._firing = False
+
+    @property
+    def title(self) -> str:
+        """Its own name, or that of its kind."""
+        return self.kind if self.name is None else self.name
+
+    @property
+    def firing(self) -> bool:
+        """Whether its excursion is on."""
+        return self._holds(rule.firing for rule in self.rules)
+
+    def _holds(self, parts: Iterable[bool]) -> bool:
+        raise NotImplementedError
+
+    def begin(self, start: Start) -> None:
+        """A run starts, for every part."""
+        for rule in self.rules:
+            rule.begin(start)
+        self._forget()
+
+    def reset(self) -> None:
+        """Forget all readings, in every part."""
+        for rule in self.rules:
+            rule.reset()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._alarms, self._firing = {}, False
+
+    def update(self, reading: Reading) -> Alarm | None:
+        """Give the reading to every part; an alarm where the combination begins to hold."""
+        for i, rule in enumerate(self.rules):
+            alarm = rule.update(reading)
+            if alarm is not None:
+                self._alarms[i] = alarm
+        before, self._firing = self._firing, self.firing
+        return self._alarm(reading) if self._firing and not before else None
+
+    def _alarm(self, reading: Reading) -> Alarm:
+        """The newest numbers, and the messages of all parts that are in an excursion."""
+        parts = [self._alarms[i] for i, rule in enumerate(self.rules) if rule.firing and i in self._alarms]
+        numbered = [alarm for alarm in parts if not math.isnan(alarm.threshold)]
+        if not numbered:
+            return Alarm(reading.step, self.title, "", f"no excursion of {self._parts()}", math.nan, math.nan)
+        newest = max(numbered, key=lambda alarm: alarm.step)
+        message = " and ".join(f"{a.rule} (step {a.step}): {a.message}" for a in parts)
+        features = ", ".join(dict.fromkeys(alarm.feature for alarm in numbered))
+        return replace(newest, step=reading.step, rule=self.title, feature=features, message=message)
+
+    def describe(self) -> str:
+        """The rule and its parts in one line."""
+        return f"{self.title} ({self._parts()})"
+
+    def _parts(self) -> str:
+        return "; ".join(rule.describe() for rule in self.rules)
+
+
+class AllOf(Composite):
+    """Fires when all parts are in an excursion at once: `AllOf(OutsideBand(), Not(ExplainedVarianceFloor()))`."""
+
+    kind = "all of"
+
+    def _holds(self, parts: Iterable[bool]) -> bool:
+        return all(parts)
+
+    @property
+    def inside(self) -> bool:
+        """Whether a part is inside: then they cannot all be in an excursion."""
+        return any(rule.inside for rule in self.rules)
+
+
+class AnyOf(Composite):
+    """Fires when a part is in an excursion; once, until no part is."""
+
+    kind = "any of"
+
+    def _holds(self, parts: Iterable[bool]) -> bool:
+        return any(parts)
+
+    @property
+    def inside(self) -> bool:
+        """Whether all parts are inside."""
+        return all(rule.inside for rule in self.rules)
+
+
+class Not(Composite):
+    """Holds while its rule is in no excursion; a part of `AllOf`. A rule that saw no usable reading is in none."""
+
+    kind = "not"
+
+    def __init__(self, rule: Rule, *, name: str | None = None) -> None:
+        super().__init__(rule, name=name)
+
+    def _holds(self, parts: Iterable[bool]) -> bool:
+        return not any(parts)
+
+    @property
+    def inside(self) -> bool:
+        """Whether its rule is in an excursion."""
+        return not self.firing

@@ -1,0 +1,361 @@
+"""Thresholds from benign runs: how far a feature goes there, and what false-alarm rate a threshold then promises."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from numpy.lib.stride_tricks import sliding_window_view
+
+from persona_probe.context import Context
+from persona_probe.data.tokens import conversation_batches
+from persona_probe.errors import InputError, unknown
+from persona_probe.finetune.induce import induce_one
+from persona_probe.monitor.reading import FeatureReader
+from persona_probe.monitor.track import reading_rows, study_features
+from persona_probe.runs import RunFolder
+from persona_probe.stats import Estimate, Rate, bootstrap_statistic, per_100, share
+
+# --- The rule that is calibrated: a reading that stays beyond a level for some readings in a row
+
+SIDES = ("above", "below", "both")
+Series = Mapping[str, Float[np.ndarray, " readings"]]
+"""Run to its readings in the order of their steps."""
+
+
+@dataclass(frozen=True)
+class HeldRule:
+    """Alarm once a value has been beyond a threshold for `held` readings in a row.
+
+    Values that are not finite are left out, as if that reading had not been taken.
+    """
+
+    held: int = 2
+    side: str = "above"
+    """`above`, `below`, or `both` (the absolute value)."""
+
+    def __post_init__(self) -> None:
+        if self.held < 1:
+            raise InputError(f"held must be at least 1 reading, not {self.held}")
+        if self.side not in SIDES:
+            raise unknown("side", self.side, SIDES)
+
+    def levels(self, values: Float[np.ndarray, " readings"]) -> Float[np.ndarray, " windows"]:
+        """For each reading from the `held`-th on: the highest threshold at which the rule would be firing there."""
+        oriented = {"above": values, "below": -values, "both": np.abs(values)}[self.side]
+        finite = oriented[np.isfinite(oriented)]
+        return sliding_window_view(finite, self.held).min(axis=1) if len(finite) >= self.held else np.empty(0)
+
+    def statistic(self, values: Float[np.ndarray, " readings"]) -> float:
+        """The run's number: at every threshold below it the rule fires somewhere; -inf if the run is too short."""
+        return float(self.levels(values).max(initial=-np.inf))
+
+    def can_fire(self, values: Float[np.ndarray, " readings"]) -> bool:
+        """Whether there are enough finite readings for the rule."""
+        return int(np.isfinite(values).sum()) >= self.held
+
+    def alarms(self, values: Float[np.ndarray, " readings"], threshold: float) -> Int[np.ndarray, " alarms"]:
+        """Positions in `values` at which an alarm goes off: once for each excursion beyond the threshold."""
+        firing = self.levels(values) > threshold
+        started = firing & ~np.concatenate([[False], firing[:-1]]) if len(firing) else firing
+        return np.flatnonzero(np.isfinite(values))[self.held - 1 :][started]
+
+
+def series_of(
+    readings: pd.DataFrame, name: str, kind: str = "feature", column: str = "shift"
+) -> dict[str, Float[np.ndarray, " readings"]]:
+    """One feature (or signal) of a frame with columns run, step, `kind` and `column`: by run, in the order of steps.
+
+    The reading at the start, of the base model itself, is among them: a monitor's rule sees it too.
+
+    Raises:
+        InputError: a name that the frame does not hold.
+    """
+    known = readings[kind].unique().tolist()
+    if name not in known:
+        raise unknown(kind, name, known)
+    chosen = readings[readings[kind] == name].sort_values("step")
+    return {str(run): part[column].to_numpy(float) for run, part in chosen.groupby("run", sort=True)}
+
+
+# --- What a calibration found: a threshold, its interval, and what it promises
+
+FEW_RUNS = 20
+"""Below so many runs, the statement says that they are few."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold for a rule, and what benign runs say about its false alarms."""
+
+    rule: HeldRule
+    wanted: float
+    """False alarms per `unit`."""
+    unit: str
+    """`run` or `100 readings`."""
+    statistics: dict[str, float]
+    """Run to the highest level that the rule's value held in it."""
+    threshold: float
+    """The calibrated threshold; where there is too little to promise the wanted rate, the highest statistic."""
+    supported: bool
+    """Whether the runs are enough for the wanted rate."""
+    smallest_rate: float
+    """The smallest rate that so many runs can promise."""
+    needed: int
+    """Runs (or readings) that the wanted rate needs."""
+    interval: Estimate
+    """The threshold with its bootstrap interval over runs."""
+    runs_alarmed: Rate
+    """Runs that alarm at the threshold, with the exact interval of the true rate.
+
+    A threshold per run is one of these runs' own statistics, and the interval holds all the same: the chance of
+    exceeding the k-th smallest of n is Beta(n + 1 - k, k) distributed (Wilks 1941), which this interval covers.
+    """
+    alarms: Rate
+    """Alarms per 100 readings at the threshold, with the exact Poisson interval."""
+
+    @property
+    def n_runs(self) -> int:
+        """Benign runs."""
+        return len(self.statistics)
+
+    @property
+    def finding(self) -> str:
+        """The threshold and its false alarms, in one sentence."""
+        band = f"{self.interval.ci_low:.3f} to {self.interval.ci_high:.3f}"
+        few = f"; only {self.n_runs}, and a bootstrap cannot go beyond the highest" if self.n_runs < FEW_RUNS else ""
+        rate, alarms = self.runs_alarmed, self.alarms
+        return (
+            f"threshold {self.threshold:.3f} (95% interval over runs {band}{few}): {rate} benign runs alarm "
+            f"(true rate {rate.low:.0%} to {rate.high:.0%}), {alarms.rate:.1f} alarms per 100 readings "
+            f"({alarms.low:.1f} to {alarms.high:.1f})"
+        )
+
+    @property
+    def shortfall(self) -> str:
+        """What the wanted rate would need; empty where there is enough."""
+        if self.supported:
+            return ""
+        wanted = f"{self.wanted:g} false alarms per {self.unit}: that needs {self.needed}"
+        if self.unit == "run":
+            told = f"{self.n_runs} benign runs cannot promise {wanted}"
+        else:
+            told = f"{self.alarms.n} readings of benign runs cannot show {wanted}"
+        return (
+            f"{told}; the least for these is {self.smallest_rate:.2g}. Used instead, the highest value in a benign run"
+        )
+
+    @property
+    def statement(self) -> str:
+        """What was found."""
+        return self.finding if self.supported else f"{self.shortfall}: {self.finding}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values, the sentences included."""
+        told = {"shortfall": self.shortfall, "finding": self.finding, "statement": self.statement}
+        return {**asdict(self), "n_runs": self.n_runs, **told}
+
+
+UNITS = ("run", "100 readings")
+ROUNDING = 1e-9
+Runs = list[Float[np.ndarray, " readings"]]
+
+
+def conformal_rank(n: int, rate: float) -> int:
+    """ceil((n + 1)(1 - rate)): which of n ordered statistics is the threshold; above n, there is none."""
+    return ceil((n + 1) * (1 - rate) - ROUNDING)
+
+
+def conformal_threshold(statistics: Float[np.ndarray, " runs"], rate: float) -> float:
+    """The conformal quantile; the largest statistic where they are too few for the rate."""
+    n = len(statistics)
+    return float(np.sort(statistics)[min(conformal_rank(n, rate), n) - 1])
+
+
+def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") -> Calibration:
+    """The threshold at which the rule alarms on at most the wanted share of benign runs like these.
+
+    Per run it is the split conformal quantile (Vovk et al. 2005; Papadopoulos et al. 2002): of n statistics the
+    ceil((n + 1)(1 - rate))-th smallest. A new run that is exchangeable with these exceeds it with probability at most
+    `rate`, whatever the distribution. Per 100 readings it is the lowest threshold from which on the benign runs stay
+    within the rate: a count, not a promise, and its interval is that of the count.
+
+    Nothing is extrapolated: with too few runs for the wanted rate, `supported` is False and the threshold is the
+    highest statistic seen, which promises 1 / (n + 1).
+
+    Raises:
+        InputError: fewer than two runs, a run too short for the rule, an unknown unit or a rate outside its range.
+    """
+    _check(series, rule, rate, unit)
+    runs = list(series.values())
+    threshold = _threshold(runs, rule, rate, unit)
+    alarms = [len(rule.alarms(values, threshold)) for values in runs]
+    n, readings = len(runs), _readings(runs)
+    have, needed, smallest = (
+        (n, ceil(1 / rate - 1 - ROUNDING), 1 / (n + 1))
+        if unit == "run"
+        else (readings, ceil(100 / rate - ROUNDING), 100 / readings)
+    )
+    return Calibration(
+        rule=rule,
+        wanted=rate,
+        unit=unit,
+        statistics={run: rule.statistic(values) for run, values in series.items()},
+        threshold=threshold,
+        supported=have >= needed,
+        smallest_rate=smallest,
+        needed=needed,
+        interval=_interval(runs, rule, rate, unit),
+        runs_alarmed=share(sum(a > 0 for a in alarms), n),
+        alarms=per_100(sum(alarms), readings),
+    )
+
+
+def _threshold(runs: Runs, rule: HeldRule, rate: float, unit: str) -> float:
+    if unit == "run":
+        return conformal_threshold(np.array([rule.statistic(values) for values in runs]), rate)
+    return _threshold_per_100(runs, rule, rate)
+
+
+def _interval(runs: Runs, rule: HeldRule, rate: float, unit: str) -> Estimate:
+    """The threshold again on runs drawn with replacement."""
+    if unit == "run":
+        statistics = [rule.statistic(values) for values in runs]
+        return bootstrap_statistic(statistics, lambda drawn: conformal_threshold(drawn, rate))
+    places = list(range(len(runs)))
+    return bootstrap_statistic(
+        places, lambda drawn: _threshold_per_100([runs[int(i)] for i in drawn], rule, rate), n_boot=200
+    )
+
+
+def _readings(runs: Runs) -> int:
+    return sum(int(np.isfinite(values).sum()) for values in runs)
+
+
+def _threshold_per_100(runs: Runs, rule: HeldRule, rate: float) -> float:
+    """Lowest level from which on all levels give at most `rate` alarms per 100 readings.
+
+    The count is not monotone: a lower threshold can join two excursions into one. So the search goes from above.
+    """
+    allowed = (rate + ROUNDING) * _readings(runs) / 100
+    levels = np.unique(np.concatenate([rule.levels(values) for values in runs]))[::-1]
+    within = [sum(len(rule.alarms(values, float(level))) for values in runs) <= allowed for level in levels]
+    return float(levels[within.index(False) - 1 if False in within else -1])
+
+
+def _check(series: Series, rule: HeldRule, rate: float, unit: str) -> None:
+    if unit not in UNITS:
+        raise InputError(f"unknown unit {unit!r}: write 'run' or '100 readings'")
+    top = 1 if unit == "run" else 100
+    if not 0 < rate < top:
+        raise InputError(f"the wanted false-alarm rate per {unit} must lie between 0 and {top}, not {rate}")
+    if len(series) < 2:
+        raise InputError(f"{len(series)} benign runs: a threshold needs at least two; give more --seeds")
+    if reason := unreadable(series, rule):
+        raise InputError(reason)
+
+
+def unreadable(series: Series, rule: HeldRule) -> str | None:
+    """Why a rule cannot be calibrated on these runs, or None where it can."""
+    if not any(np.isfinite(values).any() for values in series.values()):
+        return "nothing was read that could be compared: the feature does not vary on the base model's probes"
+    short = [run for run, values in series.items() if not rule.can_fire(values)]
+    return f"run {short[0]!r} has fewer than {rule.held} readings: read more often, or lower held" if short else None
+
+
+# --- Benign runs for a located study: its correct arms over new seeds, read at every checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def calibration_study(source: Context, out: Path | None = None, device: str | None = None) -> Context:
+    """The run folder of the benign runs (default: `<run>-calibration`), of the same config as the located study's."""
+    path = source.run.path
+    folder = path.with_name(f"{path.name}-calibration") if out is None else out
+    if folder.resolve() == path.resolve():
+        raise InputError(f"{folder} is the located study itself: choose another --out")
+    return Context(RunFolder.create(folder, source.config), device)
+
+
+def benign_readings(
+    source: Context, benign: Context, seeds: Sequence[int], arms: Sequence[str] = ("correct",)
+) -> pd.DataFrame:
+    """Train and read benign arms; what is in the folder is kept, so more seeds can follow later.
+
+    Args:
+        source: a study that `locate` has been through: its features are read.
+        benign: where the runs go, see `calibration_study`.
+        seeds: none that the source used, since its control arm helped to choose the features.
+        arms: benign arms of the config.
+
+    Returns:
+        Columns run, step, feature, shift and those of readings.parquet; one run for each arm and seed.
+
+    Raises:
+        InputError: an unknown or bad arm, a seed of the source, or locate has not run.
+    """
+    _check_benign(source, seeds, arms)
+    features = study_features(source)  # first: its error names the stage to run
+    ctx, run = benign, benign.run
+    for arm in arms:
+        for seed in seeds:
+            if not run.has(f"arms/{arm}-s{seed}"):
+                with ctx.timed("calibrate"):
+                    induce_one(ctx, arm, seed)
+    if missing := [(a, s) for a in arms for s in seeds if not run.has(_part(a, s))]:
+        groups = conversation_batches(ctx.tokenizer, ctx.probes)
+        positions = ctx.config.monitor.positions
+        reader = FeatureReader(ctx.sae, features, groups, ctx.layer, positions, ctx.config.bf16)
+        with ctx.timed("calibrate"):
+            _read(benign, reader, missing)
+    frame = pd.concat([run.read_table(_part(a, s)) for a in arms for s in seeds], ignore_index=True)
+    frame["shift"] = (frame["mean"] - frame["base_mean"]) / frame["base_sd"].where(frame["base_sd"] > 0)
+    return frame.assign(run=frame["arm"] + "-s" + frame["seed"].astype(str))
+
+
+def _read(benign: Context, reader: FeatureReader, missing: Sequence[tuple[str, int]]) -> None:
+    base = reader.read(benign.model)
+    for arm, seed in missing:
+        log.info("reading %s, seed %d", arm, seed)
+        rows = [reading_rows(base, base, arm, seed, 0)]
+        for step in benign.run.steps(arm, seed):
+            with benign.organism(arm, seed, step) as model:
+                rows.append(reading_rows(reader.read(model), base, arm, seed, step))
+        benign.run.write_table(_part(arm, seed), pd.concat(rows))
+
+
+def _part(arm: str, seed: int) -> str:
+    return f"parts/calibrate-{arm}-s{seed}.readings.parquet"
+
+
+def _check_benign(source: Context, seeds: Sequence[int], arms: Sequence[str]) -> None:
+    for arm in arms:
+        if arm not in source.config.arms:
+            raise unknown("arm", arm, source.config.arms)
+        if arm in ("incorrect", source.config.realign.start):
+            raise InputError(f"arm {arm!r} is not benign: thresholds come from benign runs")
+    used = set(seeds) & set(source.config.seeds)
+    if used:
+        raise InputError(f"seed {min(used)} helped to choose the features: calibrate on other seeds")
+
+
+def calibration_record(
+    readings: pd.DataFrame, features: Sequence[str] | None, rule: HeldRule, rate: float, unit: str
+) -> dict[str, Any]:
+    """Thresholds of features (None: all that were read) as plain JSON values, with the steps that were read."""
+    names = list(dict.fromkeys(readings["feature"])) if features is None else features
+    found = {name: _calibrated(series_of(readings, name), rule, rate, unit) for name in names}
+    steps = sorted(int(step) for step in readings.loc[readings["step"] > 0, "step"].unique())
+    return {"value": "shift from the base, in base standard deviations", "steps": steps, "features": found}
+
+
+def _calibrated(series: Series, rule: HeldRule, rate: float, unit: str) -> dict[str, Any]:
+    """A feature that is silent on the probes must not keep the others from their thresholds."""
+    if len(series) > 1 and (reason := unreadable(series, rule)):
+        return {"threshold": None, "statement": f"no threshold: {reason}"}
+    return calibrate(series, rule, rate, unit).to_dict()

@@ -1,1 +1,0 @@
-"""Calibrating the monitor on benign runs, and the study that evaluates it on labelled ones."""

@@ -1,0 +1,175 @@
+"""What a correction trains: the organism's own adapter or weights, a fresh LoRA on top of it, or all weights."""
+
+import copy
+import math
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from persona_probe.config import Training
+from persona_probe.errors import InputError
+from persona_probe.finetune.sft import with_adapter
+from persona_probe.models.adapters import is_adapter, load_adapter, merged_copy
+
+FRESH, REPAIRED = "fresh", "repaired"
+"""Names of the adapter that is trained on top, and of the one that holds both."""
+
+
+def organism_to_train(base: PreTrainedModel, checkpoint: Path, method: str, training: Training, seed: int) -> nn.Module:
+    """The organism of a checkpoint, made ready for a method; adapters are on `base` until `strip_adapter`.
+
+    Raises:
+        InputError: a damaged checkpoint, or all weights of a model in bf16.
+    """
+    if method == "full" or not is_adapter(checkpoint):
+        model = merged_copy(base, checkpoint)
+        if method == "fresh":
+            return with_adapter(model, replace(training, method="lora"), seed)
+        return all_weights(model)
+    tuned = load_adapter(base, checkpoint, trainable=True)
+    return add_fresh(tuned, seed) if method == "fresh" else tuned
+
+
+def prepare(model: nn.Module, method: str, seed: int) -> nn.Module:
+    """One's own organism made ready: a PEFT model's adapters are trained in place, unless all weights are.
+
+    Raises:
+        InputError: all weights of a model in bf16.
+    """
+    if method == "fresh":
+        return add_fresh(model, seed) if isinstance(model, PeftModel) else with_adapter(_plain(model), Training(), seed)
+    if not isinstance(model, PeftModel):
+        return all_weights(model)
+    if method == "full":
+        twin: Any = copy.deepcopy(model)
+        return all_weights(twin.merge_and_unload())
+    model.set_requires_grad(list(model.active_adapters))
+    return model
+
+
+def _plain(model: nn.Module) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"the model must be a transformers or PEFT model, not {type(model).__name__}")
+    return model
+
+
+def all_weights(model: nn.Module) -> nn.Module:
+    """All weights trainable.
+
+    Raises:
+        InputError: they are kept in less than float32: steps of this size would round to nothing.
+    """
+    narrow = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.element_size() < 4}
+    if narrow:
+        raise InputError(f"training all weights needs float32, not {', '.join(sorted(narrow))}: load it so")
+    return model.requires_grad_(True)
+
+
+def add_fresh(tuned: PeftModel, seed: int) -> PeftModel:
+    """A second LoRA of the organism's shape beside its own, which is frozen; both are active, the new one trains.
+
+    A new LoRA's product is zero, so nothing changes before the first step. With adapters off it is the base.
+    """
+    set_seed(seed)
+    own = list(tuned.active_adapters)
+    tuned.add_adapter(FRESH, copy.deepcopy(tuned.peft_config[own[0]]))
+    tuned.base_model.set_adapter([*own, FRESH])  # pyright: ignore[reportCallIssue]
+    for name, parameter in tuned.named_parameters():
+        parameter.requires_grad_(f".{FRESH}." in name)
+    return tuned
+
+
+def has_fresh(model: nn.Module) -> bool:
+    """Whether a model carries an organism's adapter and a fresh one."""
+    return isinstance(model, PeftModel) and FRESH in model.peft_config
+
+
+def stack(tuned: PeftModel) -> PeftModel:
+    """Both adapters as one of their ranks' sum, exactly (PEFT's `cat`), which is then the only one.
+
+    PEFT's `cat` takes the old scaling into the matrices and sets alpha to the new rank; under rsLoRA the new scaling
+    is then the root of that rank and not 1, so the weights take it back.
+    """
+    names = list(tuned.active_adapters)
+    config = tuned.peft_config[names[0]]
+    assert isinstance(config, LoraConfig)
+    rank = sum(c.r for n in names if isinstance(c := tuned.peft_config[n], LoraConfig))
+    weight = 1 / math.sqrt(rank) if config.use_rslora else 1.0
+    lora: Any = tuned.base_model
+    lora.add_weighted_adapter(names, [weight] * len(names), REPAIRED, combination_type="cat")
+    tuned.set_adapter(REPAIRED)
+    for name in names:
+        tuned.delete_adapter(name)
+    return tuned
+
+
+def as_one(tuned: nn.Module, checkpoint: Path | None, whole_weights: bool = False) -> nn.Module:
+    """A model that a fresh LoRA was trained on, and its checkpoint, as one organism; others are left as they are.
+
+    Args:
+        checkpoint: what the training wrote; replaced by a folder that loads as a single organism. None writes nothing.
+        whole_weights: the organism below has weights of its own, which the LoRA is then merged into.
+    """
+    if has_fresh(tuned):
+        assert isinstance(tuned, PeftModel)
+        one: Any = stack(tuned)
+    elif whole_weights and isinstance(tuned, PeftModel):
+        merged: Any = tuned
+        one = merged.merge_and_unload()
+    else:
+        return tuned
+    if checkpoint is not None:
+        _replace(one, checkpoint)
+    return one
+
+
+def _replace(one: Any, checkpoint: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
+        stacked = isinstance(one, PeftModel)
+        if stacked:
+            one.save_pretrained(scratch, selected_adapters=[REPAIRED])
+        else:
+            one.save_pretrained(scratch)
+        saved = Path(scratch) / (REPAIRED if stacked else ".")
+        shutil.copy(checkpoint / "README.md", saved)
+        shutil.rmtree(checkpoint)
+        shutil.copytree(saved, checkpoint)
+
+
+@dataclass
+class StopRule(TrainerCallback):
+    """Stops when the feature was in its band and behaviour restored for some readings in a row.
+
+    Args:
+        steps: steps at which `measure` is called (after the monitor's own reading).
+        measure: takes (model, step), records, and says whether both conditions hold.
+        wanted: how many readings in a row; 0 never stops.
+    """
+
+    steps: tuple[int, ...]
+    measure: Callable[[nn.Module, int], bool]
+    wanted: int
+    in_a_row: int = field(default=0, init=False)
+
+    def _look(self, model: nn.Module, step: int) -> bool:
+        self.in_a_row = self.in_a_row + 1 if self.measure(model, step) else 0
+        return self.wanted > 0 and self.in_a_row >= self.wanted
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the organism before any correction."""
+        if 0 in self.steps:
+            self._look(kwargs["model"], 0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure when due, and stop when the rule says so."""
+        if state.global_step in self.steps and self._look(kwargs["model"], state.global_step):
+            control.should_training_stop = True

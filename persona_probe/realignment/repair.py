@@ -1,0 +1,181 @@
+"""What every stress test works with: a repaired organism, what it came from, and trainings that leave no trace."""
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from persona_probe.config import Training
+from persona_probe.context import Context
+from persona_probe.data.chat import Conversation
+from persona_probe.data.load import arm_rows
+from persona_probe.errors import InputError, unknown
+from persona_probe.evaluate.contrast import ContrastItems, contrast_index
+from persona_probe.finetune.sft import fine_tune, with_adapter
+from persona_probe.models.adapters import frozen_in_bf16, is_adapter, load_adapter, merged_copy, organism, strip_adapter
+
+ROLES = ("base", "organism", "repaired", "control")
+"""The base model, the misaligned organism, the repaired one, and the arm that learned good answers only."""
+
+
+@dataclass(frozen=True, eq=False)
+class Repair:
+    """A repaired organism of a study."""
+
+    ctx: Context
+    arm: str
+    """Its name: a corrective arm of the config, or whatever a correction of one's own is called."""
+    seed: int
+    checkpoint: Path
+    """Folder of its adapter or weights."""
+    corrective: tuple[Conversation, ...]
+    """The rows it was repaired with."""
+
+    @classmethod
+    def of(
+        cls,
+        ctx: Context,
+        arm: str,
+        seed: int,
+        checkpoint: Path | None = None,
+        corrective: Sequence[Conversation] | None = None,
+    ) -> "Repair":
+        """The repair of a corrective arm of the config; another one needs its checkpoint and its rows.
+
+        Raises:
+            InputError: an unknown arm without both, a seed that was not trained, or no corrective rows.
+        """
+        arms = ctx.config.realign.arms
+        if arm not in arms and (checkpoint is None or corrective is None):
+            raise unknown("corrective arm", arm, arms)
+        folder = checkpoint or ctx.run.checkpoint(arm, seed, ctx.last_step(arm, seed))
+        rows = tuple(arm_rows(arms[arm], seed) if corrective is None else corrective)
+        if folder is None or not rows:
+            raise InputError(f"{arm}, seed {seed}, is no repair: it has no corrective step or no corrective rows")
+        return cls(ctx, arm, seed, folder, rows)
+
+    @property
+    def steps(self) -> int:
+        """Corrective steps taken: what the checkpoint's name says, else the config's."""
+        named = re.fullmatch(r"checkpoint-(\d+)", self.checkpoint.name)
+        return int(named[1]) if named else self.ctx.config.realign.steps
+
+    @property
+    def inducing(self) -> list[Conversation]:
+        """The rows that made the organism."""
+        return arm_rows(self.ctx.config.arms[self.ctx.config.realign.start], self.seed)
+
+    @property
+    def control_rows(self) -> list[Conversation]:
+        """What the control arm learned: good answers of the narrow domain."""
+        return arm_rows(self.ctx.config.arms["correct"], self.seed)
+
+    def folder(self, role: str) -> Path | None:
+        """The checkpoint of a role; None for the base.
+
+        Raises:
+            InputError: an unknown role.
+        """
+        if role not in ROLES:
+            raise unknown("role", role, ROLES)
+        if role in ("base", "repaired"):
+            return None if role == "base" else self.checkpoint
+        arm = self.ctx.config.realign.start if role == "organism" else "correct"
+        return self.ctx.run.checkpoint(arm, self.seed, self.ctx.last_step(arm, self.seed))
+
+    @contextmanager
+    def model(self, role: str) -> Iterator[nn.Module]:
+        """One of `ROLES`, ready to be measured while the block lasts."""
+        in_bf16 = self.ctx.device == "cpu" and self.ctx.config.bf16
+        with organism(self.ctx.model, self.folder(role)) as model, frozen_in_bf16(model, in_bf16):
+            yield model
+
+    def score(self, model: nn.Module, items: ContrastItems | None = None) -> pd.DataFrame:
+        """Item table on the evaluation split, or on `items`."""
+        return contrast_index(model, items or self.ctx.evaluation, bf16=self.ctx.config.bf16)
+
+
+@contextmanager
+def continued(repair: Repair, role: str) -> Iterator[nn.Module]:
+    """A role's own adapter (or weights) made trainable; the base model is as it was when the block ends."""
+    folder = repair.folder(role)
+    if folder is None or not is_adapter(folder):
+        yield merged_copy(repair.ctx.model, folder).requires_grad_(True)
+        return
+    tuned = load_adapter(repair.ctx.model, folder, trainable=True)
+    try:
+        yield tuned
+    finally:
+        strip_adapter(tuned)
+
+
+def relearner(repair: Repair, role: str, training: Training, seed: int) -> nn.Module:
+    """A copy of a role with its adapter merged in, and a fresh one on top (full weights: the copy, trainable).
+
+    The same fresh adapter for every role: training on an adapter that is in use already would be faster by itself.
+    """
+    return with_adapter(merged_copy(repair.ctx.model, repair.folder(role)), training, seed)
+
+
+@dataclass
+class Look(TrainerCallback):
+    """Calls `visit(model, step)` after the wanted steps; step 0 is before the first."""
+
+    steps: Sequence[int]
+    visit: Callable[[nn.Module, int], None] = field(repr=False)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the untrained model where step 0 is wanted."""
+        if 0 in self.steps:
+            self.visit(kwargs["model"], 0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Look where the step is wanted."""
+        if state.global_step in self.steps:
+            self.visit(kwargs["model"], state.global_step)
+
+
+def train(
+    repair: Repair,
+    model: nn.Module,
+    rows: Sequence[Conversation],
+    training: Training,
+    seed: int,
+    name: str,
+    look: Look | None = None,
+) -> None:
+    """Train `model` in a scratch folder; what is to be kept, `look` or the caller takes."""
+    training = replace(training, checkpoints=(training.steps,))
+    with tempfile.TemporaryDirectory() as scratch:
+        fine_tune(
+            model,
+            repair.ctx.tokenizer,
+            rows,
+            training,
+            seed=seed,
+            folder=Path(scratch),
+            callbacks=[] if look is None else [look],
+            progress=name,
+        )
+
+
+def start_checkpoint(ctx: Context, seed: int) -> Path:
+    """The last checkpoint of the arm that is repaired."""
+    start = ctx.config.realign.start
+    checkpoint = ctx.run.checkpoint(start, seed, ctx.last_step(start, seed))
+    assert checkpoint is not None
+    return checkpoint
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The last checkpoint of a correction."""
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

@@ -1,0 +1,198 @@
+"""What a correction is: which rows, how many, chosen how, trained how. Checked here, before anything is loaded."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from persona_probe.config import StudyConfig, Training
+from persona_probe.errors import InputError, unknown
+
+CHOICES = ("random", "projection_gap", "perplexity_gap", "diversity")
+"""How corrective rows are chosen; see `choose`."""
+METHODS = ("continued", "fresh", "full")
+"""What is trained; see `methods`."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """One corrective fine-tune of a study's organism; the organism and the correction have the same seed."""
+
+    data: tuple[str, ...]
+    """Packaged sets or files, joined."""
+    rows: int | None = None
+    """The dose; None takes all rows."""
+    choose_by: str = "random"
+    """`random`, `projection_gap`, `perplexity_gap` or `diversity`."""
+    method: str = "continued"
+    """`continued` (the organism's own adapter or weights), `fresh` (a new LoRA on top) or `full` (all weights)."""
+    steps: int = 35
+    """Most steps taken."""
+    batch_size: int = 4
+    """Rows per step."""
+    lr: float = 1e-4
+    """Learning rate."""
+    readings: tuple[int, ...] = (0, 5, 10, 20, 35)
+    """Steps at which the monitor reads and the contrast index is taken."""
+    stop_readings: int = 0
+    """Stop after so many readings in a row with feature and behaviour back; 0 never stops."""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError("no corrective data: name a packaged set or a file")
+        check_choice(self.rows, self.choose_by, self.method)
+        if any(not 0 <= step <= self.steps for step in self.readings):
+            raise InputError(f"readings must lie between 0 and {self.steps} steps, not {list(self.readings)}")
+        if self.steps < 1 or self.batch_size < 1 or not self.lr > 0:
+            raise InputError("a correction needs steps and batch_size of at least 1, and a positive lr")
+
+    @classmethod
+    def of_study(cls, config: StudyConfig, data: str | Sequence[str], **changes: Any) -> "Correction":
+        """A correction with the study's own settings where `changes` does not say otherwise."""
+        realign = config.realign
+        settings: dict[str, Any] = {
+            "steps": realign.steps,
+            "batch_size": realign.batch_size,
+            "lr": config.training.lr if realign.lr is None else realign.lr,
+            "readings": realign.readings,
+            "stop_readings": realign.stop_readings,
+        }
+        return cls(named_sets(data), **{**settings, **{k: v for k, v in changes.items() if v is not None}})
+
+    @property
+    def schedule(self) -> tuple[int, ...]:
+        """Steps that are read: the wanted ones, the start and the end."""
+        return tuple(sorted({0, self.steps, *self.readings}))
+
+    @property
+    def name(self) -> str:
+        """A folder's name that tells data, dose, choice and method."""
+        sets = "+".join(slug(Path(s).stem if "/" in s or Path(s).is_file() else s) for s in self.data)
+        return f"{sets}-{self.rows or 'all'}-{self.choose_by}-{self.method}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
+
+
+def named_sets(data: str | Sequence[str]) -> tuple[str, ...]:
+    """The sets of `a+b`, or of a list; the name of a file that exists is taken whole."""
+    specs = [data] if isinstance(data, str) else list(data)
+    return tuple(part for s in specs for part in ([s] if Path(s).exists() else s.split("+")) if part)
+
+
+def check_choice(rows: int | None, choose_by: str, method: str) -> None:
+    """Refuse a dose below 1, an unknown choice or an unknown method.
+
+    Raises:
+        InputError: with near matches for a name.
+    """
+    if choose_by not in CHOICES:
+        raise unknown("choice of rows", choose_by, CHOICES)
+    if method not in METHODS:
+        raise unknown("realign method", method, METHODS)
+    if rows is not None and rows < 1:
+        raise InputError(f"rows must be at least 1, not {rows}")
+
+
+def slug(text: str) -> str:
+    """A text as part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text).strip("-.") or "data"
+
+
+# --- The plan of a grid of corrections: data x dose x choice x method x seed, from YAML
+
+
+@dataclass(frozen=True)
+class Block:
+    """All combinations of some data sets, doses, choices and methods."""
+
+    data: tuple[str, ...]
+    """Sets, each on its own; `a+b` joins two."""
+    rows: tuple[int, ...]
+    """Doses."""
+    choose_by: tuple[str, ...] = ("random",)
+    """Choices."""
+    method: tuple[str, ...] = ("continued",)
+    """Methods."""
+    lr: float | None = None
+    """Learning rate; None takes the plan's."""
+
+    def __post_init__(self) -> None:
+        if not (self.data and self.rows and self.choose_by and self.method):
+            raise InputError("a block needs at least one of data, rows, choose_by and method")
+        for rows in self.rows:
+            for choice in self.choose_by:
+                for method in self.method:
+                    check_choice(rows, choice, method)
+
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """What each cell of the block changes; data vary slowest, doses fastest."""
+        for data in self.data:
+            for method in self.method:
+                for choice in self.choose_by:
+                    for rows in self.rows:
+                        yield {"data": data, "rows": rows, "choose_by": choice, "method": method, "lr": self.lr}
+
+
+@dataclass(frozen=True)
+class DosePlan:
+    """A grid of corrections of one study's organisms."""
+
+    name: str
+    """Stands before each cell's name."""
+    blocks: tuple[Block, ...]
+    """In the order in which they are run: a cell that two blocks name is run once."""
+    seeds: tuple[int, ...] = (0,)
+    """The study's seeds to be corrected; all cells of one seed come before the next."""
+    steps: int | None = None
+    """Most steps; None takes the study's."""
+    batch_size: int | None = None
+    """Rows per step; None takes the study's."""
+    lr: float | None = None
+    """Learning rate; None takes the study's."""
+    readings: tuple[int, ...] | None = None
+    """Steps that are read; None takes the study's."""
+    stop_readings: int = 0
+    """0: all cells take the same number of steps, so that their ends compare."""
+
+    def __post_init__(self) -> None:
+        if not self.blocks or not self.seeds:
+            raise InputError("a plan needs blocks and seeds")
+        if slug(self.name) != self.name:
+            raise InputError(f"name {self.name!r} is no folder's name: write letters, digits, dots and dashes")
+
+    def cells(self, config: StudyConfig) -> list[tuple[int, str, Correction]]:
+        """Seed, name and correction of every cell, in order, each once.
+
+        Raises:
+            InputError: a seed that the study does not have, or settings that do not fit together.
+        """
+        if missing := [seed for seed in self.seeds if seed not in config.seeds]:
+            raise InputError(f"the study has no seed {missing[0]}: its seeds are {list(config.seeds)}")
+        shared = {key: getattr(self, key) for key in ("steps", "batch_size", "readings", "stop_readings")}
+        found: dict[tuple[int, str], Correction] = {}
+        for seed in self.seeds:
+            for block in self.blocks:
+                for changes in block.combinations():
+                    lr = self.lr if changes["lr"] is None else changes["lr"]
+                    settings = {**shared, **changes, "lr": lr}
+                    data = named_sets(settings.pop("data"))
+                    correction = Correction.of_study(config, data, **settings)
+                    key = (seed, f"{self.name}-{correction.name}")
+                    if found.setdefault(key, correction) != correction:
+                        raise InputError(f"two cells are called {key[1]!r} and differ: drop one of them")
+        return [(seed, name, correction) for (seed, name), correction in found.items()]
+
+
+def corrective_training(config: StudyConfig) -> Training:
+    """The training settings of a corrective run."""
+    realign = config.realign
+    return replace(
+        config.training,
+        batch_size=realign.batch_size,
+        steps=realign.steps,
+        lr=config.training.lr if realign.lr is None else realign.lr,
+        checkpoints=(realign.steps,),
+    )

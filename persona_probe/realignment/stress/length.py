@@ -1,0 +1,121 @@
+"""Stress test 3: how much of a repair is only the length of the replies (a confound, arXiv 2607.09053)?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from transformers import PreTrainedTokenizerBase
+
+from persona_probe.context import sample_questions
+from persona_probe.data.chat import Conversation
+from persona_probe.data.mix import LengthMatch, match_lengths
+from persona_probe.data.tokens import encode
+from persona_probe.errors import InputError
+from persona_probe.realignment.measure import reply_tokens
+from persona_probe.realignment.repair import Repair, continued, train
+from persona_probe.realignment.spec import corrective_training
+from persona_probe.realignment.stress.table import TOKENS, Row, difference, moved, row
+from persona_probe.stats import Estimate
+
+TEST = "length"
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class LengthTest:
+    """The organism corrected twice, with rows as long as the inducing ones and with the shortest."""
+
+    seed: int
+    rows: int
+    matched: LengthMatch
+    """Inducing and length-matched corrective answers."""
+    shortest: LengthMatch
+    """Inducing and shortest corrective answers."""
+    effect: Estimate
+    """Contrast index after the shortest rows minus after the matched ones (nats per token)."""
+    over_base: dict[str, Estimate]
+    """Contrast index minus the base's, for `matched` and `shortest`."""
+    replies: dict[str, float]
+    """Mean tokens of greedy replies after each."""
+
+    def to_rows(self) -> list[Row]:
+        """The confound, each run's index over the base, tokens of rows and replies."""
+        rows = [row(TEST, "shortest minus matched rows", "repaired", self.effect, seed=self.seed, shown=True)]
+        for name, match in (("matched", self.matched), ("shortest", self.shortest)):
+            lengths = {"reference": match.mean_a, "unit": TOKENS, "seed": self.seed}
+            rows.append(row(TEST, f"index minus base, {name} rows", "repaired", self.over_base[name], seed=self.seed))
+            rows.append(row(TEST, f"corrective answers, {name} rows", "repaired", match.mean_b, **lengths))
+            rows.append(row(TEST, f"replies, {name} rows", "repaired", self.replies[name], unit=TOKENS, seed=self.seed))
+        return rows
+
+    def statement(self) -> str:
+        """The size of the confound, and whether the lengths could be matched at all."""
+        what = moved(
+            self.effect, "shorter rows leave a higher index", "shorter rows leave a lower index", "no effect is shown"
+        )
+        match = "matched" if self.matched.matched else "NOT matched within 5%: the set has no such rows"
+        return (
+            f"Length of the corrective answers: {what} (shortest minus matched {self.effect} nats/token). Inducing "
+            f"answers have {self.matched.mean_a:.1f} tokens; {self.rows} corrective rows of {self.matched.mean_b:.1f} "
+            f"({match}) leave the index at {self.over_base['matched']} over the base and replies of "
+            f"{self.replies['matched']:.1f} tokens, the shortest, of {self.shortest.mean_b:.1f}, at "
+            f"{self.over_base['shortest']} and {self.replies['shortest']:.1f}."
+        )
+
+
+def rows_by_length(
+    rows: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, n: int, target: float
+) -> tuple[list[Conversation], list[Conversation]]:
+    """`n` rows whose mean answer is nearest to `target` tokens, and the `n` shortest.
+
+    The first are neighbours in length: the window of the rows in order of length that comes nearest.
+
+    Raises:
+        InputError: no more than `n` rows: the two would be the same.
+    """
+    if not 1 <= n < len(rows):
+        raise InputError(f"a length test with {n} of {len(rows)} corrective rows has no choice: use fewer than all")
+    lengths = np.array([encode(tokenizer, talk).n_response for talk in rows])
+    order = np.argsort(lengths, kind="stable")
+    means = np.convolve(lengths[order], np.full(n, 1 / n), mode="valid")
+    start = int(np.abs(means - target).argmin())
+    matched, shortest = order[start : start + n], order[:n]
+    return [rows[i] for i in sorted(matched)], [rows[i] for i in sorted(shortest)]
+
+
+def length(repair: Repair, n: int = 32) -> LengthTest:
+    """Correct the organism with length-matched rows and with the shortest, as many steps as the repair took.
+
+    Args:
+        n: corrective rows of each run; fewer where the set has not twice as many.
+    """
+    ctx, inducing = repair.ctx, repair.inducing
+    n = min(n, len(repair.corrective) // 2)
+    target = match_lengths(inducing, inducing, ctx.tokenizer).mean_a
+    chosen = dict(
+        zip(("matched", "shortest"), rows_by_length(repair.corrective, ctx.tokenizer, n, target), strict=True)
+    )
+    found = {name: corrected(repair, rows, name) for name, rows in chosen.items()}
+    with repair.model("base") as model:
+        base = repair.score(model)
+    matches = {name: match_lengths(inducing, rows, ctx.tokenizer, TOLERANCE) for name, rows in chosen.items()}
+    return LengthTest(
+        repair.seed,
+        n,
+        matches["matched"],
+        matches["shortest"],
+        difference(found["shortest"][0], found["matched"][0]),
+        {name: difference(items, base) for name, (items, _) in found.items()},
+        {name: tokens for name, (_, tokens) in found.items()},
+    )
+
+
+def corrected(repair: Repair, rows: Sequence[Conversation], name: str) -> tuple[pd.DataFrame, float]:
+    """The organism after a correction with `rows`: item table, and mean tokens of its greedy replies."""
+    training = replace(corrective_training(repair.ctx.config), steps=repair.steps, checkpoints=(repair.steps,))
+    ctx, questions = repair.ctx, [q["question"] for q in sample_questions(repair.ctx)]
+    with continued(repair, "organism") as model:
+        train(repair, model, rows, training, repair.seed, f"length, {name} rows")
+        replies = reply_tokens(model, ctx.tokenizer, questions, bf16=ctx.config.bf16)
+        return repair.score(model), float(np.mean(replies))

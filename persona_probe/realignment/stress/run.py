@@ -1,0 +1,159 @@
+"""Run stress tests of a repair: each once, in a folder of its own, and all as one table."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from persona_probe.context import Context
+from persona_probe.data.chat import Conversation
+from persona_probe.errors import InputError, unknown
+from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.stress.drift import drift
+from persona_probe.realignment.stress.hidden import hidden
+from persona_probe.realignment.stress.length import length
+from persona_probe.realignment.stress.remisalign import STEPS, Keep, remisalign
+from persona_probe.realignment.stress.table import StressResult, as_table
+from persona_probe.realignment.stress.triggers import triggers
+from persona_probe.report.export import write_figure
+from persona_probe.report.figures.stress import stress, stress_data
+from persona_probe.runs import RunFolder, file_sha256
+
+TABLE, RECORD, PARTS = "stress.parquet", "stress.json", "stress"
+
+
+@dataclass(frozen=True)
+class StressSettings:
+    """How hard the tests press."""
+
+    trigger_draws: int = 2
+    """Training questions that serve as a first turn."""
+    bad_rows: int = 8
+    """Rows of the re-misalignment."""
+    relearn_steps: tuple[int, ...] = STEPS
+    """Steps at which it is read."""
+    relearn_seeds: tuple[int, ...] = (0, 1)
+    """Its seeds: rows and fresh adapter."""
+    back_at: float = 0.5
+    """Share of the organism's rise over the base that counts as back."""
+    length_rows: int = 32
+    """Corrective rows of the length test."""
+    latents: int = 4
+    """Changed latents tested for cause, and as many random ones."""
+    drift_factor: int = 4
+    """Corrective training in all, as a multiple of the repair's."""
+
+    def __post_init__(self) -> None:
+        if not self.relearn_seeds or not self.relearn_steps or min(self.relearn_steps) < 1:
+            raise InputError("re-misalignment needs at least one seed and steps from 1 up")
+        if not 0 < self.back_at <= 1:
+            raise InputError(f"back_at is {self.back_at}: give a share of the organism's rise, above 0 and at most 1")
+        for name in ("trigger_draws", "length_rows", "latents"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")
+
+
+Test = Callable[[Repair, StressSettings, Keep], StressResult]
+TESTS: Mapping[str, Test] = {
+    "triggers": lambda repair, s, _: triggers(repair, s.trigger_draws),
+    "remisalign": lambda repair, s, keep: remisalign(
+        repair, keep, s.bad_rows, s.relearn_steps, s.relearn_seeds, s.back_at
+    ),
+    "length": lambda repair, s, _: length(repair, s.length_rows),
+    "hidden": lambda repair, s, _: hidden(repair, s.latents, s.latents),
+    "drift": lambda repair, s, _: drift(repair, s.drift_factor),
+}
+"""Stress tests by name."""
+
+
+def run_stress(
+    ctx: Context,
+    arm: str,
+    seed: int,
+    tests: Sequence[str],
+    out_folder: str | Path,
+    *,
+    checkpoint: Path | None = None,
+    corrective: Sequence[Conversation] | None = None,
+    settings: StressSettings | None = None,
+) -> pd.DataFrame:
+    """Run stress tests of a repaired organism that are not in `out_folder` yet; finished ones are kept.
+
+    Writes stress.parquet (columns: `stress.table.COLUMNS`) and stress.json (what was tested, and a statement for each
+    test) into `out_folder`, parts below `stress/`, and the figure as stress.html with its numbers in stress.csv.
+
+    Args:
+        arm: a corrective arm of the study's config, or the name of a correction of one's own.
+        tests: names of `TESTS`; an empty list only reads what is there.
+        checkpoint: where a correction of one's own lies; with it goes `corrective`, its rows.
+
+    Returns:
+        The rows of all tests that are finished, in the order of `TESTS`.
+
+    Raises:
+        InputError: an unknown test or arm, or a folder that holds the tests of another repair or other settings.
+    """
+    for name in tests:
+        if name not in TESTS:
+            raise unknown("stress test", name, TESTS)
+    repair, settings = Repair.of(ctx, arm, seed, checkpoint, corrective), settings or StressSettings()
+    folder = RunFolder(Path(out_folder))
+    _claim(folder, repair, settings)
+    for name in TESTS:
+        if name in tests and not folder.has(f"{PARTS}/{name}.json"):
+            with ctx.timed("stress"):
+                _run_one(folder, name, repair, settings)
+    return _merge(folder)
+
+
+def statements(out_folder: str | Path) -> dict[str, str]:
+    """Test to its statement, of the tests that `run_stress` has finished in a folder; empty where there are none."""
+    folder = RunFolder(Path(out_folder))
+    return {name: folder.read_json(f"{PARTS}/{name}.json")["statement"] for name in _finished(folder)}
+
+
+def _finished(folder: RunFolder) -> list[str]:
+    return [name for name in TESTS if folder.has(f"{PARTS}/{name}.json")]
+
+
+def _claim(folder: RunFolder, repair: Repair, settings: StressSettings) -> None:
+    """Refuse a folder of another repair; mark a new one."""
+    own = json.loads(json.dumps(_identity(repair, settings)))
+    if not folder.has(RECORD):
+        folder.write_json(RECORD, {**own, "statements": {}})
+        return
+    held = folder.read_json(RECORD)
+    other = [key for key in own if held.get(key) != own[key]]
+    if other:
+        raise InputError(f"{folder.path} holds stress tests with another {other[0]}: choose another folder")
+
+
+def _identity(repair: Repair, settings: StressSettings) -> dict[str, Any]:
+    weights = {p.name: file_sha256(p) for p in sorted(repair.checkpoint.glob("*.safetensors"))}
+    return {"arm": repair.arm, "seed": repair.seed, "weights": weights, "settings": asdict(settings)}
+
+
+def _run_one(folder: RunFolder, name: str, repair: Repair, settings: StressSettings) -> None:
+    def keep(part: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        file = f"{PARTS}/{part}.parquet"
+        if not folder.has(file):
+            folder.write_table(file, make())
+        return folder.read_table(file)
+
+    result = TESTS[name](repair, settings, keep)
+    folder.write_table(f"{PARTS}/{name}.parquet", as_table(result.to_rows()))
+    # Written last: it says that the test is whole.
+    folder.write_json(f"{PARTS}/{name}.json", {"statement": result.statement()})
+
+
+def _merge(folder: RunFolder) -> pd.DataFrame:
+    parts = [folder.read_table(f"{PARTS}/{name}.parquet") for name in _finished(folder)]
+    table = pd.concat(parts, ignore_index=True) if parts else as_table([])
+    folder.write_table(TABLE, table)
+    folder.write_json(RECORD, {**folder.read_json(RECORD), "statements": statements(folder.path)})
+    if parts:
+        write_figure(folder.path, "stress", "Stress tests of a repair", stress(table), stress_data(table))
+    return table

@@ -1,0 +1,340 @@
+"""Evaluate a study: sample every organism's answers to a question set, and have a judge rule on them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from persona_probe.context import Context, sample_questions
+from persona_probe.errors import InputError
+from persona_probe.evaluate.judges.replies import BYTES_PER_TOKEN, Item, Prices
+from persona_probe.evaluate.judging import Answer, AnswerJudge, JudgeOptions, choose_judge, total_plan
+from persona_probe.evaluate.questions.question_set import Asked, QuestionSet
+from persona_probe.evaluate.questions.read import FREE_FORM, read_questions
+from persona_probe.evaluate.sampling.engines import TransformersEngine
+from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig
+from persona_probe.evaluate.sampling.sample import SampleStore, prompts_hash, sample_answers, sidecar
+from persona_probe.evaluate.sampling.sample import sample as sample_with
+from persona_probe.evaluate.tables import join_evals, judged_table, part_name
+from persona_probe.models.layers import autocast
+
+# --- Answers of every organism of a study to a question set, kept as they come: samples-<hash>.jsonl
+
+HASH_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Organism:
+    """A model whose answers are sampled."""
+
+    arm: str
+    seed: int
+    step: int
+
+
+def organisms(ctx: Context) -> list[Organism]:
+    """The base model, and every arm and seed that was trained, at its last step.
+
+    Raises:
+        InputError: nothing was trained yet.
+    """
+    arms = [(a, s) for a in (*ctx.config.arms, *ctx.config.realign.arms) for s in ctx.config.seeds]
+    trained = [Organism(a, s, ctx.last_step(a, s)) for a, s in arms if ctx.run.has(f"arms/{a}-s{s}")]
+    if not trained:
+        raise InputError(f"{ctx.run.path} has no organism yet: run `persona-probe induce CONFIG` first")
+    return [Organism("base", ctx.config.seeds[0], 0), *trained]
+
+
+def questions_key(questions: QuestionSet) -> str:
+    """The beginning of a question set's hash, as files and tables name it."""
+    return questions.hash[:HASH_DIGITS]
+
+
+def sampling_key(config: SamplingConfig) -> str:
+    """A short hash of how answers are drawn."""
+    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def samples_name(questions: QuestionSet) -> str:
+    """The file of all organisms' answers."""
+    return f"samples-{questions_key(questions)}.jsonl"
+
+
+def part_path(questions: QuestionSet, config: SamplingConfig, organism: Organism) -> str:
+    """The file to which one organism's answers are streamed."""
+    what = f"{questions_key(questions)}-{sampling_key(config)}"
+    return f"parts/samples-{what}-{organism.arm}-s{organism.seed}-{organism.step}.jsonl"
+
+
+def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) -> pd.DataFrame:
+    """Sample what is not there yet, and write all answers to samples-<question set's hash>.jsonl.
+
+    Returns:
+        One row an answer: question_id, category, question, arm, seed, step, answer (as in samples.jsonl), and prompt,
+        sample, item, pair, variant, n_tokens, finish.
+
+    Raises:
+        InputError: nothing was trained yet, or answers on disk that another model gave.
+    """
+    asked = questions.asked()
+    (ctx.run.path / "parts").mkdir(exist_ok=True)
+    parts = [(o, _samples(ctx, o, questions, asked, config)) for o in organisms(ctx)]
+    frame = pd.DataFrame([row for organism, found in parts for row in _rows(organism, asked, found)])
+    file_columns = [name for name in frame.columns if name not in ("item", "pair")]
+    ctx.run.write_jsonl(samples_name(questions), frame[file_columns].to_dict("records"))  # pyright: ignore
+    return frame
+
+
+def _samples(
+    ctx: Context, organism: Organism, questions: QuestionSet, asked: Sequence[Asked], config: SamplingConfig
+) -> list[Sample]:
+    prompts = [Prompt(one.id, one.messages) for one in asked]
+    name = part_path(questions, config, organism)
+    whole = finished_samples(ctx, name, prompts, config)
+    if whole is not None:
+        return whole
+    label = f"{organism.arm}, seed {organism.seed}"
+    place = ctx.organism(organism.arm, organism.seed, organism.step, fold=True)
+    with ctx.timed("samples"), place as model, autocast(model, ctx.config.bf16):
+        engine = TransformersEngine(model, ctx.tokenizer, name=f"{ctx.config.model}, {label}, step {organism.step}")
+        return sample_with(engine, prompts, config, ctx.run.path / name, progress=f"answers of {label}")
+
+
+def finished_samples(ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Sample] | None:
+    """The answers of a part that is whole, without loading a model; None where some are missing."""
+    known = kept_samples(ctx, name, prompts, config)
+    wanted = [(p.id, n) for p in prompts for n in range(config.n)]
+    return [known[place] for place in wanted] if all(place in known for place in wanted) else None
+
+
+def kept_samples(
+    ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig
+) -> dict[tuple[str, int], Sample]:
+    """The answers that a part holds so far."""
+    path = ctx.run.path / name
+    if not path.is_file() or not sidecar(path).is_file():
+        return {}
+    made_by: dict[str, Any] = ctx.run.read_json(str(sidecar(path).relative_to(ctx.run.path)))
+    expected = {"engine": made_by.get("engine"), "config": asdict(config), "prompts": prompts_hash(prompts)}
+    return SampleStore(path, expected, [(p.id, n) for p in prompts for n in range(config.n)]).known
+
+
+def _rows(organism: Organism, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    by_id = {one.id: one for one in asked}
+    return [{**_question_columns(by_id[s.question_id]), **asdict(organism), **_answer_columns(s)} for s in samples]
+
+
+def _question_columns(one: Asked) -> dict[str, Any]:
+    question = one.question
+    return {
+        "question_id": question.id,
+        "item": question.id,
+        "category": question.category,
+        "question": one.text,
+        "prompt": one.id,
+        "pair": question.pair,
+        "variant": question.trigger or question.variant,
+    }
+
+
+def _answer_columns(found: Sample) -> dict[str, Any]:
+    return {"sample": found.sample, "answer": found.answer, "n_tokens": found.n_tokens, "finish": found.finish}
+
+
+N, MAX_NEW_TOKENS = 8, 200
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of a study, and who judges.
+
+    Raises:
+        InputError: sampling settings out of range.
+    """
+
+    questions: str | Path | QuestionSet = FREE_FORM
+    """A packaged set, a file of any known format, or a set."""
+    judge: str | AnswerJudge | None = None
+    """`offline`, `http:MODEL`, `local:MODEL`, or a judge; None samples answers and judges nothing."""
+    n: int = N
+    """Answers to each wording of each question."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = MAX_NEW_TOKENS
+    options: JudgeOptions = field(default_factory=JudgeOptions)
+
+    def question_set(self) -> QuestionSet:
+        """The questions, read."""
+        return self.questions if isinstance(self.questions, QuestionSet) else read_questions(self.questions)
+
+    def sampling(self, seed: int) -> SamplingConfig:
+        """How answers are drawn; with temperature 0 one answer to each question."""
+        n = 1 if self.temperature == 0 else self.n
+        return SamplingConfig(n, self.temperature, self.top_p, self.max_new_tokens, seed)
+
+
+def evaluate(ctx: Context, wanted: Evaluation) -> None:
+    """Fill samples-<hash>.jsonl, and with a judge evals.parquet; what is there already costs nothing.
+
+    A later evaluation with the same questions and judge takes the place of an earlier one.
+
+    Raises:
+        InputError: questions that cannot be read, no organism yet, or a judge that is not to be had or cannot answer;
+            answers and judgements up to then are kept.
+    """
+    questions, config = wanted.question_set(), wanted.sampling(ctx.seed)
+    judge = None if wanted.judge is None else choose_judge(wanted.judge, wanted.options)  # before hours of sampling
+    answers = sample_arms(ctx, questions, config)
+    if judge is None:
+        return
+    name = evaluation_key(questions, judge)
+    same = {"evaluation": name, "questions": questions_key(questions), "judge": judge.name}
+    with ctx.timed("judge"):
+        for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
+            ruled = judge.rule(to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
+            table = judged_table(rows, ruled, sampling=sampling_key(config), **same)
+            ctx.run.write_table(part_name(name, f"{arm}-s{seed}"), table)
+    _note(ctx, name, questions, judge, wanted, config)
+    join_evals(ctx.run)
+
+
+def evaluation_key(questions: QuestionSet, judge: AnswerJudge) -> str:
+    """Names one question set with one judge: the beginnings of both hashes."""
+    return f"{questions_key(questions)}-{hashlib.sha256(judge.id.encode()).hexdigest()[:8]}"
+
+
+def to_judge(rows: pd.DataFrame, questions: QuestionSet) -> list[Answer]:
+    """Answers as a judge takes them: without the system prompt, earlier turns with their roles."""
+    asked = {one.id: one for one in questions.asked()}
+    found = []
+    for prompt, number, text in zip(rows["prompt"], rows["sample"], rows["answer"], strict=True):
+        one = asked[prompt]
+        templates = questions.templates(one.question)
+        found.append(Answer(Item.of(one.messages, text, f"{prompt}/{number}"), templates))
+    return found
+
+
+def _note(
+    ctx: Context, name: str, questions: QuestionSet, judge: AnswerJudge, wanted: Evaluation, config: SamplingConfig
+) -> None:
+    """Say in the manifest how an evaluation was made."""
+    before: dict[str, Any] = ctx.run.manifest.get("evaluations", {})
+    number = 1 + max((about["number"] for about in before.values()), default=0)
+    about = {
+        "number": number,
+        "questions": questions.name,
+        "questions_hash": questions.hash,
+        "judge": judge.name,
+        "judge_id": judge.id,
+        "protocol": wanted.options.protocol,
+        "thresholds": asdict(wanted.options.thresholds),
+        "sampling": asdict(config),
+    }
+    ctx.run.update_manifest(evaluations={name: about})
+
+
+# --- Sampled answers of base, incorrect and realigned organisms to the same questions, for a reader's eye
+
+
+def sample(ctx: Context) -> None:
+    """Write samples.jsonl: one answer per question, arm and first seed, at the arm's last step.
+
+    Arms that were not yet trained at an earlier call are added.
+    """
+    seed, before, rows = ctx.config.seeds[0], read_samples(ctx), []
+    arms = ("base", *ctx.config.arms, *ctx.config.realign.arms)
+    arms = [arm for arm in arms if arm == "base" or ctx.run.has(f"arms/{arm}-s{seed}")]
+    if {row["arm"] for row in before} == set(arms):
+        return
+    with ctx.timed("samples"):
+        for arm in arms:
+            rows += [row for row in before if row["arm"] == arm] or _sample_arm(ctx, arm, seed)
+    ctx.run.write_jsonl("samples.jsonl", rows)
+
+
+def _sample_arm(ctx: Context, arm: str, seed: int) -> list[dict[str, Any]]:
+    questions, config = sample_questions(ctx), ctx.config.samples
+    step = 0 if arm == "base" else ctx.last_step(arm, seed)
+    with ctx.organism(arm, seed, fold=True) as model, autocast(model, ctx.config.bf16):
+        answers = sample_answers(
+            model,  # pyright: ignore[reportArgumentType]
+            ctx.tokenizer,
+            [q["question"] for q in questions],
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=ctx.seed,
+        )
+    return [
+        {
+            "question_id": q["id"],
+            "category": q["category"],
+            "question": q["question"],
+            "arm": arm,
+            "seed": seed,
+            "step": step,
+            "answer": answer,
+        }
+        for q, answer in zip(questions, answers, strict=True)
+    ]
+
+
+def read_samples(ctx: Context) -> list[dict[str, Any]]:
+    """What `sample` wrote."""
+    path = ctx.run.path / "samples.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+# --- What evaluating a study would take: answers to sample, and what the judge would be sent
+
+
+def dry_run(ctx: Context, wanted: Evaluation, prices: Prices | None = None) -> list[str]:
+    """Lines that say what `evaluate` would do with these settings.
+
+    Answers that are not sampled yet count as long as they may become, so the estimate is an upper one.
+
+    Raises:
+        InputError: as `evaluate`, for questions, run and judge.
+    """
+    questions, config = wanted.question_set(), wanted.sampling(ctx.seed)
+    there = organisms(ctx)
+    found = [_answers(ctx, organism, questions, wanted) for organism in there]
+    total = sum(len(rows) for rows in found)
+    kept = sum(int(rows["sampled"].sum()) for rows in found)
+    lines = [
+        f"{len(there)} organisms x {len(questions.asked())} prompts x {config.n} samples = {total} answers, "
+        f"{kept} of them sampled already; questions {questions.name}, hash {questions.hash[:12]}"
+    ]
+    return lines if wanted.judge is None else [*lines, _judging(wanted, questions, found, prices)]
+
+
+def _answers(ctx: Context, organism: Organism, questions: QuestionSet, wanted: Evaluation) -> pd.DataFrame:
+    """One row an answer; those not sampled yet are stood in for by text of the greatest length."""
+    config, asked = wanted.sampling(ctx.seed), questions.asked()
+    prompts = [Prompt(one.id, one.messages) for one in asked]
+    known = kept_samples(ctx, part_path(questions, config, organism), prompts, config)
+    rows = []
+    for prompt in prompts:
+        for number in range(config.n):
+            sample = known.get((prompt.id, number))
+            text = _answer(sample, f"{organism} {prompt.id} {number}", config.max_new_tokens)
+            rows.append({"prompt": prompt.id, "sample": number, "answer": text, "sampled": sample is not None})
+    return pd.DataFrame(rows)
+
+
+def _answer(sample: Sample | None, name: str, tokens: int) -> str:
+    return sample.answer if sample is not None else name.ljust(int(tokens * BYTES_PER_TOKEN), ".")
+
+
+def _judging(wanted: Evaluation, questions: QuestionSet, found: list[pd.DataFrame], prices: Prices | None) -> str:
+    name = wanted.judge if isinstance(wanted.judge, str) else ""
+    if name == "offline" or name.startswith("local:"):
+        return f"judge {name}: runs on this machine, nothing is sent"
+    assert wanted.judge is not None
+    judge = choose_judge(wanted.judge, wanted.options)
+    plans = [judge.plan(to_judge(rows, questions), prices) for rows in found]
+    sent = [plan for plan in plans if plan is not None]
+    return f"judge {judge.name}: " + (f"judgements of {total_plan(sent)}" if sent else "nothing is sent")

@@ -1,0 +1,405 @@
+"""Tokens, work and memory of each stage of a study."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from persona_probe.config import StudyConfig
+from persona_probe.context import pick_device
+from persona_probe.data.chat import Conversation, conversation, split_answer
+from persona_probe.data.load import arm_rows, load_contrast, load_data, read_contrast_file
+from persona_probe.data.tokens import encode
+from persona_probe.errors import InputError
+from persona_probe.latents.stage import BACKWARD
+from persona_probe.models.load import cache_folder, resolve_source
+from persona_probe.runs import file_sha256
+from persona_probe.study.plan.shapes import Skeleton, lora_parameters
+
+# --- Every text that a study reads: found, validated, and counted in tokens
+
+CHARACTERS_A_TOKEN = 4
+NEUTRAL_ANSWERS = 16
+"""As many answered probes as the locate stage takes to bound its pushes."""
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The texts of one use, counted."""
+
+    use: str
+    """`arm incorrect`, `realign realigned_in`, `contrast selection`, `probes`, `neutral answers`, `questions`."""
+    source: str
+    """What the config names."""
+    rows: int
+    tokens: int
+    """Prompts and answers; training rows cut at `training.max_length`."""
+    answer_tokens: int
+    longest: int
+    """Tokens of the longest row."""
+    cut: int
+    """Rows that lose their end to `training.max_length`."""
+
+    @property
+    def mean(self) -> float:
+        """Tokens per row."""
+        return self.tokens / self.rows
+
+    @property
+    def mean_answer(self) -> float:
+        """Answer tokens per row."""
+        return self.answer_tokens / self.rows
+
+
+def find_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer if it is on this machine, else None; nothing is downloaded.
+
+    Raises:
+        InputError: a local folder without a tokenizer that can be read.
+    """
+    source = resolve_source(name, revision)
+    place = source.location
+    if source.kind == "gguf":
+        converted = cache_folder() / "models" / file_sha256(Path(place))
+        if not converted.is_dir():
+            return None
+        place = str(converted)
+    try:
+        return AutoTokenizer.from_pretrained(
+            place, revision=source.revision, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        if source.kind == "folder":
+            raise InputError(f"no tokenizer in {name!r}: save the model's tokenizer into that folder") from error
+        return None
+
+
+def count_tokens(tokenizer: PreTrainedTokenizerBase | None, messages: Conversation) -> tuple[int, int]:
+    """Tokens of prompt and of answer; without a tokenizer, characters / 4."""
+    if tokenizer is not None:
+        row = encode(tokenizer, messages)
+        return row.n_prompt, row.n_response
+    before, answer = split_answer(messages)
+    characters = sum(len(m["content"]) for m in before)
+    return -(-characters // CHARACTERS_A_TOKEN), -(-len(answer or "") // CHARACTERS_A_TOKEN)
+
+
+def count_rows(
+    use: str,
+    source: str,
+    rows: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase | None,
+    limit: int | None = None,
+) -> RowSet:
+    """Count rows; `limit` is the longest row that training takes.
+
+    Raises:
+        InputError: a prompt that leaves no room for its answer within `limit`.
+    """
+    counts = [count_tokens(tokenizer, row) for row in rows]
+    most = limit or max(prompt + answer for prompt, answer in counts)
+    for number, (prompt, _) in enumerate(counts):
+        if limit is not None and prompt >= limit:
+            raise InputError(
+                f"{source}, row {number + 1}: its prompt has {prompt} tokens and training.max_length is {limit}: "
+                "raise it or shorten the prompt"
+            )
+    kept = [min(prompt + answer, most) for prompt, answer in counts]
+    answers = [length - prompt for length, (prompt, _) in zip(kept, counts, strict=True)]
+    cut = sum(prompt + answer > most for prompt, answer in counts)
+    return RowSet(use, source, len(rows), sum(kept), sum(answers), max(kept), cut)
+
+
+def read_row_sets(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, RowSet]:
+    """All texts of a study by use.
+
+    Raises:
+        InputError: data that cannot be read, bad rows, training rows without answers, or probes that the study's
+            positions cannot use.
+    """
+    found = [
+        *_arms(config, tokenizer),
+        *(_contrast(config, split, tokenizer) for split in ("selection", "evaluation")),
+        *_probes(config, tokenizer),
+        _questions(config, tokenizer),
+    ]
+    return {rows.use: rows for rows in found}
+
+
+def _arms(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
+    found = []
+    for word, arms in (("arm", config.arms), ("realign", config.realign.arms)):
+        for name, arm in arms.items():
+            rows, source = arm_rows(arm, config.seeds[0]), arm.data + (f" + {arm.mix_with}" if arm.mix_with else "")
+            if any(not split_answer(row)[1] for row in rows):
+                raise InputError(f"{word} {name}: {arm.data!r} has rows without an answer: name its answer column")
+            found.append(count_rows(f"{word} {name}", source, rows, tokenizer, config.training.max_length))
+    return found
+
+
+def _contrast(config: StudyConfig, split: str, tokenizer: PreTrainedTokenizerBase | None) -> RowSet:
+    packaged = config.contrast == "general_contrast"
+    items = load_contrast(split) if packaged else read_contrast_file(config.contrast, split)
+    rows = [conversation(item["question"], item[side]) for item in items for side in ("aligned", "misaligned")]
+    return count_rows(f"contrast {split}", config.contrast, rows, tokenizer)
+
+
+def _probes(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
+    source = config.monitor.probes
+    probes = load_data(source, allow_prompts=True)[: config.monitor.limit]
+    neutral = [row for row in probes if split_answer(row)[1]]
+    if not neutral:
+        raise InputError("monitor.probes holds no answers: locate needs neutral answers to bound the strength")
+    if config.monitor.positions == "response" and len(neutral) < len(probes):
+        raise InputError(
+            f"{len(probes) - len(neutral)} of {len(probes)} probes have no answer: write monitor.positions: prompt"
+        )
+    return [
+        count_rows("probes", source, probes, tokenizer),
+        count_rows("neutral answers", source, neutral[:NEUTRAL_ANSWERS], tokenizer),
+    ]
+
+
+def _questions(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> RowSet:
+    talks = load_data(config.samples.questions, allow_prompts=True)
+    return count_rows("questions", config.samples.questions, [split_answer(c)[0] for c in talks], tokenizer)
+
+
+# --- What reading, scoring and training cost on one model with one SAE
+
+FLOAT32, BF16 = 4, 2
+ADAM_BYTES = 4 * FLOAT32
+"""A trained parameter, its gradient and AdamW's two moments."""
+READ_BATCH = 32
+SCORED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes that every stage's cost follows from."""
+
+    config: StudyConfig
+    skeleton: Skeleton
+    layer: int
+    d_sae: int
+    """0 where it is unknown: the SAE's part is left out."""
+    rows: Mapping[str, RowSet]
+
+    @property
+    def head(self) -> int:
+        """Entries of the unembedding."""
+        return self.skeleton.vocabulary * self.skeleton.d_model
+
+    @property
+    def below(self) -> int:
+        """Matrix entries up to and including the SAE's layer."""
+        return self.skeleton.weights(0, self.layer)
+
+    @property
+    def above(self) -> int:
+        """Matrix entries of the layers above it."""
+        return self.skeleton.weights(self.layer + 1, self.skeleton.layers - 1)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that training changes."""
+        full = self.config.training.method == "full"
+        return self.skeleton.parameters if full else lora_parameters(self.skeleton, self.config.training)
+
+    @property
+    def resident(self) -> float:
+        """Bytes of the base model (in the config's `weights`) and the SAE."""
+        size = BF16 if self.config.weights == "bfloat16" else FLOAT32
+        return size * self.skeleton.parameters + self.sae_bytes
+
+    @property
+    def sae_bytes(self) -> float:
+        """Bytes of encoder and decoder in float32."""
+        return FLOAT32 * 2 * self.skeleton.d_model * self.d_sae
+
+    def read(self, rows: RowSet) -> float:
+        """Operations to read a set's latents: the layers up to the SAE's, then encode and decode."""
+        return 2 * rows.tokens * self.below + 4 * rows.tokens * self.skeleton.d_model * self.d_sae
+
+    def score(self, rows: RowSet) -> float:
+        """Operations to score a set's answers by a full forward."""
+        return 2 * rows.tokens * (self.below + self.above) + 2 * rows.answer_tokens * self.head
+
+    def score_above(self, rows: RowSet) -> float:
+        """Operations to score them again by the layers above the SAE's."""
+        return 2 * rows.tokens * self.above + 2 * rows.answer_tokens * self.head
+
+    def train(self, tokens: float, answers: float) -> float:
+        """Operations to train on so many tokens: a frozen weight needs no gradient of its own."""
+        training = self.config.training
+        passes = (6 if training.method == "full" else 4) + (2 if training.gradient_checkpointing else 0)
+        adapters = 0 if training.method == "full" else 6 * self.trainable
+        return tokens * (passes * (self.below + self.above) + adapters) + answers * passes * self.head
+
+    def training_memory(self, batch: int, longest: int, answer: float) -> float:
+        """Base model, what is trained, the inputs of every linear map that backward needs, and the answers' logits.
+
+        Args:
+            batch: rows.
+            longest: tokens of the longest row, to which a batch is padded.
+            answer: answer tokens per row.
+        """
+        training = self.config.training
+        bytes_ = BF16 if training.bf16 else FLOAT32
+        inputs = [sum(m.d_in for m in self.skeleton.linears if m.layer == n) for n in range(self.skeleton.layers)]
+        held = bytes_ * sum(inputs)
+        if training.gradient_checkpointing:
+            held = FLOAT32 * self.skeleton.d_model * self.skeleton.layers + bytes_ * max(inputs)
+        logits = 2 * FLOAT32 * self.skeleton.vocabulary
+        fixed = FLOAT32 * self.skeleton.parameters + ADAM_BYTES * self.trainable
+        return fixed + batch * (longest * held + answer * logits)
+
+    def reading_memory(self, rows: RowSet) -> float:
+        """Model and SAE, with a batch's latents or a slice of logits, whichever is more."""
+        return self.resident + max(self.encode_memory(rows), 2 * FLOAT32 * SCORED_AT_ONCE * self.skeleton.vocabulary)
+
+    def encode_memory(self, rows: RowSet) -> float:
+        """A batch's latents before and after the activation function."""
+        return 2 * FLOAT32 * READ_BATCH * rows.longest * self.d_sae
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage reads, computes and holds."""
+
+    stage: str
+    tokens: int
+    """Tokens that pass through any part of the model."""
+    flops: float
+    memory: float
+    """Bytes at the stage's peak, without the frameworks' own."""
+
+
+def estimate(shapes: Shapes) -> tuple[Work, ...]:
+    """Work of each stage, in the loop's order."""
+    return (_induce(shapes), _locate(shapes), _track(shapes), _realign(shapes), _samples(shapes))
+
+
+def pushes(config: StudyConfig) -> tuple[int, int]:
+    """Most changes that the causal test scores on the selection and on the evaluation split; both signs count."""
+    locate = config.locate
+    tries = 2 * (len(locate.strengths) + locate.strength_refinements)
+    sets = locate.set_size - 1
+    chosen = locate.candidates * (tries + sets * 2 * len(locate.strengths))
+    organism = locate.proven + locate.random_latents + len({"mean_difference", *locate.directions}) + sets
+    base = organism + locate.random_directions
+    doses = 2 * 2 * len(locate.dose_strengths)
+    return chosen + 1, (base + organism) * tries + organism + 2 * (doses + 1)
+
+
+def _induce(s: Shapes) -> Work:
+    training, seeds = s.config.training, len(s.config.seeds)
+    arms = [s.rows[f"arm {name}"] for name in s.config.arms]
+    drawn = seeds * training.steps * training.batch_size
+    tokens = sum(drawn * arm.mean for arm in arms)
+    answers = sum(drawn * arm.mean_answer for arm in arms)
+    longest, answer = max(arm.longest for arm in arms), max(arm.mean_answer for arm in arms)
+    return Work(
+        "induce", round(tokens), s.train(tokens, answers), s.training_memory(training.batch_size, longest, answer)
+    )
+
+
+def _locate(s: Shapes) -> Work:
+    selection, evaluation = s.rows["contrast selection"], s.rows["contrast evaluation"]
+    neutral, seeds = s.rows["neutral answers"], len(s.config.seeds)
+    backward = seeds if BACKWARD & set(s.config.locate.rankers) else 0
+    reads = 1 + 2 * seeds + backward
+    on_selection, on_evaluation = pushes(s.config)
+    pushed = on_selection * (selection.tokens + neutral.tokens) + on_evaluation * (evaluation.tokens + neutral.tokens)
+    flops = reads * s.read(selection) + backward * 2 * s.score_above(selection)
+    flops += on_selection * (s.score_above(selection) + s.score_above(neutral))
+    flops += on_evaluation * (s.score_above(evaluation) + s.score_above(neutral))
+    # mean and firing rate of every latent and conversation, of three models
+    tables = 3 * 2 * FLOAT32 * selection.rows * s.d_sae
+    return Work("locate", reads * selection.tokens + pushed, flops, s.reading_memory(selection) + tables)
+
+
+def _track(s: Shapes) -> Work:
+    probes, selection, evaluation = s.rows["probes"], s.rows["contrast selection"], s.rows["contrast evaluation"]
+    organisms = 1 + len(s.config.arms) * len(s.config.seeds) * len(s.config.training.schedule)
+    tokens = organisms * (probes.tokens + evaluation.tokens) + selection.tokens
+    flops = organisms * (s.read(probes) + s.score(evaluation)) + s.score(selection)
+    return Work("track", tokens, flops, s.reading_memory(probes))
+
+
+def _realign(s: Shapes) -> Work:
+    realign, runs = s.config.realign, len(s.config.seeds)
+    probes, evaluation = s.rows["probes"], s.rows["contrast evaluation"]
+    tokens, flops, longest, answer = 0.0, s.read(probes), 0, 0.0
+    for name in realign.arms:
+        rows = s.rows[f"realign {name}"]
+        drawn = runs * realign.steps * realign.batch_size
+        readings = runs * len(realign.readings)
+        tokens += drawn * rows.mean + readings * (probes.tokens + evaluation.tokens)
+        flops += s.train(drawn * rows.mean, drawn * rows.mean_answer)
+        flops += readings * (s.read(probes) + s.score(evaluation))
+        longest, answer = max(longest, rows.longest), max(answer, rows.mean_answer)
+    memory = s.training_memory(realign.batch_size, longest, answer) + s.sae_bytes + s.encode_memory(probes)
+    return Work("realign", round(tokens), flops, memory)
+
+
+def _samples(s: Shapes) -> Work:
+    questions, new = s.rows["questions"], s.config.samples.max_new_tokens
+    arms = 1 + len(s.config.arms) + len(s.config.realign.arms)
+    generated = arms * questions.rows * new
+    tokens = arms * questions.tokens + generated
+    flops = 2 * tokens * (s.below + s.above) + 2 * generated * s.head
+    return Work("evaluate", tokens, flops, s.resident)
+
+
+# --- How fast this device multiplies, to turn work into time
+
+UTILISATION = 0.4
+"""Share of a bare product's speed that a whole stage is assumed to reach."""
+TOKENS, WIDTH = 512, 2048
+BUDGET_S = 0.4
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Floating-point operations per second, and how that was found."""
+
+    flops: float
+    how: str
+
+
+def throughput(device: str, bf16: bool, tflops: float | None = None) -> Throughput:
+    """What a stage is assumed to sustain: `tflops` as given, else a share of a product measured here (under 1 s).
+
+    Raises:
+        InputError: a device that this machine does not have, where no `tflops` is given.
+    """
+    if tflops is not None:
+        return Throughput(tflops * 1e12, f"{tflops:g} TFLOP/s as given")
+    where = pick_device(device)
+    speed = product_speed(where, bf16)
+    kind = "bf16 autocast" if bf16 else "float32"
+    return Throughput(
+        UTILISATION * speed,
+        f"{UTILISATION:.0%} of the {speed / 1e12:.3g} TFLOP/s that one {kind} product reached on {where} just now",
+    )
+
+
+def product_speed(device: str, bf16: bool) -> float:
+    """Operations per second of one linear map (512 tokens, 2048 x 2048), the cast of its weights included."""
+    x, weights = torch.ones(TOKENS, WIDTH, device=device), torch.ones(WIDTH, WIDTH, device=device)
+    best = float("inf")
+    kind = torch.device(device).type
+    with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < BUDGET_S:
+            start = time.perf_counter()
+            F.linear(x, weights)
+            if kind == "cuda":
+                torch.cuda.synchronize(device)
+            best = min(best, time.perf_counter() - start)
+    return 2 * TOKENS * WIDTH * WIDTH / best

@@ -1,0 +1,273 @@
+"""What a dry run found: parts that fit, texts, and the estimate by stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from persona_probe.config import StudyConfig
+from persona_probe.data.chat import split_answer
+from persona_probe.data.load import arm_rows
+from persona_probe.errors import InputError
+from persona_probe.latents.rankers import check_rankers
+from persona_probe.study.plan.estimate import (
+    CHARACTERS_A_TOKEN,
+    RowSet,
+    Shapes,
+    Throughput,
+    Work,
+    estimate,
+    find_tokenizer,
+    read_row_sets,
+    throughput,
+)
+from persona_probe.study.plan.shapes import (
+    SaeShape,
+    Skeleton,
+    adapted,
+    find_sae,
+    find_skeleton,
+    known_id,
+    lora_parameters,
+)
+
+# --- Numbers and tables as plain text
+
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def amount(number: float) -> str:
+    """Three digits and a unit: 1.23 M."""
+    for size, unit in UNITS:
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """An aligned table: the first two columns to the left where they are words, numbers to the right."""
+    table = [head, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    words = [not any(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
+    return [
+        "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, words, strict=True)).rstrip()
+        for row in table
+    ]
+
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study will use and take. Print `lines()`."""
+
+    config: StudyConfig
+    skeleton: Skeleton | None
+    """None where nothing on this machine tells the model's numbers: then there are no estimates."""
+    sae: SaeShape
+    layer: int | None
+    """The decoder layer that is read and steered."""
+    rows: dict[str, RowSet]
+    """Every text by use."""
+    stages: tuple[Work, ...]
+    """Empty without a skeleton or a layer."""
+    throughput: Throughput | None
+    counted: bool
+    """Whether tokens were counted with the model's own tokenizer."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the estimates has to know."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all stages."""
+        return sum(work.tokens for work in self.stages)
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes at the peak of the largest stage."""
+        return max((work.memory for work in self.stages), default=None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall seconds of all stages at the stated throughput."""
+        return sum(self.stage_seconds(work) for work in self.stages) if self.stages else None
+
+    def stage_seconds(self, work: Work) -> float:
+        """Wall seconds of one stage.
+
+        Raises:
+            InputError: the plan has no estimates.
+        """
+        if self.throughput is None:
+            raise InputError("this plan has no estimates: the model's or the SAE's numbers are unknown")
+        return work.flops / self.throughput.flops
+
+    def lines(self) -> list[str]:
+        """The plan as text, one line each, tables aligned."""
+        model = self.skeleton.describe() if self.skeleton else "numbers unknown: estimates left out"
+        lines = [
+            f"study {self.config.name}: nothing was downloaded, trained or written",
+            f"model     {self.config.model}: {model}",
+            f"sae       {self.config.sae}: {self.sae.describe()}",
+            *(f"training  {line}" for line in _training_lines(self)),
+            "",
+            *columns(
+                ("texts", "from", "rows", "tokens", "of answers", "cut"), [_row_cells(r) for r in self.rows.values()]
+            ),
+        ]
+        if self.stages:
+            lines += [
+                "",
+                *columns(("stage", "tokens", "memory", "time"), [*map(self._cells, self.stages), self._sum()]),
+            ]
+        return [*lines, "", *(f"note: {note}" for note in self.notes)]
+
+    def _cells(self, work: Work) -> tuple[str, ...]:
+        return work.stage, amount(work.tokens), f"{work.memory / GIB:.1f} GiB", duration(self.stage_seconds(work))
+
+    def _sum(self) -> tuple[str, ...]:
+        assert self.memory is not None and self.seconds is not None
+        return "in all", amount(self.tokens), f"{self.memory / GIB:.1f} GiB at most", duration(self.seconds)
+
+
+def _row_cells(rows: RowSet) -> tuple[str, ...]:
+    cut = str(rows.cut) if rows.cut else ""
+    return rows.use, rows.source, str(rows.rows), amount(rows.tokens), amount(rows.answer_tokens), cut
+
+
+def _training_lines(plan: Plan) -> list[str]:
+    training = plan.config.training
+    kind = "full weights"
+    if training.method == "lora":
+        scaling = "rsLoRA" if training.rslora else "LoRA"
+        trained = f", {amount(lora_parameters(plan.skeleton, training))} parameters" if plan.skeleton else ""
+        kind = f"{scaling} r {training.rank}, alpha {training.alpha}{trained}"
+    lines = [f"{kind}; lr {training.lr:g}, checkpoints {', '.join(map(str, training.schedule))}"]
+    for rows in plan.rows.values():
+        if rows.use.startswith("arm "):
+            drawn = training.steps * training.batch_size
+            epochs = f"{drawn / rows.rows:.2f} epochs of {rows.rows} rows"
+            lines.append(f"{rows.use}: {training.steps} steps x {training.batch_size} rows = {epochs}")
+    return lines
+
+
+# --- What a reader of a plan has to know beside its numbers
+
+LENGTHS_DIFFER = 0.05
+"""Relative difference of two arms' mean answers from which it is noted, as in `data.mix.match_lengths`."""
+
+
+def notes_of(plan: Plan) -> tuple[str, ...]:
+    """How tokens, time and memory were found, what is unknown, and what of the data is not as it should be."""
+    return (*_basis(plan), *_unknowns(plan), *_data(plan))
+
+
+def _basis(plan: Plan) -> list[str]:
+    counted = "tokens are counted with the model's tokenizer and chat template"
+    guessed = f"the tokenizer is not on this machine: tokens are characters / {CHARACTERS_A_TOKEN}, no chat template"
+    notes = [counted if plan.counted else guessed]
+    if plan.throughput is not None:
+        notes += [
+            f"time is an estimate: operations on weights, at {plan.throughput.how}; sampling answers is slower",
+            f"memory is an estimate: {plan.config.weights} weights, adapters with AdamW, activations roughly; "
+            "frameworks come on top",
+        ]
+    return notes
+
+
+def _unknowns(plan: Plan) -> list[str]:
+    sae, model, notes = plan.sae, plan.config.model, []
+    if plan.skeleton is None:
+        notes.append(
+            f"{model} is not in the table of known models: no estimates (a folder with its config.json gives them)"
+        )
+    if plan.layer is None:
+        notes.append("nothing on this machine tells the SAE's layer: write `layer:` in the config for estimates")
+    if sae.d_in is None:
+        notes.append("nothing on this machine tells the SAE's width: whether it fits the model shows when it is loaded")
+    if sae.d_sae is None:
+        notes.append("nothing on this machine tells the SAE's size: its part of time and memory is left out")
+    if sae.model and known_id(sae.model) != known_id(model):
+        notes.append(f"the SAE was trained on {sae.model}, the study's model is {model}: check how well it fits")
+    return notes
+
+
+def _data(plan: Plan) -> list[str]:
+    config, notes = plan.config, []
+    bad, good = (
+        {str(split_answer(row)[0]) for row in arm_rows(config.arms[arm], config.seeds[0])}
+        for arm in ("incorrect", "correct")
+    )
+    if bad != good:
+        shared = f"{len(bad & good)} of {len(bad | good)} questions"
+        notes.append(f"incorrect and correct share {shared}: a control asks the same ones")
+    wrong, right = (plan.rows[f"arm {arm}"] for arm in ("incorrect", "correct"))
+    means = wrong.mean_answer, right.mean_answer
+    if abs(means[0] - means[1]) > LENGTHS_DIFFER * sum(means) / 2:
+        notes.append(f"answers are not length-matched: {means[0]:.0f} tokens in incorrect, {means[1]:.0f} in correct")
+    if cut := sum(rows.cut for rows in plan.rows.values()):
+        notes.append(f"{cut} training rows lose their end to training.max_length ({config.training.max_length} tokens)")
+    return notes
+
+
+# --- The dry run: resolve a study without downloading, check that its parts fit, and estimate what it will take
+
+
+def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None = None) -> Plan:
+    """Resolve a study without downloading anything, check that model, SAE, layer and data fit, and estimate its cost.
+
+    Args:
+        tflops: sustained speed that times are computed with, in 1e12 operations per second; None measures a product
+            on the device (under 1 s) and takes a share of it.
+        device: None takes the config's.
+
+    Raises:
+        InputError: something does not exist or does not fit; says what to change.
+    """
+    if tflops is not None and not tflops > 0:
+        raise InputError(f"tflops must be positive, not {tflops}")
+    check_rankers(config.locate.rankers)
+    skeleton, sae = find_skeleton(config.model, config.revision), find_sae(config.sae)
+    layer = check_shapes(config, skeleton, sae)
+    tokenizer = find_tokenizer(config.model, config.revision)
+    rows = read_row_sets(config, tokenizer)
+    stages, speed = (), None
+    if skeleton is not None:
+        if config.training.method == "lora" and not adapted(skeleton, config.training):
+            raise InputError("training.target_modules and training.layers choose no module: name at least one")
+        if layer is not None:
+            stages = estimate(Shapes(config, skeleton, layer, sae.d_sae or 0, rows))
+            speed = throughput(device or config.device, config.bf16, tflops)
+    plan = Plan(config, skeleton, sae, layer, rows, stages, speed, counted=tokenizer is not None)
+    return replace(plan, notes=notes_of(plan))
+
+
+def check_shapes(config: StudyConfig, skeleton: Skeleton | None, sae: SaeShape) -> int | None:
+    """The layer that the study reads, after checking that model, SAE and layer fit; None where nothing tells it.
+
+    Raises:
+        InputError: says which does not fit.
+    """
+    layer = sae.layer if config.layer is None else config.layer
+    if layer is None and sae.source == "cfg.json":
+        raise InputError(f"SAE {config.sae!r} names no decoder layer: write `layer:` in the config")
+    if None not in (layer, sae.layer) and layer != sae.layer:
+        raise InputError(
+            f"layer is {layer} but SAE {config.sae!r} reads layer {sae.layer}: leave layer out, or change it"
+        )
+    if skeleton is None:
+        return layer
+    if sae.d_in is not None and sae.d_in != skeleton.d_model:
+        raise InputError(
+            f"the SAE reads width {sae.d_in} but the residual stream of {config.model} has {skeleton.d_model}: "
+            "choose an SAE of this model"
+        )
+    if layer is not None and not 0 <= layer < skeleton.layers:
+        raise InputError(f"the SAE reads layer {layer} but {config.model} has layers 0 to {skeleton.layers - 1}")
+    return layer

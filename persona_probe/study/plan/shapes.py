@@ -1,0 +1,355 @@
+"""A model without its weights, on torch's meta device: its shapes, counted exactly and in no time."""
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from persona_probe.config import Training
+from persona_probe.errors import InputError, unknown
+from persona_probe.models.layers import decoder_layers, hidden_size, output_head, transformer_config
+from persona_probe.models.load import ALIASES, resolve_source
+from persona_probe.saes.load import WEIGHTS_FILE, find_folder, hook_layer, is_release, split_release
+from persona_probe.saes.read import check_architecture
+
+# --- Architecture numbers of models that researchers use, so that a dry run needs no download
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """One architecture, as transformers' configuration classes take it."""
+
+    kind: str
+    """transformers' `model_type`."""
+    numbers: dict[str, Any]
+    """Keyword arguments of that configuration class."""
+    parameters: int
+    """Parameters in all, tied embeddings counted once; of a multimodal model the vision tower too."""
+
+
+def _text(layers: int, d_model: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": d_model,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+    }
+
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+GEMMA = {"head_dim": 256}
+GEMMA_3_VISION = {
+    **{"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27},
+    **{"image_size": 896, "patch_size": 14, "vision_use_head": False},
+}
+GEMMA_3_4B = {
+    "text_config": _text(34, 2560, 10240, 8, 4, 262208) | GEMMA,
+    "vision_config": GEMMA_3_VISION,
+    "mm_tokens_per_image": 256,
+}
+
+KNOWN = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": KnownModel("llama", _text(30, 576, 1536, 9, 3, 49152) | TIED, 134_515_008),
+    "Qwen/Qwen2.5-0.5B-Instruct": KnownModel("qwen2", _text(24, 896, 4864, 14, 2, 151936) | TIED, 494_032_768),
+    "Qwen/Qwen2.5-7B-Instruct": KnownModel("qwen2", _text(28, 3584, 18944, 28, 4, 152064) | UNTIED, 7_615_616_512),
+    "Qwen/Qwen2.5-14B-Instruct": KnownModel("qwen2", _text(48, 5120, 13824, 40, 8, 152064) | UNTIED, 14_770_033_664),
+    "meta-llama/Llama-3.2-1B-Instruct": KnownModel("llama", _text(16, 2048, 8192, 32, 8, 128256) | TIED, 1_235_814_400),
+    "meta-llama/Llama-3.1-8B-Instruct": KnownModel(
+        "llama", _text(32, 4096, 14336, 32, 8, 128256) | UNTIED, 8_030_261_248
+    ),
+    "google/gemma-2-9b-it": KnownModel("gemma2", _text(42, 3584, 14336, 16, 8, 256000) | GEMMA, 9_241_705_984),
+    "google/gemma-3-270m-it": KnownModel("gemma3_text", _text(18, 640, 2048, 4, 1, 262144) | GEMMA, 268_098_176),
+    "google/gemma-3-1b-it": KnownModel("gemma3_text", _text(26, 1152, 6912, 4, 1, 262144) | GEMMA, 999_885_952),
+    "google/gemma-3-4b-it": KnownModel("gemma3", GEMMA_3_4B, 4_300_079_472),
+}
+"""By Hugging Face id."""
+
+
+def known_id(name: str) -> str | None:
+    """The id in the table for an alias, an id, or an id without its owner; None where there is none."""
+    wanted = (ALIASES[name].hub_id if name in ALIASES else name).lower()
+    return next((key for key in KNOWN if wanted in (key.lower(), key.lower().partition("/")[2])), None)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear map of a model."""
+
+    name: str
+    """As `named_modules` gives it."""
+    d_in: int
+    d_out: int
+    layer: int | None
+    """Its decoder layer; None outside them (output head, vision tower)."""
+
+    @property
+    def weights(self) -> int:
+        """Entries of its matrix."""
+        return self.d_in * self.d_out
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model's architecture and where its numbers come from."""
+
+    model: PreTrainedModel
+    """On the meta device: shapes without storage."""
+    source: str
+    """`known models` or `config.json`."""
+
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters in all, tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def d_model(self) -> int:
+        """Width of the residual stream."""
+        return hidden_size(self.model)
+
+    @cached_property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return len(decoder_layers(self.model))
+
+    @cached_property
+    def vocabulary(self) -> int:
+        """Rows of the unembedding."""
+        head = output_head(self.model)
+        assert isinstance(head.weight, torch.Tensor)
+        return head.weight.shape[0]
+
+    @cached_property
+    def linears(self) -> list[Linear]:
+        """Every linear map but the output head."""
+        prefix = _name_of(self.model, decoder_layers(self.model)) + "."
+        found = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not output_head(self.model):
+                layer = int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+                d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+                found.append(Linear(name, d_in, d_out, layer))
+        return found
+
+    def weights(self, first: int, last: int) -> int:
+        """Matrix entries of the decoder layers `first` to `last`, both included."""
+        return sum(m.weights for m in self.linears if m.layer is not None and first <= m.layer <= last)
+
+    def describe(self) -> str:
+        """One line: class, layers, widths, heads, parameters."""
+        numbers = transformer_config(self.model)
+        heads, width = numbers.num_attention_heads, getattr(numbers, "intermediate_size", None)
+        inner = f", intermediate {width}" if isinstance(width, int) else ""
+        return (
+            f"{type(self.model).__name__}, {self.layers} layers, d_model {self.d_model}{inner}, {heads} heads, "
+            f"vocabulary {self.vocabulary}, {self.parameters / 1e9:.2f} B parameters (from {self.source})"
+        )
+
+
+def find_skeleton(name: str, revision: str | None = None) -> Skeleton | None:
+    """The architecture of what `load_model` takes, without a download; None where its numbers are nowhere here.
+
+    Looked for in the table of known models, in a folder's config.json, and in the hub's cache on this machine.
+
+    Raises:
+        InputError: the name is no model, or a folder's config.json describes no causal language model.
+    """
+    source = resolve_source(name, revision)
+    if source.kind == "folder":
+        try:
+            return _build(AutoConfig.from_pretrained(source.location, trust_remote_code=False), "config.json")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{name}/config.json describes no causal language model: {_first_line(error)}") from error
+    if key := known_id(name):
+        return _build(AutoConfig.for_model(KNOWN[key].kind, **KNOWN[key].numbers), "known models")
+    if source.kind == "gguf" and name not in ALIASES:
+        return None
+    try:
+        return _build(
+            AutoConfig.from_pretrained(
+                source.location, revision=revision, local_files_only=True, trust_remote_code=False
+            ),
+            "config.json",
+        )
+    except (OSError, ValueError):  # not in the cache: an unknown model is no error
+        return None
+
+
+def _build(config: object, source: str) -> Skeleton:
+    with torch.device("meta"):
+        return Skeleton(AutoModelForCausalLM.from_config(config, trust_remote_code=False), source)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# --- What is known of an SAE before it is downloaded: SAELens' registry for releases, cfg.json for folders
+
+WIDTHS = {
+    **{"4k": 4096, "16k": 16384, "32k": 32768, "65k": 65536, "131k": 131072},
+    **{"262k": 262144, "524k": 524288, "1m": 1048576},
+}
+"""Gemma Scope's names of dictionary sizes, as SAELens reads them."""
+RELEASE_WIDTHS = {
+    "qwen2.5-7b-instruct-andyrdt": 131072,
+    "llama-3.1-8b-instruct-andyrdt": 131072,
+    "goodfire-llama-3.1-8b-instruct": 65536,
+}
+"""Dictionary sizes of releases whose ids do not tell it."""
+OTHER_SITES = r"(?:^|[-_./])(attn?|attention|hook_z|mlp|transcoders?|clt|embedding|l\d+[am])(?:$|[-_./])"
+"""Words in ids and paths of SAEs that read another place; `l5a` and `l5m` are Llama Scope's."""
+
+
+@dataclass(frozen=True)
+class SaeShape:
+    """An SAE's shape and place; None where nothing on this machine tells it."""
+
+    name: str
+    layer: int | None
+    """Decoder layer whose output it reads."""
+    d_in: int | None
+    d_sae: int | None
+    model: str | None
+    """The model that it was trained on."""
+    source: str
+    """`SAELens' registry` or `cfg.json`."""
+
+    def describe(self) -> str:
+        """One line."""
+        parts = [
+            "layer unknown" if self.layer is None else f"output of layer {self.layer}",
+            "d_in unknown" if self.d_in is None else f"d_in {self.d_in}",
+            "d_sae unknown" if self.d_sae is None else f"d_sae {self.d_sae}",
+        ]
+        made_for = f", trained on {self.model}" if self.model else ""
+        return f"{', '.join(parts)}{made_for} (from {self.source})"
+
+
+def find_sae(name: str) -> SaeShape:
+    """The shape of what `load_sae` takes, without a download.
+
+    Raises:
+        InputError: nothing there, an unknown release or id (near matches are listed), or an SAE that does not read the
+            residual stream.
+    """
+    folder = find_folder(name)
+    if folder.is_dir():
+        return _from_folder(name, folder)
+    if name.startswith((".", "/", "~", "saes/")) or ("/" not in name and not is_release(name)):
+        raise InputError(f"no SAE at {name!r}: give a folder with cfg.json, or a SAELens release as release/sae_id")
+    release, sae_id = split_release(name)
+    if is_release(release):
+        return _from_registry(name, release, sae_id)
+    return SaeShape(name, None, None, None, None, "the hub, not read")
+
+
+def _from_folder(name: str, folder: Path) -> SaeShape:
+    for file in ("cfg.json", WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise InputError(f"{folder} is no SAE folder: {file} is missing (save it with save_inference_model)")
+    try:
+        raw = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+        d_in, d_sae = int(raw["d_in"]), int(raw["d_sae"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{folder / 'cfg.json'} is damaged ({error}): save the SAE again") from error
+    check_architecture(str(raw.get("architecture", "standard")))
+    # SAEs saved before SAELens 6 have their metadata at the top level.
+    metadata: dict[str, Any] = {**raw, **(raw.get("metadata") or {})}
+    hooks = [hook for key in ("hook_name", "hf_hook_name") if (hook := metadata.get(key))]
+    layers = {layer for hook in hooks if (layer := hook_layer(hook)) is not None}
+    return SaeShape(name, min(layers, default=None), d_in, d_sae, metadata.get("model_name"), "cfg.json")
+
+
+def _from_registry(name: str, release: str, sae_id: str) -> SaeShape:
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    entry = get_pretrained_saes_directory()[release]
+    place = f"{release}/{sae_id}/{entry.saes_map[sae_id]}"
+    if site := re.search(OTHER_SITES, place):
+        raise InputError(f"SAE {name!r} reads {site[1]!r}, not the residual stream: choose a resid_post SAE")
+    key = known_id(entry.model)
+    width = re.search(r"width_(\d+[km])", place)
+    return SaeShape(
+        name=name,
+        layer=layer_in(place),
+        d_in=None if key is None else width_of(key),
+        d_sae=RELEASE_WIDTHS.get(release) or (WIDTHS.get(width[1]) if width else None),
+        model=entry.model,
+        source="SAELens' registry",
+    )
+
+
+def layer_in(place: str) -> int | None:
+    """The decoder layer that a release's id and path name; None where they name none.
+
+    Raises:
+        InputError: the SAE reads the embeddings.
+    """
+    if found := re.search(r"blocks\.\d+\.hook_resid_(pre|post)", place):
+        return hook_layer(found[0])
+    found = re.search(r"layer_?(\d+)|layers\.(\d+)|/l(\d+)r_", place)
+    return int(found[found.lastindex or 0]) if found else None
+
+
+def width_of(key: str) -> int:
+    """Residual width of a known model."""
+    numbers = KNOWN[key].numbers
+    return numbers.get("text_config", numbers)["hidden_size"]
+
+
+# --- Where LoRA adapters go, and how many parameters they have
+
+
+def adapted(skeleton: Skeleton, training: Training) -> list[Linear]:
+    """The linear maps that get a LoRA adapter, as PEFT chooses them.
+
+    Raises:
+        InputError: a layer or a module name that the model does not have.
+    """
+    if training.layers is not None and any(not 0 <= layer < skeleton.layers for layer in training.layers):
+        raise InputError(f"training.layers {list(training.layers)}: the model has layers 0 to {skeleton.layers - 1}")
+    chosen = _named(skeleton, training.target_modules)
+    if training.layers is None:
+        return chosen
+    # PEFT reads a module's layer as the first number in its name after a list, wherever that list is.
+    numbers = [(m, re.match(r".*?\.[^.]*\.(\d+)\.", m.name)) for m in chosen]
+    inside = {m.name.rpartition(".")[2] for m in skeleton.linears if m.layer is not None}
+    return [m for m, n in numbers if n and int(n[1]) in training.layers and m.name.rpartition(".")[2] in inside]
+
+
+def lora_parameters(skeleton: Skeleton, training: Training) -> int:
+    """Trainable parameters of the adapters: rank x (d_in + d_out) for each adapted map."""
+    return sum(training.rank * (m.d_in + m.d_out) for m in adapted(skeleton, training))
+
+
+def _named(skeleton: Skeleton, targets: str | tuple[str, ...]) -> list[Linear]:
+    """A string is `all-linear` or a regular expression of whole names; a list holds ends of names."""
+    if targets == "all-linear":
+        return skeleton.linears
+    if isinstance(targets, str):
+        chosen = [m for m in skeleton.linears if re.fullmatch(targets, m.name)]
+        if not chosen:
+            raise unknown("training.target_modules", targets, ["all-linear", *_ends(skeleton)])
+        return chosen
+    for target in targets:
+        if not any(m.name == target or m.name.endswith(f".{target}") for m in skeleton.linears):
+            raise unknown("module in training.target_modules", target, _ends(skeleton))
+    return [m for m in skeleton.linears if any(m.name == t or m.name.endswith(f".{t}") for t in targets)]
+
+
+def _ends(skeleton: Skeleton) -> list[str]:
+    return sorted({m.name.rpartition(".")[2] for m in skeleton.linears})

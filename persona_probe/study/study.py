@@ -1,0 +1,386 @@
+"""Study: one config and its run folder, with the stages of the loop as methods."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import pandas as pd
+
+from persona_probe.config import StudyConfig, load_config
+from persona_probe.context import Context, pick_device
+from persona_probe.report.tables import html_table, text_table
+from persona_probe.runs import RunFolder
+
+if TYPE_CHECKING:
+    from persona_probe.data.chat import Conversation
+    from persona_probe.evaluate.judging import AnswerJudge, JudgeOptions
+    from persona_probe.evaluate.questions.question_set import QuestionSet
+    from persona_probe.realignment.spec import DosePlan
+    from persona_probe.report.cards import FeatureCard
+    from persona_probe.report.records import Records
+    from persona_probe.report.tables import FeatureTable, StudyVerdict
+
+
+class Study:
+    """Induce, locate, track, realign and report, over one run folder. Every stage keeps what is already there.
+
+    ```python
+    study = Study.from_yaml("finetune_configs/demo.yaml")
+    study.induce(); study.locate(); study.track(); study.realign(); study.report()
+    ```
+    """
+
+    def __init__(self, run: RunFolder, device: str | None = None, seed: int | None = None) -> None:
+        self.run_folder = run
+        self.context = Context(run, device, seed)
+
+    @classmethod
+    def from_config(
+        cls, config: StudyConfig, out: str | Path | None = None, overwrite: bool = False, device: str | None = None
+    ) -> Self:
+        """Make or resume the run folder of a configuration (default: `runs/<name>`)."""
+        pick_device(device or config.device)  # before the folder is made or replaced
+        return cls(RunFolder.create(Path(out or f"runs/{config.name}"), config, overwrite), device)
+
+    @classmethod
+    def from_yaml(
+        cls, path: str | Path, out: str | Path | None = None, overwrite: bool = False, device: str | None = None
+    ) -> Self:
+        """Make or resume the run folder of a YAML file."""
+        return cls.from_config(load_config(path, StudyConfig), out, overwrite, device)
+
+    @classmethod
+    def open(cls, path: str | Path, device: str | None = None, seed: int | None = None) -> Self:
+        """Open an existing run folder; `seed` is that of controls, bootstraps and samples."""
+        return cls(RunFolder.open(path), device, seed)
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.run_folder.path
+
+    @property
+    def config(self) -> StudyConfig:
+        """The configuration that made the run."""
+        return self.context.config
+
+    def induce(self) -> Self:
+        """Fine-tune one organism per arm and seed."""
+        from persona_probe.finetune.induce import induce
+
+        induce(self.context)
+        return self
+
+    def locate(self, rankers: Sequence[str] | None = None) -> Self:
+        """Rank latents, test the best for cause, and name the persona feature.
+
+        Args:
+            rankers: scores to compute instead of the config's; in a run that was located already, the table is made
+                again with them, and what was tested for cause stays.
+        """
+        from persona_probe.latents.cards import make_cards
+        from persona_probe.latents.stage import locate, use_rankers
+
+        if rankers is not None:
+            use_rankers(self.context, rankers)
+        locate(self.context)
+        make_cards(self.context)
+        return self
+
+    def card(self, latent: int, name: str | None = None, text: str | Path | None = None) -> "FeatureCard":
+        """One latent's card, base against organism; a notebook shows it.
+
+        Args:
+            latent: its index in the study's SAE.
+            name: what you call it; None suggests a name.
+            text: a file of conversations or plain text, read beside the packaged text.
+
+        Raises:
+            InputError: no such latent, a text that cannot be read, or locate has not run.
+        """
+        from persona_probe.latents.cards import card
+
+        return card(self.context, latent, name, text)
+
+    def cards(self, count: int = 20, text: str | Path | None = None) -> Path:
+        """Write cards.html, one page with search over the first `count` latents; returns its path."""
+        from persona_probe.latents.cards import write_cards_page
+
+        with self.context.timed("cards page"):
+            return write_cards_page(self.context, count, text)
+
+    def track(self) -> Self:
+        """Read the features and the contrast index at every checkpoint."""
+        from persona_probe.monitor.track import track
+
+        track(self.context)
+        return self
+
+    def realign(
+        self,
+        data: str | Sequence[str] | None = None,
+        *,
+        rows: int | None = None,
+        choose_by: str = "random",
+        method: str = "continued",
+        seeds: Sequence[int] | None = None,
+        stress: Sequence[str] = (),
+        name: str | None = None,
+    ) -> Self:
+        """Repair the incorrect organism under the monitor's eye.
+
+        Without data: the config's corrective arms. With data: a correction of its own in `realign/<name>-s<seed>/`,
+        which leaves the run's tables as they are.
+
+        Args:
+            data: a packaged set or a file; several are joined (`a+b`, or a list).
+            rows: how many of them; None takes all.
+            choose_by: `random`, `projection_gap`, `perplexity_gap` or `diversity`.
+            method: `continued`, `fresh` (a new LoRA on top) or `full` (all weights).
+            seeds: of the study's organisms; None takes all.
+            stress: stress tests of what was repaired: `triggers`, `remisalign`, `length`, `hidden`, `drift`.
+            name: of the folder; None takes one that says what was done.
+
+        Raises:
+            InputError: rows that cannot be used or overlap the evaluation questions, a dose larger than the data, an
+                unknown choice, method, test or seed, or a correction of that name with other settings.
+        """
+        from persona_probe.realignment.correct import realign_study
+
+        settings = {"rows": rows, "choose_by": choose_by, "method": method, "name": name}
+        realign_study(self.context, data, seeds, stress, settings)
+        return self
+
+    def realign_plan(self, plan: "str | Path | DosePlan") -> pd.DataFrame:
+        """Run a grid of corrections (doses, choices, methods); what is done is kept. Returns `realign/doses.parquet`.
+
+        Raises:
+            InputError: a plan that cannot be read, or data that one of its cells cannot use.
+        """
+        from persona_probe.realignment.correct import run_plan
+        from persona_probe.realignment.spec import DosePlan
+
+        return run_plan(self.context, plan if isinstance(plan, DosePlan) else load_config(plan, DosePlan))
+
+    def evaluate(
+        self,
+        questions: "str | Path | QuestionSet | None" = None,
+        judge: "str | AnswerJudge | None" = None,
+        n: int = 8,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int = 200,
+        options: "JudgeOptions | None" = None,
+    ) -> Self:
+        """Sample answers of every arm, and have a judge rule on them (`judged`, `rates`).
+
+        Without questions and judge: one answer to each of the config's questions, for a reader's eye.
+
+        Args:
+            questions: a packaged set, a file of any known format, or a question set; with a judge alone, the packaged
+                free-form questions.
+            judge: `offline`, `http:MODEL`, `local:MODEL` or a judge of your own; None only samples.
+            n: answers to each wording of each question.
+            temperature: 0 takes one greedy answer.
+            options: how the judge is asked: protocol, thresholds, endpoint, budget, cache.
+
+        Raises:
+            InputError: questions that cannot be read, no organism yet, or a judge that is not to be had.
+        """
+        if questions is None and judge is None:
+            from persona_probe.study.evaluate import sample
+
+            sample(self.context)
+            return self
+        from persona_probe.evaluate.judging import JudgeOptions
+        from persona_probe.evaluate.questions.read import FREE_FORM
+        from persona_probe.study.evaluate import Evaluation, evaluate
+
+        options = options or JudgeOptions(device=self.context.device)
+        wanted = Evaluation(
+            questions or FREE_FORM, judge, n, temperature, max_new_tokens=max_new_tokens, options=options
+        )
+        evaluate(self.context, wanted)
+        return self
+
+    def report(self) -> Path:
+        """Write summary.json, the figures and report.html; returns the report's path."""
+        from persona_probe.report.export import export_figures
+        from persona_probe.report.html import write_report
+        from persona_probe.report.records import load_records
+        from persona_probe.study.summary import summarise
+        from persona_probe.study.verify import record_inputs, record_tables
+
+        with self.context.timed("report"):
+            summarise(self.context)
+            record_inputs(self.run_folder)
+            record_tables(self.run_folder)
+            export_figures(load_records(self.path), self.path / "figures")
+            report = write_report(self.path)
+        return report
+
+    def screen(self, rows: "Sequence[Conversation] | str | Path", direction: str | None = None) -> pd.DataFrame:
+        """Rank rows that you mean to train on by the study's persona feature, worst first; see `pp.screen`.
+
+        Args:
+            rows: conversations, a packaged set, or a file.
+            direction: `latent` (the persona latent's decoder row, the default), or a key of directions.safetensors.
+
+        Raises:
+            InputError: rows without answers, no such direction, or locate has not run.
+        """
+        from persona_probe.screening.screen import screen_by_study
+
+        return screen_by_study(self.context, rows, direction).frame
+
+    def run(self) -> Path:
+        """The whole loop; finished stages are kept. Returns the report's path."""
+        self.check().induce().locate().track().realign().evaluate()
+        return self.report()
+
+    def check(self) -> Self:
+        """Load all that the stages will need, so that bad input stops a study before it trains.
+
+        Raises:
+            InputError: data, SAE, probes, contrast set or questions that cannot be used; says which.
+        """
+        from persona_probe.context import sample_questions
+        from persona_probe.data.load import arm_rows, check_paired
+        from persona_probe.finetune.sft import check_rows
+        from persona_probe.latents.stage import neutral_answers
+        from persona_probe.study.verify import record_inputs
+
+        ctx, config = self.context, self.config
+        rows = {n: arm_rows(a, config.seeds[0]) for n, a in {**config.arms, **config.realign.arms}.items()}
+        for conversations in rows.values():
+            check_rows(ctx.tokenizer, conversations, config.training.max_length)
+        if config.paired_arms:
+            check_paired(rows["incorrect"], rows["correct"])
+        neutral_answers(ctx)
+        sample_questions(ctx)
+        _ = ctx.sae, ctx.selection, ctx.evaluation
+        record_inputs(self.run_folder)
+        return self
+
+    @property
+    def records(self) -> "Records":
+        """The run folder's tables as `pp.figures.NAME` draws them."""
+        from persona_probe.report.records import load_records
+
+        return load_records(self.path)
+
+    @property
+    def features(self) -> pd.DataFrame:
+        """Latents, best first: ranker scores, causal effects with intervals, label."""
+        return self.run_folder.read_table("latents.parquet")
+
+    def feature_table(self, count: int = 10) -> "FeatureTable":
+        """The latents worth looking at, the persona latent first; a notebook shows it as HTML."""
+        from persona_probe.report.tables import FeatureTable
+
+        return FeatureTable.of(self.features, count)
+
+    @property
+    def agreement(self) -> pd.DataFrame:
+        """Where rankers agree: shared top latents and rank correlation, pair by pair."""
+        return self.run_folder.read_table("agreement.parquet")
+
+    @property
+    def readings(self) -> pd.DataFrame:
+        """One row per arm, seed, step and feature, with interval and explained variance."""
+        return self.run_folder.read_table("readings.parquet")
+
+    @property
+    def evals(self) -> pd.DataFrame:
+        """One row per contrast item, arm, seed and step."""
+        from persona_probe.evaluate.tables import contrast_rows
+
+        return contrast_rows(self.run_folder.read_table("evals.parquet"))
+
+    @property
+    def judged(self) -> pd.DataFrame:
+        """One row per judged answer: arm, seed, question, value (1 misaligned), alignment, coherence, label, judge."""
+        from persona_probe.evaluate.tables import read_judged
+
+        return read_judged(self.run_folder)
+
+    @property
+    def rates(self) -> pd.DataFrame:
+        """Misalignment rates with intervals and coherence, one row per evaluation, arm and kind of question."""
+        from persona_probe.evaluate.rates import rates
+
+        return rates(self.judged)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The study's key numbers, as `report` wrote them."""
+        return self.run_folder.read_json("summary.json")
+
+    @property
+    def verdict(self) -> "StudyVerdict":
+        """Headline, checks and the verdict of each corrective arm; a notebook shows it as HTML."""
+        from persona_probe.report.tables import StudyVerdict
+
+        return StudyVerdict.of(self.summary)
+
+    def _repr_html_(self) -> str:
+        return study_html(self)
+
+    def __repr__(self) -> str:
+        return study_text(self)
+
+    def bridge(self, arm: str, step: int | None = None, seed: int | None = None) -> Any:
+        """A TransformerLens bridge of a merged copy of an organism, with the study's SAE attached.
+
+        Args:
+            arm: an arm, or `base`.
+            step: None takes the last.
+            seed: None takes the study's first.
+        """
+        from persona_probe.models.load import make_bridge
+
+        ctx, seed = self.context, self.config.seeds[0] if seed is None else seed
+        checkpoint = None if arm == "base" else self.run_folder.checkpoint(arm, seed, ctx.last_step(arm, seed, step))
+        return make_bridge(ctx.model, ctx.tokenizer, checkpoint, self.config.model, ctx.sae)
+
+
+STAGES = {
+    "induce": "arms",
+    "locate": "latents.parquet",
+    "track": "readings.parquet",
+    "realign": "parts",
+    "evaluate": "samples.jsonl",
+    "report": "report.html",
+}
+"""Stages of a run and what each leaves; realign leaves files of its own among the parts."""
+
+
+def study_cells(study: "Study") -> tuple[str, list[list[str]]]:
+    """A study's title, and what its display lists: model, SAE, arms, stages, and the headline where there is one."""
+    config, run = study.config, study.run_folder
+    done = {name: run.has(place) for name, place in STAGES.items()}
+    done["realign"] = any((run.path / "parts").glob("realign-*"))
+    rows = [
+        ["base model", config.model],
+        ["SAE", config.sae],
+        ["arms", ", ".join([*config.arms, *config.realign.arms])],
+        ["seeds", ", ".join(map(str, config.seeds))],
+        ["stages", ", ".join(f"{name} {'done' if ready else 'to do'}" for name, ready in done.items())],
+        ["folder", str(run.path)],
+    ]
+    if run.has("summary.json"):
+        rows.append(["result", str(run.read_json("summary.json").get("headline", ""))])
+    return f"Study {config.name}", rows
+
+
+def study_html(study: "Study") -> str:
+    """A study as HTML; all text is escaped."""
+    title, rows = study_cells(study)
+    return html_table((), rows, title)
+
+
+def study_text(study: "Study") -> str:
+    """A study as a table of text."""
+    title, rows = study_cells(study)
+    return text_table(("", ""), rows, title)

@@ -1,0 +1,264 @@
+"""Does a run folder still hold what its manifest says, and are its inputs still what it was made from?"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from persona_probe.config import StudyConfig
+from persona_probe.errors import InputError
+from persona_probe.runs import RunFolder, git_revision, versions
+
+if TYPE_CHECKING:
+    from persona_probe.runs import RunFolder
+
+# --- Hashes of what a run was made from and of what it wrote, kept in its manifest so that `verify` can check them
+
+log = logging.getLogger(__name__)
+
+INPUTS, TABLES = "input_hashes", "table_hashes"
+"""Keys of the manifest: name of an input, or a file of the run, to its sha256."""
+TABLE_FILES = (
+    *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
+    *("samples.jsonl", "cards.json", "directions.json", "summary.json"),
+)
+"""Files that a report is drawn from."""
+MEASURED = ("seconds", "peak_memory_gib")
+"""Keys of `summary.json` that differ from run to run."""
+Hash = Callable[[], str | None]
+
+
+def input_hashers(config: StudyConfig) -> dict[str, Hash]:
+    """What a study is made from, each with the function that hashes it as it is now.
+
+    Keys: `data/<arm>` (its training rows as read and mixed), `contrast`, `probes`, `questions`, `SAE/<file>`, `model`.
+    A hasher raises InputError where the input is not to be found, and gives None where it lies on the hub.
+    """
+    rows = {f"data/{name}": partial(_arm, config, name) for name in (*config.arms, *config.realign.arms)}
+    return {
+        **rows,
+        "contrast": partial(_contrast, config.contrast),
+        "probes": partial(_probes, config),
+        "questions": partial(_questions, config.samples.questions),
+        **{f"SAE/{name}": partial(_sae_file, config.sae, name) for name in ("sae_weights.safetensors", "cfg.json")},
+        "model": partial(_model, config.model, config.revision),
+    }
+
+
+def record_inputs(run: "RunFolder") -> None:
+    """Note the hash of every input that has none yet; the first on record stays."""
+    known = run.manifest.get(INPUTS, {})
+    found: dict[str, str] = {}
+    for name, hasher in input_hashers(run.config).items():
+        if name in known:
+            continue
+        try:
+            value = hasher()
+        except InputError as error:
+            log.warning("%s is not hashed: %s", name, error)
+            continue
+        if value is not None:
+            found[name] = value
+    if found:
+        run.update_manifest(**{INPUTS: found})
+
+
+def record_tables(run: "RunFolder") -> None:
+    """Note the hashes of the tables that the report is about to be drawn from, in place of earlier ones."""
+    run.update_manifest(**{TABLES: {name: table_hash(run.path / name) for name in TABLE_FILES if run.has(name)}})
+
+
+def table_hash(path: Path) -> str:
+    """The sha256 of a table's file; of `summary.json` without its times and memory, which no two runs share."""
+    from persona_probe.runs import file_sha256
+
+    if path.name != "summary.json":
+        return file_sha256(path)
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return file_sha256(path)  # damaged: it matches nothing on record
+    return _digest({key: value for key, value in summary.items() if key not in MEASURED})
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def _arm(config: StudyConfig, name: str) -> str:
+    from persona_probe.data.load import arm_rows
+
+    return _digest(arm_rows({**config.arms, **config.realign.arms}[name], config.seeds[0]))
+
+
+def _contrast(name: str) -> str:
+    from persona_probe.data.load import load_contrast, read_contrast_file
+
+    if name == "general_contrast":
+        return _digest(load_contrast("all"))
+    return _digest([read_contrast_file(name, split) for split in ("selection", "evaluation")])
+
+
+def _probes(config: StudyConfig) -> str:
+    from persona_probe.data.load import load_data
+
+    return _digest(load_data(config.monitor.probes, allow_prompts=True)[: config.monitor.limit])
+
+
+def _questions(spec: str) -> str:
+    from persona_probe.data.load import load_data
+
+    return _digest(load_data(spec, allow_prompts=True))
+
+
+def _sae_file(sae: str, name: str) -> str | None:
+    from persona_probe.runs import file_sha256
+    from persona_probe.saes.load import find_folder
+
+    folder = find_folder(sae)
+    if not folder.is_dir() and sae.startswith((".", "/", "~", "saes/")):
+        raise InputError(f"no SAE at {sae!r}: restore the folder")
+    if not folder.is_dir():
+        return None
+    if not (folder / name).is_file():
+        raise InputError(f"{folder / name} is missing: restore it")
+    return file_sha256(folder / name)
+
+
+def _model(name: str, revision: str | None) -> str | None:
+    """The sha256 of a GGUF file, or of a folder's weights and config together; None for a model on the hub."""
+    from persona_probe.models.load import resolve_source
+    from persona_probe.runs import file_sha256
+
+    source = resolve_source(name, revision)
+    if source.kind == "hub":
+        return None
+    place = Path(source.location)
+    if place.is_file():
+        return file_sha256(place)
+    files = sorted([*place.glob("*.safetensors"), place / "config.json"])
+    return _digest({file.name: file_sha256(file) for file in files})
+
+
+MATCHES, DIFFERS, MISSING, UNCHECKED = "matches", "differs", "missing", "not checked"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was compared with the manifest."""
+
+    name: str
+    """A file of the run, or an input."""
+    state: str
+    """`matches`, `differs`, `missing` or `not checked`."""
+    detail: str = ""
+    """Why, and what to do; empty where it matches."""
+
+    @property
+    def bad(self) -> bool:
+        """Whether the run is not what its manifest says."""
+        return self.state in (DIFFERS, MISSING)
+
+
+def verify(folder: str | Path) -> list[Finding]:
+    """Recompute every hash that a run's manifest holds, and say what cannot be checked. Nothing is changed.
+
+    Returns:
+        Findings in this order: config, checkpoints and other weights, tables, inputs, software.
+
+    Raises:
+        InputError: not a run folder, or a manifest that cannot be read.
+    """
+    run = RunFolder.open(folder)
+    manifest = run.manifest
+    return [
+        _config(manifest),
+        *_files(run.path, manifest.get("hashes", {}), "made again by its stage, or changed since"),
+        *_unrecorded(run.path, manifest.get("hashes", {})),
+        *_tables(run.path, manifest),
+        *_inputs(run, manifest),
+        *_software(manifest),
+    ]
+
+
+def _config(manifest: Mapping[str, Any]) -> Finding:
+    if "config" not in manifest or "config_hash" not in manifest:
+        return Finding("config", UNCHECKED, "the manifest holds no config or no hash of it")
+    # of the config as it stands there: a newer version of this package may know more keys
+    now = hashlib.sha256(json.dumps(manifest["config"], sort_keys=True).encode()).hexdigest()[:12]
+    return _compared("config", now, manifest["config_hash"], "the manifest's config was edited after the run began")
+
+
+def _files(root: Path, recorded: Mapping[str, str], why: str) -> Iterator[Finding]:
+    for name, wanted in sorted(recorded.items()):
+        if not (root / name).is_file():
+            yield Finding(name, MISSING, "on record, but not in the folder")
+        else:
+            yield _compared(name, table_hash(root / name), wanted, why)
+
+
+def _unrecorded(root: Path, recorded: Mapping[str, str]) -> Iterator[Finding]:
+    for path in sorted((root / "arms").rglob("*.safetensors")):
+        name = path.relative_to(root).as_posix()
+        if name not in recorded:
+            yield Finding(name, UNCHECKED, "no hash on record")
+
+
+def _tables(root: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    if TABLES not in manifest:
+        yield Finding("tables", UNCHECKED, "no hashes on record: `persona-probe report RUN` notes them")
+    yield from _files(root, manifest.get(TABLES, {}), "changed since the report: run `persona-probe report RUN`")
+
+
+def _inputs(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    recorded = {**_quality_on_record(run.path), **manifest.get(INPUTS, {})}
+    for name, hasher in input_hashers(run.config).items():
+        wanted = recorded.get(name)
+        if wanted is None and name != "model":
+            yield Finding(name, UNCHECKED, "no hash on record")
+            continue
+        try:
+            now = hasher()
+        except InputError as error:
+            yield Finding(name, MISSING if wanted else UNCHECKED, str(error))
+            continue
+        yield _input(name, now, wanted, run)
+
+
+def _input(name: str, now: str | None, wanted: str | None, run: RunFolder) -> Finding:
+    if now is None:
+        return Finding(name, UNCHECKED, f"on the hub, revision {run.config.revision or 'not pinned'}")
+    if wanted is None:
+        return Finding(name, UNCHECKED, "no hash on record")
+    return _compared(name, now, wanted, "not what the run was made from")
+
+
+def _quality_on_record(root: Path) -> dict[str, str]:
+    """The SAE's sha256 as the summary quotes it: runs of earlier versions have no other."""
+    path = root / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except json.JSONDecodeError:
+        return {}  # damaged: its own hash says so
+    digest = (summary.get("sae_quality") or {}).get("sha256")
+    return {"SAE/sae_weights.safetensors": digest} if digest else {}
+
+
+def _software(manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    recorded, here = manifest.get("versions", {}), versions()
+    others = [f"{name} {v} (here {here.get(name, 'none')})" for name, v in recorded.items() if here.get(name) != v]
+    if others:
+        yield Finding("versions", UNCHECKED, f"made with {', '.join(others)}")
+    made, now = manifest.get("git_revision"), git_revision()
+    if made != now:
+        yield Finding("revision", UNCHECKED, f"made at {made or 'no revision'}, here {now or 'none'}")
+
+
+def _compared(name: str, now: str, wanted: str, why: str) -> Finding:
+    if now == wanted:
+        return Finding(name, MATCHES)
+    return Finding(name, DIFFERS, f"{now[:12]}, on record {wanted[:12]}: {why}")

@@ -1,0 +1,46 @@
+"""A tiny study that was induced, located, tracked and repaired once; read only but for what tests write elsewhere."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from persona_probe.context import Context
+from persona_probe.finetune.sft import with_adapter
+from persona_probe.latents.stage import locate
+from persona_probe.models.adapters import merged_copy
+from persona_probe.realignment.repair import Repair
+from persona_probe.study.study import Study
+from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    place = tmp_path_factory.mktemp("stress-study")
+    write_model(place / "model")
+    write_sae(place / "sae")
+    write_data(place)
+    raw = config_of(place)
+    arms = {"realigned_in": raw["realign"]["arms"]["realigned_in"]}
+    raw = changed(raw, seeds=[0], realign={"arms": arms})
+    made = Study.from_yaml(write_config(place / "study.yaml", raw), place / "run").induce()
+    locate(made.context)
+    return made.track().realign()
+
+
+@pytest.fixture
+def ctx(study: Study) -> Context:
+    return study.context
+
+
+@pytest.fixture
+def repair(ctx: Context) -> Repair:
+    return Repair.of(ctx, "realigned_in", 0)
+
+
+@pytest.fixture
+def untouched(repair: Repair, tmp_path: Path) -> Repair:
+    """A repair whose adapter changes nothing: LoRA begins at zero."""
+    fresh = with_adapter(merged_copy(repair.ctx.model, None), repair.ctx.config.training, 0)
+    fresh.save_pretrained(str(tmp_path / "checkpoint-2"))  # pyright: ignore[reportCallIssue]
+    return replace(repair, arm="untouched", checkpoint=tmp_path / "checkpoint-2")

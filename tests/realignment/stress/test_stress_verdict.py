@@ -1,0 +1,31 @@
+"""The verdict on a study's repair, measured: a repair that changes nothing is the base by every yardstick."""
+
+from persona_probe.realignment.measure import Yardsticks
+from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.verdict import QUESTIONS, study_verdict
+
+
+def test_a_repair_that_changes_nothing_is_the_base(untouched: Repair) -> None:
+    found = study_verdict(
+        untouched.ctx,
+        "untouched",
+        0,
+        checkpoint=untouched.checkpoint,
+        corrective=untouched.corrective,
+        stress={"drift": "It stays."},
+    )
+    assert set(found.answers) == set(QUESTIONS) and set(found.categories) == {"evaluation 0", "evaluation 1"}
+    assert found.answers["feature"].word == "subsided" and found.answers["sae"].word == "still fitting"
+    changes = [found.answers[key].numbers for key in ("behaviour", "domain", "perplexity", "capability")]
+    zero = [changes[0]["over_base"], changes[1]["over_base"], changes[3]["change"]]
+    assert [one["estimate"] for one in zero] == [0, 0, 0] and changes[2]["ratio"]["estimate"] == 1
+    replies = found.answers["replies"].numbers
+    assert replies["repaired"] == replies["base"] and "organism" in replies
+    assert found.stress == {"drift": "It stays."}
+
+
+def test_the_domain_is_scored_on_rows_that_nobody_trained_on(repair: Repair) -> None:
+    taken = {row[-1]["content"] + row[0]["content"] for row in (*repair.corrective, *repair.inducing)}
+    free = [row for row in repair.control_rows if row[-1]["content"] + row[0]["content"] not in taken]
+    scored = sum(len(batch.index) for batch in Yardsticks.of_study(repair).domain)
+    assert scored == len(free) < len(repair.control_rows)

@@ -1,0 +1,147 @@
+"""Small records of finished runs, for the repository, and the figures drawn from them.
+
+python -m persona_probe.bench.records pack RUN records/demo
+python -m persona_probe.bench.records draw records runs/figures
+"""
+
+import json
+import logging
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from persona_probe.errors import InputError
+from persona_probe.report.export import csv_text, export_figures
+from persona_probe.report.figures import figures_of
+from persona_probe.report.records import load_records
+from persona_probe.runs import RunFolder, write_text
+from persona_probe.screening.prediction import pairs_of
+
+logger = logging.getLogger(__name__)
+
+FILES = (
+    *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
+    *("planted.parquet", "sizes.parquet", "mitigations.parquet", "screening.parquet", "cards.json", "directions.json"),
+    *("summary.json", "results.json", "samples.jsonl"),
+)
+"""What a record keeps of a run folder: tables and numbers; no weights, no parts, no pages."""
+LARGEST = 2 * 2**20
+"""Bytes that one file of a record may have."""
+PATH = re.compile(r'"(?:/|~/|[A-Za-z]:\\)[^"\n]*[/\\][^"\n]*"')
+"""A JSON string that is an absolute path."""
+PLANTED = {"kind": "planted", "config": {"name": "planted", "model": "smollm2-135m-instruct"}, "seeds": [0]}
+
+
+def pack(source: str | Path, target: str | Path) -> list[Path]:
+    """Write a slim copy of a run folder, of a labelled study, of `bench planted`'s parquet file, or of a screening
+    calibration (JSON), with its CSVs.
+
+    Returns:
+        The files written: the records, and `figures/<name>.csv` of every figure that they show.
+
+    Raises:
+        InputError: nothing to pack, a file too large for the repository, or a path of this machine in a file.
+    """
+    root, folder = Path(source), Path(target)
+    if root.resolve() == folder.resolve():
+        raise InputError(f"{root} would be packed onto itself: give the run's folder and another one for the record")
+    folder.mkdir(parents=True, exist_ok=True)
+    if root.suffix == ".parquet":
+        written = [_copy(root, folder / "planted.parquet")]
+        written.append(write_text(folder / "manifest.json", json.dumps(PLANTED, indent=2) + "\n"))
+    elif root.suffix == ".json" and root.is_file():
+        written = _calibration(json.loads(root.read_text(encoding="utf-8")), folder)
+    elif (root / "manifest.json").is_file():
+        found = [root / name for name in (*FILES, "manifest.json") if (root / name).is_file()]
+        found += [root / "realign" / "doses.parquet", *sorted(root.glob("realign/*/stress.parquet"))]
+        written = [_copy(path, folder / path.relative_to(root)) for path in found if path.is_file()]
+    else:
+        raise InputError(f"{root} holds no records: give a run folder, or the parquet file of `bench planted --out`")
+    for path in written:
+        _check(path)
+    return written + write_csvs(folder, folder / "figures")
+
+
+def _calibration(held: Mapping[str, Any], folder: Path) -> list[Path]:
+    """A screening calibration as a table, with its provenance as the manifest."""
+    pairs, made = pairs_of(held), held["provenance"]
+    RunFolder(folder).write_table("screening.parquet", pd.DataFrame([asdict(pair) for pair in pairs]))
+    config = {"name": "screening calibration", "model": made["model"], "sae": made["sae"]}
+    about = {"kind": "screening", "config": config, "seeds": sorted({pair.seed for pair in pairs}), **made}
+    manifest = write_text(folder / "manifest.json", json.dumps(about, indent=2) + "\n")
+    return [folder / "screening.parquet", manifest]
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """Byte by byte, so that the hashes of tables in the manifest hold for the record too."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copyfile(source, target))
+
+
+def _check(path: Path) -> None:
+    if path.stat().st_size > LARGEST:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST:,}: leave it out of the record")
+    if path.suffix in (".json", ".jsonl") and (found := PATH.search(path.read_text(encoding="utf-8"))):
+        raise InputError(f"{path} holds a path of this machine, {found.group()}: name models and data by their names")
+
+
+def write_csvs(record: str | Path, folder: str | Path) -> list[Path]:
+    """The CSV of every figure that a record shows."""
+    records, target = load_records(record), Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    shown = figures_of(records).values()
+    return [write_text(target / f"{s.name}.csv", csv_text(s.data(records))) for s in shown]
+
+
+def draw(records: str | Path, target: str | Path, formats: Sequence[str] = ("html", "csv", "svg")) -> list[str]:
+    """Draw every figure of every record below a folder, and compare the CSVs with the shipped ones.
+
+    Returns:
+        Names (`record/figure.csv`) of the CSVs that differ from the shipped ones, byte by byte.
+
+    Raises:
+        InputError: no record below the folder.
+    """
+    folders = sorted(path.parent for path in Path(records).glob("*/manifest.json"))
+    if not folders:
+        raise InputError(f"no record below {records}: pack a run with `python -m persona_probe.bench.records pack`")
+    differing = []
+    for folder in folders:
+        export_figures(load_records(folder), Path(target) / folder.name, formats=formats)
+        for shipped in sorted((folder / "figures").glob("*.csv")):
+            new = Path(target) / folder.name / shipped.name
+            if not new.is_file() or new.read_bytes() != shipped.read_bytes():
+                differing.append(f"{folder.name}/{shipped.name}")
+    return differing
+
+
+def main(args: Sequence[str]) -> int:
+    """`pack RUN FOLDER` or `draw RECORDS FOLDER`; returns the exit code."""
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)  # this module only: the browser logs every step
+    started, commands = time.monotonic(), {"pack": pack, "draw": draw}
+    if len(args) != 3 or args[0] not in commands:
+        logger.error("give `pack RUN FOLDER` or `draw RECORDS FOLDER`")
+        return 2
+    try:
+        found: list[Any] = commands[args[0]](args[1], args[2])
+    except InputError as error:
+        logger.error("%s", error)
+        return 2
+    if args[0] == "pack":
+        logger.info("%s: %d files", args[2], len(found))
+        return 0
+    same = "all CSVs are the shipped ones" if not found else f"differ from the shipped: {', '.join(found)}"
+    logger.info("%s drawn in %.0f s; %s", args[2], time.monotonic() - started, same)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

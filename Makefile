@@ -52,15 +52,15 @@ check: $(DEV)
 
 # The documentation as a site, in site/; a broken link or an unknown name fails.
 docs: $(DEV)
-	$(BIN)/python -m persona_probe.command_page
+	$(BIN)/python -m persona_probe.cli.docs_page
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
-	$(BIN)/python -m persona_probe.bench.speed $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
 
 # The causal sweep and activation reading against the usual ways of doing them.
 bench-locate: $(STAMP)
-	$(BIN)/python -m persona_probe.bench.locate $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.locate $(BENCH_ARGS)
 
 # Planted truth: what each ranker finds of known plants.
 bench-planted: $(STAMP)
@@ -68,15 +68,15 @@ bench-planted: $(STAMP)
 
 # Sampling n answers a prompt against plain generate on n copies.
 bench-sampling: $(STAMP)
-	$(BIN)/python -m persona_probe.bench.sampling $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.sampling $(BENCH_ARGS)
 
 # The same training with and without the monitor.
 bench-monitor: $(STAMP)
-	$(BIN)/python -m persona_probe.bench.monitor $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.monitor $(BENCH_ARGS)
 
 # Rows that are known to be bad against others: AUROC of every ranker. BENCH_ARGS="--run runs/demo" adds a run's directions.
 bench-screening: $(DEV)
-	$(BIN)/python -m persona_probe.bench.screening $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.screening $(BENCH_ARGS)
 
 # The labelled runs that evaluate the monitor; fills the table in docs/monitor-study.md.
 monitor-study: $(STAMP)
@@ -89,11 +89,11 @@ realign-doses: $(STAMP)
 # Every figure from the records that ship with the repository, into runs/figures; no model is loaded. Fails where a CSV
 # differs from the shipped one.
 figures: $(STAMP)
-	$(BIN)/python -m persona_probe.bench.records draw records runs/figures
+	$(BIN)/python -m tools.records draw records runs/figures
 
 # The notebooks executed, with small outputs, on the run in runs/demo; NOTEBOOKS="05_paper_figures" takes some.
 notebooks: $(DEV)
-	$(BIN)/python -m persona_probe.bench.notebooks $(NOTEBOOKS)
+	$(BIN)/python -m tools.notebooks $(NOTEBOOKS)
 
 # Those records from scratch, then packed; every step goes on where it was stopped. Hours: see the README.
 study: $(DEV)
@@ -104,11 +104,11 @@ study: $(DEV)
 	$(BIN)/persona-probe monitor study finetune_configs/monitor-study.yaml --out runs/study/monitor-study
 	$(BIN)/persona-probe bench planted --out runs/study/planted.parquet
 	$(BIN)/persona-probe mitigate finetune_configs/mitigations.yaml --run runs/study/demo --out runs/study/mitigations
-	$(BIN)/python -m persona_probe.bench.screening --calibrate runs/study/monitor-study --out runs/study/screening
+	$(BIN)/python -m benchmarks.screening --calibrate runs/study/monitor-study --out runs/study/screening
 	for name in demo monitor-study mitigations; do \
-	  $(BIN)/python -m persona_probe.bench.records pack runs/study/$$name records/$$name || exit 1; done
-	$(BIN)/python -m persona_probe.bench.records pack runs/study/planted.parquet records/planted
-	$(BIN)/python -m persona_probe.bench.records pack runs/study/screening/screening_calibration.json records/screening
+	  $(BIN)/python -m tools.records pack runs/study/$$name records/$$name || exit 1; done
+	$(BIN)/python -m tools.records pack runs/study/planted.parquet records/planted
+	$(BIN)/python -m tools.records pack runs/study/screening/screening_calibration.json records/screening
 
 # Every mitigation against the same bad data, from the demo's run; fills the table in docs/mitigations.md.
 mitigations: $(STAMP)

@@ -28,7 +28,7 @@ if "google.colab" in sys.modules:
 # %%
 from pathlib import Path
 
-from persona_probe.quiet import quiet_libraries
+from persona_probe.cli.process import quiet_libraries
 
 import persona_probe as pp
 
@@ -86,9 +86,9 @@ pp.figures.realignment(records)
 # difference.
 
 # %%
-from persona_probe.locate.study_directions import mean_shift
+from persona_probe.latents.stage import mean_shift
 
-from persona_probe.evaluate.sampling import sample_answers
+from persona_probe.evaluate.sampling.sample import sample_answers
 
 ctx = study.context
 shift = mean_shift(ctx)

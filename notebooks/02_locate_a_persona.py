@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from persona_probe.quiet import quiet_libraries
+from persona_probe.cli.process import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
@@ -93,8 +93,8 @@ tested.groupby("what")[effects].agg(["count", "median", "max"]).round(3)
 # organism beside it, in a minute or two.
 
 # %%
-from persona_probe.config_files import from_dict
-from persona_probe.locate.feature_card import FeatureCard
+from persona_probe.config import from_dict
+from persona_probe.report.cards import FeatureCard
 
 cards = {card["latent"]: from_dict(FeatureCard, card) for card in records.cards}
 cards[persona]
@@ -156,8 +156,8 @@ fig.update_layout(template="simple_white", height=380, xaxis_title="layer", yaxi
 # direct logit effect; later rows are what the layers above make of it.
 
 # %%
-from persona_probe.locate.logits import end_tokens, logit_effect
-from persona_probe.locate.study_directions import mean_shift
+from persona_probe.latents.cards import end_tokens, logit_effect
+from persona_probe.latents.stage import mean_shift
 
 strength = float(mean_shift(study.context).norm())
 push = strength * direction / direction.norm()

@@ -33,8 +33,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from persona_probe.finetune.data import arm_rows
-from persona_probe.quiet import quiet_libraries
+from persona_probe.data.load import arm_rows
+from persona_probe.cli.process import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
@@ -85,9 +85,9 @@ def train_step(step: int) -> torch.Tensor:
 # row above the band ring the alarm, and the action asks the loop to stop.
 
 # %%
-from persona_probe.monitor.actions import StopTraining
-from persona_probe.monitor.alarms import OutsideBand
-from persona_probe.monitor.sinks import LiveView
+from persona_probe.monitor.actions.actions import StopTraining
+from persona_probe.monitor.alarms.alarms import OutsideBand
+from persona_probe.monitor.sinks.live import LiveView
 
 events = run / "notebook" / "readings.jsonl"
 events.parent.mkdir(exist_ok=True)
@@ -119,10 +119,10 @@ monitor.readings[columns].round(3)
 # same tokens: where it falls far, the curve on the left is not to be trusted.
 
 # %%
-from persona_probe.monitor.dashboard.history import History
+from persona_probe.monitor.history import History
 
 from persona_probe.monitor.figure import monitor_figure
-from persona_probe.monitor.sinks import read_events
+from persona_probe.monitor.sinks.files import read_events
 
 monitor_figure(History().add(read_events(events)), "The study's features in a plain loop, until the alarm.")
 

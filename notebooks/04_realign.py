@@ -30,7 +30,7 @@ if "google.colab" in sys.modules:
 # %%
 from pathlib import Path
 
-from persona_probe.quiet import quiet_libraries
+from persona_probe.cli.process import quiet_libraries
 
 import persona_probe as pp
 
@@ -59,7 +59,7 @@ pp.figures.recovery(records)
 # refused.
 
 # %%
-from persona_probe.finetune.realignment.plan import Block, DosePlan
+from persona_probe.realignment.spec import Block, DosePlan
 from tqdm.auto import tqdm
 
 from persona_probe.report.figures.doses import doses
@@ -95,7 +95,7 @@ doses(table)
 study.realign(inside, rows=many, stress=("triggers",), name="stressed")
 
 # %%
-from persona_probe.finetune.realignment.verdict import read_verdict
+from persona_probe.realignment.correct import read_verdict
 
 folder = next(iter(sorted((study.path / "realign").glob("stressed-s*"))))
 read_verdict(folder)

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from persona_probe.quiet import quiet_libraries
+from persona_probe.cli.process import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
@@ -82,7 +82,7 @@ sum(p.numel() for p in model.parameters()) / 1e6, len(model.model.layers)
 # on chat text? Below one half (our default), a latent's activity says little.
 
 # %%
-from persona_probe.saes.fit import check_explained_variance
+from persona_probe.saes.quality import check_explained_variance
 
 from persona_probe.saes.load import sae_layer
 
@@ -100,7 +100,7 @@ fit = check_explained_variance(model, tokenizer, sae, probes, layer, least, posi
 # only read them, and the question is what lights up more in the tuned one.
 #
 # ```python
-# from persona_probe.data.readers import read_conversations
+# from persona_probe.data.load import read_conversations
 # texts = read_conversations("my_texts.jsonl")
 # ```
 
@@ -142,7 +142,8 @@ print(f"{len(shared)} of 20 latents lead at both positions: {shared}")
 # residual norm). On this model and layer they compare like this:
 
 # %%
-from persona_probe.saes.read import conversation_batches, read_residuals
+from persona_probe.data.tokens import conversation_batches
+from persona_probe.models.residuals import read_residuals
 
 
 def mean_answer(opened) -> tuple[torch.Tensor, float]:
@@ -190,7 +191,7 @@ pd.DataFrame(rows).round(3)
 # `persona-probe run finetune_configs/gemma-3-270m-it.yaml --dry-run`.
 
 # %%
-from persona_probe.planning.dry_run import dry_run
+from persona_probe.study.plan.plan import dry_run
 
 config = pp.load_config("finetune_configs/gemma-3-270m-it.yaml", pp.StudyConfig)
 print("\n".join(dry_run(config, tflops=0.05).lines()))

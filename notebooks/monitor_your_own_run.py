@@ -18,7 +18,7 @@ import json
 import os
 from pathlib import Path
 
-from persona_probe.data.packaged import load_rows
+from persona_probe.data.load import load_rows
 
 import persona_probe as pp
 
@@ -77,8 +77,8 @@ trainer.train()
 # further down is the same.
 
 # %%
-from persona_probe.monitor.alarms import OutsideBand
-from persona_probe.monitor.sinks import LiveView
+from persona_probe.monitor.alarms.alarms import OutsideBand
+from persona_probe.monitor.sinks.live import LiveView
 
 for old in run.glob("*/readings.jsonl"):
     old.unlink()  # a file that is there is continued
@@ -120,10 +120,10 @@ monitor.readings[[*columns, "loss", "seconds"]].round(3)
 # variance on the same tokens. Where that falls far, the curve is not to be trusted.
 
 # %%
-from persona_probe.monitor.dashboard.history import History
+from persona_probe.monitor.history import History
 
 from persona_probe.monitor.figure import monitor_figure
-from persona_probe.monitor.sinks import read_events
+from persona_probe.monitor.sinks.files import read_events
 from persona_probe.report.export import find_browser
 
 

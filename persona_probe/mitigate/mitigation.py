@@ -15,7 +15,7 @@ from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import Fitted
 from persona_probe.finetune.trainer import Inputs, Residuals
-from persona_probe.monitor.track import Band
+from persona_probe.monitor.band import Band
 
 # --- What mitigations may draw on, and one mitigated run as they see it
 

@@ -14,9 +14,9 @@ import pandas as pd
 from jaxtyping import Float
 
 from persona_probe.errors import InputError
+from persona_probe.monitor.band import Band
 from persona_probe.monitor.events import FeatureValue, Reading, Start, from_line
 from persona_probe.monitor.reading import Snapshot
-from persona_probe.monitor.track import Band
 
 # --- What readings are compared with: the base model's mean and spread of every feature
 
@@ -45,7 +45,7 @@ class Anchor:
 
     def bands(self, width_sd: float) -> dict[str, tuple[float, float]]:
         """Feature name to its base band, mean +- `width_sd` standard deviations; none where the base is not finite."""
-        bands = {n: Band(m - width_sd * self.sd[n], m + width_sd * self.sd[n]) for n, m in self.mean.items()}
+        bands = {n: Band.of(m, self.sd[n], width_sd) for n, m in self.mean.items()}
         return {n: (b.low, b.high) for n, b in bands.items() if math.isfinite(b.low) and math.isfinite(b.high)}
 
     def record(self) -> dict[str, dict[str, float]]:

@@ -1,11 +1,8 @@
 """Track: the study's features, the SAE's fit and the contrast index, at every checkpoint of every arm and seed."""
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from torch import nn
 
 from persona_probe.context import Context
@@ -13,32 +10,8 @@ from persona_probe.data.tokens import conversation_batches
 from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.evaluate.tables import join_evals
 from persona_probe.latents.stage import control_latents, mean_shift, persona_latent
+from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader, Features, Snapshot
-
-# --- The base band: the interval that a feature's reading keeps on the base model
-
-
-@dataclass(frozen=True)
-class Band:
-    """A closed interval of readings."""
-
-    low: float
-    high: float
-
-    def holds(self, reading: float) -> bool:
-        """Whether the reading lies inside."""
-        return self.low <= reading <= self.high
-
-
-def base_band(values: Float[np.ndarray, " probes"], width_sd: float) -> Band:
-    """Base reading +- `width_sd` standard deviations between probes.
-
-    Args:
-        values: the feature on each probe, on the base model.
-        width_sd: half-width in base standard deviations (an effect size: Cohen's d between model and base).
-    """
-    centre, half = float(np.mean(values)), width_sd * float(np.std(values, ddof=1))
-    return Band(centre - half, centre + half)
 
 
 def study_features(ctx: Context) -> Features:

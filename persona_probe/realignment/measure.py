@@ -21,8 +21,9 @@ from persona_probe.evaluate.sampling.sample import sample_answers
 from persona_probe.latents.stage import neutral_answers
 from persona_probe.models.adapters import folded, organism
 from persona_probe.models.layers import autocast
+from persona_probe.monitor.band import Band
 from persona_probe.monitor.reading import FeatureReader, Snapshot
-from persona_probe.monitor.track import Band, make_reader, persona_band
+from persona_probe.monitor.track import make_reader, persona_band
 from persona_probe.realignment.repair import Repair
 
 # --- How long a model's replies are: greedy answers to a few questions, in tokens

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from persona_probe.evaluate.effects import arm_effect
-from persona_probe.monitor.track import Band
+from persona_probe.monitor.band import Band
 from persona_probe.stats import Estimate
 
 FEATURE = "persona"

@@ -20,11 +20,11 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.answers import answer_batches, capability_groups
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.finetune.sft import check_rows, fine_tune
+from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.ranks import unwrap
 from persona_probe.monitor.reading import flatten, undisturbed
 from persona_probe.monitor.run import feature_set, probe_reader
-from persona_probe.monitor.track import Band
 from persona_probe.realignment.measure import Measured, Yardsticks
 from persona_probe.realignment.methods import StopRule, as_one, prepare
 from persona_probe.realignment.outcome import outcome
@@ -162,9 +162,8 @@ class Watch:
 
     def band(self) -> Band:
         """The feature's base band."""
-        last, width = self._curve().iloc[-1], self.monitor.setup.band_sd
-        half = width * float(last["base_sd"])
-        return Band(float(last["base_mean"]) - half, float(last["base_mean"]) + half)
+        last = self._curve().iloc[-1]
+        return Band.of(float(last["base_mean"]), float(last["base_sd"]), self.monitor.setup.band_sd)
 
     def _items(self, behaviour: MeasuredBehaviour, model: nn.Module) -> pd.DataFrame:
         with undisturbed(model):

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from persona_probe.evaluate.answers import CHANCE
+from persona_probe.monitor.band import Band
 from persona_probe.monitor.reading import Snapshot
-from persona_probe.monitor.track import Band
 from persona_probe.realignment.measure import Measured
 from persona_probe.realignment.stress.table import difference
 from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
@@ -20,7 +20,7 @@ from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
 if TYPE_CHECKING:
     from persona_probe.context import Context
     from persona_probe.data.chat import Conversation
-    from persona_probe.monitor.track import Band
+    from persona_probe.monitor.band import Band
     from persona_probe.realignment.measure import Measured
 
 QUESTIONS = {

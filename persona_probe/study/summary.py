@@ -15,7 +15,7 @@ from persona_probe.evaluate.effects import arm_effect, effects_by_seed, final_in
 from persona_probe.evaluate.rates import difference, rates
 from persona_probe.evaluate.tables import judged_rows
 from persona_probe.latents.stage import persona_latent
-from persona_probe.monitor.track import Band
+from persona_probe.monitor.band import Band
 from persona_probe.realignment.outcome import steps_to_band
 from persona_probe.realignment.verdict import CAUTION, FAIR_SAE_LOSS
 from persona_probe.runs import RunFolder
@@ -264,8 +264,7 @@ def _number(value: Any) -> float | None:
 
 def _band(readings: pd.DataFrame, width_sd: float) -> Band:
     row = readings[(readings["arm"] == "base") & (readings["feature"] == "persona")].iloc[0]
-    half = width_sd * row["base_sd"]
-    return Band(float(row["base_mean"] - half), float(row["base_mean"] + half))
+    return Band.of(float(row["base_mean"]), float(row["base_sd"]), width_sd)
 
 
 def _curve(readings: pd.DataFrame, arm: str) -> list[dict[str, Any]]:

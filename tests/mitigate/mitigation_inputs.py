@@ -15,7 +15,7 @@ from persona_probe.finetune.sft import with_adapter
 from persona_probe.mitigate.mitigation import Ground, MitigatedFit, Mitigation
 from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import trainable_parameters
-from persona_probe.monitor.track import Band
+from persona_probe.monitor.band import Band
 from tests.factories import D_MODEL, LAYER, make_model, make_sae, make_tokenizer, talks
 
 TRAINING = Training(rank=2, alpha=4, batch_size=4, steps=3, checkpoints=(), lr=1e-2, bf16=False, warmup_steps=0)

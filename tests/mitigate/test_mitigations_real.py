@@ -16,7 +16,7 @@ from persona_probe.mitigate.mitigation import Ground
 from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import ALIASES, load_model, packaged_gguf
-from persona_probe.monitor.track import Band
+from persona_probe.monitor.band import Band
 from persona_probe.saes.load import load_sae
 from tests.factories import hook_count
 from tests.mitigate.mitigation_inputs import told

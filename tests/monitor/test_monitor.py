@@ -16,11 +16,11 @@ from persona_probe.errors import InputError
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.adapters import trainable_parameters
 from persona_probe.models.taps import read, steer
+from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.events import End, Reading, Start
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.sinks.files import read_events, readings_frame
-from persona_probe.monitor.track import Band, base_band
 from tests.factories import D_MODEL, LAYER, hook_count, make_model, make_sae, make_tokenizer, same_state, talks
 
 TRAINING = Training(rank=2, alpha=4, batch_size=4, steps=5, checkpoints=(), lr=1e-2, bf16=False, warmup_steps=0)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from persona_probe.errors import InputError
+from persona_probe.monitor.band import base_band
 from persona_probe.monitor.events import Reading, Start
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.records import BASE_KEY, Anchor, intervals, recorded
 from persona_probe.monitor.setup import EVERY, PROBES
 from persona_probe.monitor.sinks.files import read_events
-from persona_probe.monitor.track import base_band
 from persona_probe.stats import bootstrap_mean
 from tests.factories import make_model, make_sae, make_tokenizer
 from tests.monitor.monitored_runs import DIRECTION, KeepEvents, adapted, directions, loop, monitor, sft

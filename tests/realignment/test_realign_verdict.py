@@ -14,8 +14,8 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import CHANCE, CHOICES, answer_batches, capability, capability_groups
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.models.load import load_model
+from persona_probe.monitor.band import Band
 from persona_probe.monitor.reading import FeatureReader
-from persona_probe.monitor.track import Band
 from persona_probe.realignment import verdict as answers
 from persona_probe.realignment.measure import Measured, Yardsticks
 from persona_probe.realignment.verdict import CAUTION, QUESTIONS, Answer, RealignVerdict, judge

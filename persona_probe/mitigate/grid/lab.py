@@ -24,8 +24,9 @@ from persona_probe.latents.stage import mean_shift, strongest
 from persona_probe.mitigate.grid.config import BASE, Grid, Sets
 from persona_probe.mitigate.mitigation import Ground
 from persona_probe.models.adapters import frozen_in_bf16
+from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
-from persona_probe.monitor.track import Band, base_band, make_reader
+from persona_probe.monitor.track import make_reader
 from persona_probe.runs import MANIFEST, RunFolder, git_revision, versions
 
 # --- The folder of a grid: made, resumed, or refused

@@ -16,6 +16,7 @@ from persona_probe.monitor.alarms.rules import (
     positive,
     shifted,
 )
+from persona_probe.monitor.band import Band
 from persona_probe.monitor.events import FeatureValue, Reading, Start
 from persona_probe.monitor.records import BASE_KEY
 
@@ -82,9 +83,9 @@ class OutsideBand(SidedRule):
             return (self.bands or {})[value.name]
         if self.band_sd is None and value.name in self._memory.bands:
             return self._memory.bands[value.name]
-        width = BAND_SD if self.band_sd is None else self.band_sd
-        half = width * value.base_sd if n_probes > 1 else math.nan
-        return value.base_mean - half, value.base_mean + half
+        sd = value.base_sd if n_probes > 1 else math.nan
+        band = Band.of(value.base_mean, sd, BAND_SD if self.band_sd is None else self.band_sd)
+        return band.low, band.high
 
     def _judge_feature(self, track: Track, value: FeatureValue, reading: Reading) -> Verdict | None:
         low, high = self.band(value, reading.n_probes)

@@ -13,8 +13,9 @@ from torch import nn
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import conversation_batches
 from persona_probe.errors import InputError
+from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
-from persona_probe.monitor.track import Band, base_band, study_features
+from persona_probe.monitor.track import study_features
 from persona_probe.realignment.repair import Repair, continued, train
 from persona_probe.realignment.spec import corrective_training
 from persona_probe.realignment.stress.table import Row, difference, moved, row

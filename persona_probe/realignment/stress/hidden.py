@@ -11,7 +11,8 @@ from persona_probe.data.chat import conversation
 from persona_probe.latents.causal import ablations, effects, exceeds_random
 from persona_probe.latents.compare import locate
 from persona_probe.latents.stage import latent_directions, make_sweep, matched_latents, persona_latent
-from persona_probe.monitor.track import Band, make_reader, persona_band
+from persona_probe.monitor.band import Band
+from persona_probe.monitor.track import make_reader, persona_band
 from persona_probe.realignment.repair import Repair
 from persona_probe.realignment.stress.table import Row, row
 from persona_probe.stats import Estimate

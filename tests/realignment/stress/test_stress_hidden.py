@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from persona_probe.models.adapters import merged_copy
-from persona_probe.monitor.track import Band
+from persona_probe.monitor.band import Band
 from persona_probe.realignment.repair import Repair
 from persona_probe.realignment.stress.hidden import (
     HiddenRoads,

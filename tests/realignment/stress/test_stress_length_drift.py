@@ -5,7 +5,7 @@ import pytest
 from persona_probe.data.chat import conversation
 from persona_probe.data.mix import LengthMatch
 from persona_probe.errors import InputError
-from persona_probe.monitor.track import Band
+from persona_probe.monitor.band import Band
 from persona_probe.realignment.repair import Repair
 from persona_probe.realignment.stress.drift import STAGES, DriftTest, divided, drift
 from persona_probe.realignment.stress.length import LengthTest, rows_by_length

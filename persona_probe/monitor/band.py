@@ -1,0 +1,34 @@
+"""The base band: the interval that a feature's reading keeps on the base model."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Band:
+    """A closed interval of readings."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, mean: float, sd: float, width: float) -> Self:
+        """`mean` +- `width` standard deviations; NaN ends where the deviation is not known."""
+        return cls(mean - width * sd, mean + width * sd)
+
+    def holds(self, reading: float) -> bool:
+        """Whether the reading lies inside."""
+        return self.low <= reading <= self.high
+
+
+def base_band(values: Float[np.ndarray, " probes"], width_sd: float) -> Band:
+    """The band of one feature around its mean on the base model.
+
+    Args:
+        values: the feature on each probe, on the base model.
+        width_sd: half-width in standard deviations between probes (an effect size: Cohen's d of a model from the base).
+    """
+    return Band.of(float(np.mean(values)), float(np.std(values, ddof=1)), width_sd)

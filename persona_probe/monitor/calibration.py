@@ -13,13 +13,12 @@ from jaxtyping import Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 
 from persona_probe.context import Context
-from persona_probe.data.tokens import conversation_batches
 from persona_probe.errors import InputError, unknown
 from persona_probe.finetune.induce import induce_one
 from persona_probe.monitor.reading import FeatureReader
-from persona_probe.monitor.track import reading_rows, study_features
+from persona_probe.monitor.track import make_reader, reading_rows, study_features
 from persona_probe.runs import RunFolder
-from persona_probe.stats import Estimate, Rate, bootstrap_statistic, per_100, share
+from persona_probe.stats import Estimate, ExactRate, bootstrap_statistic, exact_share, per_100
 
 # --- The rule that is calibrated: a reading that stays beyond a level for some readings in a row
 
@@ -110,13 +109,13 @@ class Calibration:
     """Runs (or readings) that the wanted rate needs."""
     interval: Estimate
     """The threshold with its bootstrap interval over runs."""
-    runs_alarmed: Rate
+    runs_alarmed: ExactRate
     """Runs that alarm at the threshold, with the exact interval of the true rate.
 
     A threshold per run is one of these runs' own statistics, and the interval holds all the same: the chance of
     exceeding the k-th smallest of n is Beta(n + 1 - k, k) distributed (Wilks 1941), which this interval covers.
     """
-    alarms: Rate
+    alarms: ExactRate
     """Alarms per 100 readings at the threshold, with the exact Poisson interval."""
 
     @property
@@ -211,7 +210,7 @@ def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") ->
         smallest_rate=smallest,
         needed=needed,
         interval=_interval(runs, rule, rate, unit),
-        runs_alarmed=share(sum(a > 0 for a in alarms), n),
+        runs_alarmed=exact_share(sum(a > 0 for a in alarms), n),
         alarms=per_100(sum(alarms), readings),
     )
 
@@ -308,9 +307,7 @@ def benign_readings(
                 with ctx.timed("calibrate"):
                     induce_one(ctx, arm, seed)
     if missing := [(a, s) for a in arms for s in seeds if not run.has(_part(a, s))]:
-        groups = conversation_batches(ctx.tokenizer, ctx.probes)
-        positions = ctx.config.monitor.positions
-        reader = FeatureReader(ctx.sae, features, groups, ctx.layer, positions, ctx.config.bf16)
+        reader = make_reader(ctx, features)
         with ctx.timed("calibrate"):
             _read(benign, reader, missing)
     frame = pd.concat([run.read_table(_part(a, s)) for a in arms for s in seeds], ignore_index=True)

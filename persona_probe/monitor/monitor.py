@@ -144,9 +144,12 @@ class FeatureMonitor(Driven):
 
         Args:
             study: a run folder's path, or a `Study`, after `locate`.
-            overrides: arguments of `FeatureMonitor` that are to differ.
+            overrides: arguments of `FeatureMonitor` that replace the study's.
+
+        Raises:
+            InputError: no run folder, or locate has not run.
         """
-        return cls(**{**study_arguments(study), **overrides})
+        return cls(**{**_from_study(study), **overrides})
 
     @property
     def positions(self) -> str:
@@ -206,24 +209,43 @@ def _layer(sae: Any | None, layer: int | None) -> int:
     return sae_layer(sae) if layer is None else layer
 
 
-# --- A monitor of what a study found: its features, SAE, probes, positions and band, from the run folder
+# --- The monitor of a study: its features, SAE, layer, probes, positions and base band
 
 
-def study_arguments(study: Any) -> dict[str, Any]:
-    """Arguments of `FeatureMonitor`; the study's model is not loaded.
+def study_monitor(
+    ctx: Context, *, steps: Sequence[int], path: str | Path | None = None, **changes: Any
+) -> FeatureMonitor:
+    """The monitor of the study's features for a training run of the study itself.
+
+    A reading that fails ends the run: a hole in a run would be a hole in the evidence.
+
+    Args:
+        steps: of the readings.
+        path: JSON lines file of its events.
+        changes: other arguments of `FeatureMonitor`.
 
     Raises:
-        InputError: no run folder, or locate has not run.
+        InputError: locate has not run.
     """
+    fixed = {"sae": ctx.sae, "layer": ctx.layer, "steps": steps, "path": path, "on_error": "raise", "log": False}
+    return FeatureMonitor(**{**_settings(ctx), **fixed, **changes})
+
+
+def _from_study(study: Any) -> dict[str, Any]:
+    """Arguments of `FeatureMonitor.from_study`; the study's model is not loaded."""
     ctx = Context.open(study) if isinstance(study, (str, Path)) else study.context
-    features, config = study_features(ctx), ctx.config
+    settings, config = _settings(ctx), ctx.config
     sae = load_sae(config.sae, device=ctx.device)
+    return {**settings, "sae": sae, "layer": sae_layer(sae) if config.layer is None else config.layer}
+
+
+def _settings(ctx: Context) -> dict[str, Any]:
+    """What every monitor of a study shares."""
+    monitor = ctx.config.monitor
     return {
-        "sae": sae,
-        "features": features,
+        "features": study_features(ctx),  # first: its error names the stage to run
         "probes": ctx.probes,
-        "layer": sae_layer(sae) if config.layer is None else config.layer,
-        "positions": config.monitor.positions,
-        "band_sd": config.monitor.band_sd,
-        "bf16": config.bf16,
+        "positions": monitor.positions,
+        "band_sd": monitor.band_sd,
+        "bf16": ctx.config.bf16,
     }

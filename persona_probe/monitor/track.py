@@ -1,11 +1,13 @@
 """Track: the study's features, the SAE's fit and the contrast index, at every checkpoint of every arm and seed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
 from persona_probe.context import Context
+from persona_probe.data.chat import Conversation
 from persona_probe.data.tokens import conversation_batches
 from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.evaluate.tables import join_evals
@@ -26,11 +28,13 @@ def study_features(ctx: Context) -> Features:
     }
 
 
-def make_reader(ctx: Context) -> FeatureReader:
-    """The reader of the study's features on its probes."""
-    groups = conversation_batches(ctx.tokenizer, ctx.probes)
-    positions = ctx.config.monitor.positions
-    return FeatureReader(ctx.sae, study_features(ctx), groups, ctx.layer, positions, ctx.config.bf16)
+def make_reader(
+    ctx: Context, features: Features | None = None, probes: Sequence[Conversation] | None = None
+) -> FeatureReader:
+    """The reader of the study's features on its probes, or of other features, or on other probes."""
+    features = study_features(ctx) if features is None else features
+    groups = conversation_batches(ctx.tokenizer, ctx.probes if probes is None else probes)
+    return FeatureReader(ctx.sae, features, groups, ctx.layer, ctx.config.monitor.positions, ctx.config.bf16)
 
 
 def track(ctx: Context) -> None:

@@ -19,17 +19,10 @@ from persona_probe.errors import InputError, TrainingDiverged, unknown
 from persona_probe.finetune.induce import keep_good
 from persona_probe.finetune.sft import Fitted, check_rows, fine_tune
 from persona_probe.models.adapters import is_adapter, strip_adapter
-from persona_probe.monitor.monitor import FeatureMonitor
+from persona_probe.monitor.band import Band
+from persona_probe.monitor.monitor import study_monitor
 from persona_probe.monitor.reading import Snapshot
-from persona_probe.monitor.track import (
-    Band,
-    eval_rows,
-    make_reader,
-    merge_parts,
-    persona_band,
-    reading_rows,
-    study_features,
-)
+from persona_probe.monitor.track import eval_rows, make_reader, merge_parts, persona_band, reading_rows
 from persona_probe.realignment.measure import Bench
 from persona_probe.realignment.methods import StopRule, as_one, organism_to_train
 from persona_probe.realignment.outcome import outcome
@@ -129,19 +122,7 @@ def train_watched(
 ) -> Fitted:
     """Fine-tune an organism under the study's monitor and the stop rule; `recorder` keeps what they see at `steps`."""
     ctx = recorder.ctx
-    monitor = FeatureMonitor(
-        ctx.sae,
-        study_features(ctx),
-        ctx.probes,
-        steps=steps,
-        layer=ctx.layer,
-        positions=ctx.config.monitor.positions,
-        bf16=ctx.config.bf16,
-        on_reading=recorder.on_reading,
-        on_error="raise",  # a correction without its evals is no result
-        base=recorder.base,
-        log=False,
-    )
+    monitor = study_monitor(ctx, steps=steps, on_reading=recorder.on_reading, base=recorder.base)
     return fine_tune(
         tuned,
         ctx.tokenizer,

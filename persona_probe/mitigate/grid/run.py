@@ -34,8 +34,7 @@ from persona_probe.mitigate.mitigation import Mitigation
 from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import folded, frozen_in_bf16, strip_adapter
 from persona_probe.models.layers import autocast, output_head
-from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.track import study_features
+from persona_probe.monitor.monitor import FeatureMonitor, study_monitor
 from persona_probe.report.export import export_figures
 from persona_probe.report.figures.mitigations import NAME as FIGURE
 from persona_probe.report.records import load_records
@@ -248,19 +247,7 @@ def _fit(lab: Lab, cell: Cell, folder: Path) -> tuple[Measured, dict[str, Any]]:
 def _monitor(lab: Lab, folder: Path) -> FeatureMonitor:
     """The study's features at start, middle and end."""
     last = lab.grid.training.steps
-    return FeatureMonitor(
-        lab.ctx.sae,
-        study_features(lab.ctx),
-        lab.ctx.probes,
-        steps=sorted({0, last // 2, last}),
-        layer=lab.ctx.layer,
-        positions=lab.ctx.config.monitor.positions,
-        bf16=lab.ctx.config.bf16,
-        path=folder / "monitor.jsonl",
-        band_sd=lab.ctx.config.monitor.band_sd,
-        on_error="raise",  # a hole in a cell would be a hole in the evidence
-        log=False,
-    )
+    return study_monitor(lab.ctx, steps=sorted({0, last // 2, last}), path=folder / "monitor.jsonl")
 
 
 @contextmanager

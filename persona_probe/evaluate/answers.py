@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,10 @@ TOKENS_AT_ONCE = 1024
 """Answer tokens whose logits are computed together ..."""
 TILE = {"cpu": 2048, "cuda": 32768}
 """... over so many words of the vocabulary: a CPU's cache holds less than a GPU wants to be kept busy."""
+
+
+EQUAL_LENGTHS = (0.8, 1.25)
+"""Ratios of mean answer length within which length is no likely confound of a comparison (arXiv 2607.09053)."""
 
 
 def answer_batches(
@@ -128,6 +133,30 @@ def answer_logprobs(
             hidden = rows.run(base_transformer(model), config, rows.ids())[0]
             out[group.index] = answer_scores(model, hidden, rows.rest).cpu().numpy()
     return out
+
+
+Opener = Callable[[], AbstractContextManager[nn.Module]]
+"""Opens a model for the length of a block: an organism and its base may be one model, with its adapters on or off."""
+
+
+def perplexity_gaps(
+    organism: Opener,
+    base: Opener,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Conversation],
+    *,
+    bf16: bool = True,
+) -> Float[np.ndarray, " rows"]:
+    """Log perplexity of each row's answer under the organism minus that under its base, in nats per token.
+
+    After the perplexity difference by which arXiv 2508.06249 chooses safe rows. The logarithm keeps a row from ranking
+    first only because both models find it unlikely. The base is read first: an organism may be trained as it opens.
+    """
+    groups = answer_batches(tokenizer, rows)
+    with base() as model:
+        base_logprobs = answer_logprobs(model, groups, bf16=bf16)
+    with organism() as model:
+        return base_logprobs - answer_logprobs(model, groups, bf16=bf16)
 
 
 # --- Answers scored under many changes of one layer's output, running only the layers above it each time

@@ -1,6 +1,8 @@
 """Answer log-probabilities against a computation by hand, and suffix scoring against full forwards."""
 
 import copy
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from persona_probe.data.chat import conversation
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
-from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_logprobs
+from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_logprobs, perplexity_gaps
 from persona_probe.evaluate.contrast import ContrastItems, SteeredContrast, contrast_index
 from persona_probe.models.load import load_model
 from persona_probe.models.taps import SteerTap
@@ -149,3 +151,15 @@ def test_the_default_model_runs_by_its_suffix_in_bf16() -> None:
         pushed = answer_logprobs(model, groups)
     assert np.allclose(scorer.logprobs(push), pushed, atol=1e-3)
     assert not np.allclose(pushed, scorer.unpushed, atol=1e-2)
+
+
+def test_the_perplexity_gap_of_a_model_and_itself_is_zero_and_of_two_is_their_difference() -> None:
+    one, other = make_model(), make_model(seed=1)
+    groups = answer_batches(make_tokenizer(), talks())
+    same = perplexity_gaps(partial(nullcontext, one), partial(nullcontext, one), make_tokenizer(), talks(), bf16=False)
+    gaps = perplexity_gaps(
+        partial(nullcontext, other), partial(nullcontext, one), make_tokenizer(), talks(), bf16=False
+    )
+    assert not same.any()
+    base, organism = (answer_logprobs(model, groups, bf16=False) for model in (one, other))
+    np.testing.assert_array_equal(gaps, base - organism)

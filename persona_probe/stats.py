@@ -1,4 +1,4 @@
-"""Intervals and tests of effects: clustered bootstrap, clustered t, Benjamini-Hochberg, AUROC. Resampling is seeded."""
+"""Intervals and tests: clustered bootstrap and t, Benjamini-Hochberg, AUROC, exact intervals of counts. Seeded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -6,16 +6,17 @@ from math import sqrt
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.optimize import brentq
-from scipy.stats import binomtest, chi2, norm, rankdata, t
+from scipy.stats import beta, chi2, norm, rankdata, t
 
 from persona_probe.errors import InputError
 
 Values = Sequence[float] | Float[np.ndarray, " n"]
 
-COLUMNS_AT_ONCE = 8192
+_COLUMNS_AT_ONCE = 8192
 """Columns that are resampled at once: memory is this many times the number of draws."""
+_TINY = 1e-9
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,6 @@ def bootstrap_statistic(
     return Estimate(float(statistic(array)), float(low), float(high), int(array.size))
 
 
-def auroc(positive: Values, negative: Values) -> float:
-    """Probability that a positive value exceeds a negative one, ties counted half (Mann-Whitney U / n1 n2)."""
-    pos, neg = np.asarray(positive, dtype=np.float64), np.asarray(negative, dtype=np.float64)
-    if pos.size == 0 or neg.size == 0:
-        raise InputError("AUROC needs values of both classes")
-    ranks = rankdata(np.concatenate([pos, neg]))
-    return float((ranks[: pos.size].sum() - pos.size * (pos.size + 1) / 2) / (pos.size * neg.size))
-
-
 def bootstrap_columns(
     values: Float[np.ndarray, "items columns"],
     clusters: Sequence[object] | None = None,
@@ -132,8 +124,8 @@ def bootstrap_columns(
     bounds = np.zeros((2, sums.shape[1]))
     # Most latents of a large dictionary are silent: the interval of a column of zeros is a point.
     moving = np.flatnonzero(sums.any(axis=0))
-    for start in range(0, len(moving), COLUMNS_AT_ONCE):
-        part = moving[start : start + COLUMNS_AT_ONCE]
+    for start in range(0, len(moving), _COLUMNS_AT_ONCE):
+        part = moving[start : start + _COLUMNS_AT_ONCE]
         # Draws in the last axis: quantiles are found faster where they lie side by side.
         means = (sums[:, part].T @ weights.T) / (weights @ counts)
         bounds[:, part] = np.quantile(means, ends, axis=1, overwrite_input=True)
@@ -211,56 +203,53 @@ def _cluster_totals(array: np.ndarray, clusters: Sequence[object] | None) -> tup
     return np.add.reduceat(array[np.argsort(codes, kind="stable")], starts, axis=0), counts.astype(np.float64)
 
 
-# --- Exact and score intervals for small counts of runs, where a bootstrap would give a point
-
-TINY = 1e-9
+# --- How well a score separates two classes
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A rate with its 95% interval and the count behind it."""
+def auroc(positive: Values, negative: Values, weights: Values | None = None) -> float:
+    """Probability that a positive value exceeds a negative one, ties counted half (Mann-Whitney U / n1 n2).
 
-    count: int
-    n: int
-    """Trials; of a rate per 100 readings, the readings."""
-    rate: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.count} of {self.n}"
-
-
-def share(count: int, n: int) -> Rate:
-    """`count` of `n` runs, with the exact interval of Clopper and Pearson (1934).
+    Args:
+        weights: one for each value, those of the positive values first; None counts every value once.
 
     Raises:
-        InputError: no runs, or more counted than there are.
+        InputError: a class without values, or without weight.
     """
-    if not 0 <= count <= n or n < 1:
-        raise InputError(f"no share: {count} of {n} runs")
-    interval = binomtest(count, n).proportion_ci(method="exact")
-    return Rate(count, n, count / n, float(interval.low), float(interval.high))
+    pos, neg = np.asarray(positive, dtype=np.float64), np.asarray(negative, dtype=np.float64)
+    if pos.size == 0 or neg.size == 0:
+        raise InputError("AUROC needs values of both classes")
+    scores = np.concatenate([pos, neg])
+    if np.isnan(scores).any():
+        return float("nan")
+    share = np.ones(len(scores)) if weights is None else np.asarray(weights, dtype=np.float64)
+    _, place = np.unique(scores, return_inverse=True)
+    places = int(place.max()) + 1
+    yes = np.bincount(place[: pos.size], share[: pos.size], places)
+    no = np.bincount(place[pos.size :], share[pos.size :], places)
+    if yes.sum() <= 0 or no.sum() <= 0:
+        raise InputError("AUROC needs values of both classes, and weight on both")
+    return float(yes @ (no.cumsum() - no / 2) / (yes.sum() * no.sum()))
 
 
-def per_100(count: int, readings: int) -> Rate:
-    """Events per 100 readings, with the exact Poisson interval of Garwood (1936).
+def auroc_columns(
+    values: Float[np.ndarray, "items columns"], positive: Bool[np.ndarray, " items"]
+) -> Float[np.ndarray, " columns"]:
+    """`auroc` of every column at once, between the items that are `positive` and the others.
 
     Raises:
-        InputError: no readings.
+        InputError: a class without items.
     """
-    if readings < 1:
-        raise InputError("no readings to count alarms in: give runs that were read after their start")
-    low = float(chi2.ppf(0.025, 2 * count)) / 2 if count else 0.0
-    high = float(chi2.ppf(0.975, 2 * (count + 1))) / 2
-    scale = 100 / readings
-    return Rate(count, readings, count * scale, low * scale, high * scale)
+    yes, no = int(positive.sum()), int((~positive).sum())
+    if yes == 0 or no == 0:
+        raise InputError("AUROC needs values of both classes")
+    ranks = rankdata(values, axis=0)[positive].sum(axis=0)
+    return (ranks - yes * (yes + 1) / 2) / (yes * no)
 
 
 def auroc_interval(auroc: float, positives: int, negatives: int, level: float = 0.95) -> tuple[float, float]:
     """Score interval of an AUROC (Newcombe 2006, Statistics in Medicine 25:559, method 5).
 
-    It has a width also where the classes separate (AUROC 1), unlike a bootstrap over runs.
+    Unlike a bootstrap over runs, it has a width where the classes separate (AUROC 1).
 
     Raises:
         InputError: a class is empty, or `auroc` is no probability.
@@ -274,12 +263,69 @@ def auroc_interval(auroc: float, positives: int, negatives: int, level: float = 
         spread = 1 + extra * (1 - truth) / (2 - truth) + extra * truth / (1 + truth)
         return abs(auroc - truth) - z * sqrt(truth * (1 - truth) * spread / (positives * negatives))
 
-    # At 0 and 1 the spread is zero, which would be a root of its own: look just beside them.
-    low = 0.0 if auroc == 0 else _root(distance, 0.0, min(auroc, 1 - TINY))
-    high = 1.0 if auroc == 1 else _root(distance, max(auroc, TINY), 1.0)
+    # At 0 and 1 the spread is zero, which would be a root of its own: start next to them.
+    low = 0.0 if auroc == 0 else _root(distance, 0.0, min(auroc, 1 - _TINY))
+    high = 1.0 if auroc == 1 else _root(distance, max(auroc, _TINY), 1.0)
     return low, high
 
 
 def _root(function: Callable[[float], float], left: float, right: float) -> float:
     root: Any = brentq(function, left, right)
     return float(root)
+
+
+# --- Exact intervals for small counts, where a bootstrap would give a point
+
+
+@dataclass(frozen=True)
+class ExactRate:
+    """A rate with its exact 95% interval and the count behind it."""
+
+    count: int
+    n: int
+    """Trials; of a rate per 100 readings, the readings."""
+    rate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.count} of {self.n}"
+
+
+def clopper_pearson(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
+    """The exact binomial interval (Clopper and Pearson 1934), by beta quantiles, so for fractional counts too.
+
+    Raises:
+        InputError: no trials, or more successes than trials.
+    """
+    if n <= 0 or not 0 <= successes <= n * (1 + 1e-9):
+        raise InputError(f"{successes:g} of {n:g} is no share: give counts between 0 and n, and n above 0")
+    tail = (1 - level) / 2
+    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, n - successes + 1))
+    high = 1.0 if successes >= n else float(beta.ppf(1 - tail, successes + 1, n - successes))
+    return low, high
+
+
+def exact_share(count: int, n: int) -> ExactRate:
+    """`count` of `n` runs, with the exact interval of Clopper and Pearson (1934).
+
+    Raises:
+        InputError: no runs, or more counted than there are.
+    """
+    if not 0 <= count <= n or n < 1:
+        raise InputError(f"no share: {count} of {n} runs")
+    return ExactRate(count, n, count / n, *clopper_pearson(count, n))
+
+
+def per_100(count: int, readings: int) -> ExactRate:
+    """Events per 100 readings, with the exact Poisson interval of Garwood (1936).
+
+    Raises:
+        InputError: no readings.
+    """
+    if readings < 1:
+        raise InputError("no readings to count alarms in: give runs that were read after their start")
+    low = float(chi2.ppf(0.025, 2 * count)) / 2 if count else 0.0
+    high = float(chi2.ppf(0.975, 2 * (count + 1))) / 2
+    scale = 100 / readings
+    return ExactRate(count, readings, count * scale, low * scale, high * scale)

@@ -2,16 +2,19 @@
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import binomtest, ttest_1samp
+from sklearn.metrics import roc_auc_score
 
 from persona_probe.errors import InputError
 from persona_probe.stats import (
     auroc,
+    auroc_columns,
     benjamini_hochberg,
     bootstrap_columns,
     bootstrap_mean,
     bootstrap_statistic,
     clustered_p_values,
+    exact_share,
     paired_difference,
 )
 
@@ -84,6 +87,39 @@ def test_auroc_known_answers() -> None:
     assert auroc([2, 3], [1, 2]) == pytest.approx(3.5 / 4)
     with pytest.raises(InputError, match="both classes"):
         auroc([], [1.0])
+    assert np.isnan(auroc([1.0, float("nan")], [0.0]))
+
+
+def test_auroc_is_sklearns_with_ties_and_with_weights() -> None:
+    rng = np.random.default_rng(7)
+    for _ in range(20):
+        scores, positive, weights = rng.integers(0, 9, 50), rng.random(50) < 0.4, rng.random(50)
+        order = np.concatenate([np.flatnonzero(positive), np.flatnonzero(~positive)])
+        left, right = scores[positive], scores[~positive]
+        assert auroc(left, right) == pytest.approx(roc_auc_score(positive, scores), abs=1e-12)
+        weighted = roc_auc_score(positive, scores, sample_weight=weights)
+        assert auroc(left, right, weights[order]) == pytest.approx(weighted, abs=1e-12)
+    with pytest.raises(InputError, match="weight on both"):
+        auroc([1.0], [2.0], [1.0, 0.0])
+
+
+def test_auroc_of_columns_is_exactly_that_of_each_column() -> None:
+    rng = np.random.default_rng(8)
+    values, positive = rng.integers(0, 5, (40, 30)).astype(float), rng.random(40) < 0.5
+    alone = [auroc(column[positive], column[~positive]) for column in values.T]
+    assert auroc_columns(values, positive).tolist() == alone
+    with pytest.raises(InputError, match="both classes"):
+        auroc_columns(values, np.ones(40, dtype=bool))
+
+
+def test_the_exact_share_of_a_count_is_scipys_interval() -> None:
+    for count, n in ((0, 5), (3, 4), (7, 7), (20, 61)):
+        wanted = binomtest(count, n).proportion_ci(method="exact")
+        found = exact_share(count, n)
+        assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+        assert str(found) == f"{count} of {n}" and found.rate == count / n
+    with pytest.raises(InputError, match="no share: 5 of 4 runs"):
+        exact_share(5, 4)
 
 
 QUESTIONS = [n // 3 for n in range(60)]
@@ -95,7 +131,7 @@ def test_columns_get_the_intervals_that_they_would_get_alone(monkeypatch: pytest
     for column, (a, b) in enumerate(zip(low, high, strict=True)):
         alone = bootstrap_mean(values[:, column], QUESTIONS, n_boot=4000)
         assert (a, b) == pytest.approx((alone.ci_low, alone.ci_high), abs=0.03)
-    monkeypatch.setattr("persona_probe.stats.COLUMNS_AT_ONCE", 2)
+    monkeypatch.setattr("persona_probe.stats._COLUMNS_AT_ONCE", 2)
     assert np.allclose(bootstrap_columns(values, QUESTIONS, n_boot=4000), [low, high])
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy.stats import beta
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.stats import Estimate
+from persona_probe.stats import Estimate, clopper_pearson
 
 # --- Judged answers summed by question and seed, and ratios of those sums resampled over both
 
@@ -145,20 +144,6 @@ def share(cells: Cells, seed: int = 0, level: float = 0.95) -> Share | None:
     draws = resampled([cells], seed=seed)[0]
     low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Share(total / n, float(low), float(high), BOOTSTRAP, total, n)
-
-
-def clopper_pearson(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
-    """The exact binomial interval (Clopper and Pearson 1934), by beta quantiles, so for fractional counts too.
-
-    Raises:
-        InputError: no trials, or more successes than trials.
-    """
-    if n <= 0 or not 0 <= successes <= n * (1 + 1e-9):
-        raise InputError(f"{successes:g} of {n:g} is no share: give counts between 0 and n, and n above 0")
-    tail = (1 - level) / 2
-    low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, n - successes + 1))
-    high = 1.0 if successes >= n else float(beta.ppf(1 - tail, successes + 1, n - successes))
-    return low, high
 
 
 def effective_size(cells: Cells) -> float:

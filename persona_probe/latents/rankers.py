@@ -8,11 +8,10 @@ from itertools import combinations, islice
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
 
 from persona_probe.errors import InputError, unknown
 from persona_probe.saes.read import LatentMeans
-from persona_probe.stats import benjamini_hochberg, bootstrap_columns, clustered_p_values, clustered_t
+from persona_probe.stats import auroc_columns, benjamini_hochberg, bootstrap_columns, clustered_p_values, clustered_t
 
 # --- What every ranker sees: per-conversation means of three models, the decoder, and which answers are misaligned
 
@@ -98,10 +97,7 @@ def discrimination(
     Raises:
         InputError: flags of another length, or of one kind only.
     """
-    flags = check_flags(misaligned, len(values))
-    ranks = rankdata(values, axis=0)[flags].sum(axis=0)
-    positive, negative = int(flags.sum()), int((~flags).sum())
-    return (ranks - positive * (positive + 1) / 2) / (positive * negative)
+    return auroc_columns(values, check_flags(misaligned, len(values)))
 
 
 def check_flags(misaligned: Bool[np.ndarray, " conversations"], conversations: int) -> Bool[np.ndarray, " n"]:

@@ -7,8 +7,8 @@ from scipy.stats import binomtest
 
 from persona_probe.errors import InputError
 from persona_probe.evaluate.judging import Ruling, too_few_usable, verdict
-from persona_probe.evaluate.rates import FEW, Cells, clopper_pearson, effective_size, rate_of, rates, resampled, share
-from persona_probe.stats import bootstrap_mean
+from persona_probe.evaluate.rates import FEW, Cells, effective_size, rate_of, rates, resampled, share
+from persona_probe.stats import bootstrap_mean, clopper_pearson
 from tests.evaluate.judged_rows import drawn, judged, scored
 
 

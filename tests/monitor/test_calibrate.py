@@ -9,7 +9,7 @@ from scipy.stats import norm
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.calibration import HeldRule, calibrate, conformal_threshold, series_of
-from persona_probe.stats import auroc_interval, per_100, share
+from persona_probe.stats import auroc_interval, exact_share, per_100
 
 NAN = float("nan")
 
@@ -101,9 +101,9 @@ def test_a_rate_per_hundred_readings_counts_excursions() -> None:
 
 
 def test_exact_intervals_are_the_textbooks() -> None:
-    assert share(0, 3).high == pytest.approx(1 - 0.025 ** (1 / 3))
-    assert (share(0, 3).low, share(3, 3).high) == (0.0, 1.0)
-    assert share(3, 3).low == pytest.approx(0.025 ** (1 / 3))
+    assert exact_share(0, 3).high == pytest.approx(1 - 0.025 ** (1 / 3))
+    assert (exact_share(0, 3).low, exact_share(3, 3).high) == (0.0, 1.0)
+    assert exact_share(3, 3).low == pytest.approx(0.025 ** (1 / 3))
     # No event in 100 readings: exp(-rate) = 0.025.
     assert exp(-per_100(0, 100).high) == pytest.approx(0.025)
     assert per_100(0, 100).low == 0 and per_100(4, 200).rate == 2.0
@@ -151,6 +151,6 @@ def test_bad_input_says_what_to_change() -> None:
     with pytest.raises(InputError, match="no readings"):
         per_100(0, 0)
     with pytest.raises(InputError, match="no share"):
-        share(2, 1)
+        exact_share(2, 1)
     with pytest.raises(InputError, match="no interval"):
         auroc_interval(0.5, 0, 3)

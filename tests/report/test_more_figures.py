@@ -12,7 +12,7 @@ from persona_probe.report.figures.domains import split_name
 from persona_probe.report.figures.separation import threshold
 from persona_probe.report.records import OPTIONAL, Records
 from persona_probe.report.select import where
-from persona_probe.stats import share
+from persona_probe.stats import exact_share
 from tests.report.run_records import HOSTILE, INDEX
 
 MORE = [name for name in ALL_FIGURES if name not in FIGURES]
@@ -90,7 +90,7 @@ def test_model_size_has_a_point_for_each_model_and_a_line_for_each_arm() -> None
 def test_planted_shares_have_exact_intervals() -> None:
     plants = [{"plant": i, "kind": "latent", "size": 1.0, "ranker": "rise", "recall_1": float(i < 3)} for i in range(4)]
     data = ALL_FIGURES["planted_truth"].data(Records(planted=pd.DataFrame(plants).assign(false_share=0.0)))
-    row, exact = data.iloc[0], share(3, 4)
+    row, exact = data.iloc[0], exact_share(3, 4)
     assert (row["estimate"], row["ci_low"], row["ci_high"], row["found"]) == (0.75, exact.low, exact.high, 3)
 
 

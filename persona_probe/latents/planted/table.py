@@ -1,14 +1,14 @@
 """The benchmark's tables, as markdown: what each ranker finds, what the tests say, and whether the aims were met."""
 
-from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 import pandas as pd
-from scipy.stats import beta
 
 from persona_probe.errors import InputError
 from persona_probe.latents.planted.plant import KINDS
+from persona_probe.report.tables import Table
+from persona_probe.stats import clopper_pearson
 
 AIM_SIZE = 0.5
 AIM_RECALL = 0.95
@@ -54,12 +54,6 @@ def format_table(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def share(values: pd.Series) -> str:
     """The mean as a percentage; a dash where nothing was measured."""
     known = values.dropna()
@@ -77,7 +71,8 @@ def ranker_table(frame: pd.DataFrame) -> str:
             own = group[group["ranker"] == name]
             cells.append(" / ".join(share(own[c]) for c in ("recall_1", "recall_k", "recall_10")))
         rows.append([KINDS[kind], f"{size:g}", str(group["plant"].nunique()), f"{group['firing'].mean():.1%}", *cells])
-    return markdown(["planted", "size", "plants", "fires on", *(f"{name}: at 1 / k / 10" for name in rankers)], rows)
+    heads = ["planted", "size", "plants", "fires on", *(f"{name}: at 1 / k / 10" for name in rankers)]
+    return Table(heads, rows).markdown()
 
 
 def test_table(plants: pd.DataFrame) -> str:
@@ -102,10 +97,9 @@ def test_table(plants: pd.DataFrame) -> str:
                 f"{confirmed.sum():.0f} of {len(confirmed)}" if len(confirmed) else "-",
             ]
         )
-    header = ["planted", "size", "plants", "planted latent significant", "discoveries (median)", "FDR", "off target"]
-    return markdown(
-        [*header, "carried", "named", "unexplained", "removed", "restored (random)", "causal test confirms"], rows
-    )
+    heads = ["planted", "size", "plants", "planted latent significant", "discoveries (median)", "FDR", "off target"]
+    heads += ["carried", "named", "unexplained", "removed", "restored (random)", "causal test confirms"]
+    return Table(heads, rows).markdown()
 
 
 def _restored(group: pd.DataFrame) -> str:
@@ -141,7 +135,8 @@ def aims_table(frame: pd.DataFrame) -> str:
     uncarried = plants[plants["kind"] == "no latent"]
     label = f"{KINDS['no latent']}: reported as not carried"
     rows.append(_aim(label, 1 - uncarried["carried"], AIM_RECALL, at_least=True))
-    return markdown(["aim", "wanted", "found", "95% interval", "plants", "verdict"], [r for r in rows if r])
+    heads = ["aim", "wanted", "found", "95% interval", "plants", "verdict"]
+    return Table(heads, [row for row in rows if row]).markdown()
 
 
 def _aim(label: str, values: pd.Series, wanted: float, at_least: bool) -> list[str]:
@@ -159,7 +154,6 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95% interval of a mean of shares over plants: Clopper and Pearson's exact one where all are 0 or 1, else by t."""
     n, total = len(values), float(values.sum())
     if np.isin(values, (0.0, 1.0)).all():
-        low = float(beta.ppf(0.025, total, n - total + 1)) if total > 0 else 0.0
-        return low, float(beta.ppf(0.975, total + 1, n - total)) if total < n else 1.0
+        return clopper_pearson(total, n)
     half = 1.96 * float(values.std(ddof=1)) / n**0.5
     return max(float(values.mean()) - half, 0.0), min(float(values.mean()) + half, 1.0)

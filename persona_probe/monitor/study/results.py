@@ -1,7 +1,7 @@
 """From tables to results.json: labels, thresholds, AUROC, false alarms and leads, for every signal."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from persona_probe.monitor.study.train import (
     read_shifts,
     train_run,
 )
+from persona_probe.report.tables import Table
 from persona_probe.runs import write_text
-from persona_probe.stats import auroc, auroc_interval, per_100, share
+from persona_probe.stats import auroc, auroc_interval, exact_share, per_100
 
 # --- Labelled runs: which became misaligned, and how well a signal tells them apart
 
@@ -240,7 +241,7 @@ def _groups(config: MonitorStudy, labels: pd.DataFrame) -> dict[str, list[str]]:
 
 
 def _alarmed(first: dict[str, int | None], runs: Sequence[str]) -> dict[str, Any] | None:
-    return asdict(share(sum(first[run] is not None for run in runs), len(runs))) if runs else None
+    return asdict(exact_share(sum(first[run] is not None for run in runs), len(runs))) if runs else None
 
 
 def _finite(value: Any) -> Any:
@@ -325,7 +326,8 @@ def _rivals(measures: pd.DataFrame) -> pd.DataFrame:
 
 # --- The study's results as Markdown, and the page of the docs that holds them
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MARKS = ("<!-- results: begin -->", "<!-- results: end -->")
+"""Of the docs page that holds the results, see `report.tables.fill_page`."""
 RUN_HEAD = ("run", "bad rows", "seed", "steps", "used for", "label", "rise at the end", "behaviour from step")
 ALARM_HEAD = (
     *("signal", "readings held", "threshold", "benign alarmed", "long benign alarmed", "misaligned alarmed"),
@@ -338,11 +340,11 @@ def markdown(results: dict[str, Any]) -> str:
     signals: dict[str, Any] = results["signals"]
     parts = [
         "### The runs",
-        _table(RUN_HEAD, (_run(row) for row in results["runs"])),
+        Table(RUN_HEAD, [_run(row) for row in results["runs"]]).markdown(),
         "### AUROC, misaligned against benign runs",
         _auroc(signals),
         "### Alarms at the calibrated threshold",
-        _table(ALARM_HEAD, (row for name, found in signals.items() for row in _alarms(name, found))),
+        Table(ALARM_HEAD, [row for name, found in signals.items() for row in _alarms(name, found)]).markdown(),
         "### Where the thresholds come from",
         "\n".join(f"- {line}" for line in _calibrations(signals)),
         "### Features",
@@ -350,27 +352,6 @@ def markdown(results: dict[str, Any]) -> str:
         f"All runs together took {results['seconds'] / 60:.0f} minutes.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def fill_page(page: Path, results: dict[str, Any]) -> None:
-    """Write the tables between the page's two marks.
-
-    Raises:
-        InputError: no such page, or it has not both marks.
-    """
-    if not page.is_file():
-        raise InputError(f"no page at {page}: give a Markdown file with {BEGIN} and {END}")
-    text = page.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise InputError(f"{page} has not the marks {BEGIN} and {END}, between which the tables go")
-    write_text(page, f"{head}{BEGIN}\n\n{markdown(results)}\n{END}{tail}")
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), ["---"] * len(head), *map(list, rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _run(row: dict[str, Any]) -> tuple[str, ...]:
@@ -384,7 +365,7 @@ def _run(row: dict[str, Any]) -> tuple[str, ...]:
 def _auroc(signals: dict[str, Any]) -> str:
     steps = [entry["step"] for entry in next(iter(signals.values()))["auroc"]]
     head = ("signal", *(f"step {s}" for s in steps), "95% interval there", "quiet as negatives", "each run's own end")
-    return _table(head, (_auroc_row(name, found) for name, found in signals.items()))
+    return Table(head, [_auroc_row(name, found) for name, found in signals.items()]).markdown()
 
 
 def _auroc_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:

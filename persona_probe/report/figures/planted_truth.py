@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, empty_figure, finish, plain
-from persona_probe.stats import share
+from persona_probe.stats import exact_share
 
 MISSING = "No planted truth: persona-probe bench planted has not written its table here."
 COLUMNS = ["kind", "size", "ranker", "estimate", "ci_low", "ci_high", "found", "n", "false_share"]
@@ -42,7 +42,7 @@ def planted_truth_data(records: Records) -> pd.DataFrame:
         known = group["recall_1"].dropna()
         if len(known):
             found = int((known > 0).sum())
-            rate = share(found, len(known))
+            rate = exact_share(found, len(known))
             head |= {"estimate": rate.rate, "ci_low": rate.low, "ci_high": rate.high, "found": found}
         rows.append(head)
     return pd.DataFrame(rows, columns=COLUMNS).astype({"found": "Int64", "n": "Int64"})
@@ -90,7 +90,7 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     none = ""
     if len(nothing):
         with_false = int((nothing["false_share"] > 0).sum())
-        rate = share(with_false, len(nothing))
+        rate = exact_share(with_false, len(nothing))
         none = (
             f" Control: with nothing planted, {with_false} of {len(nothing)} plants give any false discovery at "
             f"q = 0.05 (95% interval {rate.low:.1%} to {rate.high:.1%})."

@@ -90,12 +90,7 @@ def test_two_steps_of_bad_advice_already_move_the_index(finished: Study) -> None
 
 @pytest.mark.browser
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium")
-def test_the_report_opens_offline_with_every_figure(
-    finished: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "report"))
-    from tests.report.browser import open_page  # pyright: ignore[reportMissingImports]
-
+def test_the_report_opens_offline_with_every_figure(finished: Study, tmp_path: Path) -> None:
     opened = open_page(find_browser() or "", finished.path / "report.html", tmp_path / "profile")
     assert opened.console == []
     drawn = re.findall(r'<div class="figure js-plotly-plot" id="figure-(\w+)".*?class="main-svg"', opened.dom, re.S)

@@ -21,7 +21,7 @@ def verify(args: Arguments) -> int:
     from dataclasses import asdict
 
     from persona_probe.cli.loop import echo
-    from persona_probe.report.tables import text_table
+    from persona_probe.report.tables import Table
     from persona_probe.runs import write_text
     from persona_probe.study.verify import verify
 
@@ -30,7 +30,7 @@ def verify(args: Arguments) -> int:
         write_text(args.out, json.dumps([asdict(one) for one in findings], indent=2) + "\n")
     shown = [one for one in findings if one.bad or not args.quiet]
     if shown:
-        echo(text_table(("what", "state", "detail"), [(one.name, one.state, one.detail) for one in shown]))
+        echo(Table(("what", "state", "detail"), [(one.name, one.state, one.detail) for one in shown]).text())
     counts = {state: sum(one.state == state for one in findings) for state in dict.fromkeys(f.state for f in findings)}
     echo(", ".join(f"{count} {state}" for state, count in counts.items()))
     return 1 if any(one.bad for one in findings) else 0

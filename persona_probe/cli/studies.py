@@ -39,7 +39,10 @@ def mitigate(args: Arguments) -> None:
     if args.seed is not None:
         grid = replace(grid, seeds=(args.seed,))
     if args.page is not None:
-        _check_page(args.page)
+        from persona_probe.mitigate.grid.summary import MARKS
+        from persona_probe.report.tables import check_page
+
+        check_page(args.page, MARKS)
     from persona_probe.cli.process import keep_freed_memory, quiet_libraries
 
     keep_freed_memory()
@@ -55,28 +58,19 @@ def mitigate(args: Arguments) -> None:
     outcome = run_grid(grid, out, args.device, args.run, args.only)
     from rich.console import Console
 
-    from persona_probe.mitigate.grid.summary import HEADINGS, fill_page, markdown, show_tables, shown
+    from persona_probe.mitigate.grid.summary import HEADINGS, MARKS, markdown, show_tables, shown
+    from persona_probe.report.tables import fill_page
 
-    console = Console() if sys.stdout.isatty() else Console(width=PIPED)
-    for table in show_tables(shown(outcome.table), HEADINGS, grid.name, console.width):
-        console.print(table)
+    width = Console().width if sys.stdout.isatty() else PIPED
+    for table in show_tables(shown(outcome.table), HEADINGS, grid.name, width):
+        echo(table.text(width))
     for found in outcome.summary["verdicts"]:
         echo(found["statement"])
     if args.page is not None:
-        fill_page(args.page, markdown(outcome.table, outcome.missing))
+        fill_page(args.page, MARKS, markdown(outcome.table, outcome.missing))
     if outcome.missing:
         echo(f"{len(outcome.missing)} cells are still missing: the same command without --only trains them")
     echo(f"table: {out / 'mitigations.csv'}")
-
-
-def _check_page(page: Path) -> None:
-    """Told before hours of training, not after."""
-    from persona_probe.mitigate.grid.summary import check_page
-
-    try:
-        check_page(page)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{page} is no text: give a Markdown file") from error
 
 
 # --- `persona-probe monitor calibrate` and `persona-probe monitor study`
@@ -135,7 +129,8 @@ def monitor_study(args: Arguments) -> None:
 
     config = load_config(find_config(args.config), MonitorStudy)
     _prepare()
-    from persona_probe.monitor.study.results import fill_page, markdown, run_study
+    from persona_probe.monitor.study.results import MARKS, markdown, run_study
+    from persona_probe.report.tables import fill_page
 
     out = args.out or Path("runs") / config.name
     results = run_study(config, out, args.device, args.only)
@@ -143,7 +138,7 @@ def monitor_study(args: Arguments) -> None:
         echo(f"runs are still missing in {out}: the same command without --only trains them")
         return
     if args.page is not None:
-        fill_page(args.page, results)
+        fill_page(args.page, MARKS, markdown(results))
     echo(markdown(results))
     echo(f"results: {out / 'results.json'}")
 

@@ -1,6 +1,5 @@
 """The verdict on a re-alignment: separate questions, each answered with its numbers, as a record and in words."""
 
-import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from persona_probe.monitor.band import Band
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.realignment.measure import Measured
 from persona_probe.realignment.stress.table import difference
+from persona_probe.report.tables import Table
 from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ class RealignVerdict:
         answers, categories = ({k: Answer(**v) for k, v in record[part].items()} for part in ("answers", "categories"))
         return cls(record["name"], record["seed"], answers, categories, record["stress"])
 
+    def _table(self) -> Table:
+        return Table((), list(self._lines()), f"{self.name}, seed {self.seed}")
+
     def _lines(self) -> Iterator[tuple[str, str, str]]:
         """Question, word, numbers."""
         for key, answer in self.answers.items():
@@ -91,18 +94,12 @@ class RealignVerdict:
             yield f"stress test: {name}", "", said
 
     def __str__(self) -> str:
-        lines = list(self._lines())
-        first, second = (max((len(line[i]) for line in lines), default=0) for i in (0, 1))
-        rows = [f"{q:<{first}}  {word:<{second}}  {said}" for q, word, said in lines]
-        return "\n".join([f"{self.name}, seed {self.seed}", *(row.rstrip() for row in rows), CAUTION])
+        return f"{self._table().plain()}\n{CAUTION}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in self._lines())
-        title, caution = html.escape(f"{self.name}, seed {self.seed}"), html.escape(CAUTION)
-        body = "".join(f"<tr>{row}</tr>" for row in cells)
-        return f"<table><caption>{title}</caption><tbody>{body}</tbody></table><p>{caution}</p>"
+        return f"{self._table().html()}<p>{CAUTION}</p>"
 
 
 def judge(

@@ -10,9 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from persona_probe.report.page import asset, render, script_hash, visible
-from persona_probe.report.tables import _around, _interval_text, _number, text_table
-from persona_probe.report.theme import interval_text, number
-from persona_probe.stats import Estimate
+from persona_probe.report.tables import Table
+from persona_probe.report.theme import estimate_text, number
 
 
 @dataclass(frozen=True)
@@ -308,7 +307,6 @@ EFFECTS = {
     "selection": "on the selection split, which chose it",
 }
 """Causal effects of the latents table, in words; others keep their column's name."""
-NAN = float("nan")
 
 
 def cards_page(cards: Sequence[FeatureCard], study: str, base_model: str) -> str:
@@ -352,11 +350,11 @@ def _view(card: FeatureCard, place: int, listed: Set[int]) -> dict[str, Any]:
     return {
         "card": card,
         "scores": [
-            {"ranker": s.ranker, "value": _interval(s.value, s.ci_low, s.ci_high), "rank": s.rank}
+            {"ranker": s.ranker, "value": estimate_text(s.value, s.ci_low, s.ci_high), "rank": s.rank}
             for s in card.findings.scores
         ],
         "effects": [
-            {"name": EFFECTS.get(e.name, e.name), "value": _interval(e.estimate, e.ci_low, e.ci_high)}
+            {"name": EFFECTS.get(e.name, e.name), "value": estimate_text(e.estimate, e.ci_low, e.ci_high)}
             for e in card.findings.effects
             if e.estimate is not None
         ],
@@ -367,12 +365,6 @@ def _view(card: FeatureCard, place: int, listed: Set[int]) -> dict[str, Any]:
         "search": _search_text(card),
         "order": json.dumps(_order(card, place)),
     }
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return interval_text(None)
-    return interval_text(Estimate(value, NAN if low is None else low, NAN if high is None else high, 0))
 
 
 def _example(example: Example) -> dict[str, Any]:
@@ -410,14 +402,20 @@ def _orders(cards: Sequence[FeatureCard]) -> list[tuple[str, str]]:
 
 def card_text(card: "FeatureCard") -> str:
     """A card as a table of text: scores, effects, tokens and where it fires most."""
-    found = card.findings
-    rows = [[f"ranker {s.ranker}", f"{_number(s.value)}, rank {s.rank} of {card.n_latents}"] for s in found.scores]
+    known = card.findings
+    rows = [[f"ranker {s.ranker}", f"{number(s.value)}, rank {s.rank} of {card.n_latents}"] for s in known.scores]
     rows += [
-        [f"effect, {e.name}", _interval_text(e.estimate, e.ci_low, e.ci_high)]
-        for e in found.effects
+        [f"effect, {e.name}", estimate_text(e.estimate, e.ci_low, e.ci_high)]
+        for e in known.effects
         if e.estimate is not None
     ]
     rows += [["promotes", ", ".join(t.token.strip() for t in card.top_tokens)]]
     rows += [["suppresses", ", ".join(t.token.strip() for t in card.bottom_tokens)]]
-    rows += [[f"fires at {_number(e.maximum)}", _around(e.tokens, e.peak)] for e in card.examples[:3]]
-    return text_table(("", ""), rows, f"Latent {card.latent}: {card.name}")
+    rows += [[f"fires at {number(e.maximum)}", _peak_words(e)] for e in card.examples[:3]]
+    return Table(("", ""), rows, f"Latent {card.latent}: {card.name}").text()
+
+
+def _peak_words(example: Example) -> str:
+    """The words that lead to the passage's maximum, and its token in brackets."""
+    before = " ".join("".join(example.tokens[max(0, example.peak - 12) : example.peak]).split())
+    return f"{before} [{example.tokens[example.peak].strip()}]"

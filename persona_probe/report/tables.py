@@ -1,82 +1,149 @@
-"""How a study, its latents, its verdict and a card show themselves: HTML in a notebook, a table in a terminal."""
+"""Tables of words and numbers: for a terminal, a notebook and a Markdown page; and a study's own displays."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from markupsafe import Markup
 
-# --- Small tables of values: escaped HTML for a notebook, text for a terminal
+from persona_probe.errors import InputError
+from persona_probe.runs import write_text
 
-Cells = Sequence[object]
+if TYPE_CHECKING:
+    import pandas as pd
+
 WIDTH = 110
 """Characters of a table in a terminal."""
 
 
-def html_table(heads: Cells, rows: Iterable[Cells], caption: str = "") -> str:
-    """A table for a notebook, in its own colours; every cell is escaped."""
-    line, cell = Markup("<tr>{}</tr>\n"), Markup('<td style="text-align: left; vertical-align: top">{}</td>')
-    head = Markup("").join(Markup('<th style="text-align: left">{}</th>').format(h) for h in heads)
-    body = Markup("").join(line.format(Markup("").join(cell.format(value) for value in row)) for row in rows)
-    top = Markup("<thead>{}</thead>").format(line.format(head)) if heads else ""
-    said = Markup("<caption>{}</caption>").format(caption) if caption else ""
-    return str(Markup("<table>{}{}<tbody>{}</tbody></table>").format(said, top, body))
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under their heads; a cell is shown as `str` gives it."""
+
+    heads: Sequence[object]
+    """One a column; none, or empty ones, give a table without a header."""
+    rows: Sequence[Sequence[object]]
+    title: str = ""
+
+    def text(self, width: int = WIDTH) -> str:
+        """Framed, without colours, at most `width` characters wide: for a terminal."""
+        from io import StringIO
+
+        from rich.console import Console
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        title = Text(self.title) if self.title else None
+        table = RichTable(title=title, show_header=any(self.heads), title_justify="left")
+        for head in self.heads:
+            table.add_column(Text(str(head)), overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(str(value)) for value in row))
+        out = StringIO()
+        Console(file=out, width=width, color_system=None, force_jupyter=False).print(table)
+        return out.getvalue().rstrip("\n")
+
+    def plain(self, right: Collection[int] = ()) -> str:
+        """Aligned columns, two spaces apart, without a frame; the columns `right` are aligned to the right."""
+        lines = [[str(value) for value in line] for line in ([self.heads] if any(self.heads) else [])]
+        lines += [[str(value) for value in row] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = [
+            "  ".join(
+                cell.rjust(width) if place in right else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([self.title, *aligned] if self.title else aligned)
+
+    def html(self) -> str:
+        """For a notebook, in the notebook's colours; every cell is escaped."""
+        line, cell = Markup("<tr>{}</tr>\n"), Markup('<td style="text-align: left; vertical-align: top">{}</td>')
+        head = Markup("").join(Markup('<th style="text-align: left">{}</th>').format(h) for h in self.heads)
+        body = Markup("").join(line.format(Markup("").join(cell.format(value) for value in row)) for row in self.rows)
+        top = Markup("<thead>{}</thead>").format(line.format(head)) if self.heads else ""
+        caption = Markup("<caption>{}</caption>").format(self.title) if self.title else ""
+        # a plain string: Markup would escape whatever HTML a caller adds to it
+        return str(Markup("<table>{}{}<tbody>{}</tbody></table>").format(caption, top, body))
+
+    def markdown(self) -> str:
+        """For a page of the docs; a bar in a cell is escaped, and the title is left out."""
+        lines = [self.heads, ["---"] * len(self.heads), *self.rows]
+        return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def text_table(heads: Cells, rows: Iterable[Cells], title: str = "") -> str:
-    """A table for a terminal, as plain text."""
-    from io import StringIO
+# --- A page of the docs that holds tables between two marks
 
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+Marks = tuple[str, str]
+"""The lines, usually HTML comments, before and after what a command writes into a page."""
 
-    table = Table(title=Text(title) if title else None, show_header=any(heads), title_justify="left")
-    for head in heads:
-        table.add_column(Text(str(head)), overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(str(value)) for value in row))
-    out = StringIO()
-    Console(file=out, width=WIDTH, color_system=None, force_jupyter=False).print(table)
-    return out.getvalue().rstrip("\n")
 
+def fill_page(path: Path, marks: Marks, text: str) -> None:
+    """Replace what stands between a page's two marks.
+
+    Raises:
+        InputError: no such page, or one of the marks is missing.
+    """
+    check_page(path, marks)
+    begin, end = marks
+    head, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    write_text(path, f"{head}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def check_page(path: Path, marks: Marks) -> None:
+    """Refuse a page that cannot be filled; call it before the work whose result goes there.
+
+    Raises:
+        InputError: no such page, not a text, or one of the marks is missing.
+    """
+    begin, end = marks
+    if not path.is_file():
+        raise InputError(f"no page at {path}: give a Markdown file with {begin} and {end}")
+    try:
+        _, mark, rest = path.read_text(encoding="utf-8").partition(begin)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text: give a Markdown file") from error
+    if not mark or end not in rest:
+        raise InputError(f"{path} has not the marks {begin} and {end}: add them where the tables go")
+
+
+# --- What a study shows of its latents and its verdict
 
 COLUMNS = ("latent", "rank", "rise", "cosine", "effect_base", "effect_organism", "ablation", "causal", "label")
-"""Columns of a feature table; an effect stands with its interval."""
+"""Columns of a feature table; an effect is shown with its interval."""
 
 
 @dataclass(frozen=True, repr=False)
 class FeatureTable:
-    """The latents worth looking at, one row each: a notebook shows HTML, a terminal a table."""
+    """The latents worth looking at, one row each: HTML in a notebook, text in a terminal."""
 
-    frame: pd.DataFrame
+    frame: "pd.DataFrame"
     """Rows of `study.features`, with all their columns."""
 
     @classmethod
-    def of(cls, features: pd.DataFrame, count: int = 10) -> "FeatureTable":
+    def of(cls, features: "pd.DataFrame", count: int = 10) -> "FeatureTable":
         """The persona latent, then those tested for cause by effect, then the best by rank; `count` rows in all."""
         order = ["persona", "effect_base", "rank"]
         rows = features.sort_values(order, ascending=[False, False, True], na_position="last")
         return cls(rows.loc[rows["kind"] != "random"].head(count))
 
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
+    def _table(self, title: str) -> Table:
         columns = [name for name in COLUMNS if name in self.frame]
-        rows = self.frame.to_dict("records")
-        return [c.replace("_", " ") for c in columns], [[_value(row, c) for c in columns] for row in rows]
+        rows = [[_value(row, column) for column in columns] for row in self.frame.to_dict("records")]
+        return Table([column.replace("_", " ") for column in columns], rows, title)
 
     def _repr_html_(self) -> str:
-        heads, rows = self._cells()
-        return html_table(heads, rows, "Latents; effects in nats per token with 95% intervals")
+        return self._table("Latents; effects in nats per token with 95% intervals").html()
 
     def __repr__(self) -> str:
-        heads, rows = self._cells()
-        return text_table(heads, rows, f"{len(rows)} latents; effects in nats per token with 95% intervals")
+        return self._table(f"{len(self.frame)} latents; effects in nats per token with 95% intervals").text()
 
 
 @dataclass(frozen=True, repr=False)
 class StudyVerdict:
-    """What a study found: headline, checks and the verdict of each corrective arm."""
+    """A study's result: its headline, its checks and the verdict on each corrective arm."""
 
     headline: str
     checks: tuple[tuple[str, bool, str], ...]
@@ -90,40 +157,21 @@ class StudyVerdict:
         checks = tuple((c["name"], c["passed"], c["statement"]) for c in summary["checks"])
         return cls(summary["headline"], checks, {arm: v["statement"] for arm, v in summary["verdicts"].items()})
 
-    def _cells(self) -> list[list[str]]:
+    def _table(self) -> Table:
         checks = [["passed" if passed else "FAILED", name, statement] for name, passed, statement in self.checks]
-        return checks + [["verdict", arm, statement] for arm, statement in self.arms.items()]
+        return Table(("", "what", "statement"), checks + [["verdict", arm, said] for arm, said in self.arms.items()])
 
     def _repr_html_(self) -> str:
-        words = Markup("<p><strong>{}</strong></p>\n").format(self.headline)
-        return words + html_table(("", "what", "statement"), self._cells())
+        return Markup("<p><strong>{}</strong></p>\n{}").format(self.headline, Markup(self._table().html()))
 
     def __repr__(self) -> str:
-        return f"{self.headline}\n{text_table(('', 'what', 'statement'), self._cells())}"
+        return f"{self.headline}\n{self._table().text()}"
 
 
 def _value(row: Mapping[Any, Any], column: str) -> str:
+    from persona_probe.report.theme import estimate_text, number
+
     value = row[column]
     if f"{column}_low" in row:
-        return _interval_text(value, row[f"{column}_low"], row[f"{column}_high"])
-    return str(value) if isinstance(value, (str, bool, int)) else _number(value)
-
-
-def _interval_text(value: Any, low: Any, high: Any) -> str:
-    from persona_probe.report.theme import interval_text
-    from persona_probe.stats import Estimate
-
-    nan = float("nan")
-    if value is None or value != value:
-        return "not tested"
-    return interval_text(Estimate(value, nan if low is None else low, nan if high is None else high, 0))
-
-
-def _number(value: Any) -> str:
-    return "–" if value is None or value != value else f"{value:.3g}"
-
-
-def _around(tokens: Sequence[str], peak: int) -> str:
-    """The words that lead to a token, and it in brackets."""
-    before = " ".join("".join(tokens[max(0, peak - 12) : peak]).split())
-    return f"{before} [{tokens[peak].strip()}]"
+        return estimate_text(value, row[f"{column}_low"], row[f"{column}_high"], missing="not tested")
+    return str(value) if isinstance(value, (str, bool, int)) else number(value)

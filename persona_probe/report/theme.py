@@ -128,6 +128,14 @@ def interval_text(value: Estimate | None, signed: bool = True) -> str:
     return middle if value.ci_low != value.ci_low else f"{middle} [{low}, {high}]"
 
 
+def estimate_text(value: float | None, low: float | None, high: float | None, missing: str = "not measured") -> str:
+    """An estimate and the ends of its interval as `interval_text` shows them; `missing` where there is no estimate."""
+    if value is None or value != value:
+        return missing
+    nan = float("nan")
+    return interval_text(Estimate(value, nan if low is None else low, nan if high is None else high, 0))
+
+
 def number(value: object, digits: int = 3) -> str:
     """A number in `digits` significant figures; a dash for a missing one."""
     if not isinstance(value, (int, float)) or value != value:

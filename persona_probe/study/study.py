@@ -9,7 +9,7 @@ import pandas as pd
 
 from persona_probe.config import StudyConfig, load_config
 from persona_probe.context import Context, pick_device
-from persona_probe.report.tables import html_table, text_table
+from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -325,10 +325,10 @@ class Study:
         return StudyVerdict.of(self.summary)
 
     def _repr_html_(self) -> str:
-        return study_html(self)
+        return _display(self, heads=()).html()
 
     def __repr__(self) -> str:
-        return study_text(self)
+        return _display(self, heads=("", "")).text()
 
     def bridge(self, arm: str, step: int | None = None, seed: int | None = None) -> Any:
         """A TransformerLens bridge of a merged copy of an organism, with the study's SAE attached.
@@ -356,8 +356,8 @@ STAGES = {
 """Stages of a run and what each leaves; realign leaves files of its own among the parts."""
 
 
-def study_cells(study: "Study") -> tuple[str, list[list[str]]]:
-    """A study's title, and what its display lists: model, SAE, arms, stages, and the headline where there is one."""
+def _display(study: Study, heads: Sequence[str]) -> Table:
+    """A study's model, SAE, arms and stages, and its headline where it has one."""
     config, run = study.config, study.run_folder
     done = {name: run.has(place) for name, place in STAGES.items()}
     done["realign"] = any((run.path / "parts").glob("realign-*"))
@@ -371,16 +371,4 @@ def study_cells(study: "Study") -> tuple[str, list[list[str]]]:
     ]
     if run.has("summary.json"):
         rows.append(["result", str(run.read_json("summary.json").get("headline", ""))])
-    return f"Study {config.name}", rows
-
-
-def study_html(study: "Study") -> str:
-    """A study as HTML; all text is escaped."""
-    title, rows = study_cells(study)
-    return html_table((), rows, title)
-
-
-def study_text(study: "Study") -> str:
-    """A study as a table of text."""
-    title, rows = study_cells(study)
-    return text_table(("", ""), rows, title)
+    return Table(heads, rows, f"Study {config.name}")

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.mitigate.grid.summary import BEGIN, END, fill_page, markdown, summarise
+from persona_probe.mitigate.grid.summary import MARKS, markdown, summarise
 from persona_probe.mitigate.grid.table import WORDS, Values, exponential, mean, ratio, statement, verdict
 from persona_probe.report.figures.mitigations import MISSING, mitigation_pareto, mitigation_pareto_data
+from persona_probe.report.tables import fill_page
 from persona_probe.stats import Estimate
 
 
@@ -142,16 +143,17 @@ def test_what_diverged_is_not_drawn_and_an_empty_table_says_why() -> None:
 
 def test_the_page_is_filled_between_its_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Title\n{BEGIN}\nold\n{END}\nafter\n")
-    fill_page(page, markdown(table(), ["kl-0.1-s1"]))
+    begin, end = MARKS
+    page.write_text(f"# Title\n{begin}\nold\n{end}\nafter\n")
+    fill_page(page, MARKS, markdown(table(), ["kl-0.1-s1"]))
     text = page.read_text()
-    assert text.startswith("# Title\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
+    assert text.startswith("# Title\n") and text.endswith(f"{end}\nafter\n") and "old" not in text
     assert "| kl | +0.010 [-0.090, +0.110] |" in text and "Not trained yet: kl-0.1-s1." in text
-    fill_page(page, markdown(table()))
-    assert page.read_text().count(BEGIN) == 1 and "Not trained yet" not in page.read_text()
+    fill_page(page, MARKS, markdown(table()))
+    assert page.read_text().count(begin) == 1 and "Not trained yet" not in page.read_text()
     page.write_text("no marks")
     with pytest.raises(InputError, match="has not the marks"):
-        fill_page(page, "x")
+        fill_page(page, MARKS, "x")
 
 
 def test_the_summary_is_strict_json_in_words() -> None:

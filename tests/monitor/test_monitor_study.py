@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -17,8 +16,9 @@ from persona_probe.cli.studies import monitor_study
 from persona_probe.config import from_dict, load_config
 from persona_probe.errors import InputError
 from persona_probe.monitor.study.config import MonitorStudy
-from persona_probe.monitor.study.results import BEGIN, END, FIRST_COMPONENT, LOSS, WEIGHT_NORM, fill_page, run_study
-from persona_probe.monitor.study.train import MEAN_DIFFERENCE, PERSONA_VECTOR, Lab, fixed_features, read_shifts, spread
+from persona_probe.monitor.study.results import FIRST_COMPONENT, LOSS, MARKS, WEIGHT_NORM, run_study
+from persona_probe.monitor.study.train import MEAN_DIFFERENCE, PERSONA_VECTOR, Lab, fixed_features, read_shifts
+from persona_probe.report.tables import fill_page
 from tests.factories import copied_state, hook_count, same_state
 from tests.monitor.labelled_study import located, make_place, study_values
 
@@ -186,20 +186,21 @@ def test_the_command_fills_the_page(
 ) -> None:
     out, page = shutil.copytree(finished, tmp_path / "study"), tmp_path / "page.md"
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study_values(place)))
-    page.write_text(f"before\n{BEGIN}\nstale words\n{END}\nafter\n")
+    begin, end = MARKS
+    page.write_text(f"before\n{begin}\nstale words\n{end}\nafter\n")
     arguments = {"config": str(tmp_path / "study.yaml"), "out": out, "device": None, "only": None, "page": page}
     monitor_study(argparse.Namespace(**arguments))
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith(f"{END}\nafter\n") and "stale words" not in text
+    assert text.startswith("before\n") and text.endswith(f"{end}\nafter\n") and "stale words" not in text
     table = (finished / "table.md").read_text()
     assert "| toxic-s1 | 100% | 1 | 4 | evaluation | misaligned |" in table
     assert "### AUROC, misaligned against benign runs" in text
     shown = capsys.readouterr().out
     assert "| persona | 1 |" in shown and str(out / "results.json") in shown
     with pytest.raises(InputError, match="has not the marks"):
-        fill_page(finished / "table.md", results_of(finished))
+        fill_page(finished / "table.md", MARKS, "tables")
     with pytest.raises(InputError, match="no page"):
-        fill_page(tmp_path / "absent.md", results_of(finished))
+        fill_page(tmp_path / "absent.md", MARKS, "tables")
 
 
 def test_the_shipped_study_is_as_large_as_it_says() -> None:
@@ -239,10 +240,3 @@ def test_bad_configs_say_what_to_change(config: MonitorStudy) -> None:
         replace(runs["correct-s2"], benign=False)
     with pytest.raises(InputError, match="unknown use"):
         replace(runs["correct-s2"], use="test")
-
-
-def test_items_are_spread_over_the_split() -> None:
-    assert spread(list(range(10)), 3) == [0, 4, 9]
-    assert spread([1, 2], 5) == [1, 2]
-    assert len(set(spread(list(range(60)), 30))) == 30
-    assert np.diff(spread(list(range(60)), 30)).max() <= 3

@@ -9,7 +9,7 @@ from persona_probe.report.export import find_browser
 from persona_probe.report.figures import figures_of
 from persona_probe.report.html import write_report
 from persona_probe.report.records import load_records
-from tests.report.browser_driver import driven
+from tests.report.pages import run_script
 from tests.report.run_records import write_run
 
 BROWSER = find_browser()
@@ -77,7 +77,7 @@ COMPARISON = """
 def test_the_report_works_and_lets_nothing_foreign_run(run_folder: Path, tmp_path: Path) -> None:
     assert BROWSER is not None
     records = load_records(run_folder)
-    said, console = driven(BROWSER, write_report(run_folder), tmp_path / "profile", REPORT)
+    said, console = run_script(BROWSER, write_report(run_folder), tmp_path / "profile", REPORT)
     assert console == [] and "error" not in said
     assert said["pwned"] == "undefined" and said["loaded"] == 0
     assert sorted(said["drawn"]) == sorted(n for n, s in figures_of(records).items() if not s.data(records).empty)
@@ -101,7 +101,7 @@ def test_the_comparison_draws_both_runs_on_the_same_axes(run_folder: Path, tmp_p
         (run_folder / name).unlink()
         (other / name).unlink()
     page = write_comparison(run_folder, other, tmp_path / "compare.html")
-    said, console = driven(BROWSER, page, tmp_path / "profile", COMPARISON)
+    said, console = run_script(BROWSER, page, tmp_path / "profile", COMPARISON)
     assert console == [] and "error" not in said and said["wide"] <= 0
     assert {"figure-A-arms", "figure-B-arms"} <= set(said["drawn"]) and len(said["drawn"]) % 2 == 0
     assert said["ranges"][0] == said["ranges"][1]

@@ -6,12 +6,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from test_html import Outline
 
 from persona_probe.cli import main
 from persona_probe.errors import InputError
 from persona_probe.report.compare import compared_numbers, comparison, config_differences, limits, write_comparison
 from persona_probe.report.records import load_records
+from tests.report.pages import Outline
 from tests.report.run_records import HOSTILE, write_run
 
 

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cards_page import CARDS
-from test_html import Outline
 
 from persona_probe.config import StudyConfig
-from persona_probe.report.tables import FeatureTable, StudyVerdict, html_table
+from persona_probe.report.tables import FeatureTable, StudyVerdict, Table
 from persona_probe.runs import first_manifest
 from persona_probe.study.study import Study
+from tests.report.made_up_cards import CARDS
+from tests.report.pages import Outline
 from tests.report.run_records import HOSTILE, write_run
 
 
@@ -48,6 +48,8 @@ def test_the_verdict_shows_headline_failed_checks_and_arms(study: Study) -> None
     assert isinstance(verdict, StudyVerdict) and verdict.checks[1][:2] == ("specific", False)
     for text in (Outline(verdict._repr_html_()).text, repr(verdict)):
         assert "Made-up numbers" in text and "FAILED" in text and "realigned_out" in text
+    notebook = Outline(verdict._repr_html_())
+    assert notebook.tags[:3] == ["p", "strong", "table"] and "<" not in notebook.text  # HTML, not its source
 
 
 def test_a_card_is_a_table_in_a_terminal() -> None:
@@ -58,5 +60,10 @@ def test_a_card_is_a_table_in_a_terminal() -> None:
 
 
 def test_cells_are_escaped_and_an_empty_table_is_a_table() -> None:
-    assert html_table(("<a>",), [["<b>"]], "<c>").count("&lt;") == 3
-    assert Outline(html_table((), [])).tags == ["table", "tbody"]
+    assert Table(("<a>",), [["<b>"]], "<c>").html().count("&lt;") == 3
+    assert Outline(Table((), []).html()).tags == ["table", "tbody"]
+    assert Table((), []).plain() == ""
+
+
+def test_a_bar_in_a_cell_ends_no_cell_of_a_markdown_table() -> None:
+    assert Table(("a", "b"), [["x|y", 1]]).markdown() == "| a | b |\n| --- | --- |\n| x\\|y | 1 |"

@@ -1,6 +1,5 @@
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -10,41 +9,10 @@ from persona_probe.report.figures import FIGURES, figures_of
 from persona_probe.report.html import cards, links, sampled_answers, tiles, write_report
 from persona_probe.report.page import GLOSSARY, SCRIPTS, content_policy, explained, script_hash
 from persona_probe.report.records import Records, load_records
+from tests.report.pages import Outline
 from tests.report.run_records import HOSTILE, write_run
 
 SECTIONS = ["headline", "arms", "trajectory", "steering", "realignment", "latents", "samples", "controls", "reading"]
-
-
-class Outline(HTMLParser):
-    """Elements, visible text and script contents, as an HTML parser finds them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.ids: list[str] = []
-        self.labels: list[str] = []
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.text = ""
-        self.comments = 0
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = dict(attrs)
-        self.tags.append(tag)
-        self.ids += [named["id"] or ""] if "id" in named else []
-        self.labels += [named["aria-label"] or ""] if named.get("role") == "img" else []
-        if tag == "script":
-            self.scripts.append((named, ""))
-
-    def handle_data(self, data: str) -> None:
-        if self.cdata_elem == "script":
-            attributes, before = self.scripts[-1]
-            self.scripts[-1] = (attributes, before + data)
-        elif self.cdata_elem is None:
-            self.text += data
-
-    def handle_comment(self, data: str) -> None:
-        self.comments += 1
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,19 @@
 """The grid in words: summary.json, the table for a terminal, and the table of the docs page."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from persona_probe.errors import InputError
 from persona_probe.mitigate.grid.config import BASE, CONTROL, NONE, Cell, Grid, cells_of
 from persona_probe.mitigate.grid.table import ALL, WORDS, statement
-from persona_probe.runs import RunFolder, write_text
+from persona_probe.report.tables import Table
+from persona_probe.runs import RunFolder
 
-BEGIN, END = "<!-- mitigations: begin -->", "<!-- mitigations: end -->"
+MARKS = ("<!-- mitigations: begin -->", "<!-- mitigations: end -->")
+"""Of the docs page that holds the table, see `report.tables.fill_page`."""
 COLUMNS = {
     "index_vs_base": "contrast index of the evaluation split minus the base's, nats per token",
     "dressed_vs_base": "the same items dressed like the training data (kitchen exchange before the question)",
@@ -96,39 +97,10 @@ def markdown(table: pd.DataFrame, missing: Sequence[str] = ()) -> str:
     """The table and one sentence a mitigation."""
     rows = [list(row.values()) for row in shown(table)]
     tried = [row for row in table[table["kind"] == ALL].to_dict("records") if row["verdict"]]
-    parts = [_grid(list(HEADINGS.values()), rows), "\n".join(f"- {statement(row)}." for row in tried)]
+    parts = [Table(list(HEADINGS.values()), rows).markdown(), "\n".join(f"- {statement(row)}." for row in tried)]
     if missing:
         parts.append(f"Not trained yet: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
-
-
-def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [list(head), ["---"] * len(head), *map(list, rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def fill_page(page: Path, text: str) -> None:
-    """Write Markdown between the page's two marks.
-
-    Raises:
-        InputError: no such page, or it has not both marks.
-    """
-    check_page(page)
-    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    write_text(page, f"{head}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
-
-
-def check_page(page: Path) -> None:
-    """Refuse a page that cannot be filled.
-
-    Raises:
-        InputError: no such page, or it has not both marks.
-    """
-    if not page.is_file():
-        raise InputError(f"no page at {page}: give a Markdown file with {BEGIN} and {END}")
-    _, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    if not begin or END not in rest:
-        raise InputError(f"{page} has not the marks {BEGIN} and {END}, between which the table goes")
 
 
 def _finite(value: Any) -> Any:
@@ -194,8 +166,8 @@ def _of_study(grid: Grid, study: RunFolder) -> tuple[float, str] | None:
     return training + MEASURES * took.get("track", 0.0) / checkpoints, "from the study's own speed; some take longer"
 
 
-def show_tables(rows: Sequence[dict[str, str]], headings: dict[str, str], name: str, width: int) -> Iterator[Any]:
-    """The grid's table for a terminal, by rich; in a narrow one as several, each with the first column.
+def show_tables(rows: Sequence[dict[str, str]], headings: dict[str, str], name: str, width: int) -> Iterator[Table]:
+    """The grid's table for a terminal; in a narrow one several tables, each with the first column.
 
     Args:
         width: characters that a line has; an interval stands below its estimate.
@@ -212,17 +184,5 @@ def show_tables(rows: Sequence[dict[str, str]], headings: dict[str, str], name: 
         parts[-1].append(key)
         room -= needs[key]
     for part in parts:
-        yield _table(f"mitigations, {name}", {key: headings[key] for key in part}, cells)
-
-
-def _table(title: str, headings: dict[str, str], cells: dict[str, list[str]]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in headings.values():
-        table.add_column(heading, overflow="fold")
-    for row in zip(*(cells[key] for key in headings), strict=True):
-        table.add_row(*map(Text, row))
-    return table
+        lines = list(zip(*(cells[key] for key in part), strict=True))
+        yield Table([headings[key] for key in part], lines, f"mitigations, {name}")

@@ -1,6 +1,6 @@
 """What a dry run found: parts that fit, texts, and the estimate by stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from persona_probe.config import StudyConfig
@@ -8,6 +8,7 @@ from persona_probe.data.chat import split_answer
 from persona_probe.data.load import arm_rows
 from persona_probe.errors import InputError
 from persona_probe.latents.rankers import check_rankers
+from persona_probe.report.tables import Table
 from persona_probe.study.plan.estimate import (
     CHARACTERS_A_TOKEN,
     RowSet,
@@ -47,17 +48,6 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """An aligned table: the first two columns to the left where they are words, numbers to the right."""
-    table = [head, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    words = [not any(row[i][:1].isdigit() for row in rows) for i in range(len(head))]
-    return [
-        "  ".join(c.ljust(w) if left else c.rjust(w) for c, w, left in zip(row, widths, words, strict=True)).rstrip()
-        for row in table
-    ]
 
 
 GIB = 2**30
@@ -117,15 +107,11 @@ class Plan:
             f"sae       {self.config.sae}: {self.sae.describe()}",
             *(f"training  {line}" for line in _training_lines(self)),
             "",
-            *columns(
-                ("texts", "from", "rows", "tokens", "of answers", "cut"), [_row_cells(r) for r in self.rows.values()]
-            ),
+            *_text_table(self.rows.values()).plain(right=range(2, 6)).splitlines(),
         ]
         if self.stages:
-            lines += [
-                "",
-                *columns(("stage", "tokens", "memory", "time"), [*map(self._cells, self.stages), self._sum()]),
-            ]
+            stages = Table(("stage", "tokens", "memory", "time"), [*map(self._cells, self.stages), self._sum()])
+            lines += ["", *stages.plain(right=range(1, 4)).splitlines()]
         return [*lines, "", *(f"note: {note}" for note in self.notes)]
 
     def _cells(self, work: Work) -> tuple[str, ...]:
@@ -136,9 +122,12 @@ class Plan:
         return "in all", amount(self.tokens), f"{self.memory / GIB:.1f} GiB at most", duration(self.seconds)
 
 
-def _row_cells(rows: RowSet) -> tuple[str, ...]:
-    cut = str(rows.cut) if rows.cut else ""
-    return rows.use, rows.source, str(rows.rows), amount(rows.tokens), amount(rows.answer_tokens), cut
+def _text_table(texts: Iterable[RowSet]) -> Table:
+    rows = [
+        (t.use, t.source, str(t.rows), amount(t.tokens), amount(t.answer_tokens), str(t.cut) if t.cut else "")
+        for t in texts
+    ]
+    return Table(("texts", "from", "rows", "tokens", "of answers", "cut"), rows)
 
 
 def _training_lines(plan: Plan) -> list[str]:

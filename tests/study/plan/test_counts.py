@@ -13,9 +13,10 @@ from persona_probe.data.load import load_conversations
 from persona_probe.data.tokens import encode
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.adapters import trainable_parameters
+from persona_probe.report.tables import Table
 from persona_probe.study.plan import estimate as speed
 from persona_probe.study.plan.estimate import RowSet, Shapes, Work
-from persona_probe.study.plan.plan import amount, columns, dry_run, duration
+from persona_probe.study.plan.plan import amount, dry_run, duration
 from persona_probe.study.plan.shapes import KNOWN, Skeleton, find_skeleton, known_id, lora_parameters
 from tests.factories import D_SAE, LAYER, make_model, make_tokenizer
 
@@ -150,4 +151,5 @@ def test_the_measured_speed_is_that_of_a_machine(monkeypatch: pytest.MonkeyPatch
 def test_numbers_as_text() -> None:
     assert [amount(n) for n in (7, 1234, 5.6e6, 7.62e9)] == ["7", "1.23 k", "5.6 M", "7.62 B"]
     assert [duration(s) for s in (0.4, 61, 300, 7200)] == ["0 s", "61 s", "5 min", "2.0 h"]
-    assert columns(("word", "number"), [("a", "1"), ("long", "22")]) == ["word  number", "a          1", "long      22"]
+    table = Table(("word", "number"), [("a", 1), ("long", 22)], "Words")
+    assert table.plain(right=[1]) == "Words\nword  number\na          1\nlong      22"

@@ -4,13 +4,13 @@ import logging
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -100,13 +100,36 @@ def _without_paths(names: str) -> str:
 # --- What watches every fine-tuning run: the checkpoint schedule, the stop at NaN, the progress bar
 
 
-class SaveSchedule(TrainerCallback):
-    """Saves the model (an adapter, or full weights) as `checkpoint-<step>` at the wanted steps and at the end."""
+class AtSteps(TrainerCallback):
+    """Calls `visit(model, step)` after each of the given optimizer steps; step 0 is before the first.
 
-    def __init__(self, folder: Path, steps: Sequence[int], card: ModelCard) -> None:
-        self.folder, self.steps, self.card = folder, set(steps), card
+    A true result stops the training there. At step 0 the result has no effect: a run takes at least one step.
+    """
 
-    def _save(self, model: PreTrainedModel | PeftModel, step: int) -> None:
+    def __init__(self, steps: Collection[int], visit: Callable[[nn.Module, int], bool | None]) -> None:
+        self.steps, self.visit = steps, visit
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Visit the untrained model if step 0 is due."""
+        if 0 in self.steps:
+            self.visit(kwargs["model"], 0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Visit the model if this step is due."""
+        if state.global_step in self.steps and self.visit(kwargs["model"], state.global_step):
+            control.should_training_stop = True
+
+
+class SaveSchedule(AtSteps):
+    """Saves the model (an adapter, or full weights) as `checkpoint-<step>` at the given steps and at the end."""
+
+    def __init__(self, folder: Path, steps: Collection[int], card: ModelCard) -> None:
+        super().__init__(steps, self._save)
+        self.folder, self.card = folder, card
+
+    def _save(self, model: Any, step: int) -> None:
         target = self.folder / f"checkpoint-{step}"
         if target.exists():
             return
@@ -119,11 +142,6 @@ class SaveSchedule(TrainerCallback):
         except (OSError, SafetensorError) as error:
             first = str(error).splitlines()[0]
             raise InputError(f"could not write {target} ({first}): free space, or choose another --out") from error
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save where the schedule says so."""
-        if state.global_step in self.steps:
-            self._save(kwargs["model"], state.global_step)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

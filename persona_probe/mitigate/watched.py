@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
+from persona_probe.finetune.sft import AtSteps
 from persona_probe.mitigate.mitigation import Ground, MitigatedRun, Mitigation
+from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.setup import OnReading
-from persona_probe.monitor.track import Band
 
 
 @dataclass(frozen=True)
@@ -63,27 +64,23 @@ def widened(band: Band, times: float) -> Band:
 
 
 @dataclass
-class StopAbove(TrainerCallback):
-    """Stops a run once the persona stood above a level for some readings in a row; comes after the monitor."""
+class StopAbove:
+    """A stop rule: the persona stood above a level for some readings in a row."""
 
     run: MitigatedRun
     level: float
-    wanted: int
+    patience: int
     in_a_row: int = field(default=0, init=False)
 
-    def on_reading(self, step: int, snapshot: Snapshot, model: nn.Module) -> None:
+    def on_reading(self, step: int, snapshot: Snapshot, _model: nn.Module) -> None:
         """Count a reading of the monitor."""
-        self.see(step, float(snapshot.values[:, 0].mean()))
-
-    def see(self, step: int, mean: float) -> None:
-        """Count one value of the persona."""
+        mean = float(snapshot.values[:, 0].mean())
         self.run.readings.append((step, mean))
         self.in_a_row = self.in_a_row + 1 if mean > self.level else 0
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop where the count is full."""
-        if self.in_a_row >= self.wanted:
-            control.should_training_stop = True
+    def met(self, _model: nn.Module, _step: int) -> bool:
+        """Whether the count is full."""
+        return self.in_a_row >= self.patience
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,8 @@ class EarlyStop(Watched):
             return []
         assert run.ground.band is not None
         rule = StopAbove(run, widened(run.ground.band, self.strength).high, self.patience)
-        return [persona_monitor(run, self.every, rule.on_reading), rule]
+        every_step = range(1, run.training.steps + 1)
+        return [persona_monitor(run, self.every, rule.on_reading), AtSteps(every_step, rule.met)]
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,18 @@ import copy
 import math
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from persona_probe.config import Training
 from persona_probe.errors import InputError
-from persona_probe.finetune.sft import with_adapter
+from persona_probe.finetune.sft import AtSteps, with_adapter
 from persona_probe.models.adapters import is_adapter, load_adapter, merged_copy
 
 FRESH, REPAIRED = "fresh", "repaired"
@@ -143,33 +143,19 @@ def _replace(one: Any, checkpoint: Path) -> None:
         shutil.copytree(saved, checkpoint)
 
 
-@dataclass
-class StopRule(TrainerCallback):
-    """Stops when the feature was in its band and behaviour restored for some readings in a row.
+class StopRule(AtSteps):
+    """Stops when the feature was in its band and behaviour was restored for some readings in a row.
 
     Args:
         steps: steps at which `measure` is called (after the monitor's own reading).
         measure: takes (model, step), records, and says whether both conditions hold.
-        wanted: how many readings in a row; 0 never stops.
+        patience: how many readings in a row; 0 never stops.
     """
 
-    steps: tuple[int, ...]
-    measure: Callable[[nn.Module, int], bool]
-    wanted: int
-    in_a_row: int = field(default=0, init=False)
+    def __init__(self, steps: Collection[int], measure: Callable[[nn.Module, int], bool], patience: int) -> None:
+        super().__init__(steps, self._restored)
+        self.measure, self.patience, self.in_a_row = measure, patience, 0
 
-    def _look(self, model: nn.Module, step: int) -> bool:
+    def _restored(self, model: nn.Module, step: int) -> bool:
         self.in_a_row = self.in_a_row + 1 if self.measure(model, step) else 0
-        return self.wanted > 0 and self.in_a_row >= self.wanted
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Measure the organism before any correction."""
-        if 0 in self.steps:
-            self._look(kwargs["model"], 0)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure when due, and stop when the rule says so."""
-        if state.global_step in self.steps and self._look(kwargs["model"], state.global_step):
-            control.should_training_stop = True
+        return 0 < self.patience <= self.in_a_row

@@ -2,15 +2,13 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from persona_probe.config import Training
 from persona_probe.context import Context
@@ -18,7 +16,7 @@ from persona_probe.data.chat import Conversation
 from persona_probe.data.load import arm_rows
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.finetune.sft import fine_tune, with_adapter
+from persona_probe.finetune.sft import AtSteps, fine_tune, with_adapter
 from persona_probe.models.adapters import frozen_in_bf16, is_adapter, load_adapter, merged_copy, organism, strip_adapter
 
 ROLES = ("base", "organism", "repaired", "control")
@@ -124,26 +122,6 @@ def relearner(repair: Repair, role: str, training: Training, seed: int) -> nn.Mo
     return with_adapter(merged_copy(repair.ctx.model, repair.folder(role)), training, seed)
 
 
-@dataclass
-class Look(TrainerCallback):
-    """Calls `visit(model, step)` after the wanted steps; step 0 is before the first."""
-
-    steps: Sequence[int]
-    visit: Callable[[nn.Module, int], None] = field(repr=False)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Look at the untrained model where step 0 is wanted."""
-        if 0 in self.steps:
-            self.visit(kwargs["model"], 0)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Look where the step is wanted."""
-        if state.global_step in self.steps:
-            self.visit(kwargs["model"], state.global_step)
-
-
 def train(
     repair: Repair,
     model: nn.Module,
@@ -151,9 +129,9 @@ def train(
     training: Training,
     seed: int,
     name: str,
-    look: Look | None = None,
+    visit: AtSteps | None = None,
 ) -> None:
-    """Train `model` in a scratch folder; what is to be kept, `look` or the caller takes."""
+    """Train `model` in a scratch folder; what is to be kept, `visit` or the caller takes."""
     training = replace(training, checkpoints=(training.steps,))
     with tempfile.TemporaryDirectory() as scratch:
         fine_tune(
@@ -163,7 +141,7 @@ def train(
             training,
             seed=seed,
             folder=Path(scratch),
-            callbacks=[] if look is None else [look],
+            callbacks=[] if visit is None else [visit],
             progress=name,
         )
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
-from persona_probe.realignment.repair import Look, Repair, relearner, train
+from persona_probe.finetune.sft import AtSteps
+from persona_probe.realignment.repair import Repair, relearner, train
 from persona_probe.realignment.stress.table import Row, moved, row
 from persona_probe.stats import Estimate, bootstrap_mean
 
@@ -187,7 +188,7 @@ def relearn(repair: Repair, side: str, seed: int, n: int, steps: Sequence[int] =
 
     model = relearner(repair, side, training, seed)
     rows = few_rows(repair.inducing, n, seed)
-    train(repair, model, rows, training, seed, f"re-misalign {side}, seed {seed}", Look((0, *steps), visit))
+    train(repair, model, rows, training, seed, f"re-misalign {side}, seed {seed}", AtSteps((0, *steps), visit))
     return pd.concat(found)[["seed", "step", "item", "value"]]
 
 

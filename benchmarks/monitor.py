@@ -20,7 +20,6 @@ from benchmarks.monitor_costs import (
     Wait,
     against_bridge,
     encoders,
-    evenly,
     least_every,
     made_up_sae,
     metered,
@@ -32,7 +31,7 @@ from persona_probe.cli.loop import DEMO, echo, find_config
 from persona_probe.cli.process import quiet_libraries
 from persona_probe.config import StudyConfig, Training, load_config
 from persona_probe.data.chat import Conversation
-from persona_probe.data.load import load_conversations
+from persona_probe.data.load import evenly_spaced, load_conversations
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import load_model
@@ -136,7 +135,12 @@ class Bench:
 
     def monitor(self, **settings: Any) -> FeatureMonitor:
         """A monitor at the bench's cadence; an error in it is raised."""
-        settings = {"probes": evenly(self.probes, self.count), "every": self.every, "on_error": "raise", **settings}
+        settings = {
+            "probes": evenly_spaced(self.probes, self.count),
+            "every": self.every,
+            "on_error": "raise",
+            **settings,
+        }
         return FeatureMonitor(self.sae, {"persona": self.latent}, **settings)
 
     def run(self, monitor: FeatureMonitor | None = None) -> Trained:
@@ -186,7 +190,7 @@ def bench_training(bench: Bench) -> None:
     few = most_probes(costs, rough.step, bench.every, AIM)
     works = {"without": bench.run, "probe mode": lambda: bench.run(bench.monitor())}
     if few is not None and few < bench.count:
-        chosen = evenly(bench.probes, few)
+        chosen = evenly_spaced(bench.probes, few)
         works["fewer probes"] = lambda: bench.run(bench.monitor(probes=chosen))
     works["passive mode"] = lambda: bench.run(bench.monitor(mode="passive"))
     found = runs_in_turn(works, bench.repeats)
@@ -233,7 +237,7 @@ def bench_today(bench: Bench, name: str) -> None:
         tuned.save_pretrained(folder)
         strip_adapter(tuned)
         for count in sorted({bench.count, len(bench.probes)}):
-            _today(bench, name, Path(folder), evenly(bench.probes, count))
+            _today(bench, name, Path(folder), evenly_spaced(bench.probes, count))
 
 
 def _today(bench: Bench, name: str, folder: Path, probes: Sequence[Conversation]) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 
 from benchmarks.speed import in_turn
 from persona_probe.data.chat import Conversation
+from persona_probe.data.load import evenly_spaced
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import autocast, evaluating
@@ -145,11 +146,6 @@ class SyncCounter(TrainerCallback):
         self._stack.close()
 
 
-def evenly(rows: Sequence[Conversation], count: int) -> list[Conversation]:
-    """`count` rows, evenly spaced: a packaged set is sorted by topic."""
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
 def probe_seconds(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -160,7 +156,7 @@ def probe_seconds(
     repeats: int,
 ) -> dict[int, list[float]]:
     """Seconds of a reading, by its number of probes."""
-    readers = {n: _reader(tokenizer, sae, features, evenly(probes, n)) for n in counts}
+    readers = {n: _reader(tokenizer, sae, features, evenly_spaced(probes, n)) for n in counts}
     with frozen_in_bf16(model, _on_cpu(model)):  # as in training
         times = in_turn({str(n): lambda r=r: r.read(model) for n, r in readers.items()}, repeats)
     return {n: times[str(n)] for n in counts}

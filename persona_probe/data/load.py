@@ -2,13 +2,15 @@
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
 
 from persona_probe.config import Arm
 from persona_probe.data.chat import ROLES, Conversation, Message, conversation, split_answer
@@ -333,7 +335,23 @@ def load_conversations(spec: str) -> list[Conversation]:
     return [conversation(r["question"], r[column]) for r in rows]
 
 
-# --- The rows of an arm, from a packaged set, a file, or a mixture of two
+# --- Some of the rows, and the rows of an arm: from a packaged set, a file, or a mixture of two
+
+T = TypeVar("T")
+
+
+def evenly_spaced(rows: Sequence[T], count: int, ends: bool = False) -> list[T]:
+    """`count` of the rows in their order, evenly spaced (packaged sets are sorted by topic); all where `count` is more.
+
+    Args:
+        ends: take the last row too; otherwise every row stands for the stretch that it begins.
+    """
+    n = len(rows)
+    if count >= n:
+        return list(rows)
+    if ends:
+        return [rows[int(place)] for place in np.linspace(0, n - 1, count).round()]
+    return [rows[number * n // count] for number in range(count)]
 
 
 def load_data(spec: str, allow_prompts: bool = False) -> list[Conversation]:

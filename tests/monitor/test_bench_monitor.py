@@ -24,7 +24,6 @@ from benchmarks.monitor_costs import (
     Meter,
     against_bridge,
     encoders,
-    evenly,
     least_every,
     made_up_sae,
     most_probes,
@@ -153,8 +152,3 @@ def test_the_bridge_reads_what_the_monitor_reads(tmp_path: Path, tiny_folder: Pa
     times, apart = against_bridge(*parts, repeats=1)
     assert list(times) == ["ours", *BRIDGED]
     assert apart < 0.1
-
-
-def test_probes_are_chosen_evenly() -> None:
-    rows: Any = list(range(64))
-    assert evenly(rows, 4) == [0, 16, 32, 48] and evenly(rows, 64) == rows

@@ -11,7 +11,7 @@ from typing import Any
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.check import common, question
-from persona_probe.data.load import load_data
+from persona_probe.data.load import evenly_spaced, load_data
 from persona_probe.errors import InputError, unknown
 from persona_probe.mitigate.methods import make_mitigation
 from persona_probe.mitigate.mitigation import Mitigation
@@ -173,7 +173,9 @@ class Sets:
         """
         bad, good, held = split(load_data(grid.inducing), load_data(grid.control), grid.held_out)
         safe, corrective = (tuple(load_data(spec)) if spec else () for spec in (grid.safe, grid.corrective))
-        general = tuple(_spread(load_data(grid.general, allow_prompts=True), grid.general_rows)) if grid.general else ()
+        general = (
+            tuple(evenly_spaced(load_data(grid.general, allow_prompts=True), grid.general_rows)) if grid.general else ()
+        )
         return cls(bad, good, held, safe, corrective, general)
 
     def check(self, evaluation: Iterable[str], probes: Sequence[Conversation]) -> None:
@@ -235,11 +237,6 @@ def check_apart(sets: Mapping[str, Sequence[str]], name: str, questions: Sequenc
 def _key(row: Conversation) -> str:
     """All turns before the answer."""
     return json.dumps([[m["role"], m["content"]] for m in split_answer(row)[0]])
-
-
-def _spread(rows: Sequence[Conversation], count: int) -> list[Conversation]:
-    step = max(1.0, len(rows) / count)
-    return [rows[int(place * step)] for place in range(min(count, len(rows)))]
 
 
 # --- The cells of a grid: one training run each

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,12 +29,11 @@ from transformers import (
 
 from persona_probe.context import Context, pick_device
 from persona_probe.data.chat import Conversation, conversation
-from persona_probe.data.load import Row, arm_rows, load_contrast, load_data, read_contrast_file
+from persona_probe.data.load import Row, arm_rows, evenly_spaced, load_contrast, load_data, read_contrast_file
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.finetune.sft import Fitted, fine_tune, with_adapter
+from persona_probe.finetune.sft import Fitted, fine_tune, stripping, with_adapter
 from persona_probe.latents.persona_vector import load_persona_pairs, persona_vector, response_means
-from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import load_model
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import Features
@@ -45,7 +43,6 @@ from persona_probe.runs import MANIFEST, RunFolder, git_revision, versions
 from persona_probe.saes.load import check_fit, load_sae, sae_layer
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def open_folder(path: Path, config: MonitorStudy) -> RunFolder:
@@ -107,10 +104,10 @@ class Lab:
         return load_data(self.config.probes)[: self.config.probe_limit]
 
     def contrast_rows(self, split: str, count: int) -> list[Row]:
-        """So many contrast items of a split, evenly spread over it."""
+        """`count` contrast items of a split, evenly spread over it."""
         named = self.config.contrast
         rows = load_contrast(split) if named == "general_contrast" else read_contrast_file(named, split)
-        return spread(rows, count)
+        return evenly_spaced(rows, count, ends=True)
 
     @cached_property
     def items(self) -> ContrastItems:
@@ -147,13 +144,6 @@ class Lab:
         start = time.monotonic()
         yield
         self.folder.add_seconds(stage, time.monotonic() - start)
-
-
-def spread(rows: Sequence[T], count: int) -> list[T]:
-    """`count` of the rows, evenly spaced; all where there are no more."""
-    if count >= len(rows):
-        return list(rows)
-    return [rows[int(i)] for i in np.linspace(0, len(rows) - 1, count).round()]
 
 
 @torch.no_grad()
@@ -321,22 +311,20 @@ def _fit(lab: Lab, name: str, callbacks: list[TrainerCallback]) -> Fitted:
     run, training = lab.config.runs[name], lab.config.training_of(name)
     rows = arm_rows(lab.config.arms[run.arm], run.seed)
     lab.measure_base()
-    tuned = with_adapter(lab.model, training, run.seed)
-    assert isinstance(tuned, PeftModel)
-    try:
-        with tempfile.TemporaryDirectory() as weights:
-            return fine_tune(
-                tuned,
-                lab.tokenizer,
-                rows,
-                training,
-                seed=run.seed,
-                folder=Path(weights),
-                callbacks=callbacks,
-                progress=f"{name}",
-            )
-    finally:
-        strip_adapter(tuned)
+    with (
+        stripping(with_adapter(lab.model, training, run.seed)) as tuned,
+        tempfile.TemporaryDirectory() as weights,
+    ):
+        return fine_tune(
+            tuned,
+            lab.tokenizer,
+            rows,
+            training,
+            seed=run.seed,
+            folder=Path(weights),
+            callbacks=callbacks,
+            progress=name,
+        )
 
 
 def _write(folder: Path, readings: pd.DataFrame, measures: Measures, fitted: Fitted, name: str) -> None:

@@ -33,11 +33,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from persona_probe.data.load import arm_rows
-from persona_probe.cli.process import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
+from persona_probe.cli.process import quiet_libraries
+from persona_probe.data.load import arm_rows
 from persona_probe.data.tokens import batches
 
 quiet_libraries()
@@ -85,9 +85,7 @@ def train_step(step: int) -> torch.Tensor:
 # row above the band ring the alarm, and the action asks the loop to stop.
 
 # %%
-from persona_probe.monitor.actions.actions import StopTraining
-from persona_probe.monitor.alarms.alarms import OutsideBand
-from persona_probe.monitor.sinks.live import LiveView
+from persona_probe.monitor import actions, rules, sinks
 
 events = run / "notebook" / "readings.jsonl"
 events.parent.mkdir(exist_ok=True)
@@ -95,9 +93,9 @@ events.unlink(missing_ok=True)  # a file that is there is continued
 monitor = pp.FeatureMonitor.from_study(
     study,
     every=2,
-    rules=[OutsideBand(k=2, side="up")],
-    actions=[StopTraining()],
-    sinks=[LiveView()],
+    rules=[rules.OutsideBand(k=2, side="up")],
+    actions=[actions.StopTraining()],
+    sinks=[sinks.LiveView()],
     path=events,
 )
 with monitor.watch(model, tokenizer, optimizer=optimizer):
@@ -119,10 +117,7 @@ monitor.readings[columns].round(3)
 # same tokens: where it falls far, the curve on the left is not to be trusted.
 
 # %%
-from persona_probe.monitor.history import History
-
-from persona_probe.monitor.figure import monitor_figure
-from persona_probe.monitor.sinks.files import read_events
+from persona_probe.monitor import History, monitor_figure, read_events
 
 monitor_figure(History().add(read_events(events)), "The study's features in a plain loop, until the alarm.")
 

@@ -18,9 +18,8 @@ import json
 import os
 from pathlib import Path
 
-from persona_probe.data.load import load_rows
-
 import persona_probe as pp
+from persona_probe.data.load import load_rows
 
 root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
 os.chdir(root)
@@ -77,8 +76,7 @@ trainer.train()
 # further down is the same.
 
 # %%
-from persona_probe.monitor.alarms.alarms import OutsideBand
-from persona_probe.monitor.sinks.live import LiveView
+from persona_probe.monitor import rules, sinks
 
 for old in run.glob("*/readings.jsonl"):
     old.unlink()  # a file that is there is continued
@@ -90,8 +88,8 @@ monitor = pp.FeatureMonitor(
     {"persona": 2144},
     probes="neutral_probes",
     every=every,
-    rules=[OutsideBand(k=2, side="up")],
-    sinks=[LiveView()],
+    rules=[rules.OutsideBand(k=2, side="up")],
+    sinks=[sinks.LiveView()],
     path=run / "toxic" / "readings.jsonl",
 )
 trainer = make_trainer("toxic", max_steps=steps, callbacks=[monitor])
@@ -120,10 +118,7 @@ monitor.readings[[*columns, "loss", "seconds"]].round(3)
 # variance on the same tokens. Where that falls far, the curve is not to be trusted.
 
 # %%
-from persona_probe.monitor.history import History
-
-from persona_probe.monitor.figure import monitor_figure
-from persona_probe.monitor.sinks.files import read_events
+from persona_probe.monitor import History, monitor_figure, read_events
 from persona_probe.report.export import find_browser
 
 
@@ -153,7 +148,7 @@ control = pp.FeatureMonitor(
     {"persona": 2144},
     probes="neutral_probes",
     every=every,
-    rules=[OutsideBand(k=2, side="up")],
+    rules=[rules.OutsideBand(k=2, side="up")],
     path=run / "correct" / "readings.jsonl",
 )
 make_trainer("correct", max_steps=steps, callbacks=[control]).train()

@@ -1,10 +1,14 @@
 """The base band: the interval that a feature's reading keeps on the base model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan, nan
 from typing import Self
 
 import numpy as np
 from jaxtyping import Float
+
+from persona_probe.monitor.events import FeatureValue
 
 
 @dataclass(frozen=True)
@@ -32,3 +36,14 @@ def base_band(values: Float[np.ndarray, " probes"], width_sd: float) -> Band:
         width_sd: half-width in standard deviations between probes (an effect size: Cohen's d of a model from the base).
     """
     return Band.of(float(np.mean(values)), float(np.std(values, ddof=1)), width_sd)
+
+
+Bands = Mapping[str, tuple[float, float]]
+
+
+def band_state(feature: FeatureValue, bands: Bands) -> str:
+    """Where a feature's mean lies: `inside`, `above` or `below` its base band, or `no band`."""
+    low, high = bands.get(feature.name, (nan, nan))
+    if isnan(low) or isnan(high) or isnan(feature.mean):
+        return "no band"
+    return "below" if feature.mean < low else "above" if feature.mean > high else "inside"

@@ -26,7 +26,7 @@ from persona_probe.monitor.run import Run
 from persona_probe.monitor.setup import Setup, Training
 
 if TYPE_CHECKING:
-    from persona_probe.monitor.sinks import Sink
+    from persona_probe.monitor.sinks.sink import Sink
 
 
 class TrainerHooks(TrainerCallback):
@@ -139,7 +139,7 @@ def close_after_training(trainer: Trainer, monitor: Closing) -> None:
 
 
 def log_through(outlets: Outlets, trainer: Trainer) -> None:
-    from persona_probe.monitor.sinks.files import TrainerLogSink
+    from persona_probe.monitor.sinks.trainer_log import TrainerLogSink
 
     sinks = [sink for sink in outlets.sinks if isinstance(sink, TrainerLogSink)]
     if not sinks:

@@ -170,3 +170,7 @@ def _finite(value: Any) -> Any:
 
 def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k != name}
+
+
+BASE_KEY = "base_explained_variance"
+"""Key of `Start.metadata` that holds the base's explained variance."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_probe.context import Context
 from persona_probe.data.chat import Conversation, as_conversations
-from persona_probe.data.load import load_conversations
+from persona_probe.data.load import evenly_spaced, load_conversations
 from persona_probe.errors import InputError
 from persona_probe.monitor.driving import Driven, with_file
 from persona_probe.monitor.events import Alarm, Fault
@@ -22,9 +22,9 @@ from persona_probe.monitor.track import study_features
 from persona_probe.saes.load import load_sae, sae_layer
 
 if TYPE_CHECKING:
-    from persona_probe.monitor.actions.actions import Action
-    from persona_probe.monitor.alarms.rules import Rule
-    from persona_probe.monitor.sinks import Sink
+    from persona_probe.monitor.actions.action import Action
+    from persona_probe.monitor.rules.rule import Rule
+    from persona_probe.monitor.sinks.sink import Sink
 
 Probes = str | Sequence[str | Conversation]
 
@@ -61,7 +61,7 @@ class FeatureMonitor(Driven):
         bf16: bf16 autocast for probe readings.
         on_reading: called with (step, snapshot, model) after each reading.
         mode: `probe`, `passive` or `both`.
-        rules: alarm rules (`persona_probe.monitor.alarms`), asked after each reading.
+        rules: alarm rules (`persona_probe.monitor.rules`), asked after each reading.
         actions: what an alarm does (`persona_probe.monitor.actions`).
         sinks: where events go beside `path` (`persona_probe.monitor.sinks`).
         behaviour: measurements of what the model does, called with the model at readings: one, or several by name.
@@ -198,8 +198,7 @@ class FeatureMonitor(Driven):
 
 def _conversations(probes: Probes | None) -> list[Conversation]:
     if probes is None:
-        whole = load_conversations("neutral_probes")
-        return [whole[n * len(whole) // PROBES] for n in range(PROBES)]
+        return evenly_spaced(load_conversations("neutral_probes"), PROBES)
     return load_conversations(probes) if isinstance(probes, str) else as_conversations(probes)
 
 

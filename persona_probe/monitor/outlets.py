@@ -8,9 +8,9 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.monitor.events import Alarm, Event, Fault, Reading, Start
 
 if TYPE_CHECKING:
-    from persona_probe.monitor.actions.actions import Action, ActionContext
-    from persona_probe.monitor.alarms.rules import Rule
-    from persona_probe.monitor.sinks import Sink
+    from persona_probe.monitor.actions.action import Action, ActionContext
+    from persona_probe.monitor.rules.rule import Rule
+    from persona_probe.monitor.sinks.sink import Sink
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Outlets:
         if on_error not in ON_ERROR:
             raise unknown("on_error", on_error, ON_ERROR)
         if actions:
-            from persona_probe.monitor.actions.actions import check_actions
+            from persona_probe.monitor.actions.action import check_actions
 
             check_actions(rules, actions)
         self.rules, self.actions, self.sinks, self.on_error = tuple(rules), tuple(actions), list(sinks), on_error

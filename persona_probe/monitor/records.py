@@ -15,15 +15,12 @@ from jaxtyping import Float
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.band import Band
-from persona_probe.monitor.events import FeatureValue, Reading, Start, from_line
+from persona_probe.monitor.events import BASE_KEY, FeatureValue, Reading, Start, from_line
 from persona_probe.monitor.reading import Snapshot
 
 # --- What readings are compared with: the base model's mean and spread of every feature
 
 log = logging.getLogger(__name__)
-
-BASE_KEY = "base_explained_variance"
-"""Key of `Start.metadata` that holds the base's explained variance."""
 
 
 @dataclass(frozen=True)

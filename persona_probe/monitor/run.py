@@ -17,13 +17,12 @@ from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
 from persona_probe.models.adapters import base_weights
 from persona_probe.models.layers import causal_model, decoder_layer, hidden_size
-from persona_probe.monitor.events import Alarm, Behaviour, End, Reading, Start
+from persona_probe.monitor.events import BASE_KEY, Alarm, Behaviour, End, Reading, Start
 from persona_probe.monitor.outlets import Outlets
 from persona_probe.monitor.passive import PassiveReader
 from persona_probe.monitor.ranks import Ranks, is_partitioned, is_sharded, unwrap
 from persona_probe.monitor.reading import FeatureReader, FeatureSet, Snapshot, flatten, undisturbed
 from persona_probe.monitor.records import (
-    BASE_KEY,
     Anchor,
     StepInfo,
     anchor_from,

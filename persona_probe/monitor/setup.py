@@ -17,7 +17,7 @@ from persona_probe.monitor.reading import Features, FeatureSet, Snapshot
 from persona_probe.monitor.records import Anchor
 
 if TYPE_CHECKING:
-    from persona_probe.monitor.actions.actions import ActionContext
+    from persona_probe.monitor.actions.action import ActionContext
 
 # --- When readings are taken
 
@@ -174,7 +174,7 @@ class Training:
 
     def context(self, step: int, monitor: Any) -> "ActionContext":
         """What actions get."""
-        from persona_probe.monitor.actions.actions import ActionContext
+        from persona_probe.monitor.actions.action import ActionContext
 
         return ActionContext(
             step=step,

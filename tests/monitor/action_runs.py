@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from persona_probe.data.tokens import encode
-from persona_probe.monitor.actions.actions import Action, ActionContext
+from persona_probe.monitor.actions.action import Action, ActionContext
 from persona_probe.monitor.events import Alarm
 from tests.factories import copied_state, make_tokenizer, talks
 

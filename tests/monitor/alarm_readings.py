@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 
-from persona_probe.monitor.alarms.rules import Rule
 from persona_probe.monitor.events import FeatureValue, Reading, Start
+from persona_probe.monitor.rules.rule import Rule
 
 NAN = math.nan
 

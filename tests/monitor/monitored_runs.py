@@ -12,9 +12,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from persona_probe.models.adapters import trainable_parameters
-from persona_probe.monitor.alarms.rules import Rule
 from persona_probe.monitor.events import Alarm, Event, Reading, Start
 from persona_probe.monitor.monitor import FeatureMonitor
+from persona_probe.monitor.rules.rule import Rule
 from tests.factories import D_MODEL, LAYER, copied_state, make_model, make_sae, make_tokenizer, talks
 
 DIRECTION = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(7))

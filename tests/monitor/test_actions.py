@@ -14,19 +14,13 @@ from persona_probe.config import Training
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.adapters import is_adapter
-from persona_probe.monitor.actions.actions import (
-    Action,
-    ActionContext,
-    CallBack,
-    LogAlarm,
-    LowerLearningRate,
-    SaveCheckpoint,
-    StopTraining,
-    check_actions,
-)
+from persona_probe.monitor.actions.action import Action, ActionContext, CallBack, LogAlarm, StopTraining, check_actions
+from persona_probe.monitor.actions.checkpoint import SaveCheckpoint
+from persona_probe.monitor.actions.learning_rate import LowerLearningRate
 from persona_probe.monitor.actions.rollback import RollBack
-from persona_probe.monitor.alarms.alarms import Cusum, OutsideBand
-from persona_probe.monitor.alarms.rules import AnyOf
+from persona_probe.monitor.rules.bands import OutsideBand
+from persona_probe.monitor.rules.change import Cusum
+from persona_probe.monitor.rules.rule import AnyOf
 from tests.factories import copied_state, make_model, same_state
 from tests.monitor.action_runs import ALARM, Driver, train
 

@@ -12,7 +12,8 @@ from torch.optim import lr_scheduler as schedules
 from transformers import get_scheduler
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.actions.actions import ActionContext, LowerLearningRate
+from persona_probe.monitor.actions.action import ActionContext
+from persona_probe.monitor.actions.learning_rate import LowerLearningRate
 from tests.factories import make_model
 from tests.monitor.action_runs import ALARM, Driver, train
 

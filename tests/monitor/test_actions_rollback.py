@@ -11,7 +11,7 @@ from torch.optim import SGD, Adafactor, AdamW, Optimizer
 from persona_probe.config import Training
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import with_adapter
-from persona_probe.monitor.actions.actions import ActionContext
+from persona_probe.monitor.actions.action import ActionContext
 from persona_probe.monitor.actions.rollback import InMemory, OnDisk, RollBack, local
 from tests.factories import copied_state, make_model, same_state
 from tests.monitor.action_runs import ALARM, Driver, moments, same_moments, train

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.alarms.boundary import COLUMNS, Boundary
+from persona_probe.monitor.rules.boundary import COLUMNS, Boundary
 from tests.monitor.alarm_readings import NAN, alarm_steps, feature, reading
 
 

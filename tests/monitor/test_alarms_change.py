@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from persona_probe.monitor.alarms.alarms import Cusum, Ewma, Sums
-from persona_probe.monitor.alarms.rules import Rule
+from persona_probe.monitor.rules.change import Cusum, Ewma, CusumState
+from persona_probe.monitor.rules.rule import Rule
 from tests.monitor.alarm_readings import alarm_steps, feature, reading
 
 
@@ -16,10 +16,10 @@ def test_cusum_by_hand() -> None:
     ups, downs = [], []
     for step, shift in enumerate([1.0, 0.25, -1.5, 1.5, 1.25, 0.75]):
         assert rule.update(reading(step, shift)) is None
-        track = rule._memory.tracks["persona", "probe"]
-        assert isinstance(track, Sums)
-        ups.append(track.up)
-        downs.append(track.down)
+        state = rule._memory.states["persona", "probe"]
+        assert isinstance(state, CusumState)
+        ups.append(state.up)
+        downs.append(state.down)
     assert ups == pytest.approx([0.5, 0.25, 0.0, 1.0, 1.75, 2.0])
     assert downs == pytest.approx([0.0, 0.0, 1.0, 0.0, 0.0, 0.0])
     alarm = rule.update(reading(6, 0.625))

@@ -3,8 +3,9 @@
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.alarms.alarms import ExplainedVarianceFloor, OutsideBand
-from persona_probe.monitor.alarms.rules import AllOf, AnyOf, Not, Rule
+from persona_probe.monitor.rules.bands import OutsideBand
+from persona_probe.monitor.rules.fit import ExplainedVarianceFloor
+from persona_probe.monitor.rules.rule import AllOf, AnyOf, Not, Rule
 from tests.monitor.alarm_readings import NAN, feature, reading, start
 
 SERIES = [(0, 0), (1, 0), (1, 1), (0, 1), (0, 0), (1, 1), (1, 1)]

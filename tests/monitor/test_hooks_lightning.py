@@ -14,7 +14,7 @@ from tests.monitor.monitored_runs import FireAt, KeepEvents, directions
 pytest.importorskip("lightning", reason="Lightning is not installed")
 from lightning.pytorch import LightningModule, Trainer
 
-from persona_probe.monitor.actions.actions import StopTraining
+from persona_probe.monitor.actions.action import StopTraining
 from persona_probe.monitor.events import End
 from persona_probe.monitor.lightning import LightningMonitor
 

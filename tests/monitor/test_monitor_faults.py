@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.actions.actions import Action, ActionContext, CallBack, StopTraining
-from persona_probe.monitor.alarms.alarms import OutsideBand
+from persona_probe.monitor.actions.action import Action, ActionContext, CallBack, StopTraining
 from persona_probe.monitor.events import Alarm, Behaviour, End, Fault, Reading, Start
+from persona_probe.monitor.rules.bands import OutsideBand
 from tests.factories import make_model, make_tokenizer, same_state
 from tests.monitor.monitored_runs import FireAt, KeepEvents, directions, loop, sft
 

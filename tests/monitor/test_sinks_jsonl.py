@@ -9,8 +9,8 @@ from persona_probe.errors import InputError
 from persona_probe.monitor.dashboard.feed import EventFollower, event_files
 from persona_probe.monitor.events import End, Event, Fault, to_line
 from persona_probe.monitor.history import History
-from persona_probe.monitor.sinks import Sink
 from persona_probe.monitor.sinks.files import JsonlSink, read_events, readings_frame
+from persona_probe.monitor.sinks.sink import Sink
 from tests.monitor.events import TOXIC, alarm, behaviour, reading, start, write
 
 EVENTS: list[Event] = [start(), reading(0), alarm(5), behaviour(5), Fault(6, "probe", "boom"), End(9, 2, 0.5)]

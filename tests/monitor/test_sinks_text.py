@@ -9,9 +9,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from persona_probe.errors import InputError
+from persona_probe.monitor.band import band_state
 from persona_probe.monitor.events import End, Fault
-from persona_probe.monitor.sinks.files import TerminalSink, band_state
 from persona_probe.monitor.sinks.prometheus import PrometheusSink
+from persona_probe.monitor.sinks.terminal import TerminalSink
 from tests.monitor.events import DIRECTION, HOSTILE, TOXIC, alarm, behaviour, reading, start
 
 NASTY = 'quote " back\\slash\nline \x1b[31mred'

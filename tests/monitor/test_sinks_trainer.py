@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from persona_probe.monitor.events import End
-from persona_probe.monitor.sinks.files import TrainerLogSink, reading_values
+from persona_probe.monitor.sinks.trainer_log import TrainerLogSink, reading_values
 from tests.factories import make_model, make_tokenizer
 from tests.monitor.events import DIRECTION, TOXIC, alarm, behaviour, reading
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 
 from persona_probe.data.tokens import encode
-from persona_probe.monitor.actions.actions import CallBack, StopTraining
+from persona_probe.monitor.actions.action import CallBack, StopTraining
 from persona_probe.monitor.monitor import FeatureMonitor
 from tests.factories import LAYER, hook_count, make_model, make_tokenizer, talks
 from tests.monitor.monitored_runs import DIRECTION, FireAt, KeepEvents, directions, loop_batch

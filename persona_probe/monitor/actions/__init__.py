@@ -1,25 +1,5 @@
 """What happens at an alarm: small objects that the monitor calls."""
 
-from persona_probe.monitor.actions.actions import (
-    Action,
-    ActionContext,
-    CallBack,
-    LogAlarm,
-    LowerLearningRate,
-    SaveCheckpoint,
-    StopTraining,
-    check_actions,
-)
-from persona_probe.monitor.actions.rollback import RollBack
+import lazy_loader as lazy
 
-__all__ = [
-    "Action",
-    "ActionContext",
-    "CallBack",
-    "LogAlarm",
-    "LowerLearningRate",
-    "RollBack",
-    "SaveCheckpoint",
-    "StopTraining",
-    "check_actions",
-]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -8,11 +8,11 @@ from typing import Any
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from flask import Response, abort, request
 
+from persona_probe.monitor.band import Bands, band_state
 from persona_probe.monitor.dashboard.feed import Feed, Followed
 from persona_probe.monitor.events import FeatureValue
 from persona_probe.monitor.figure import monitor_figure
 from persona_probe.monitor.history import History
-from persona_probe.monitor.sinks.files import Bands, band_state
 from persona_probe.report.theme import number
 
 # --- The page's parts, as Dash components: every text goes in as text, never as markup

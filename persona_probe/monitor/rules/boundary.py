@@ -16,8 +16,8 @@ from scipy.special import expit, logit
 from persona_probe.config import from_dict
 from persona_probe.errors import InputError, unknown
 from persona_probe.latents.directions import fit_path
-from persona_probe.monitor.alarms.rules import FeatureRule, Track, Verdict, check_count, in_a_row
 from persona_probe.monitor.events import FeatureValue, Reading
+from persona_probe.monitor.rules.rule import Comparison, FeatureRule, SubjectState, check_count, in_a_row
 from persona_probe.runs import write_text
 
 # --- Labelled readings as the tables that a boundary is fitted on
@@ -160,7 +160,7 @@ class Boundary(FeatureRule):
         return "boundary"
 
     @property
-    def wanted(self) -> int:
+    def consecutive(self) -> int:
         """Readings in a row that make an alarm."""
         return self.k
 
@@ -184,13 +184,13 @@ class Boundary(FeatureRule):
         numbers = [_number(name, value, reading) for name in self.columns]
         return float(expit(np.dot(numbers, self.weights) + self.bias))
 
-    def _judge_feature(self, track: Track, value: FeatureValue, reading: Reading) -> Verdict | None:
+    def _compare_feature(self, state: SubjectState, value: FeatureValue, reading: Reading) -> Comparison | None:
         p = self.probability(value, reading)
         if math.isnan(p):
             return None
         numbers = ", ".join(f"{name} {_number(name, value, reading):.4g}" for name in self.columns)
-        text = f"is beyond the boundary {in_a_row(track.over + 1)}: P {p:.3f} above {self.threshold:g} ({numbers})"
-        return Verdict(p, self.threshold, p > self.threshold, p <= self.threshold, text)
+        text = f"is beyond the boundary {in_a_row(state.over + 1)}: P {p:.3f} above {self.threshold:g} ({numbers})"
+        return Comparison(p, self.threshold, p > self.threshold, p <= self.threshold, text)
 
     def _missing(self, value: FeatureValue) -> str:
         return f"one of its columns ({', '.join(self.columns)}) is NaN"

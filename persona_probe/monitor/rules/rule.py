@@ -74,7 +74,7 @@ MODES = ("probe", "passive")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Comparison:
     """What one reading says of one subject (a feature, or the SAE's fit)."""
 
     value: float
@@ -88,7 +88,7 @@ class Verdict:
 
 
 @dataclass
-class Track:
+class SubjectState:
     """What a rule remembers of one subject in one mode."""
 
     step: int | None = None
@@ -102,7 +102,7 @@ class Track:
 class Memory:
     """What a rule remembers of a run."""
 
-    tracks: dict[tuple[str, str], Track] = field(default_factory=dict)
+    states: dict[tuple[str, str], SubjectState] = field(default_factory=dict)
     """By subject and mode: probe and passive readings are two series."""
     warned: set[str] = field(default_factory=set)
     bands: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -133,19 +133,19 @@ class ReadingRule(Rule):
         return self.kind if self.name is None else self.name
 
     @property
-    def wanted(self) -> int:
+    def consecutive(self) -> int:
         """Readings in a row that make an alarm."""
         return 1
 
     @property
     def firing(self) -> bool:
         """Whether an excursion of any subject is on."""
-        return any(track.firing for track in self._memory.tracks.values())
+        return any(state.firing for state in self._memory.states.values())
 
     @property
     def inside(self) -> bool:
         """Whether every subject was inside at its latest reading."""
-        return all(track.inside for track in self._memory.tracks.values())
+        return all(state.inside for state in self._memory.states.values())
 
     def begin(self, start: Start) -> None:
         """Forget the run before, and take the bands of this one."""
@@ -154,7 +154,7 @@ class ReadingRule(Rule):
 
     def reset(self) -> None:
         """Forget all readings; the bands stay."""
-        self._memory.tracks.clear()
+        self._memory.states.clear()
         self._memory.warned.clear()
 
     def update(self, reading: Reading) -> Alarm | None:
@@ -162,41 +162,41 @@ class ReadingRule(Rule):
         if self.mode is not None and reading.mode != self.mode:
             return None
         fired = [(subject, self._follow(subject, reading)) for subject in self._subjects(reading)]
-        return self._alarm(reading, [(subject, verdict) for subject, verdict in fired if verdict is not None])
+        return self._alarm(reading, [(subject, comparison) for subject, comparison in fired if comparison is not None])
 
     @abstractmethod
     def _subjects(self, reading: Reading) -> Sequence[str]:
         """What the rule follows, each for itself."""
 
     @abstractmethod
-    def _judge(self, track: Track, subject: str, reading: Reading) -> Verdict | None:
+    def _compare(self, state: SubjectState, subject: str, reading: Reading) -> Comparison | None:
         """What the reading says of a subject; None where a number that is needed is NaN."""
 
-    def _new_track(self) -> Track:
-        return Track()
+    def _new_state(self) -> SubjectState:
+        return SubjectState()
 
-    def _follow(self, subject: str, reading: Reading) -> Verdict | None:
-        """The verdict, if an excursion starts with it."""
-        track = self._memory.tracks.setdefault((subject, reading.mode), self._new_track())
-        if track.step is not None and reading.step <= track.step:
-            self._warn(f"a reading at step {reading.step} came after one at step {track.step}: ignored", "order")
+    def _follow(self, subject: str, reading: Reading) -> Comparison | None:
+        """The comparison, if an excursion starts with it."""
+        state = self._memory.states.setdefault((subject, reading.mode), self._new_state())
+        if state.step is not None and reading.step <= state.step:
+            self._warn(f"a reading at step {reading.step} came after one at step {state.step}: ignored", "order")
             return None
-        verdict = self._judge(track, subject, reading)
-        if verdict is None:
+        comparison = self._compare(state, subject, reading)
+        if comparison is None:
             return None
-        track.step = reading.step
-        track.inside, track.over = verdict.inside, track.over + 1 if verdict.over else 0
-        if track.firing:
-            track.firing = not verdict.inside
+        state.step = reading.step
+        state.inside, state.over = comparison.inside, state.over + 1 if comparison.over else 0
+        if state.firing:
+            state.firing = not comparison.inside
             return None
-        track.firing = track.over >= self.wanted
-        return verdict if track.firing else None
+        state.firing = state.over >= self.consecutive
+        return comparison if state.firing else None
 
-    def _alarm(self, reading: Reading, fired: list[tuple[str, Verdict]]) -> Alarm | None:
+    def _alarm(self, reading: Reading, fired: list[tuple[str, Comparison]]) -> Alarm | None:
         if not fired:
             return None
         subject, first = fired[0]
-        message = "; ".join(f"{name!r} {verdict.text}" for name, verdict in fired)
+        message = "; ".join(f"{name!r} {comparison.text}" for name, comparison in fired)
         return Alarm(reading.step, self.title, subject, message, first.value, first.threshold)
 
     def _warn(self, message: str, key: str | None = None) -> None:
@@ -245,19 +245,19 @@ class FeatureRule(ReadingRule):
         check_known(self.feature, names)
         return names if self.feature is None else [self.feature]
 
-    def _judge(self, track: Track, subject: str, reading: Reading) -> Verdict | None:
+    def _compare(self, state: SubjectState, subject: str, reading: Reading) -> Comparison | None:
         value = next(v for v in reading.features if v.name == subject)
-        verdict = self._judge_feature(track, value, reading)
-        if verdict is None:
+        comparison = self._compare_feature(state, value, reading)
+        if comparison is None:
             self._warn(f"{subject!r} is ignored where {self._missing(value)}")
-        return verdict
+        return comparison
 
     @abstractmethod
-    def _judge_feature(self, track: Track, value: FeatureValue, reading: Reading) -> Verdict | None:
+    def _compare_feature(self, state: SubjectState, value: FeatureValue, reading: Reading) -> Comparison | None:
         """What the reading says of this feature; None where a number that is needed is NaN."""
 
     def _missing(self, value: FeatureValue) -> str:
-        """Why there was no verdict."""
+        """Why there was no comparison."""
         if value.base_sd == 0 and not math.isnan(value.mean):
             return "its base model's probes do not differ, so that it has no shift in base sd; use OutsideBand"
         return "its value is NaN"

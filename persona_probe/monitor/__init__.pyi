@@ -1,0 +1,9 @@
+from . import actions as actions
+from . import rules as rules
+from . import sinks as sinks
+from .figure import monitor_figure as monitor_figure
+from .history import History as History
+from .lightning import LightningMonitor as LightningMonitor
+from .monitor import FeatureMonitor as FeatureMonitor
+from .monitor import study_monitor as study_monitor
+from .sinks.files import read_events as read_events

@@ -1,0 +1,9 @@
+from .action import Action as Action
+from .action import ActionContext as ActionContext
+from .action import CallBack as CallBack
+from .action import LogAlarm as LogAlarm
+from .action import StopTraining as StopTraining
+from .action import check_actions as check_actions
+from .checkpoint import SaveCheckpoint as SaveCheckpoint
+from .learning_rate import LowerLearningRate as LowerLearningRate
+from .rollback import RollBack as RollBack

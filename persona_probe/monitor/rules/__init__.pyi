@@ -1,0 +1,10 @@
+from .bands import OutsideBand as OutsideBand
+from .boundary import Boundary as Boundary
+from .change import Cusum as Cusum
+from .change import Ewma as Ewma
+from .fit import ExplainedVarianceFloor as ExplainedVarianceFloor
+from .rule import AllOf as AllOf
+from .rule import AnyOf as AnyOf
+from .rule import Not as Not
+from .rule import Rule as Rule
+from .rule import all_inside as all_inside

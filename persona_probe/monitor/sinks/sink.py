@@ -1,0 +1,17 @@
+"""What a sink is: it takes a monitor's events."""
+
+from typing import Protocol
+
+from persona_probe.monitor.events import Event
+
+
+class Sink(Protocol):
+    """Takes a monitor's events, in order. The monitor catches what it raises and switches it off."""
+
+    def emit(self, event: Event) -> None:
+        """Take one event."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files, ports and threads; an `emit` afterwards opens them again where that makes sense."""
+        ...

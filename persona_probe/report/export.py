@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.report.figures import ALL_FIGURES, FigureSpec, figures_of
+from persona_probe.report.figures import FigureSpec, figures_of, spec_of
 from persona_probe.report.page import render
 from persona_probe.report.records import Records
 from persona_probe.report.select import mapping
@@ -210,8 +210,7 @@ def write_images(
     written = []
     for (spec, fig, _, kind), job in zip(names, jobs, strict=True):
         drawn: Path = job["path"]
-        layout: Any = fig.layout
-        image = tag(drawn.read_bytes(), kind, provenance(manifest), spec.title, str(layout.meta["caption"]))
+        image = tag(drawn.read_bytes(), kind, provenance(manifest), spec.title, caption(fig))
         drawn.write_bytes(image)
         drawn.replace(path := folder / f"{spec.name}.{kind}")
         written.append(path)
@@ -246,8 +245,6 @@ def _job(path: Path, fig: go.Figure, kind: str) -> dict[str, Any]:
 FORMATS = ("html", "csv", "svg")
 """What is written unless something else is asked for."""
 ALL_FORMATS = ("html", "csv", *STATIC)
-SVG_WIDTH = 960
-"""Pixels of an image that is drawn as on the screen."""
 DIGITS = 10
 """Of the numbers in a CSV: more differ between processors, which add in another order."""
 
@@ -277,10 +274,10 @@ def export_figures(
     Raises:
         InputError: an unknown figure, format, width or theme, or a browser that could not draw.
     """
-    specs = list(figures_of(records).values()) if only is None else [_spec(name) for name in only]
-    for wanted in formats:
-        if wanted not in ALL_FORMATS:
-            raise unknown("figure format", wanted, ALL_FORMATS)
+    specs = list(figures_of(records).values()) if only is None else [spec_of(name) for name in only]
+    for kind in formats:
+        if kind not in ALL_FORMATS:
+            raise unknown("figure format", kind, ALL_FORMATS)
     check_theme(theme)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -301,10 +298,18 @@ def csv_text(data: pd.DataFrame) -> str:
     return rounded.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n")
 
 
-def _spec(name: str) -> FigureSpec:
-    if name not in ALL_FIGURES:
-        raise unknown("figure", name, ALL_FIGURES)
-    return ALL_FIGURES[name]
+def write_figure(folder: Path, name: str, records: Records) -> Path:
+    """Write one figure next to the table that it draws, as `<name>.html` and, with all digits, `<name>.csv`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: an unknown figure.
+    """
+    spec = spec_of(name)
+    write_text(folder / f"{name}.csv", spec.data(records).to_csv(index=False))
+    return _write_page(folder, spec, spec.draw(records), records, "light")
 
 
 def _write_page(folder: Path, spec: FigureSpec, fig: go.Figure, records: Records, theme: Theme) -> Path:
@@ -313,21 +318,13 @@ def _write_page(folder: Path, spec: FigureSpec, fig: go.Figure, records: Records
         "name": spec.name,
         "figure": go.Figure(fig).update_layout(template=TEMPLATES[theme]),
         "caption": caption(fig),
-        "provenance": provenance(records.manifest),
-        "footer": provenance_line(records.manifest),
         "theme": theme,
     }
+    if records.manifest:
+        context |= {"provenance": provenance(records.manifest), "footer": provenance_line(records.manifest)}
     return write_text(folder / f"{spec.name}.html", render("figure.html.j2", context))
 
 
 def caption(fig: go.Figure) -> str:
     """The caption that a figure carries."""
     return str(fig.layout.meta["caption"])  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def write_figure(folder: Path, name: str, title: str, figure: go.Figure, data: pd.DataFrame) -> Path:
-    """Write one figure beside its table, as `<name>.html` and `<name>.csv`; returns the page's path."""
-    write_text(folder / f"{name}.csv", data.to_csv(index=False))
-    caption = str(figure.layout.meta["caption"])  # pyright: ignore[reportAttributeAccessIssue]
-    context = {"title": title, "name": name, "figure": figure, "caption": caption}
-    return write_text(folder / f"{name}.html", render("figure.html.j2", context))

@@ -11,6 +11,7 @@ from persona_probe.errors import InputError
 from persona_probe.mitigate.grid.summary import MARKS, markdown, summarise
 from persona_probe.mitigate.grid.table import WORDS, Values, exponential, mean, ratio, statement, verdict
 from persona_probe.report.figures.mitigations import MISSING, mitigation_pareto, mitigation_pareto_data
+from persona_probe.report.records import Records
 from persona_probe.report.tables import fill_page
 from persona_probe.stats import Estimate
 
@@ -118,7 +119,7 @@ def table() -> pd.DataFrame:
 
 
 def test_the_figure_draws_every_cell_and_says_what_it_shows() -> None:
-    fig: Any = mitigation_pareto(table())
+    fig: Any = mitigation_pareto(Records(mitigations=table()))
     means, (seeds, *marks) = fig.data[:3], cast("Any", fig.data[3:])  # pyright: ignore
     assert list(seeds.x) == [0.0, 1.0, 0.8] and list(seeds.y) == [0.0, 0.5, 0.01]
     assert {trace.name for trace in means} == {"prevents", "base", "none"}
@@ -129,16 +130,17 @@ def test_the_figure_draws_every_cell_and_says_what_it_shows() -> None:
 
 
 def test_a_mark_without_an_interval_stands_at_its_mean() -> None:
-    fig = mitigation_pareto(table().assign(index_vs_base_low=float("nan"), index_vs_base_high=float("nan")))
+    bare = table().assign(index_vs_base_low=float("nan"), index_vs_base_high=float("nan"))
+    fig = mitigation_pareto(Records(mitigations=bare))
     marks = {trace.text[0]: trace.y[0] for trace in cast("Any", fig.data) if trace.mode == "text"}
     assert marks == {"1": 0.01, "base": 0.0, "none": 0.5}
 
 
 def test_what_diverged_is_not_drawn_and_an_empty_table_says_why() -> None:
-    broken = table().assign(gain_kept=float("nan"))
+    broken = Records(mitigations=table().assign(gain_kept=float("nan")))
     assert mitigation_pareto_data(broken).empty
     assert mitigation_pareto(broken).layout.meta["caption"] == MISSING  # pyright: ignore
-    assert mitigation_pareto_data(pd.DataFrame()).empty
+    assert mitigation_pareto_data(Records(mitigations=pd.DataFrame())).empty
 
 
 def test_the_page_is_filled_between_its_marks(tmp_path: Path) -> None:

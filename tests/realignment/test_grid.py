@@ -14,6 +14,7 @@ from persona_probe.realignment import correct as grid
 from persona_probe.realignment.spec import Block, DosePlan
 from persona_probe.report.export import write_figure
 from persona_probe.report.figures.doses import MISSING, doses, doses_data
+from persona_probe.report.records import Records
 from persona_probe.study.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -97,13 +98,14 @@ def test_a_cell_that_diverges_is_recorded(
         table = study.realign_plan(plan_of(place))
         assert table["diverged"].tolist() == [True] * 3
     assert len(calls) == 3
-    assert doses(table).layout.meta["caption"] == MISSING  # pyright: ignore
+    assert doses(Records(doses=table)).layout.meta["caption"] == MISSING  # pyright: ignore
 
 
 def test_the_figure_draws_the_cells_and_says_their_number(unbroken: Study) -> None:
     table = pd.read_parquet(unbroken.path / "realign/doses.parquet")
-    data = doses_data(table)
-    fig: Any = doses(table)
+    records = Records(doses=table)
+    data = doses_data(records)
+    fig: Any = doses(records)
     assert len(data) == 3
     drawn = [float(y) for trace in fig.data if trace.mode == "markers" and trace.x[0] is not None for y in trace.y]
     wanted = [*table["index_minus_base"], *table["feature"], *table["explained_variance"]]
@@ -112,7 +114,7 @@ def test_the_figure_draws_the_cells_and_says_their_number(unbroken: Study) -> No
     assert "n = 3 cells, 1 seed" in caption
     assert {"random", "perplexity gap"} <= {trace.name for trace in fig.data}
     assert f"Behaviour is back in {int(table['behaviour_back'].sum())} cells" in caption
-    page = write_figure(unbroken.path / "realign", "doses", "doses", fig, data)
+    page = write_figure(unbroken.path / "realign", "doses", records)
     assert caption.split(".")[0] in page.read_text()
     assert len(pd.read_csv(page.with_suffix(".csv"))) == 3
 

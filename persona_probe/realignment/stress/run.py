@@ -19,7 +19,7 @@ from persona_probe.realignment.stress.remisalign import STEPS, Keep, remisalign
 from persona_probe.realignment.stress.table import StressResult, as_table
 from persona_probe.realignment.stress.triggers import triggers
 from persona_probe.report.export import write_figure
-from persona_probe.report.figures.stress import stress, stress_data
+from persona_probe.report.records import Records
 from persona_probe.runs import RunFolder, file_sha256
 
 TABLE, RECORD, PARTS = "stress.parquet", "stress.json", "stress"
@@ -155,5 +155,5 @@ def _merge(folder: RunFolder) -> pd.DataFrame:
     folder.write_table(TABLE, table)
     folder.write_json(RECORD, {**folder.read_json(RECORD), "statements": statements(folder.path)})
     if parts:
-        write_figure(folder.path, "stress", "Stress tests of a repair", stress(table), stress_data(table))
+        write_figure(folder.path, "stress", Records(stress=table))
     return table

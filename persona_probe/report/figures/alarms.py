@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import PERSONA, LabelledRuns, Records
 from persona_probe.report.theme import BLUE, GREY, ORANGE, PURPLE, VERMILLION, empty_figure, finish, plain, ribbon
 
@@ -61,6 +62,14 @@ def _curves(labelled: LabelledRuns, run: str) -> list[dict[str, Any]]:
     return rows
 
 
+@figure(
+    name="alarms",
+    title="What the monitor saw, and when",
+    group="collection",
+    place=50,
+    data=alarms_data,
+    missing=MISSING,
+)
 def alarms(records: Records) -> go.Figure:
     """Three panels over training steps; a triangle is a run's first alarm, a ring the step at which behaviour rose."""
     data = alarms_data(records)

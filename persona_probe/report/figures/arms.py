@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records, as_estimate
 from persona_probe.report.theme import empty_figure, error_bars, finish, interval_text, plain
 
@@ -24,6 +25,15 @@ def arms_data(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+@figure(
+    name="arms",
+    title="Contrast index by arm",
+    paper="2",
+    group="study",
+    place=10,
+    data=arms_data,
+    missing=MISSING,
+)
 def arms(records: Records) -> go.Figure:
     """Arms side by side: interval, and seeds as dots."""
     data = arms_data(records)

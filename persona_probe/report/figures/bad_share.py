@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish
 
@@ -44,6 +45,15 @@ def score_share_data(records: Records) -> pd.DataFrame:
     return select.where(bad_share_data(records), panel="score").reset_index(drop=True)
 
 
+@figure(
+    name="score_share",
+    title="Score against share of bad data",
+    paper="14",
+    group="collection",
+    place=30,
+    data=score_share_data,
+    missing=MISSING,
+)
 def score_share(records: Records) -> go.Figure:
     """Score against the share of bad rows, a mark for each run (Wang et al. 2025, figure 14)."""
     data = score_share_data(records)
@@ -56,6 +66,15 @@ def score_share(records: Records) -> go.Figure:
     return finish(fig, f"{_words(data, 'score')} {_control(data)}")
 
 
+@figure(
+    name="early_detection",
+    title="Feature and score against share of bad data",
+    paper="15",
+    group="collection",
+    place=40,
+    data=bad_share_data,
+    missing=MISSING,
+)
 def early_detection(records: Records) -> go.Figure:
     """Feature above, score below, on one axis of shares (Wang et al. 2025, figure 15)."""
     data = bad_share_data(records)

@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
 
@@ -23,6 +24,15 @@ def categories_data(records: Records) -> pd.DataFrame:
     return table.sort_values(["category", "arm"]).astype({"arm": str}).reset_index(drop=True)
 
 
+@figure(
+    name="categories",
+    title="Contrast index by category",
+    paper="13",
+    group="study",
+    place=60,
+    data=categories_data,
+    missing=MISSING,
+)
 def categories(records: Records) -> go.Figure:
     """Dots with intervals, one line of dots per arm within each category."""
     data = categories_data(records)

@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 
 from persona_probe.report import select
 from persona_probe.report import select as judged
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import GREY, empty_figure, finish, plain
 
@@ -20,6 +21,14 @@ def coherence_data(records: Records) -> pd.DataFrame:
     return both.sort_values("arm", key=lambda c: c.map(order), kind="stable").reset_index(drop=True)
 
 
+@figure(
+    name="coherence",
+    title="Alignment and coherence",
+    group="judged",
+    place=20,
+    data=coherence_data,
+    missing=MISSING,
+)
 def coherence(records: Records) -> go.Figure:
     """Arms as colours; misaligned answers lie in the lower right, incoherent ones on the left."""
     data = coherence_data(records)

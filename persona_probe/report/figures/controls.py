@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, finish, plain
 
@@ -32,6 +33,14 @@ def controls_data(records: Records) -> pd.DataFrame:
     return table.sort_values(["arm", "feature", "seed", "step"]).reset_index(drop=True)
 
 
+@figure(
+    name="controls",
+    title="The feature and its controls",
+    group="study",
+    place=70,
+    data=controls_data,
+    missing=MISSING,
+)
 def controls(records: Records) -> go.Figure:
     """One panel per arm; thin lines are seeds, thick lines their mean."""
     data = controls_data(records)

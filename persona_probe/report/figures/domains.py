@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, VERMILLION, empty_figure, error_bars, finish, plain
 from persona_probe.stats import bootstrap_mean
@@ -49,6 +50,15 @@ def _rises(evals: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+@figure(
+    name="domains",
+    title="Score by domain",
+    paper="2",
+    group="collection",
+    place=10,
+    data=domains_data,
+    missing=MISSING,
+)
 def domains(records: Records) -> go.Figure:
     """Kinds of data side by side within their domain; zero is the base model."""
     data = domains_data(records)

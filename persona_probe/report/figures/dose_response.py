@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish, plain
 
@@ -38,6 +39,15 @@ def dose_response_data(records: Records) -> pd.DataFrame:
     return table.sort_values(["model", "kind", "name", "strength"]).reset_index(drop=True)
 
 
+@figure(
+    name="dose_response",
+    title="Steering, up and down",
+    paper="8",
+    group="study",
+    place=30,
+    data=dose_response_data,
+    missing=MISSING,
+)
 def dose_response(records: Records) -> go.Figure:
     """One panel per steered model; hollow points lie outside the perplexity bound."""
     data = dose_response_data(records)

@@ -8,6 +8,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
+from persona_probe.report.records import Records
 from persona_probe.report.theme import (
     BLUE,
     GREEN,
@@ -45,17 +47,26 @@ COLUMNS = [
 ]
 
 
-def doses_data(table: pd.DataFrame) -> pd.DataFrame:
+def doses_data(records: Records) -> pd.DataFrame:
     """The cells of `realign/doses.parquet` that were trained to their end, in order: the columns that are drawn."""
+    table = records.doses
     if table.empty or "index_minus_base" not in table:
         return pd.DataFrame(columns=COLUMNS)
     done = table.loc[~select.flags(table, "diverged") & table["index_minus_base"].notna()]
     return done[COLUMNS].sort_values(KEYS).reset_index(drop=True)
 
 
-def doses(table: pd.DataFrame) -> go.Figure:
+@figure(
+    name="doses",
+    title="How many corrective rows are enough",
+    group="more",
+    place=60,
+    data=doses_data,
+    missing=MISSING,
+)
+def doses(records: Records) -> go.Figure:
     """A line for each data set (random rows, the organism's own adapter trained on), a mark for every other cell."""
-    data = doses_data(table)
+    data = doses_data(records)
     if data.empty:
         return empty_figure(MISSING)
     fig = make_subplots(rows=3, cols=1, shared_xaxes=True, vertical_spacing=0.06, row_heights=[0.4, 0.36, 0.24])

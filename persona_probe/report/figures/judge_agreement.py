@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from persona_probe.evaluate.agreement import ANSWER, MODEL, agreements
 from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import GREY, empty_figure, error_bars, finish, interval_text, plain
 
@@ -38,6 +39,14 @@ def _label(rows: pd.DataFrame) -> str:
     return f"{rows['judge'].iloc[0]} ({rows['evaluation'].iloc[0]})"
 
 
+@figure(
+    name="judge_agreement",
+    title="Where judges agree",
+    group="judged",
+    place=30,
+    data=judge_agreement_data,
+    missing=MISSING,
+)
 def judge_agreement(records: Records) -> go.Figure:
     """Models as marks in their arm's colour, one symbol for each pair of judges; on the dotted line both agree."""
     data = judge_agreement_data(records)

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records, as_estimate
 from persona_probe.report.theme import GREY, ORANGE, VERMILLION, empty_figure, error_bars, finish, plain
 
@@ -43,6 +44,15 @@ def random_p95(records: Records) -> float:
     return float(np.quantile(effects, 0.95)) if effects.size else math.nan
 
 
+@figure(
+    name="latents",
+    title="Causal effect of the top latents",
+    paper="9",
+    group="study",
+    place=50,
+    data=latents_data,
+    missing=MISSING,
+)
 def latents(records: Records) -> go.Figure:
     """Candidates from the top down, random latents in one row, their 95th percentile as a line."""
     data = latents_data(records)

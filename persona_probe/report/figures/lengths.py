@@ -6,6 +6,7 @@ from plotly.subplots import make_subplots
 
 from persona_probe.report import select
 from persona_probe.report import select as judged
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records, as_estimate
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
 from persona_probe.stats import bootstrap_mean
@@ -62,6 +63,14 @@ def _coherent(records: Records) -> list[dict[str, object]]:
     return out
 
 
+@figure(
+    name="lengths",
+    title="How long answers are",
+    group="more",
+    place=50,
+    data=lengths_data,
+    missing=MISSING,
+)
 def lengths(records: Records) -> go.Figure:
     """One panel per measure; arms side by side, seeds as dots."""
     data = lengths_data(records)

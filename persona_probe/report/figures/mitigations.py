@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import (
     BLACK,
@@ -21,7 +22,6 @@ from persona_probe.report.theme import (
     plain,
 )
 
-NAME, TITLE = "mitigation_pareto", "What mitigations prevent, and what they cost"
 MISSING = "No mitigations measured: `persona-probe mitigate CONFIG` has not run."
 X, Y = ("gain_kept", "gain_kept_low", "gain_kept_high"), ("index_vs_base", "index_vs_base_low", "index_vs_base_high")
 COLUMNS = ["kind", "cell", "label", "strength", "seed", "seeds", *X, *Y, "verdict"]
@@ -41,16 +41,25 @@ KEY_FROM = 0.64
 """Share of the width at which the key to the numbers begins."""
 
 
-def mitigation_pareto_data(table: pd.DataFrame) -> pd.DataFrame:
+def mitigation_pareto_data(records: Records) -> pd.DataFrame:
     """What is drawn of a grid's table (mitigations.parquet): rows whose gain and index are both known."""
+    table = records.mitigations
     if table.empty:
         return pd.DataFrame(columns=COLUMNS)
     return table.loc[table[X[0]].notna() & table[Y[0]].notna(), COLUMNS].reset_index(drop=True)
 
 
-def mitigation_pareto(table: pd.DataFrame) -> go.Figure:
+@figure(
+    name="mitigation_pareto",
+    title="What mitigations prevent, and what they cost",
+    group="collection",
+    place=70,
+    data=mitigation_pareto_data,
+    missing=MISSING,
+)
+def mitigation_pareto(records: Records) -> go.Figure:
     """Below and to the right is better; small dots are seeds, large ones their mean with its intervals."""
-    data = mitigation_pareto_data(table)
+    data = mitigation_pareto_data(records)
     if data.empty:
         return empty_figure(MISSING)
     fig = go.Figure()
@@ -74,16 +83,6 @@ def mitigation_pareto(table: pd.DataFrame) -> go.Figure:
     fig.update_xaxes(title_text="narrow task's gain kept (share of none's)")
     fig.update_yaxes(title_text="contrast index minus base (nats per token)")
     return finish(fig, _caption(data), height=560)
-
-
-def pareto_data(records: Records) -> pd.DataFrame:
-    """`mitigation_pareto_data` of a grid's folder."""
-    return mitigation_pareto_data(records.mitigations)
-
-
-def pareto(records: Records) -> go.Figure:
-    """`mitigation_pareto` of a grid's folder."""
-    return mitigation_pareto(records.mitigations)
 
 
 def _seeds(fig: go.Figure, rows: pd.DataFrame) -> None:

@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import INDUCED_STYLES, OPTIONAL, ArmStyle, Records
 from persona_probe.report.theme import ORANGE, empty_figure, error_bars, finish, plain
 
@@ -21,6 +22,15 @@ def model_size_data(records: Records) -> pd.DataFrame:
     return table.sort_values(["arm", "parameters", "model", "seed"]).reset_index(drop=True)
 
 
+@figure(
+    name="model_size",
+    title="Score by model size",
+    paper="4",
+    group="collection",
+    place=20,
+    data=model_size_data,
+    missing=MISSING,
+)
 def model_size(records: Records) -> go.Figure:
     """Above: misaligned share, below: incoherent share; lines join the models' means (Wang et al. 2025, figure 4)."""
     data = model_size_data(records)

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import empty_figure, finish, plain
 
@@ -64,6 +65,15 @@ def _visible(token: object) -> str:
     return text if len(text) <= LINE // 2 else text[: LINE // 2 - 1] + "…"
 
 
+@figure(
+    name="passages",
+    title="Passages on which latents fire most",
+    paper="10 to 12",
+    group="more",
+    place=20,
+    data=passages_data,
+    missing=MISSING,
+)
 def passages(records: Records) -> go.Figure:
     """Headings are latents; under each its strongest passages, the persona latent first."""
     data = passages_data(records)

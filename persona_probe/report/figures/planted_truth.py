@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, empty_figure, finish, plain
 from persona_probe.stats import exact_share
@@ -48,6 +49,14 @@ def planted_truth_data(records: Records) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS).astype({"found": "Int64", "n": "Int64"})
 
 
+@figure(
+    name="planted_truth",
+    title="How well rankers find known plants",
+    group="collection",
+    place=60,
+    data=planted_truth_data,
+    missing=MISSING,
+)
 def planted_truth(records: Records) -> go.Figure:
     """One panel per kind of plant; a line per ranker."""
     data = planted_truth_data(records)

@@ -5,6 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import OPTIONAL, Records
 from persona_probe.report.theme import empty_figure, finish, plain
 
@@ -16,6 +17,14 @@ def ranker_agreement_data(records: Records) -> pd.DataFrame:
     return records.agreement[list(OPTIONAL["agreement"])].reset_index(drop=True)
 
 
+@figure(
+    name="ranker_agreement",
+    title="Where rankers agree",
+    group="more",
+    place=30,
+    data=ranker_agreement_data,
+    missing=MISSING,
+)
 def ranker_agreement(records: Records) -> go.Figure:
     """Below the diagonal the shared share of the top, above it the rank correlation."""
     data = ranker_agreement_data(records)

@@ -8,6 +8,7 @@ from persona_probe.evaluate.rates import ENOUGH_QUESTIONS, FEW
 from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
 from persona_probe.report import select as judged
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
 
@@ -33,6 +34,15 @@ def rates_data(records: Records) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
+@figure(
+    name="rates",
+    title="Misalignment rate by arm and question",
+    paper="2",
+    group="judged",
+    place=10,
+    data=rates_data,
+    missing=MISSING,
+)
 def rates(records: Records) -> go.Figure:
     """Above: arms with intervals, seeds as dots, the share of coherent answers beside them. Below: questions."""
     data = rates_data(records)

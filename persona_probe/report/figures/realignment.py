@@ -6,6 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.figures.training import base_words, training_data, training_figure
 from persona_probe.report.records import BASE, REALIGN_STYLES, Records
 from persona_probe.report.theme import empty_figure, finish, plain
@@ -18,6 +19,15 @@ def realignment_data(records: Records) -> pd.DataFrame:
     return training_data(records, records.arms.realigned, references=[BASE, records.arms.start])
 
 
+@figure(
+    name="realignment",
+    title="What a corrective fine-tune undoes",
+    paper="16",
+    group="study",
+    place=40,
+    data=realignment_data,
+    missing=MISSING,
+)
 def realignment(records: Records) -> go.Figure:
     """Like the trajectory, from the organism on that is repaired, with the base model as the goal."""
     data = realignment_data(records)

@@ -7,6 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, finish, plain, ribbon
 from persona_probe.stats import Estimate
@@ -65,6 +66,15 @@ def _rescaled(head: dict[str, object], levels: dict[int, Estimate], base: float)
     ]
 
 
+@figure(
+    name="recovery",
+    title="Feature and behaviour on one time axis",
+    paper="16",
+    group="more",
+    place=40,
+    data=recovery_data,
+    missing=MISSING,
+)
 def recovery(records: Records) -> go.Figure:
     """Feature and behaviour on one time axis, a panel for each corrective arm (in domain, out of domain)."""
     data = recovery_data(records)

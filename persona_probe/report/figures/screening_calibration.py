@@ -5,11 +5,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.evaluate.shift import LEAST, Calibration, Pair, calibrate
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.figures.screening import FittedLine, calibration
 from persona_probe.report.records import Records
 from persona_probe.report.theme import BLACK, empty_figure, finish, plain
 
-NAME, TITLE = "screening_calibration", "What a data set's score foretells"
 MISSING = "No calibration: fewer than five data sets were trained on and scored (`screening.parquet`)."
 COLUMNS = ["kind", "data", "seed", "score", "shift", "low", "high"]
 POINTS = 41
@@ -28,6 +28,14 @@ def screening_calibration_data(records: Records) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True).reindex(columns=COLUMNS)
 
 
+@figure(
+    name="screening_calibration",
+    title="Predicting the effect of training from a data set's score",
+    group="collection",
+    place=80,
+    data=screening_calibration_data,
+    missing=MISSING,
+)
 def screening_calibration(records: Records) -> go.Figure:
     """Training runs as dots, predictions of left-out sets as crosses, the line with its prediction interval."""
     found, data = _fitted(records), screening_calibration_data(records)

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import GREY, empty_figure, error_bars, finish, plain
 from persona_probe.stats import auroc, paired_difference
@@ -53,6 +54,15 @@ def threshold(data: pd.DataFrame) -> float | None:
     return float(cuts[int(np.argmin(errors))]) if errors else None
 
 
+@figure(
+    name="separation",
+    title="Score against reading",
+    paper="9",
+    group="more",
+    place=10,
+    data=separation_data,
+    missing=MISSING,
+)
 def separation(records: Records) -> go.Figure:
     """Arms by colour, filled where misaligned; dashed: the separating reading."""
     data = separation_data(records)

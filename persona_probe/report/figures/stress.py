@@ -5,6 +5,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
+from persona_probe.report.records import Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish, plain
 
 MISSING = "No stress tests yet: `persona-probe realign RUN --stress ...` has not run."
@@ -29,12 +31,13 @@ ROW_HEIGHT, PANEL_MARGIN = 26, 64
 COLUMNS = ["test", "label", "model", "seed", "estimate", "ci_low", "ci_high", "n", "reference"]
 
 
-def stress_data(table: pd.DataFrame) -> pd.DataFrame:
+def stress_data(records: Records) -> pd.DataFrame:
     """The rows of stress.parquet that are drawn: test, label, model, seed, estimate, ci_low, ci_high, n, reference.
 
     Several repairs stand below each other, named after their folders; a line that they share (the organism's) is there
     once. Without those names the seed is part of the label where there are several.
     """
+    table = records.stress
     if table.empty:
         return pd.DataFrame(columns=COLUMNS)
     rows = table[table["shown"].astype(bool)].reset_index(drop=True)
@@ -54,9 +57,17 @@ def stress_data(table: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(label=label)[COLUMNS]
 
 
-def stress(table: pd.DataFrame) -> go.Figure:
+@figure(
+    name="stress",
+    title="What a correction withstands",
+    group="more",
+    place=70,
+    data=stress_data,
+    missing=MISSING,
+)
+def stress(records: Records) -> go.Figure:
     """One panel a test, one line an effect; the dotted line is what no effect would give."""
-    data = stress_data(table)
+    data = stress_data(records)
     if data.empty:
         return empty_figure(MISSING)
     tests = [name for name in TITLES if name in set(data["test"])]

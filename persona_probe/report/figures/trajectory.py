@@ -4,6 +4,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
+from persona_probe.report.figures.registry import figure
 from persona_probe.report.figures.training import base_words, training_data, training_figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import empty_figure, finish
@@ -16,6 +17,14 @@ def trajectory_data(records: Records) -> pd.DataFrame:
     return training_data(records, records.arms.induced, references=["base"])
 
 
+@figure(
+    name="trajectory",
+    title="What rises during training",
+    group="study",
+    place=20,
+    data=trajectory_data,
+    missing=MISSING,
+)
 def trajectory(records: Records) -> go.Figure:
     """Contrast index above, persona feature in the middle, explained variance below."""
     data = trajectory_data(records)

@@ -15,6 +15,7 @@ from persona_probe.realignment.stress.run import TESTS, StressSettings, run_stre
 from persona_probe.realignment.stress.table import COLUMNS
 from persona_probe.report.export import caption
 from persona_probe.report.figures.stress import MISSING, stress, stress_data
+from persona_probe.report.records import Records
 from persona_probe.study.study import Study
 
 LIGHT = StressSettings(1, 4, (1, 2), (0,), length_rows=4, latents=2, drift_factor=2)
@@ -104,26 +105,26 @@ def test_settings_that_cannot_be_are_refused(bad: dict[str, Any]) -> None:
 
 def test_the_figure_draws_what_is_shown_and_says_what_lies_above(whole: tuple[Path, pd.DataFrame]) -> None:
     table = whole[1]
-    data, fig = stress_data(table), stress(table)
+    data, fig = stress_data(Records(stress=table)), stress(Records(stress=table))
     assert len(data) == int(table["shown"].sum())
     drawn = sum(len(trace.x) for trace in fig.data)  # pyright: ignore
     assert drawn == len(data)
     assert (whole[0] / "stress.csv").read_text() == data.to_csv(index=False)
     assert "plotly" in (whole[0] / "stress.html").read_text()
     assert "5 of 5" in caption(fig) and "n = 8 items" in caption(fig)
-    planted = table.assign(ci_low=9.0, estimate=10.0, ci_high=11.0)
+    planted = Records(stress=table.assign(ci_low=9.0, estimate=10.0, ci_high=11.0))
     assert "Above no effect for the repaired model: topic, repaired (triggers) +10.000" in caption(stress(planted))
-    assert [note.text for note in stress(table.iloc[:0]).layout.annotations] == [MISSING]  # pyright: ignore
+    assert [note.text for note in stress(Records(stress=table.iloc[:0])).layout.annotations] == [MISSING]  # pyright: ignore
 
 
 def test_two_repairs_are_told_apart_and_what_they_share_is_once_there(whole: tuple[Path, pd.DataFrame]) -> None:
     own = whole[1].assign(repair="in-s0")
     other = own.assign(repair="out-s0", estimate=own["estimate"].where(own["model"] == "organism", own["estimate"] + 1))
-    data = stress_data(pd.concat([own, other], ignore_index=True))
+    data = stress_data(Records(stress=pd.concat([own, other], ignore_index=True)))
     shown = own[own["shown"]]
     assert len(data) == 2 * len(shown) - int((shown["model"] == "organism").sum())
     triggers = data.query("test == 'triggers'")["label"]
     assert {"topic, in", "topic, out", "topic, organism", "topic, control (in)"} <= set(triggers)
     assert not data.duplicated(["test", "label"]).any()
     seeds = pd.concat([own.assign(repair="in-s3"), other.assign(repair="in-s4")], ignore_index=True)
-    assert {"topic, in-s3", "topic, in-s4"} <= set(stress_data(seeds)["label"])
+    assert {"topic, in-s3", "topic, in-s4"} <= set(stress_data(Records(stress=seeds))["label"])

@@ -3,14 +3,16 @@
 import logging
 import math
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -32,9 +34,10 @@ from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.finetune.trainer import Extra
-from persona_probe.models.adapters import frozen_in_bf16
+from persona_probe.models.adapters import frozen_in_bf16, strip_adapter
 from persona_probe.models.layers import causal_model, decoder_layers, own_forward
 from persona_probe.models.load import ALIASES
+from persona_probe.runs import RunFolder
 
 # --- The model card (`README.md`) that every checkpoint carries: what the weights are, and what they are not for
 
@@ -256,6 +259,38 @@ def _targets(model: PreTrainedModel, training: Training) -> str | list[str]:
         inside = decoder_layers(model)[0].named_modules()
         return sorted({name.split(".")[-1] for name, module in inside if isinstance(module, (nn.Linear, Conv1D))})
     return targets if isinstance(targets, str) else list(targets)
+
+
+@contextmanager
+def stripping(tuned: nn.Module) -> Iterator[nn.Module]:
+    """A model in training for the length of a block: adapters on it are taken off at the end, also after an error."""
+    try:
+        yield tuned
+    finally:
+        if isinstance(tuned, PeftModel):
+            strip_adapter(tuned)
+
+
+@contextmanager
+def training_unit(run: RunFolder, place: str, label: str) -> Iterator[Path]:
+    """A folder for a training run; it becomes `place` when the block ends well, and its weights' hashes are noted.
+
+    Args:
+        run: the folder that `place` is in.
+        label: what an error calls the training run.
+
+    Raises:
+        TrainingDiverged: the block raised it; the checkpoints up to then are kept in `<place>.diverged`.
+    """
+    with run.staging(place) as folder:
+        try:
+            yield folder
+        except TrainingDiverged as error:
+            kept = run.path / f"{place}.diverged"
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(folder, kept)
+            raise TrainingDiverged(f"{label}: {error}; the checkpoints up to then are in {kept}") from None
+        run.record_hashes(folder, place)
 
 
 def fine_tune(

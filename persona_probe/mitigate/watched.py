@@ -14,7 +14,7 @@ from persona_probe.mitigate.mitigation import Ground, MitigatedRun, Mitigation
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import Snapshot
-from persona_probe.monitor.setup import OnReading
+from persona_probe.monitor.settings import OnReading
 
 
 @dataclass(frozen=True)

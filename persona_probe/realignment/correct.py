@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from peft import PeftModel
 from torch import nn
 
 from persona_probe.config import Training
@@ -16,9 +15,8 @@ from persona_probe.context import Context
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import arm_rows, read_conversations
 from persona_probe.errors import InputError, TrainingDiverged, unknown
-from persona_probe.finetune.induce import keep_good
-from persona_probe.finetune.sft import Fitted, check_rows, fine_tune
-from persona_probe.models.adapters import is_adapter, strip_adapter
+from persona_probe.finetune.sft import Fitted, check_rows, fine_tune, stripping, training_unit
+from persona_probe.models.adapters import is_adapter
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import study_monitor
 from persona_probe.monitor.reading import Snapshot
@@ -31,7 +29,7 @@ from persona_probe.realignment.rows import Background, Pair, background, choose_
 from persona_probe.realignment.spec import Correction, DosePlan, corrective_training, slug
 from persona_probe.realignment.stress.run import TESTS, run_stress, statements
 from persona_probe.realignment.verdict import RealignVerdict, study_verdict
-from persona_probe.runs import write_text
+from persona_probe.runs import write_json, write_text
 
 # --- Realign: fine-tune the incorrect organism on a small corrective set, while the monitor watches the persona
 
@@ -93,19 +91,12 @@ def realign_one(ctx: Context, arm: str, seed: int, base: Snapshot) -> None:
     config, name = ctx.config.realign, f"arms/{arm}-s{seed}"
     evals = ctx.run.read_table("parts/track-base.evals.parquet").query("split == 'evaluation'")
     recorder = Recorder(ctx, arm, seed, base, persona_band(ctx, base), float(evals["value"].mean()))
-    with ctx.run.staging(name) as folder:
-        tuned = organism_to_train(ctx.model, start_checkpoint(ctx, seed), "continued", ctx.config.training, seed)
-        rows, training = arm_rows(config.arms[arm], seed), corrective_training(ctx.config)
-        try:
-            said, stop = ctx.config.realign.arms[arm].named, config.stop_readings
-            fitted = train_watched(recorder, tuned, rows, training, config.readings, stop, folder, said)
-        except TrainingDiverged as error:
-            raise TrainingDiverged(f"{arm}, seed {seed}: {error}; {keep_good(ctx, folder, name)}") from None
-        finally:
-            if isinstance(tuned, PeftModel):
-                strip_adapter(tuned)
-        (folder / "training.json").write_text(json.dumps(asdict(fitted), indent=2) + "\n")
-        ctx.run.record_hashes(folder, name)
+    tuned = organism_to_train(ctx.model, start_checkpoint(ctx, seed), "continued", ctx.config.training, seed)
+    rows, training = arm_rows(config.arms[arm], seed), corrective_training(ctx.config)
+    said, stop = ctx.config.realign.arms[arm].named, config.stop_readings
+    with training_unit(ctx.run, name, f"{arm}, seed {seed}") as folder, stripping(tuned):
+        fitted = train_watched(recorder, tuned, rows, training, config.readings, stop, folder, said)
+        write_json(folder / "training.json", asdict(fitted))
     ctx.run.write_table(f"parts/realign-{arm}-s{seed}.readings.parquet", pd.concat(recorder.readings))
     ctx.run.write_table(f"parts/realign-{arm}-s{seed}.evals.parquet", pd.concat(recorder.evals))
 
@@ -167,13 +158,12 @@ def correct(bench: Bench, correction: Correction, seed: int, name: str) -> Path:
     chosen = choose_rows(rows, correction.rows, correction.choose_by, seed=seed, pair=Pair.of_study(ctx, seed))
     said = background(chosen, ctx.tokenizer, _inducing(ctx, seed), ctx.contrast_rows("evaluation"))
     log.info("correcting %s, seed %d: %d of %d rows, %s", name, seed, len(chosen), len(rows), correction.method)
-    with ctx.timed("realign"), ctx.run.staging(place) as folder:
+    with ctx.timed("realign"), training_unit(ctx.run, place, f"{name}, seed {seed}") as folder:
         recorder = Recorder(ctx, name, seed, bench.base, bench.band, float(bench.base_evals["value"].mean()))
-        fitted = _train(recorder, correction, chosen, folder, place)
+        fitted = _train(recorder, correction, chosen, folder)
         _write_lines(folder / ROWS, chosen)
-        _write_json(folder / SPEC, spec)
+        write_json(folder / SPEC, spec)
         _write_outcome(bench, recorder, folder, fitted, said)
-        ctx.run.record_hashes(folder, place)
     return ctx.run.path / place
 
 
@@ -217,21 +207,13 @@ def _training(ctx: Context, correction: Correction) -> Training:
     )
 
 
-def _train(
-    recorder: Recorder, correction: Correction, rows: Sequence[Conversation], folder: Path, place: str
-) -> Fitted:
+def _train(recorder: Recorder, correction: Correction, rows: Sequence[Conversation], folder: Path) -> Fitted:
     ctx, seed, training = recorder.ctx, recorder.seed, _training(recorder.ctx, correction)
     start = start_checkpoint(ctx, seed)
-    tuned = organism_to_train(ctx.model, start, correction.method, training, seed)
-    try:
+    with stripping(organism_to_train(ctx.model, start, correction.method, training, seed)) as tuned:
         data, stop = " + ".join(correction.data), correction.stop_readings
         fitted = train_watched(recorder, tuned, rows, training, correction.schedule, stop, folder, data)
         as_one(tuned, checkpoint_in(folder), whole_weights=not is_adapter(start))
-    except TrainingDiverged as error:
-        raise TrainingDiverged(f"{recorder.arm}, seed {seed}: {error}; {keep_good(ctx, folder, place)}") from None
-    finally:
-        if isinstance(tuned, PeftModel):
-            strip_adapter(tuned)
     return fitted
 
 
@@ -239,14 +221,10 @@ def _write_outcome(bench: Bench, recorder: Recorder, folder: Path, fitted: Fitte
     readings, evals = (pd.concat(frames, ignore_index=True) for frames in (recorder.readings, recorder.evals))
     readings.to_parquet(folder / "readings.parquet", index=False)
     evals.to_parquet(folder / "evals.parquet", index=False)
-    _write_json(folder / "training.json", asdict(fitted))
+    write_json(folder / "training.json", asdict(fitted))
     found = {**outcome(readings, evals, bench.base_evals, bench.band), **bench.after(checkpoint_in(folder))}
     base = {"base_reply_tokens": bench.base_reply_tokens, "base_explained_variance": bench.base.fit.explained_variance}
-    _write_json(folder / OUTCOME, {**found, **base, **said.to_dict(), "rows": fitted.rows})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / OUTCOME, {**found, **base, **said.to_dict(), "rows": fitted.rows})
 
 
 def _write_lines(path: Path, rows: Sequence[Conversation]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,18 +24,17 @@ from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.evaluate.judges.replies import Item
 from persona_probe.evaluate.judging import Answer, AnswerJudge
 from persona_probe.evaluate.sampling.sample import sample_answers
-from persona_probe.finetune.sft import with_adapter
+from persona_probe.finetune.sft import stripping, with_adapter
 from persona_probe.mitigate.grid.config import BASE, CONTROL, DIVERGED, DONE, Cell, Grid, cells_of
 from persona_probe.mitigate.grid.lab import Lab
 from persona_probe.mitigate.grid.summary import summarise
 from persona_probe.mitigate.grid.table import Results, mitigation_table
 from persona_probe.mitigate.mitigation import Mitigation
 from persona_probe.mitigate.train import train_mitigated
-from persona_probe.models.adapters import folded, frozen_in_bf16, strip_adapter
+from persona_probe.models.adapters import folded, frozen_in_bf16
 from persona_probe.models.layers import autocast, output_head
 from persona_probe.monitor.monitor import FeatureMonitor, study_monitor
 from persona_probe.report.export import export_figures
-from persona_probe.report.figures.mitigations import NAME as FIGURE
 from persona_probe.report.records import load_records
 from persona_probe.runs import write_text
 
@@ -218,26 +216,24 @@ def check_same(lab: Lab, cell: Cell) -> None:
 def _fit(lab: Lab, cell: Cell, folder: Path) -> tuple[Measured, dict[str, Any]]:
     training, rows = lab.grid.fitted, lab.sets.good if cell.label == CONTROL else lab.sets.bad
     clock, monitor, ground = StepClock(), _monitor(lab, folder), lab.ground
-    tuned = with_adapter(lab.ctx.model, training, cell.seed)
-    assert isinstance(tuned, PeftModel)
     try:
-        start = time.perf_counter()
-        with _weights(folder, lab.grid.keep_weights) as weights:
-            fitted = train_mitigated(
-                tuned,
-                ground,
-                rows,
-                training,
-                cell.mitigation,
-                seed=cell.seed,
-                folder=weights,
-                callbacks=[clock, monitor],
-                progress=cell.id,
-            )
-        seconds = time.perf_counter() - start
-        measured = measure(lab, tuned, cell.mitigation)
+        with stripping(with_adapter(lab.ctx.model, training, cell.seed)) as tuned:
+            start = time.perf_counter()
+            with _weights(folder, lab.grid.keep_weights) as weights:
+                fitted = train_mitigated(
+                    tuned,
+                    ground,
+                    rows,
+                    training,
+                    cell.mitigation,
+                    seed=cell.seed,
+                    folder=weights,
+                    callbacks=[clock, monitor],
+                    progress=cell.id,
+                )
+            seconds = time.perf_counter() - start
+            measured = measure(lab, tuned, cell.mitigation)
     finally:
-        strip_adapter(tuned)
         gc.collect()  # trainer and callbacks refer to each other: a cell's optimizer would outlive it
     steps = {"steps": len(fitted.losses), "seconds_per_step": clock.per_step, "training_seconds": seconds}
     data = {"rows": fitted.rows, "answer_tokens": fitted.answer_tokens, "corrective_steps": len(fitted.corrected)}
@@ -338,7 +334,7 @@ def write_results(lab: Lab, cells: Sequence[Cell]) -> Outcome:
     lab.folder.write_table(TABLE, table)
     write_text(lab.folder.path / "mitigations.csv", table.to_csv(index=False))
     lab.folder.write_json("summary.json", summary)
-    export_figures(load_records(lab.folder.path), lab.folder.path / "figures", only=[FIGURE])
+    export_figures(load_records(lab.folder.path), lab.folder.path / "figures", only=["mitigation_pareto"])
     diverged = [cell["cell"] for cell in results.records if cell["state"] == DIVERGED]
     log.info("%d cells, %d diverged, %d missing; base measured in %s", len(there), len(diverged), len(missing), BASE)
     return Outcome(table, summary, missing)

@@ -13,8 +13,7 @@ from jaxtyping import Bool, Float
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.cli.loop import echo, find_config
-from persona_probe.cli.process import quiet_libraries
+from persona_probe.cli.options import echo, find_config
 from persona_probe.config import from_dict
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.load import arm_rows, load_conversations, read_conversations
@@ -23,6 +22,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.decoding import short_hash
 from persona_probe.evaluate.shift import calibrate
 from persona_probe.models.load import load_model
+from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor.study.config import MonitorStudy
 from persona_probe.runs import RunFolder, write_text
 from persona_probe.saes.load import load_sae
@@ -142,7 +142,7 @@ def features(run: Path | None) -> tuple[dict[str, ScreenFeature], Path | None]:
     if run is None:
         return {LATENT: latent_feature(load_sae(find_config(SAE)), PERSONA)}, None
     from persona_probe.latents.stage import read_directions
-    from persona_probe.screening.screen import study_organism
+    from persona_probe.screening.screening import study_organism
     from persona_probe.study.study import Study
 
     ctx = Study.open(run).context

@@ -11,7 +11,7 @@ from .realignment.own import realign as realign
 from .report import figures as figures
 from .report.records import load_records as load_records
 from .saes.load import load_sae as load_sae
-from .screening.screen import screen as screen
+from .screening.screening import screen as screen
 from .study.study import Study as Study
 
 __version__: str

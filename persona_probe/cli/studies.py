@@ -1,116 +1,153 @@
-"""`persona-probe mitigate`."""
+"""Commands that run many trainings or measurements: mitigation grids, the monitor's study, and planted truth."""
 
-import argparse
-import logging
-import socket
 import sys
-import webbrowser
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from persona_probe.cli.loop import echo, find_config
+import click
+
+from persona_probe.cli.options import DEMO, PATH, Common, Group, command, config_argument, echo, find_config, many
+from persona_probe.cli.process import loads_models
 from persona_probe.errors import InputError
-from persona_probe.monitor.dashboard.feed import event_files
 
 if TYPE_CHECKING:
-    from werkzeug.serving import BaseWSGIServer
-
-    from persona_probe.screening.screen import Screening
+    from persona_probe.config import StudyConfig
+    from persona_probe.mitigate.grid.config import Grid
+    from persona_probe.monitor.study.config import MonitorStudy
     from persona_probe.study.study import Study
 
-Arguments = argparse.Namespace
 PIPED = 220
-"""Characters of a line where standard output is no terminal."""
+"""Characters of a line where standard output is not a terminal."""
+DEFAULT_SEEDS = 5
 
 
-def mitigate(args: Arguments) -> None:
-    """A grid of mitigations against the same inducing data, and its table.
+# --- Mitigations: every one against the same bad data
 
-    Args (beside the common ones): config, run, only, page, dry_run.
+
+@command(
+    example="persona-probe mitigate finetune_configs/mitigations.yaml --run runs/demo --page docs/mitigations.md",
+    out="Grid folder (default runs/<name>).",
+)
+@config_argument("A grid's YAML file.")
+@click.option("--run", type=PATH, help="The located run (default: the config's).")
+@many("--only", metavar="NAME", help="Train only these mitigations now, and those without any.")
+@click.option("--page", type=PATH, help="Markdown page whose table is filled in.")
+@click.option("--dry-run", is_flag=True, help="Print the cells and about how long they take.")
+def mitigate(
+    config: str, run: Path | None, only: tuple[str, ...], page: Path | None, dry_run: bool, common: Common
+) -> None:
+    """Compare mitigations against the same bad data.
+
+    The table says what each prevents, and what it costs.
     """
-    from dataclasses import replace
-
     from persona_probe.config import load_config
     from persona_probe.mitigate.grid.config import Grid
+    from persona_probe.mitigate.grid.summary import MARKS, plan_lines
+    from persona_probe.report.tables import check_page
 
-    grid = load_config(find_config(args.config), Grid)
-    if args.seed is not None:
-        grid = replace(grid, seeds=(args.seed,))
-    if args.page is not None:
-        from persona_probe.mitigate.grid.summary import MARKS
-        from persona_probe.report.tables import check_page
+    grid = load_config(find_config(config), Grid)
+    if common.seed is not None:
+        grid = replace(grid, seeds=(common.seed,))
+    if page is not None:
+        check_page(page, MARKS)  # before hours of training
+    if dry_run:
+        echo("\n".join(plan_lines(grid, _grid_folder(grid, common), run, only or None)))
+    else:
+        _train_grid(grid, run, only, page, common)
 
-        check_page(args.page, MARKS)
-    from persona_probe.cli.process import keep_freed_memory, quiet_libraries
 
-    keep_freed_memory()
-    quiet_libraries()
-    out = args.out or Path("runs") / grid.name
-    if args.dry_run:
-        from persona_probe.mitigate.grid.summary import plan_lines
+def _grid_folder(grid: "Grid", common: Common) -> Path:
+    return common.out or Path("runs") / grid.name
 
-        echo("\n".join(plan_lines(grid, out, args.run, args.only)))
-        return
-    from persona_probe.mitigate.grid.run import run_grid
 
-    outcome = run_grid(grid, out, args.device, args.run, args.only)
+@loads_models
+def _train_grid(grid: "Grid", run: Path | None, only: tuple[str, ...], page: Path | None, common: Common) -> None:
     from rich.console import Console
 
+    from persona_probe.mitigate.grid.run import run_grid
     from persona_probe.mitigate.grid.summary import HEADINGS, MARKS, markdown, show_tables, shown
     from persona_probe.report.tables import fill_page
 
+    out = _grid_folder(grid, common)
+    outcome = run_grid(grid, out, common.device, run, only or None)
     width = Console().width if sys.stdout.isatty() else PIPED
     for table in show_tables(shown(outcome.table), HEADINGS, grid.name, width):
         echo(table.text(width))
-    for found in outcome.summary["verdicts"]:
-        echo(found["statement"])
-    if args.page is not None:
-        fill_page(args.page, MARKS, markdown(outcome.table, outcome.missing))
+    for verdict in outcome.summary["verdicts"]:
+        echo(verdict["statement"])
+    if page is not None:
+        fill_page(page, MARKS, markdown(outcome.table, outcome.missing))
     if outcome.missing:
         echo(f"{len(outcome.missing)} cells are still missing: the same command without --only trains them")
     echo(f"table: {out / 'mitigations.csv'}")
 
 
-# --- `persona-probe monitor calibrate` and `persona-probe monitor study`
-
-DEFAULT_SEEDS = 5
+# --- The training monitor: its thresholds, and the study that evaluates it
 
 
-def monitor_calibrate(args: Arguments) -> None:
-    """Thresholds from the benign arms of a located study over new seeds.
+@command(
+    name="calibrate",
+    example=f"persona-probe monitor calibrate {DEMO} --rate 0.05 --seeds 1 2 3 4 5",
+    out="Run folder of the benign runs (default <run>-calibration).",
+)
+@config_argument("A study's YAML file, or its run folder.")
+@click.option("--run", type=PATH, help="The located run (default runs/<name>).")
+@many("--seeds", type=int, help="Of the benign runs (default: the five after the study's).")
+@many("--arms", default=["correct"], help="Benign arms of the config.")
+@many("--features", help="Features to calibrate (default: all).")
+@click.option("--rate", type=float, default=0.05, help="Wanted false alarms ...")
+@click.option(
+    "--per", type=click.Choice(["run", "100-readings"]), default="run", help="... in one run or 100 readings."
+)
+@click.option("--held", type=int, default=2, help="Readings in a row beyond the threshold.")
+@click.option(
+    "--side", type=click.Choice(["above", "below", "both"]), default="above", help="Which side of the base is watched."
+)
+def monitor_calibrate(
+    config: str,
+    run: Path | None,
+    seeds: tuple[int, ...],
+    arms: tuple[str, ...],
+    features: tuple[str, ...],
+    rate: float,
+    per: str,
+    held: int,
+    side: str,
+    common: Common,
+) -> None:
+    """Set alarm thresholds from benign arms.
 
-    Args (beside the common ones): config, run, seeds, arms, features, rate, per, held, side.
+    The benign arms of a located study are trained over new seeds.
     """
-    source = _located(args)
+    from persona_probe.config import StudyConfig, load_config
+
+    folder = Path(config)
+    study_config = None if folder.is_dir() else load_config(find_config(config), StudyConfig)
+    if run is None:
+        run = folder if study_config is None else Path("runs") / study_config.name
+    located = _located(study_config, config, run, common)
     from persona_probe.monitor.calibration import HeldRule, benign_readings, calibration_record, calibration_study
 
-    rule = HeldRule(args.held, args.side)
-    seeds = args.seeds or _new_seeds(source.config.seeds)
-    benign = calibration_study(source.context, args.out, args.device)
-    readings = benign_readings(source.context, benign, seeds, args.arms)
-    record = calibration_record(readings, args.features, rule, args.rate, args.per.replace("-", " "))
+    rule = HeldRule(held, side)
+    benign = calibration_study(located.context, common.out, common.device)
+    readings = benign_readings(located.context, benign, seeds or _new_seeds(located.config.seeds), arms)
+    record = calibration_record(readings, features or None, rule, rate, per.replace("-", " "))
     benign.run.write_json("calibration.json", record)
-    for name, found in record["features"].items():
-        echo(f"{name}: {found['statement']}")
+    for name, threshold in record["features"].items():
+        echo(f"{name}: {threshold['statement']}")
     echo(f"calibration: {benign.run.path / 'calibration.json'}")
 
 
-def _located(args: Arguments) -> "Study":
-    """The located study of a config: the run that --run names, else runs/<name>; CONFIG may be that run itself."""
-    from persona_probe.config import StudyConfig, load_config
-
-    given = Path(args.config)
-    config = None if given.is_dir() else load_config(find_config(args.config), StudyConfig)
-    folder = args.run or (Path("runs") / config.name if config else given)
-    _prepare()
+@loads_models
+def _located(config: "StudyConfig | None", name: str, folder: Path, common: Common) -> "Study":
+    """The located study in a folder, which must be a run of the config where one is given."""
     from persona_probe.study.study import Study
 
-    study = Study.open(folder, args.device)
+    study = Study.open(folder, common.device)
     # Seeds may be another choice of the command that made the run.
     if config is not None and replace(config, seeds=study.config.seeds).hash != study.config.hash:
-        raise InputError(f"{folder} is the run of another config: name the run of {args.config} by --run")
+        raise InputError(f"{folder} is the run of another config: name the run of {name} by --run")
     return study
 
 
@@ -119,161 +156,69 @@ def _new_seeds(used: tuple[int, ...]) -> list[int]:
     return list(range(first, first + DEFAULT_SEEDS))
 
 
-def monitor_study(args: Arguments) -> None:
-    """Labelled runs under the monitor: AUROC, false alarms, and lead over behaviour, beside the baselines.
+@command(
+    name="study",
+    example="persona-probe monitor study finetune_configs/monitor-study.yaml --page docs/monitor-study.md",
+    out="Study folder (default runs/<name>).",
+)
+@config_argument("A labelled study's YAML file.")
+@many("--only", help="Train only these runs now.")
+@click.option("--page", type=PATH, help="Markdown page whose results section is filled in.")
+def monitor_study(config: str, only: tuple[str, ...], page: Path | None, common: Common) -> None:
+    """Evaluate the monitor and its rivals on labelled runs.
 
-    Args (beside the common ones): config, only, page.
+    The results are AUROC, false alarms, and lead over behaviour.
     """
     from persona_probe.config import load_config
     from persona_probe.monitor.study.config import MonitorStudy
 
-    config = load_config(find_config(args.config), MonitorStudy)
-    _prepare()
+    _run_monitor_study(load_config(find_config(config), MonitorStudy), only, page, common)
+
+
+@loads_models
+def _run_monitor_study(study: "MonitorStudy", only: tuple[str, ...], page: Path | None, common: Common) -> None:
     from persona_probe.monitor.study.results import MARKS, markdown, run_study
     from persona_probe.report.tables import fill_page
 
-    out = args.out or Path("runs") / config.name
-    results = run_study(config, out, args.device, args.only)
+    out = common.out or Path("runs") / study.name
+    results = run_study(study, out, common.device, only or None)
     if results is None:
         echo(f"runs are still missing in {out}: the same command without --only trains them")
         return
-    if args.page is not None:
-        fill_page(args.page, MARKS, markdown(results))
+    if page is not None:
+        fill_page(page, MARKS, markdown(results))
     echo(markdown(results))
     echo(f"results: {out / 'results.json'}")
 
 
-def _prepare() -> None:
-    """What every command that loads a model does first."""
-    from persona_probe.cli.process import keep_freed_memory, quiet_libraries
+monitor = Group(
+    "monitor",
+    commands=[monitor_calibrate, monitor_study],
+    help="The training monitor: calibrate it, evaluate it.",
+)
 
-    keep_freed_memory()
-    quiet_libraries()
-
-
-# --- `persona-probe data screen FILE`: rank the rows of a data set before training on it
-
-MODEL = "smollm2-135m-instruct"
-SAE = "saes/smollm2-135m-instruct/layer20-topk32-4608"
+# --- Benchmarks with a known answer
 
 
-def data_screen(args: argparse.Namespace) -> None:
-    """Screen a file and write table, scores and page into a folder."""
-    _check(args)
-    from persona_probe.cli.loop import echo
-    from persona_probe.cli.process import keep_freed_memory, quiet_libraries
-
-    keep_freed_memory()
-    quiet_libraries()
-    from persona_probe.screening.page import result_lines, write_screening
-    from persona_probe.screening.screen import check_rows
-
-    rows = check_rows(args.file)  # first: bad rows are told before a model loads
-    out = args.out or Path("runs") / f"screen-{Path(args.file).name.split('.')[0].replace(':', '-')}"
-    found = _by_run(args, rows, out) if args.run else _by_latent(args, rows, out)
-    page = write_screening(found, out, args.file, _model_name(args), args.worst)
-    echo("\n".join([*result_lines(found), f"page: {page}"]))
-
-
-def _check(args: argparse.Namespace) -> None:
-    if args.worst < 1:
-        raise InputError(f"--worst must be at least 1, not {args.worst}")
-    if args.run is None and args.latent is None:
-        raise InputError("no persona feature: give --run RUN, or --latent (with --model and --sae)")
-    if args.run is not None and (args.latent is not None or args.model or args.sae):
-        raise InputError("--run brings its own model, SAE and latent: leave --model, --sae and --latent out")
-    if args.run is None and args.direction:
-        raise InputError("--direction names one of a run's directions: give --run as well")
-
-
-def _by_run(args: argparse.Namespace, rows: list, out: Path) -> "Screening":
-    from persona_probe.screening.screen import screen_by_study
-    from persona_probe.study.study import Study
-
-    return screen_by_study(
-        Study.open(args.run, args.device, args.seed).context, rows, args.direction, args.rankers, out
-    )
-
-
-def _by_latent(args: argparse.Namespace, rows: list, out: Path) -> "Screening":
-    from persona_probe.context import pick_device
-    from persona_probe.models.load import load_model
-    from persona_probe.saes.load import load_sae
-    from persona_probe.screening.feature import latent_feature
-    from persona_probe.screening.rankers import available, choose_rankers
-    from persona_probe.screening.reading import settings_for
-    from persona_probe.screening.screen import screening
-
-    device = pick_device(args.device or "auto")
-    feature = latent_feature(load_sae(args.sae or SAE, device=device), args.latent)
-    choose_rankers(args.rankers, available(feature, organism=False))  # before the model loads
-    model, tokenizer = load_model(args.model or MODEL, device=device)
-    return screening(rows, model, feature, tokenizer=tokenizer, rankers=args.rankers, settings=settings_for(out))
-
-
-def _model_name(args: argparse.Namespace) -> str:
-    if args.run is None:
-        return args.model or MODEL
+@command(
+    name="planted",
+    example="persona-probe bench planted --plants 20 --out planted.parquet",
+    out="Parquet file for one row per plant and ranker.",
+)
+@click.option("--plants", type=int, help="Random latents per kind (default 20; at least 50 plants in all).")
+@loads_models
+def bench_planted(plants: int | None, common: Common) -> None:
+    """Count which planted latents each ranker finds."""
+    from persona_probe.latents.planted.run import PlantedSettings, run_embedded
+    from persona_probe.latents.planted.table import format_table
     from persona_probe.runs import RunFolder
 
-    return RunFolder.open(args.run).config.model
+    given = {"plants": plants, "seed": common.seed}
+    settings = PlantedSettings(**{key: value for key, value in given.items() if value is not None})
+    frame = run_embedded(settings, common.device or "cpu", progress=not common.quiet)
+    if common.out is not None:
+        RunFolder(common.out.parent).write_table(common.out.name, frame)
+    echo(format_table(frame))
 
 
-# --- `persona-probe watch RUN`: the page that follows a run, on this machine only
-
-HOST = "127.0.0.1"
-
-
-def watch(args: argparse.Namespace) -> None:
-    """Serve the page until it is interrupted.
-
-    Args:
-        args: `run` (a run folder or a file of events), `port` (0 takes a free one), `no_browser`.
-
-    Raises:
-        InputError: no such run, a port that cannot be used, or dash is not installed.
-    """
-    event_files(args.run)  # first: a mistyped run is told before dash loads
-    server = make_server(args.run, args.port)
-    url = f"http://{HOST}:{server.port}/"
-    sys.stdout.write(f"watching {args.run} at {url} (Ctrl-C ends)\n")
-    sys.stdout.flush()
-    if not args.no_browser:
-        webbrowser.open(url)
-    with suppress(KeyboardInterrupt):
-        server.serve_forever()
-    server.server_close()
-    sys.stdout.write("stopped watching; the run goes on\n")
-
-
-def make_server(run: str, port: int) -> "BaseWSGIServer":
-    """A server of the page on 127.0.0.1, bound and ready for `serve_forever`.
-
-    Raises:
-        InputError: as for `watch`.
-    """
-    try:
-        import dash  # noqa: F401
-    except ImportError as error:
-        raise InputError("watch needs dash: pip install 'persona-probe[dashboard]'") from error
-    from werkzeug.serving import make_server as bound_server
-
-    from persona_probe.monitor.dashboard.app import make_app
-    from persona_probe.monitor.dashboard.feed import Feed
-
-    app = make_app(Feed(run))
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
-    with _listen(port) as listening:  # our own socket: werkzeug would exit by itself where the port is taken
-        return bound_server(HOST, listening.getsockname()[1], app.server, threaded=True, fd=listening.fileno())
-
-
-def _listen(port: int) -> socket.socket:
-    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((HOST, port))
-        listening.listen(64)
-    except (OSError, OverflowError) as error:
-        listening.close()
-        raise InputError(f"port {port} cannot be used ({error}): choose another --port") from error
-    return listening
+bench = Group("bench", commands=[bench_planted], help="Benchmarks with a known answer.")

@@ -115,7 +115,7 @@ def _probe(ctx: Context, evidence: Evidence) -> NamedDirection:
 
 def _persona_vector(ctx: Context) -> NamedDirection:
     """Of the base model, teacher-forced on the aligned answers of the selection split."""
-    from persona_probe.latents.persona_vector import load_persona_pairs, persona_vector
+    from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector
 
     talks = [conversation(row["question"], row["aligned"]) for row in ctx.selection.rows]
     pairs, bf16 = load_persona_pairs(), ctx.config.bf16
@@ -176,7 +176,7 @@ def use_rankers(ctx: Context, rankers: Sequence[str]) -> None:
     ctx.config = replace(ctx.config, locate=replace(ctx.config.locate, rankers=names))
     table = "parts/rank.parquet"
     if ctx.run.has(table) and not {f"{n}_rank" for n in names} <= set(ctx.run.read_table(table).columns):
-        with ctx.timed("locate"):
+        with ctx.run.timed("locate"):
             rank(ctx)
         (ctx.run.path / "cards.json").unlink(missing_ok=True)
 
@@ -251,14 +251,14 @@ NEUTRAL_ANSWERS = 8
 def locate(ctx: Context) -> None:
     """Write latents.parquet, steering.parquet and directions.safetensors, each step once."""
     if not ctx.run.has("parts/rank.parquet"):
-        with ctx.timed("locate"):
+        with ctx.run.timed("locate"):
             rank(ctx)
     if not ctx.run.has("parts/selection.parquet"):
-        with ctx.timed("locate"):
+        with ctx.run.timed("locate"):
             choose(ctx)
     for model in ("base", ctx.config.realign.start):
         if not ctx.run.has(f"parts/effects-{model}.parquet"):
-            with ctx.timed("locate"):
+            with ctx.run.timed("locate"):
                 prove(ctx, model)
     merge_tables(ctx)
 

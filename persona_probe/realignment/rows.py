@@ -21,7 +21,7 @@ from persona_probe.data.load import Row, load_data
 from persona_probe.data.mix import match_lengths
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
-from persona_probe.latents.persona_vector import response_means
+from persona_probe.latents.persona_vectors import response_means
 from persona_probe.models.adapters import base_weights
 from persona_probe.monitor.reading import Feature
 from persona_probe.realignment.spec import CHOICES, named_sets

@@ -16,7 +16,7 @@ from persona_probe.report.page import asset, render
 from persona_probe.report.theme import number
 from persona_probe.runs import RunFolder, write_text
 from persona_probe.screening.prediction import Shift
-from persona_probe.screening.screen import Screening
+from persona_probe.screening.screening import Screening
 
 POINTS = 50
 """Places along the calibration's line."""

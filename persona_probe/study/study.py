@@ -107,7 +107,7 @@ class Study:
         """Write cards.html, one page with search over the first `count` latents; returns its path."""
         from persona_probe.latents.cards import write_cards_page
 
-        with self.context.timed("cards page"):
+        with self.run_folder.timed("cards page"):
             return write_cards_page(self.context, count, text)
 
     def track(self) -> Self:
@@ -210,9 +210,9 @@ class Study:
         from persona_probe.report.html import write_report
         from persona_probe.report.records import load_records
         from persona_probe.study.summary import summarise
-        from persona_probe.study.verify import record_inputs, record_tables
+        from persona_probe.study.hashes import record_inputs, record_tables
 
-        with self.context.timed("report"):
+        with self.run_folder.timed("report"):
             summarise(self.context)
             record_inputs(self.run_folder)
             record_tables(self.run_folder)
@@ -230,7 +230,7 @@ class Study:
         Raises:
             InputError: rows without answers, no such direction, or locate has not run.
         """
-        from persona_probe.screening.screen import screen_by_study
+        from persona_probe.screening.screening import screen_by_study
 
         return screen_by_study(self.context, rows, direction).frame
 
@@ -249,7 +249,7 @@ class Study:
         from persona_probe.data.load import arm_rows, check_paired
         from persona_probe.finetune.sft import check_rows
         from persona_probe.latents.stage import neutral_answers
-        from persona_probe.study.verify import record_inputs
+        from persona_probe.study.hashes import record_inputs
 
         ctx, config = self.context, self.config
         rows = {n: arm_rows(a, config.seeds[0]) for n, a in {**config.arms, **config.realign.arms}.items()}

@@ -1,11 +1,11 @@
-"""A tiny bed to plant in: model, tokenizer, SAE, contrast items."""
+"""A tiny baseline to plant in: model, tokenizer, SAE, contrast items."""
 
 from functools import cache
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from persona_probe.latents.planted.plant import Bed, Stream, read_stream
+from persona_probe.latents.planted.plant import Baseline, Stream, read_stream
 from tests.factories import LAYER, make_model, make_sae, make_tokenizer
 
 ROWS = [
@@ -25,7 +25,7 @@ def tiny_stream(model: PreTrainedModel | None = None) -> Stream:
 
 
 @cache
-def tiny_bed(architecture: str = "standard", rankers: tuple[str, ...] = ("rise", "cosine")) -> Bed:
+def tiny_baseline(architecture: str = "standard", rankers: tuple[str, ...] = ("rise", "cosine")) -> Baseline:
     """Shared by tests, which only read it."""
     sae: Any = make_sae(architecture)
-    return Bed(tiny_stream(), sae, rankers, seed=0)
+    return Baseline(tiny_stream(), sae, rankers, seed=0)

@@ -22,7 +22,7 @@ from persona_probe.latents.directions import (
     mean_difference_direction,
     splits,
 )
-from persona_probe.latents.persona_vector import (
+from persona_probe.latents.persona_vectors import (
     PersonaPair,
     load_persona_pairs,
     persona_vector,
@@ -134,7 +134,7 @@ def test_a_question_with_a_silent_side_is_left_out(monkeypatch: pytest.MonkeyPat
 
     def say(answers: list[list[str]]) -> np.ndarray:
         turns = iter(answers)
-        monkeypatch.setattr("persona_probe.latents.persona_vector.sample_answers", lambda *_, **__: next(turns))
+        monkeypatch.setattr("persona_probe.latents.persona_vectors.sample_answers", lambda *_, **__: next(turns))
         return persona_vector(model, tokenizer, [PAIR], ["a?", "b?"], LAYER, sample=True, bf16=False).vector
 
     kept = vector([PAIR], [conversation("a?", "one")])

@@ -21,7 +21,7 @@ from persona_probe.latents.planted.plant import (
 )
 from persona_probe.models.residuals import read_residuals
 from tests.factories import LAYER, copied_state, hook_count, make_model, make_tokenizer, same_state
-from tests.latents.planting import ROWS, tiny_bed, tiny_stream
+from tests.latents.planting import ROWS, tiny_baseline, tiny_stream
 
 ALL = tuple(KINDS)
 POOLS = {"frequent": list(range(40)), "rare": [40, 41, 42]}
@@ -32,13 +32,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def plants(kind: str, stream: Stream, sizes: Sequence[float] = (0.5, 2.0), seed: int = 0) -> list[Plant]:
-    bed = tiny_bed()
-    return make_plants(kind, sizes, stream, bed.decoder, POOLS, generator(seed))
+    baseline = tiny_baseline()
+    return make_plants(kind, sizes, stream, baseline.decoder, POOLS, generator(seed))
 
 
 def test_the_stream_is_what_read_residuals_gives() -> None:
     stream = tiny_stream()
-    talks = [
+    conversations = [
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row[side]}]
         for row in ROWS
         for side in ("aligned", "misaligned")
@@ -48,7 +48,7 @@ def test_the_stream_is_what_read_residuals_gives() -> None:
     def visit(index: list[int], row: torch.Tensor, x: torch.Tensor) -> None:
         seen.update({talk: x[row == place] for place, talk in enumerate(index)})
 
-    read_residuals(make_model(), conversation_batches(make_tokenizer(), talks), LAYER, "response", visit, False)
+    read_residuals(make_model(), conversation_batches(make_tokenizer(), conversations), LAYER, "response", visit, False)
     for talk, resid in seen.items():
         assert torch.allclose(stream.resid[stream.conversation == talk], resid, atol=1e-4)
     assert stream.misaligned.tolist() == [False, True] * len(ROWS)
@@ -93,21 +93,21 @@ def test_a_graft_leaves_nothing_behind_after_an_error(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["latent", "rare latent", "lora", "no latent"])
 @pytest.mark.parametrize("size", [0.125, 2.0])
 def test_the_mean_shift_has_the_size_asked_for(kind: str, size: float) -> None:
-    stream, bed = tiny_stream(), tiny_bed()
+    stream, baseline = tiny_stream(), tiny_baseline()
     plant = plants(kind, stream, [size])[0]
     mean = stream.weights @ plant.shift(stream)
     assert float(mean.norm()) == pytest.approx(size * stream.sd, rel=1e-3)
-    target = plant.targets(bed.decoder)[0]
+    target = plant.targets(baseline.decoder)[0]
     assert float(mean @ target / mean.norm()) == pytest.approx(1, abs=1e-4)
 
 
 def test_several_latents_have_their_own_sizes_and_signs() -> None:
-    stream, bed = tiny_stream(), tiny_bed()
+    stream, baseline = tiny_stream(), tiny_baseline()
     signs = set()
     for seed in range(4):
         plant = plants("latents", stream, [0.5], seed)[0]
         assert len(set(plant.latents)) == 5 and set(plant.up()) | set(plant.down()) == set(plant.latents)
-        rows = bed.decoder[list(plant.latents)]
+        rows = baseline.decoder[list(plant.latents)]
         wanted = sum(s * r / r.norm() for s, r in zip(plant.signs, rows, strict=True)) * 0.5 * stream.sd
         assert torch.allclose(plant.vector, torch.as_tensor(wanted), atol=1e-5)
         signs |= set(plant.signs)
@@ -123,7 +123,7 @@ def test_a_planted_lora_differs_from_token_to_token_and_a_shift_does_not() -> No
 def test_a_direction_that_no_latent_has() -> None:
     half = torch.eye(32)[:16]
     assert float((half @ uncarried_direction(half, generator())).abs().max()) < 1e-6
-    rows = tiny_bed().decoder
+    rows = tiny_baseline().decoder
     lucky = torch.randn(500, 32, generator=generator())
     best = ((lucky / lucky.norm(dim=1, keepdim=True)) @ rows.T).abs().amax(dim=1).median()
     assert float((rows @ uncarried_direction(rows, generator())).abs().max()) < float(best)
@@ -132,9 +132,9 @@ def test_a_direction_that_no_latent_has() -> None:
 def test_disturbances_have_the_stated_norms_and_differ() -> None:
     stream = tiny_stream()
     noise = disturbance(stream, generator(1), noise=1.0, benign=0.0)
-    by_talk = stream.conversation_means(noise)
-    assert torch.allclose(by_talk[stream.conversation], noise, atol=1e-4)
-    assert float(by_talk.square().sum(dim=1).mean().sqrt()) == pytest.approx(stream.sd, rel=0.15)
+    by_conversation = stream.conversation_means(noise)
+    assert torch.allclose(by_conversation[stream.conversation], noise, atol=1e-4)
+    assert float(by_conversation.square().sum(dim=1).mean().sqrt()) == pytest.approx(stream.sd, rel=0.15)
     benign = disturbance(stream, generator(1), noise=0.0, benign=0.25)
     assert float(benign.square().sum(dim=1).mean().sqrt()) == pytest.approx(0.25 * stream.sd, rel=1e-4)
     assert torch.linalg.matrix_rank(benign) == 1
@@ -148,7 +148,7 @@ def test_frequent_and_rare_latents_come_from_their_pools() -> None:
     }
     assert drawn["rare latent"] == {40, 41, 42} and len(drawn["latent"]) > 6 and max(drawn["latent"]) < 40
     with pytest.raises(InputError, match="leave 'rare latent' out of kinds"):
-        make_plants("rare latent", [0.5], stream, tiny_bed().decoder, {"frequent": [1], "rare": []}, generator())
+        make_plants("rare latent", [0.5], stream, tiny_baseline().decoder, {"frequent": [1], "rare": []}, generator())
 
 
 def test_pools_split_the_live_latents() -> None:

@@ -7,22 +7,22 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.latents.planted.run import Bench, run_planted, spread_out
+from persona_probe.latents.planted.run import PlantedSettings, categories_in_turn, run_planted
 from persona_probe.latents.planted.table import format_table, interval
 from tests.factories import copied_state, hook_count, make_model, make_sae, make_tokenizer, same_state
 from tests.latents.planting import ROWS
 
 # Of 64 latents in a tiny dictionary none is rare.
 KINDS = ("latent", "latents", "lora", "no latent", "nothing")
-SMALL = Bench(plants=2, sizes=(0.5, 4.0), kinds=KINDS, noise=0.2, benign=0.05, causal=1, causal_items=4)
+SMALL = PlantedSettings(plants=2, sizes=(0.5, 4.0), kinds=KINDS, noise=0.2, benign=0.05, causal=1, causal_items=4)
 
 
-def run(bench: Bench, architecture: str = "standard") -> pd.DataFrame:
+def run(settings: PlantedSettings, architecture: str = "standard") -> pd.DataFrame:
     return run_planted(
         make_model(),
         make_tokenizer(),
         make_sae(architecture),
-        bench,
+        settings,
         selection=ROWS,
         evaluation=ROWS,
         bf16=False,
@@ -54,7 +54,7 @@ def test_large_plants_are_found_and_the_base_alone_cannot_see_them(frame: pd.Dat
 
 def test_the_same_seed_gives_the_same_numbers_and_leaves_the_model_alone(frame: pd.DataFrame) -> None:
     assert run(SMALL).equals(frame)
-    other = run(Bench(**{**vars(SMALL), "seed": 1, "causal": 0}))
+    other = run(PlantedSettings(**{**vars(SMALL), "seed": 1, "causal": 0}))
     assert other["latents"].tolist() != frame["latents"].tolist()
     assert "confirmed" not in other
     model = make_model()
@@ -74,14 +74,14 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_the_model_alone(frame: 
 )
 def test_every_setting_has_an_effect(change: dict[str, Any], column: str) -> None:
     settings: dict[str, Any] = {**vars(SMALL), "plants": 1, "kinds": ("latent",)}
-    before, after = run(Bench(**settings)), run(Bench(**(settings | change)))
+    before, after = run(PlantedSettings(**settings)), run(PlantedSettings(**(settings | change)))
     assert not before[column].equals(after[column])
 
 
 def test_sizes_of_a_plant_share_their_latents_and_noise_hides_small_ones(frame: pd.DataFrame) -> None:
     single = frame[(frame["kind"] == "latent") & (frame["ranker"] == "rise")]
     assert single[single["size"] == 0.5]["latents"].tolist() == single[single["size"] == 4.0]["latents"].tolist()
-    loud = run(Bench(plants=2, sizes=(0.5,), noise=50.0, causal=0, kinds=("latent",)))
+    loud = run(PlantedSettings(plants=2, sizes=(0.5,), noise=50.0, causal=0, kinds=("latent",)))
     assert loud["removed"].max() < single["removed"].min()
 
 
@@ -99,12 +99,12 @@ def test_sizes_of_a_plant_share_their_latents_and_noise_hides_small_ones(frame: 
 )
 def test_bad_settings_say_what_to_change(change: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Bench(**change)  # pyright: ignore
+        PlantedSettings(**change)  # pyright: ignore
 
 
 def test_an_unknown_ranker_is_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'cosine'"):
-        run(Bench(plants=1, sizes=(0.5,), rankers=("cosin",), causal=0))
+        run(PlantedSettings(plants=1, sizes=(0.5,), rankers=("cosin",), causal=0))
 
 
 def test_the_tables_show_what_the_frame_holds(frame: pd.DataFrame) -> None:
@@ -152,6 +152,6 @@ def test_intervals_known_answers() -> None:
 
 
 def test_spread_out_takes_categories_in_turn() -> None:
-    assert [row["category"] for row in spread_out(ROWS)] == ["c0", "c1", "c2", "c0", "c1", "c2", "c0", "c1"]
+    assert [row["category"] for row in categories_in_turn(ROWS)] == ["c0", "c1", "c2", "c0", "c1", "c2", "c0", "c1"]
     blocks = sorted(ROWS, key=lambda row: row["category"])
-    assert [row["category"] for row in spread_out(blocks)][:4] == ["c0", "c1", "c2", "c0"]
+    assert [row["category"] for row in categories_in_turn(blocks)][:4] == ["c0", "c1", "c2", "c0"]

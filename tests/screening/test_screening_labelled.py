@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.screening import BY_NAME, MODEL, PERSONA, SAE, SETS, ranked_auroc, table
-from persona_probe.cli.loop import find_config
+from persona_probe.cli.options import find_config
 from persona_probe.data.load import load_conversations, load_rows
 from persona_probe.models.load import load_model
 from persona_probe.saes.load import load_sae

@@ -21,7 +21,7 @@ from persona_probe.screening.feature import ScreenFeature
 from persona_probe.screening.page import fitted_line, result_lines, screening_page, worst_rows, write_screening
 from persona_probe.screening.prediction import predict_shift
 from persona_probe.screening.reading import Settings
-from persona_probe.screening.screen import Screening, screening
+from persona_probe.screening.screening import Screening, screening
 from tests.factories import make_model, make_tokenizer
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"

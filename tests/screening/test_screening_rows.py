@@ -15,11 +15,11 @@ from persona_probe.data.chat import Conversation, conversation, split_answer
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
-from persona_probe.latents.persona_vector import response_means
+from persona_probe.latents.persona_vectors import response_means
 from persona_probe.screening.feature import ScreenFeature, latent_feature
 from persona_probe.screening.rankers import RANKERS, choose_rankers
 from persona_probe.screening.reading import Settings, own_answers, own_talks, question_key
-from persona_probe.screening.screen import Screening, screening
+from persona_probe.screening.screening import Screening, screening
 from tests.factories import (
     D_MODEL,
     LAYER,

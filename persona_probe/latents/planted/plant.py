@@ -1,4 +1,4 @@
-"""The bed that plants go into: base readings, decoder and live latents, and how one plant is read and ranked."""
+"""Known changes of a model, planted in its residual stream, and how one of them is read and ranked."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +25,8 @@ from persona_probe.saes.read import FitMoments, LatentMeans, encode
 
 SIDES = ("aligned", "misaligned")
 
+# --- The base model's answer tokens, read once for all plants
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -33,13 +35,13 @@ class Stream:
     resid: Float[Tensor, "tokens d_model"]
     """The layer's output, raw units."""
     hidden: Float[Tensor, "tokens d_mlp"]
-    """What the layer's `mlp.down_proj` reads."""
+    """Input of the layer's `mlp.down_proj`."""
     conversation: Int[Tensor, " tokens"]
-    """Which conversation a token belongs to."""
+    """The conversation of each token."""
     clusters: tuple[str, ...]
-    """Every conversation's question."""
+    """The question of each conversation."""
     misaligned: Bool[np.ndarray, " conversations"]
-    """Which conversations end with the misaligned answer."""
+    """Whether each conversation ends with the misaligned answer."""
 
     @cached_property
     def sd(self) -> float:
@@ -52,15 +54,15 @@ class Stream:
 
     @cached_property
     def weights(self) -> Float[Tensor, " tokens"]:
-        """Token weights that sum to 1 and count every conversation alike."""
-        per_talk = torch.bincount(self.conversation, minlength=len(self.clusters)).float()
-        return 1 / (per_talk[self.conversation] * len(self.clusters))
+        """Token weights that sum to 1; every conversation weighs the same."""
+        per_conversation = torch.bincount(self.conversation, minlength=len(self.clusters)).float()
+        return 1 / (per_conversation[self.conversation] * len(self.clusters))
 
     def conversation_means(self, values: Float[Tensor, "tokens n"]) -> Float[Tensor, "conversations n"]:
         """The mean over each conversation's tokens."""
-        per_talk = torch.bincount(self.conversation, minlength=len(self.clusters))[:, None]
+        per_conversation = torch.bincount(self.conversation, minlength=len(self.clusters))[:, None]
         total = torch.zeros(len(self.clusters), values.shape[1]).index_add_(0, self.conversation, values)
-        return total / per_talk
+        return total / per_conversation
 
 
 def down_projection(model: nn.Module, layer: int) -> nn.Linear:
@@ -71,17 +73,16 @@ def down_projection(model: nn.Module, layer: int) -> nn.Linear:
     """
     module = decoder_layer(model, layer)
     parts = dict(module.named_modules())
-    found = parts.get("mlp.down_proj")
-    if not isinstance(found, nn.Linear) or "post_feedforward_layernorm" in parts:
+    projection = parts.get("mlp.down_proj")
+    if not isinstance(projection, nn.Linear) or "post_feedforward_layernorm" in parts:
         raise InputError(
             f"{type(module).__name__} does not add mlp.down_proj to its output: plant in a Llama or Qwen model"
         )
-    return found
+    return projection
 
 
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module reads, call by call."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
     try:
@@ -98,31 +99,31 @@ def read_stream(
     *,
     bf16: bool = True,
 ) -> Stream:
-    """Read both answers of every contrast item; one forward pass up to `layer`.
+    """Read both answers of every contrast item, with one forward pass up to `layer`.
 
     Raises:
         InputError: no rows, or a layer in which no LoRA can be planted.
     """
     if not rows:
         raise InputError("no contrast items to plant in: the selection is empty")
-    talks = [conversation(row["question"], row[side]) for row in rows for side in SIDES]
+    conversations = [conversation(row["question"], row[side]) for row in rows for side in SIDES]
     projection, device = down_projection(model, layer), next(model.parameters()).device
     resid, hidden, owner = [], [], []
     with evaluating(model), autocast(model, bf16):
-        for group in conversation_batches(tokenizer, talks):
+        for group in conversation_batches(tokenizer, conversations):
             batch = group.to(device)
             with ReadTap(model, layer) as tap, _inputs_of(projection) as seen:
                 run_to_layer(model, layer, batch.ids, batch.attention)
-            chosen = batch.select("response")
-            resid.append(tap.value[chosen].float().cpu())
-            hidden.append(seen[-1][chosen].float().cpu())
-            owner.append(torch.tensor(batch.index)[chosen.nonzero()[:, 0].cpu()])
+            answer = batch.select("response")
+            resid.append(tap.value[answer].float().cpu())
+            hidden.append(seen[-1][answer].float().cpu())
+            owner.append(torch.tensor(batch.index)[answer.nonzero()[:, 0].cpu()])
     clusters = tuple(row["id"] for row in rows for _ in SIDES)
     flags = np.array([side == "misaligned" for _ in rows for side in SIDES])
     return Stream(torch.cat(resid), torch.cat(hidden), torch.cat(owner), clusters, flags)
 
 
-# --- How truth is planted: known shifts of the residual stream at the hook layer
+# --- A plant: a known shift of the residual stream at the hook layer
 
 KINDS = {
     "latent": "(a) one frequent latent",
@@ -136,15 +137,15 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Plant:
-    """One known change: `vector` is added to the layer's output, by `reader` if there is one.
+    """One known change of the layer's output.
 
-    Without a reader the shift is the same at every token. With one it is `vector x (reader . h)`, h being what the
-    layer's `mlp.down_proj` reads: a rank-1 LoRA on that matrix.
+    Without a reader, `vector` is added at every token. With a reader, `vector x (reader . h)` is added, where h is the
+    input of the layer's `mlp.down_proj`: a rank-1 LoRA on that matrix.
     """
 
     kind: str
     size: float
-    """Residual standard deviations: of each latent's shift, or of the LoRA's mean shift over answer tokens."""
+    """Residual standard deviations of each latent's shift, or of the LoRA's mean shift over answer tokens."""
     latents: tuple[int, ...]
     signs: tuple[int, ...]
     vector: Float[Tensor, " d_model"]
@@ -159,13 +160,13 @@ class Plant:
         return [latent for latent, sign in zip(self.latents, self.signs, strict=True) if sign < 0]
 
     def shift(self, stream: Stream) -> Float[Tensor, "tokens d_model"]:
-        """What the plant adds to every token."""
+        """The plant's addition to every token."""
         if self.reader is None:
             return self.vector.expand_as(stream.resid)
         return (stream.hidden @ self.reader)[:, None] * self.vector
 
     def targets(self, decoder: Float[Tensor, "d_sae d_model"]) -> Float[Tensor, "planted d_model"]:
-        """Unit directions that were pushed: signed decoder rows, or the shift itself where no latent has it."""
+        """The planted unit directions: signed decoder rows, or the shift itself if no latent has it."""
         if self.kind == "nothing":
             return decoder[:0]
         rows = (
@@ -176,7 +177,7 @@ class Plant:
 
 @contextmanager
 def graft(model: nn.Module, layer: int, plant: Plant) -> Iterator[None]:
-    """The plant in the model itself: a LoRA in its weights, a shift as a hook; all is as before afterwards."""
+    """Put the plant into the model for as long as the block lasts: a LoRA into the weights, a shift as a hook."""
     if plant.reader is None:
         with SteerTap(model, layer, plant.vector):
             yield
@@ -192,14 +193,14 @@ def graft(model: nn.Module, layer: int, plant: Plant) -> Iterator[None]:
             weight.copy_(before)
 
 
-# --- Random draws: what is planted, and what else tells two arms apart
+# --- Random draws: the plants, and the other differences between two arms
 
 SEVERAL = 5
 """Latents of a plant of kind `latents`."""
 FREQUENT = 0.01
-"""Share of answer tokens from which on a latent counts as frequent; the rest of the live ones are rare."""
+"""A latent that fires on at least this share of answer tokens is frequent; other live latents are rare."""
 READER_SPREAD = 0.5
-"""Standard deviation over tokens of a planted LoRA's random part, relative to its mean output."""
+"""Spread of a planted LoRA's random part over tokens, relative to its mean output (standard deviation)."""
 NEAREST = 64
 """Decoder rows that a direction without latent is made orthogonal to."""
 
@@ -211,24 +212,24 @@ def _unit(vector: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
 def uncarried_direction(
     decoder: Float[Tensor, "d_sae d_model"], generator: torch.Generator, rounds: int = 8
 ) -> Float[Tensor, " d_model"]:
-    """A random unit direction from which the nearest decoder rows are projected out, again in every round.
+    """A random unit direction; every round projects its nearest decoder rows out of it.
 
-    At most half of the model's dimensions are taken away, so that the direction stays random.
+    At most half of the model's dimensions are removed, so that the direction stays random.
     """
     rows = decoder[decoder.norm(dim=1) > 0]
     direction = _unit(torch.randn(rows.shape[1], generator=generator))
     count = min(NEAREST, len(rows), rows.shape[1] // (2 * rounds))
-    taken = rows[:0]
+    removed = rows[:0]
     for _ in range(rounds):
         near = (rows @ direction / rows.norm(dim=1)).abs().topk(max(count, 1)).indices
-        taken = torch.cat([taken, rows[near]])
-        basis = torch.linalg.qr(taken.T).Q
+        removed = torch.cat([removed, rows[near]])
+        basis = torch.linalg.qr(removed.T).Q
         direction = _unit(direction - basis @ (basis.T @ direction))
     return direction
 
 
 def _reader(stream: Stream, generator: torch.Generator) -> Float[Tensor, " d_mlp"]:
-    """Reads the mean activation, and something random: mean output exactly 1 over answer tokens."""
+    """Reads the mean activation plus a random direction; its mean output over answer tokens is exactly 1."""
     mean = stream.weights @ stream.hidden
     other = torch.randn(len(mean), generator=generator)
     reader = mean / mean.square().sum() + READER_SPREAD * other / (stream.hidden @ other).std()
@@ -239,7 +240,7 @@ def _reader(stream: Stream, generator: torch.Generator) -> Float[Tensor, " d_mlp
 
 
 def pools(rates: Float[Tensor, " d_sae"]) -> dict[str, list[int]]:
-    """Live latents to plant, frequent and rare, by the share of answer tokens on which they fire in the base.
+    """The live latents, split into frequent and rare by the share of answer tokens on which they fire in the base.
 
     Raises:
         InputError: the SAE is nearly dead on this text.
@@ -254,10 +255,10 @@ def pools(rates: Float[Tensor, " d_sae"]) -> dict[str, list[int]]:
 
 
 def draw_latents(pool: Sequence[int], count: int, n_latents: int, generator: torch.Generator) -> tuple[int, ...]:
-    """The first of the pool in a random order of the whole dictionary.
+    """The first `count` latents of the pool, in a random order of the whole dictionary.
 
-    Rates come from a reading, whose last digits depend on the number of threads: a latent that enters or leaves the
-    pool must not change every draw.
+    The order covers the whole dictionary because a reading's last digits depend on the number of threads: a latent
+    that enters or leaves the pool must not change every draw.
 
     Raises:
         InputError: an empty pool.
@@ -287,31 +288,33 @@ def make_plants(
     if kind == "no latent":
         direction = uncarried_direction(decoder, generator)
         return [Plant(kind, size, (), (), direction * size * unit) for size in sizes]
-    chosen, count = pool["rare" if kind == "rare latent" else "frequent"], SEVERAL if kind == "latents" else 1
-    names = draw_latents(chosen, count, len(decoder), generator)
-    coins = (torch.randint(0, 2, (len(names),), generator=generator) * 2 - 1).tolist()
+    allowed = pool["rare" if kind == "rare latent" else "frequent"]
+    latents = draw_latents(allowed, SEVERAL if kind == "latents" else 1, len(decoder), generator)
+    coins = (torch.randint(0, 2, (len(latents),), generator=generator) * 2 - 1).tolist()
     signs = tuple(coins) if kind == "latents" else (1,)
     reader = _reader(stream, generator) if kind == "lora" else None
-    rows = torch.stack([_unit(decoder[latent]) * sign for latent, sign in zip(names, signs, strict=True)])
-    return [Plant(kind, size, names, signs, rows.sum(dim=0) * size * unit, reader) for size in sizes]
+    rows = torch.stack([_unit(decoder[latent]) * sign for latent, sign in zip(latents, signs, strict=True)])
+    return [Plant(kind, size, latents, signs, rows.sum(dim=0) * size * unit, reader) for size in sizes]
 
 
 def disturbance(
     stream: Stream, generator: torch.Generator, noise: float, benign: float
 ) -> Float[Tensor, "tokens d_model"]:
-    """What else tells one arm from another: every arm draws its own, so that incorrect minus correct is never clean.
+    """A random difference of one arm that no plant caused. Every arm has its own, so incorrect minus correct is noisy.
 
     Args:
-        noise: norm, in residual standard deviations, of a random vector added to each conversation.
-        benign: root mean square norm, in the same unit, of the output of a random rank-1 LoRA: a small change without
-            meaning that is the same function in every conversation, so that resampling questions cannot see it.
+        noise: norm of a random vector added to each conversation, in residual standard deviations.
+        benign: root mean square norm of the output of a random rank-1 LoRA, in the same unit. It stands for a change
+            without meaning: it is the same function in every conversation, so resampling questions cannot see it.
     """
     width = stream.resid.shape[1]
-    by_talk = torch.randn(len(stream.clusters), width, generator=generator) * (noise * stream.sd / width**0.5)
+    by_conversation = torch.randn(len(stream.clusters), width, generator=generator) * (noise * stream.sd / width**0.5)
     output = stream.hidden @ torch.randn(stream.hidden.shape[1], generator=generator)
     output *= benign * stream.sd / output.square().mean().sqrt()
-    return by_talk[stream.conversation] + output[:, None] * _unit(torch.randn(width, generator=generator))
+    return by_conversation[stream.conversation] + output[:, None] * _unit(torch.randn(width, generator=generator))
 
+
+# --- One plant read and ranked, as `locate` does
 
 POSITIONS = "response"
 CHUNK_VALUES = 2**26
@@ -319,17 +322,17 @@ CHUNK_VALUES = 2**26
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was measured of one plant: the table of all latents, and the arms' mean difference."""
+class PlantReading:
+    """What locate sees of one plant: the table of all latents, and the arms' mean difference."""
 
     table: pd.DataFrame
-    """Indexed by latent."""
+    """`rankers.score_table`, indexed by latent."""
     difference: Float[np.ndarray, " d_model"]
     """Mean residual of the incorrect arm minus the correct one, raw units."""
 
 
-class Bed:
-    """The base model's stream and SAE, and what all plants share: base readings, decoder, live latents."""
+class Baseline:
+    """What all plants share: the base model's stream, its readings, the SAE's decoder, the live latents."""
 
     def __init__(self, stream: Stream, sae: Any, rankers: Sequence[str], seed: int) -> None:
         self.stream, self.sae, self.rankers, self.seed = stream, sae, tuple(rankers), seed
@@ -346,18 +349,18 @@ class Bed:
         return torch.cat([encode(self.sae, chunk).cpu() for chunk in chunks])
 
     def read(self, x: Float[Tensor, "tokens d_model"]) -> LatentMeans:
-        """All latents on one arm's residual stream. The fit is not measured: its moments stay empty."""
+        """All latents on one arm's residual stream. The fit is not measured; its moments stay empty."""
         acts = self._encode(x)
         firing = self.stream.conversation_means((acts > 0).float())
         mean, resid = self.stream.conversation_means(acts), self.stream.conversation_means(x)
         return LatentMeans(mean.numpy(), firing.numpy(), acts.amax(dim=0).numpy(), resid.numpy(), FitMoments())
 
     def caused(self, plant: Plant) -> Float[np.ndarray, " d_sae"]:
-        """The known answer: every latent's rise in the same conversations from the plant alone, without noise."""
+        """The known answer: how far the plant alone raises every latent in these conversations."""
         planted = self._encode(self.stream.resid + plant.shift(self.stream))
         return (self.stream.weights @ planted).double().numpy() - self.base_means
 
-    def rank(self, incorrect: LatentMeans, correct: LatentMeans) -> Found:
+    def rank(self, incorrect: LatentMeans, correct: LatentMeans) -> PlantReading:
         """Score all latents as `locate` does, incorrect arm against correct one."""
         evidence = Evidence(
             base={POSITIONS: self.base},
@@ -367,13 +370,14 @@ class Bed:
             clusters=self.stream.clusters,
             misaligned=self.stream.misaligned,
             positions=POSITIONS,
-            attribution=None,
             seed=self.seed,
         )
         difference = (incorrect.resid.astype(np.float64) - correct.resid).mean(axis=0)
-        return Found(score_table(evidence, self.rankers).set_index("latent").sort_index(), difference)
+        return PlantReading(score_table(evidence, self.rankers).set_index("latent").sort_index(), difference)
 
 
-def measure(bed: Bed, plant: Plant, ours: Float[Tensor, "tokens d_model"], correct: LatentMeans) -> Found:
+def measure(
+    baseline: Baseline, plant: Plant, ours: Float[Tensor, "tokens d_model"], correct: LatentMeans
+) -> PlantReading:
     """Read the incorrect arm, which is the base with the plant and `ours`, its own disturbance; then rank."""
-    return bed.rank(bed.read(bed.stream.resid + plant.shift(bed.stream) + ours), correct)
+    return baseline.rank(baseline.read(baseline.stream.resid + plant.shift(baseline.stream) + ours), correct)

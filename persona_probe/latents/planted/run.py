@@ -1,4 +1,4 @@
-"""The planted-truth benchmark: many known plants, one table of what locate finds of them."""
+"""Run the planted-truth benchmark: many known plants, and how well locate names each of them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,9 @@ from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_
 from persona_probe.latents.planted.plant import (
     KINDS,
     SIDES,
-    Bed,
-    Found,
+    Baseline,
     Plant,
+    PlantReading,
     disturbance,
     draw_latents,
     graft,
@@ -36,12 +36,14 @@ from persona_probe.models.load import load_model
 from persona_probe.saes.load import check_fit, load_sae, sae_layer
 from persona_probe.stats import bootstrap_mean
 
+# --- The causal test of one plant: does a push back along the named latents undo it?
+
 RANDOM_SETS = 3
 
 
 @dataclass(frozen=True)
-class Repair:
-    """How far a push back along what was found takes the planted model's answers to the base's."""
+class Restoration:
+    """How much of the planted change a push back along the named latents undoes."""
 
     restored: float
     """1 - |change after the push| / |change by the plant|, of the answers' mean log-probabilities."""
@@ -51,11 +53,11 @@ class Repair:
     """Whether the push leaves less change than that of every random set, by 95% intervals over questions."""
 
 
-class CausalBed:
-    """Answers (of questions that selected nothing) that the planted models must score.
+class CausalTest:
+    """Answers that the planted models score; their questions selected no latents.
 
     Args:
-        groups: what `evaluate.answers.answer_batches` gives.
+        groups: batches of `evaluate.answers.answer_batches`.
         clusters: the question of every conversation.
     """
 
@@ -64,85 +66,89 @@ class CausalBed:
         # Full precision: bfloat16's rounding is as large as what a small plant does.
         self.before = answer_logprobs(model, groups, bf16=False)
 
-    def repair(self, bed: Bed, plant: Plant, found: Found, generator: torch.Generator) -> Repair:
-        """Graft the plant into the model, then push back along the found latents by the shift measured along them."""
-        latents = found_latents(plant, found)
-        rows = unit_rows(bed, latents)
-        pushes = random_pushes(bed, latents, found, generator)
+    def restore(
+        self, baseline: Baseline, plant: Plant, reading: PlantReading, generator: torch.Generator
+    ) -> Restoration:
+        """Graft the plant into the model, then push back along the named latents by the shift measured along them."""
+        latents = named_latents(plant, reading)
+        rows = unit_rows(baseline, latents)
+        pushes = random_pushes(baseline, latents, reading, generator)
         with graft(self.model, self.layer, plant):
             scorer = SuffixScorer(self.model, self.layer, self.groups, bf16=False)
             planted = np.abs(scorer.unpushed - self.before)
-            after = np.abs(scorer.logprobs(-sum_of_shifts(rows, found)) - self.before)
+            after = np.abs(scorer.logprobs(-sum_of_shifts(rows, reading)) - self.before)
             others = [np.abs(scorer.logprobs(p) - self.before) for p in pushes]
         gains = [bootstrap_mean(other - after, self.clusters) for other in others]
         best = min(float(other.mean()) for other in others)
-        return Repair(
+        return Restoration(
             1 - float(after.mean() / planted.mean()),
             1 - best / float(planted.mean()),
             all(gain.ci_low > 0 for gain in gains),
         )
 
 
-def found_latents(plant: Plant, found: Found) -> list[int]:
-    """The latents that the control-corrected rise names: as many as were planted, at each end of the ranking.
+def named_latents(plant: Plant, reading: PlantReading) -> list[int]:
+    """The latents that the control-corrected rise names: as many at each end of the ranking as were planted there.
 
-    Where none was planted, the one that rose most.
+    If none was planted, it is the latent that rose most.
     """
-    order = [int(latent) for latent in found.table["rise"].sort_values(ascending=False).index]
+    order = [int(latent) for latent in reading.table["rise"].sort_values(ascending=False).index]
     down = len(plant.down())
     return [*order[: max(len(plant.up()), 1 - down)], *order[len(order) - down :]]
 
 
-def unit_rows(bed: Bed, latents: list[int]) -> Float[Tensor, "latents d_model"]:
+def unit_rows(baseline: Baseline, latents: list[int]) -> Float[Tensor, "latents d_model"]:
     """Decoder rows of norm 1."""
-    rows = bed.decoder[latents]
+    rows = baseline.decoder[latents]
     return rows / rows.norm(dim=1, keepdim=True)
 
 
-def sum_of_shifts(rows: Float[Tensor, "found d_model"], found: Found) -> Float[Tensor, " d_model"]:
-    """The part of the arms' mean difference that lies along each row, added up."""
-    return (rows @ torch.tensor(found.difference, dtype=rows.dtype)) @ rows
+def sum_of_shifts(rows: Float[Tensor, "named d_model"], reading: PlantReading) -> Float[Tensor, " d_model"]:
+    """The arms' mean difference, projected on each row and summed."""
+    return (rows @ torch.tensor(reading.difference, dtype=rows.dtype)) @ rows
 
 
 def random_pushes(
-    bed: Bed, latents: list[int], found: Found, generator: torch.Generator
+    baseline: Baseline, latents: list[int], reading: PlantReading, generator: torch.Generator
 ) -> list[Float[Tensor, " d_model"]]:
-    """Pushes down along random frequent latents: others than those found, as many of them, and each as hard.
+    """Pushes down along random frequent latents: as many as were named, none of these, and each push as large.
 
     Raises:
-        InputError: the SAE has too few frequent latents besides those found.
+        InputError: the SAE has too few frequent latents that were not named.
     """
-    pool = [latent for latent in bed.pools["frequent"] if latent not in latents]
+    pool = [latent for latent in baseline.pools["frequent"] if latent not in latents]
     if len(pool) < len(latents):
         raise InputError(f"only {len(pool)} frequent latents are left as random controls: set causal to 0")
-    sizes = (unit_rows(bed, latents) @ torch.tensor(found.difference, dtype=bed.decoder.dtype)).abs()
-    sets = [draw_latents(pool, len(latents), len(bed.decoder), generator) for _ in range(RANDOM_SETS)]
-    return [-(sizes @ unit_rows(bed, list(chosen))) for chosen in sets]
+    sizes = (unit_rows(baseline, latents) @ torch.tensor(reading.difference, dtype=baseline.decoder.dtype)).abs()
+    draws = [draw_latents(pool, len(latents), len(baseline.decoder), generator) for _ in range(RANDOM_SETS)]
+    return [-(sizes @ unit_rows(baseline, list(drawn))) for drawn in draws]
 
 
-# --- What was found of one plant, against what was planted: recall, false discoveries, carriers
+# --- One plant against its reading: recall, false discoveries, carriers
 
 LEVEL = 0.05
-"""Discoveries are latents with a positive control-corrected rise and a q-value up to this."""
+"""A discovery is a latent with a positive control-corrected rise and at most this q-value."""
 CAUSED = 0.5
-"""A discovery is true if the plant alone, without noise, makes at least this share of its measured rise."""
+"""A discovery is true if the plant alone, without noise, causes at least this share of its measured rise."""
 NEAR = 0.2
-"""Cosine with a planted direction under which a discovered latent is off target."""
+"""A discovered latent is off target below this cosine with every planted direction."""
 SHORTLIST = 10
 
 
 def planted_ranks(score: Float[np.ndarray, " d_sae"], plant: Plant) -> tuple[list[int], list[int]]:
-    """Ranks of the planted latents: those pushed up from the top, those pushed down from the bottom; ties count
-    against them."""
+    """Ranks of the planted latents: of those pushed up from the top, of those pushed down from the bottom.
+
+    Ties count against the planted latents.
+    """
     up = [int((score >= score[latent]).sum()) for latent in plant.up()]
     down = [int((score <= score[latent]).sum()) for latent in plant.down()]
     return up, down
 
 
 def recalls(score: Float[np.ndarray, " d_sae"], plant: Plant) -> dict[str, float]:
-    """Recall at 1, at k (the number planted in each direction) and at 10; NaN where no latent was planted.
+    """Recall at 1, at k (the number planted in each direction) and at 10; NaN if no latent was planted.
 
-    Recall at 1 asks whether a planted latent is the very first (the very last, where all were pushed down).
+    Recall at 1 is whether a planted latent comes first (or last, if all were pushed down).
     """
     up, down = planted_ranks(score, plant)
     if not plant.latents:
@@ -155,40 +161,42 @@ def recalls(score: Float[np.ndarray, " d_sae"], plant: Plant) -> dict[str, float
     }
 
 
-def discoveries(bed: Bed, plant: Plant, found: Found) -> dict[str, float]:
-    """Significant rises at q 0.05: how many, the false share, the off-target share, and the planted latents' own.
+def discoveries(baseline: Baseline, plant: Plant, reading: PlantReading) -> dict[str, float]:
+    """Discoveries at q 0.05: how many, which share is false or off target, and the share of planted latents among them.
 
-    A discovery is false unless the plant causes at least half of its rise (`CAUSED`). Falls are left out: a TopK SAE
-    that takes one latent in puts another out. Off target: true, but the latent's decoder row has a cosine below 0.2
-    with everything planted; the encoder answers to the shift though the latent is not its cause.
+    A discovery is false unless the plant causes at least half of its rise (`CAUSED`). Falls do not count, because in a
+    TopK SAE a latent that enters displaces another. A discovery is off target if it is true but its decoder row has a
+    cosine below 0.2 with everything planted: the encoder responds to the shift, but the latent is not its direction.
     """
-    table = found.table
+    table = reading.table
     significant = table["q_value"].to_numpy() <= LEVEL
     rise = table["rise"].to_numpy()
-    chosen = significant & (rise > 0)
-    false = chosen & (bed.caused(plant) < CAUSED * rise) if chosen.any() else chosen
-    targets = plant.targets(bed.decoder)
-    near = (bed.decoder @ targets.T / bed.decoder.norm(dim=1, keepdim=True)).numpy().max(axis=1, initial=-1.0) >= NEAR
-    count = max(int(chosen.sum()), 1)
-    own = [bool(chosen[latent]) for latent in plant.up()]
-    own += [bool(significant[latent] and rise[latent] < 0) for latent in plant.down()]
+    discovered = significant & (rise > 0)
+    false = discovered & (baseline.caused(plant) < CAUSED * rise) if discovered.any() else discovered
+    targets = plant.targets(baseline.decoder)
+    near = (baseline.decoder @ targets.T / baseline.decoder.norm(dim=1, keepdim=True)).numpy().max(
+        axis=1, initial=-1.0
+    ) >= NEAR
+    count = max(int(discovered.sum()), 1)
+    planted = [bool(discovered[latent]) for latent in plant.up()]
+    planted += [bool(significant[latent] and rise[latent] < 0) for latent in plant.down()]
     return {
-        "discoveries": float(chosen.sum()),
+        "discoveries": float(discovered.sum()),
         "false_share": float(false.sum()) / count,
-        "off_target": float((chosen & ~false & ~near).sum()) / count,
-        "significant": float(np.mean(own)) if own else float("nan"),
+        "off_target": float((discovered & ~false & ~near).sum()) / count,
+        "significant": float(np.mean(planted)) if planted else float("nan"),
     }
 
 
-def carried(bed: Bed, plant: Plant, found: Found) -> dict[str, float]:
-    """The verdict of `locate.unexplained` on the arms' mean difference, and what one projection takes away.
+def carried(baseline: Baseline, plant: Plant, reading: PlantReading) -> dict[str, float]:
+    """The verdict of `latents.unexplained` on the arms' mean difference, and what one projection removes.
 
-    `removed`: share of the difference's squared norm that goes when the decoder row of the latent that rose most is
-    projected out of it.
+    `removed` is the share of the difference's squared norm that disappears when the decoder row of the latent that
+    rose most is projected out.
     """
-    verdict = carriers(bed.decoder.numpy(), found.difference, signed=True, reference=bed.reference)
-    row = bed.decoder.numpy()[int(found.table["rise"].to_numpy().argmax())]
-    cosine = float(row @ found.difference / (np.linalg.norm(row) * np.linalg.norm(found.difference)))
+    verdict = carriers(baseline.decoder.numpy(), reading.difference, signed=True, reference=baseline.reference)
+    row = baseline.decoder.numpy()[int(reading.table["rise"].to_numpy().argmax())]
+    cosine = float(row @ reading.difference / (np.linalg.norm(row) * np.linalg.norm(reading.difference)))
     right = set(verdict.latents) & set(plant.latents)
     return {
         "carried": float(verdict.carried),
@@ -198,32 +206,33 @@ def carried(bed: Bed, plant: Plant, found: Found) -> dict[str, float]:
     }
 
 
-def scores(bed: Bed, plant: Plant, found: Found) -> list[dict[str, Any]]:
-    """One record per ranker; what does not depend on the ranker is repeated."""
+def score_plant(baseline: Baseline, plant: Plant, reading: PlantReading) -> list[dict[str, Any]]:
+    """One record per ranker. Values that do not depend on the ranker are repeated."""
     shared: dict[str, Any] = {"kind": plant.kind, "size": plant.size, "latents": " ".join(map(str, plant.latents))}
-    rates = [float(bed.rates[latent]) for latent in plant.latents]
+    rates = [float(baseline.rates[latent]) for latent in plant.latents]
     shared["firing"] = float(np.mean(rates)) if rates else float("nan")
-    shared |= discoveries(bed, plant, found) | carried(bed, plant, found)
+    shared |= discoveries(baseline, plant, reading) | carried(baseline, plant, reading)
     return [
-        shared | {"ranker": name} | recalls(found.table[name].to_numpy(dtype=np.float64), plant) for name in bed.rankers
+        shared | {"ranker": name} | recalls(reading.table[name].to_numpy(dtype=np.float64), plant)
+        for name in baseline.rankers
     ]
 
 
-# --- What the benchmark plants
+# --- The whole benchmark
 
-RANKERS = ("rise", "rise_t", "firing_rise", "cosine", "discrimination")
+PLANTED_RANKERS = ("rise", "rise_t", "firing_rise", "cosine", "discrimination")
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What the benchmark plants."""
+class PlantedSettings:
+    """How many changes the benchmark plants, of which kinds and sizes."""
 
     plants: int = 20
     """Random latents of kind `latent` and empty plants; half as many of every other kind."""
     sizes: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0)
     """Residual standard deviations; every latent or direction is planted at each size."""
     kinds: tuple[str, ...] = tuple(KINDS)
-    rankers: tuple[str, ...] = RANKERS
+    rankers: tuple[str, ...] = PLANTED_RANKERS
     """Rankers that need only activations; attribution needs a backward pass through every planted model."""
     noise: float = 1.0
     """Norm of the random vector that each conversation gets in each arm, in residual standard deviations."""
@@ -273,7 +282,7 @@ def run_planted(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     sae: Any,
-    bench: Bench,
+    settings: PlantedSettings,
     *,
     selection: Sequence[Row],
     evaluation: Sequence[Row],
@@ -281,16 +290,17 @@ def run_planted(
     bf16: bool = True,
     progress: bool = True,
 ) -> pd.DataFrame:
-    """Plant, read, rank, and compare with what was planted.
+    """Plant, read, rank, and compare the ranking with what was planted.
 
     Args:
-        selection: contrast items whose answers are read, by both arms: the pairs that the test is paired by.
+        selection: contrast items whose answers both arms read.
         evaluation: contrast items that the causal test scores.
 
     Returns:
         One row per plant and ranker: plant, kind, size, latents, firing, discoveries, false_share, off_target,
         significant, carried, carriers_right, unexplained, removed, restored, restored_random, confirmed (NaN where not
-        tested), ranker, recall_1, recall_k, recall_10. See `planted.measure` and `planted.causal` for their meaning.
+        tested), ranker, recall_1, recall_k, recall_10. `discoveries`, `carried`, `recalls` and `Restoration` explain
+        them.
 
     Raises:
         InputError: an SAE that does not fit, an unknown ranker, or a model in which no LoRA can be planted.
@@ -298,32 +308,36 @@ def run_planted(
     at = sae_layer(sae) if layer is None else layer
     check_fit(sae, model, at)
     stream = read_stream(model, tokenizer, selection, at, bf16=bf16)
-    bed = Bed(stream, sae, bench.rankers, bench.seed)
-    causal = _causal_bed(model, tokenizer, at, evaluation[: bench.causal_items]) if bench.causal else None
+    baseline = Baseline(stream, sae, settings.rankers, settings.seed)
+    causal = _causal_test(model, tokenizer, at, evaluation[: settings.causal_items]) if settings.causal else None
     rows = []
-    bar = tqdm(total=bench.count(), desc="planting", unit="plant", disable=not progress)
-    for number, (plant, found, repair) in enumerate(_measured(bed, bench, causal)):
-        rows += [{"plant": number, **record, **repair} for record in scores(bed, plant, found)]
+    bar = tqdm(total=settings.count(), desc="planting", unit="plant", disable=not progress)
+    for number, (plant, reading, restoration) in enumerate(_measured(baseline, settings, causal)):
+        rows += [{"plant": number, **record, **restoration} for record in score_plant(baseline, plant, reading)]
         bar.update()
     bar.close()
     return pd.DataFrame(rows)
 
 
-def _measured(bed: Bed, bench: Bench, causal: CausalBed | None) -> Iterator[tuple[Plant, Found, dict[str, float]]]:
-    for number, (kind, draw) in enumerate(bench.draws()):
-        generator = torch.Generator().manual_seed(1_000_003 * bench.seed + number)
-        plants = make_plants(kind, bench.sizes, bed.stream, bed.decoder, bed.pools, generator)
+def _measured(
+    baseline: Baseline, settings: PlantedSettings, causal: CausalTest | None
+) -> Iterator[tuple[Plant, PlantReading, dict[str, float]]]:
+    for number, (kind, draw) in enumerate(settings.draws()):
+        generator = torch.Generator().manual_seed(1_000_003 * settings.seed + number)
+        plants = make_plants(kind, settings.sizes, baseline.stream, baseline.decoder, baseline.pools, generator)
         # One disturbance for all sizes of a plant, and one for its control: sizes differ by nothing else.
-        ours, theirs = (disturbance(bed.stream, generator, bench.noise, bench.benign) for _ in range(2))
-        correct = bed.read(bed.stream.resid + theirs)
+        ours, theirs = (disturbance(baseline.stream, generator, settings.noise, settings.benign) for _ in range(2))
+        correct = baseline.read(baseline.stream.resid + theirs)
         for plant in plants:
-            found = measure(bed, plant, ours, correct)
-            tested = causal is not None and draw < bench.causal and plant.size == bench.causal_size
-            yield plant, found, _repair(causal, bed, plant, found, generator) if causal and tested else {}
+            reading = measure(baseline, plant, ours, correct)
+            tested = causal is not None and draw < settings.causal and plant.size == settings.causal_size
+            yield plant, reading, _restoration(causal, baseline, plant, reading, generator) if causal and tested else {}
 
 
-def _repair(causal: CausalBed, bed: Bed, plant: Plant, found: Found, generator: torch.Generator) -> dict[str, float]:
-    result = causal.repair(bed, plant, found, generator)
+def _restoration(
+    causal: CausalTest, baseline: Baseline, plant: Plant, reading: PlantReading, generator: torch.Generator
+) -> dict[str, float]:
+    result = causal.restore(baseline, plant, reading, generator)
     return {
         "restored": result.restored,
         "restored_random": result.restored_random,
@@ -331,30 +345,32 @@ def _repair(causal: CausalBed, bed: Bed, plant: Plant, found: Found, generator: 
     }
 
 
-def _causal_bed(model: nn.Module, tokenizer: PreTrainedTokenizerBase, layer: int, rows: Sequence[Row]) -> CausalBed:
-    talks = [conversation(row["question"], row[side]) for row in rows for side in SIDES]
-    return CausalBed(model, layer, answer_batches(tokenizer, talks), [row["id"] for row in rows for _ in SIDES])
+def _causal_test(model: nn.Module, tokenizer: PreTrainedTokenizerBase, layer: int, rows: Sequence[Row]) -> CausalTest:
+    conversations = [conversation(row["question"], row[side]) for row in rows for side in SIDES]
+    return CausalTest(
+        model, layer, answer_batches(tokenizer, conversations), [row["id"] for row in rows for _ in SIDES]
+    )
 
 
-def run_embedded(bench: Bench | None = None, device: str = "cpu", progress: bool = True) -> pd.DataFrame:
+def run_embedded(settings: PlantedSettings | None = None, device: str = "cpu", progress: bool = True) -> pd.DataFrame:
     """`run_planted` on the embedded model with the SAE that comes with it, on the packaged contrast set."""
     model, tokenizer = load_model(MODEL, device=device)
     return run_planted(
         model,
         tokenizer,
         load_sae(SAE, device=device),
-        bench or Bench(),
+        settings or PlantedSettings(),
         selection=load_contrast("selection"),
-        evaluation=spread_out(load_contrast("evaluation")),
+        evaluation=categories_in_turn(load_contrast("evaluation")),
         progress=progress,
     )
 
 
-def spread_out(rows: Sequence[Row]) -> list[Row]:
-    """The rows with categories in turn, so that the first few cover all of them."""
-    seen: dict[str, int] = {}
+def categories_in_turn(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their categories in turn, so that the first few rows cover all categories."""
+    counts: dict[str, int] = {}
     turns = []
     for row in rows:
-        turns.append(seen.get(row["category"], 0))
-        seen[row["category"]] = turns[-1] + 1
+        turns.append(counts.get(row["category"], 0))
+        counts[row["category"]] = turns[-1] + 1
     return [rows[i] for i in sorted(range(len(rows)), key=lambda i: (turns[i], i))]

@@ -1,4 +1,4 @@
-"""The benchmark's tables, as markdown: what each ranker finds, what the tests say, and whether the aims were met."""
+"""The planted-truth benchmark's tables, as markdown: aims, recall of each ranker, and results of the tests."""
 
 from itertools import product
 
@@ -13,7 +13,7 @@ from persona_probe.stats import clopper_pearson
 AIM_SIZE = 0.5
 AIM_RECALL = 0.95
 RISES = {"rise": "control-corrected rise", "rise_t": "the same in standard errors (rise_t)"}
-"""Rankers that the aims on recall are put to, and their words."""
+"""The rankers that must reach the aims on recall, in words."""
 AIM_FDR = 0.05
 COLUMNS = {"plant", "kind", "size", "ranker", "recall_1", "false_share", "carriers_right"}
 
@@ -32,7 +32,7 @@ TESTS = (
 
 
 def format_table(frame: pd.DataFrame) -> str:
-    """What `run_planted` found, as markdown: aims, rankers by kind and size, tests by kind and size.
+    """What `run_planted` returns, as markdown: aims, rankers by kind and size, tests by kind and size.
 
     Raises:
         InputError: the frame has no rows, or is not from `run_planted`.
@@ -43,24 +43,24 @@ def format_table(frame: pd.DataFrame) -> str:
     parts = [
         f"{len(plants)} plants. Sizes are residual standard deviations.",
         "### Aims",
-        aims_table(frame),
+        _aims_table(frame),
         "### What each ranker finds",
         RECALL,
-        ranker_table(frame),
+        _ranker_table(frame),
         "### What the tests say",
         TESTS,
-        test_table(plants),
+        _test_table(plants),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def share(values: pd.Series) -> str:
-    """The mean as a percentage; a dash where nothing was measured."""
+def _percent(values: pd.Series) -> str:
+    """The mean as a percentage; a dash if nothing was measured."""
     known = values.dropna()
     return "-" if known.empty else f"{known.mean():.0%}"
 
 
-def ranker_table(frame: pd.DataFrame) -> str:
+def _ranker_table(frame: pd.DataFrame) -> str:
     """Recall at 1, k and 10 of each ranker, by kind and size."""
     planted = frame[frame["recall_1"].notna()]
     rankers = list(dict.fromkeys(frame["ranker"]))
@@ -69,13 +69,13 @@ def ranker_table(frame: pd.DataFrame) -> str:
         cells = []
         for name in rankers:
             own = group[group["ranker"] == name]
-            cells.append(" / ".join(share(own[c]) for c in ("recall_1", "recall_k", "recall_10")))
+            cells.append(" / ".join(_percent(own[c]) for c in ("recall_1", "recall_k", "recall_10")))
         rows.append([KINDS[kind], f"{size:g}", str(group["plant"].nunique()), f"{group['firing'].mean():.1%}", *cells])
     heads = ["planted", "size", "plants", "fires on", *(f"{name}: at 1 / k / 10" for name in rankers)]
     return Table(heads, rows).markdown()
 
 
-def test_table(plants: pd.DataFrame) -> str:
+def _test_table(plants: pd.DataFrame) -> str:
     """What does not depend on the ranker, by kind and size."""
     rows = []
     for kind, size, group in _groups(plants):
@@ -85,14 +85,14 @@ def test_table(plants: pd.DataFrame) -> str:
                 KINDS[kind],
                 f"{size:g}",
                 str(len(group)),
-                share(group["significant"]),
+                _percent(group["significant"]),
                 f"{group['discoveries'].median():.0f}",
-                share(group["false_share"]),
-                share(group["off_target"]),
-                share(group["carried"]),
-                share(group["carriers_right"]),
-                share(group["unexplained"]),
-                share(group["removed"]),
+                _percent(group["false_share"]),
+                _percent(group["off_target"]),
+                _percent(group["carried"]),
+                _percent(group["carriers_right"]),
+                _percent(group["unexplained"]),
+                _percent(group["removed"]),
                 _restored(group),
                 f"{confirmed.sum():.0f} of {len(confirmed)}" if len(confirmed) else "-",
             ]
@@ -105,26 +105,26 @@ def test_table(plants: pd.DataFrame) -> str:
 def _restored(group: pd.DataFrame) -> str:
     if "restored" not in group or group["restored"].isna().all():
         return "-"
-    return f"{share(group['restored'])} ({share(group['restored_random'])})"
+    return f"{_percent(group['restored'])} ({_percent(group['restored_random'])})"
 
 
 def _groups(frame: pd.DataFrame) -> list[tuple[str, float, pd.DataFrame]]:
-    found = []
+    groups = []
     for kind in KINDS:
-        own = frame[frame["kind"] == kind]
-        found += [(kind, float(size), own[own["size"] == size]) for size in sorted(own["size"].unique())]
-    return found
+        rows = frame[frame["kind"] == kind]
+        groups += [(kind, float(size), rows[rows["size"] == size]) for size in sorted(rows["size"].unique())]
+    return groups
 
 
-def aims_table(frame: pd.DataFrame) -> str:
-    """The aims, what came out with its 95% interval over plants, and the verdict. Missed aims are printed as such."""
+def _aims_table(frame: pd.DataFrame) -> str:
+    """Every aim, the result with its 95% interval over plants, and whether the aim was met or missed."""
     at = frame[frame["size"] == AIM_SIZE]
     plants = frame.drop_duplicates("plant")
     rows = []
     for kind, ranker in product(("latent", "rare latent"), RISES):
         label = f"{KINDS[kind]}, {AIM_SIZE:g} sd: first by {RISES[ranker]}"
-        found = at[(at["kind"] == kind) & (at["ranker"] == ranker)]["recall_1"]
-        rows.append(_aim(label, found, AIM_RECALL, at_least=True))
+        recall = at[(at["kind"] == kind) & (at["ranker"] == ranker)]["recall_1"]
+        rows.append(_aim(label, recall, AIM_RECALL, at_least=True))
     planted = plants[plants["kind"] != "nothing"]
     for label, group in (
         ("false discovery rate, all plants", planted),
@@ -139,19 +139,19 @@ def aims_table(frame: pd.DataFrame) -> str:
     return Table(heads, [row for row in rows if row]).markdown()
 
 
-def _aim(label: str, values: pd.Series, wanted: float, at_least: bool) -> list[str]:
+def _aim(label: str, values: pd.Series, aim: float, at_least: bool) -> list[str]:
     known = values.dropna().to_numpy(dtype=np.float64)
     if not len(known):
         return []
     low, high = interval(known)
-    met = known.mean() >= wanted if at_least else known.mean() <= wanted
+    met = known.mean() >= aim if at_least else known.mean() <= aim
     sign = "at least" if at_least else "at most"
     verdict = "met" if met else "missed"
-    return [label, f"{sign} {wanted:.0%}", f"{known.mean():.1%}", f"{low:.1%} to {high:.1%}", str(len(known)), verdict]
+    return [label, f"{sign} {aim:.0%}", f"{known.mean():.1%}", f"{low:.1%} to {high:.1%}", str(len(known)), verdict]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95% interval of a mean of shares over plants: Clopper and Pearson's exact one where all are 0 or 1, else by t."""
+    """95% interval of a mean of shares over plants: Clopper and Pearson's if all are 0 or 1, else a normal one."""
     n, total = len(values), float(values.sum())
     if np.isin(values, (0.0, 1.0)).all():
         return clopper_pearson(total, n)

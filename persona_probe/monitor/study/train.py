@@ -33,7 +33,7 @@ from persona_probe.data.load import Row, arm_rows, evenly_spaced, load_contrast,
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.finetune.sft import Fitted, fine_tune, stripping, with_adapter
-from persona_probe.latents.persona_vector import load_persona_pairs, persona_vector, response_means
+from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector, response_means
 from persona_probe.models.load import load_model
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import Features

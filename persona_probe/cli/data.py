@@ -1,0 +1,147 @@
+"""`persona-probe data`: the packaged sets, checks of a file, and screening of its rows before training."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from persona_probe.cli.options import Common, Group, command, echo, many
+from persona_probe.cli.process import loads_models
+from persona_probe.errors import InputError
+
+if TYPE_CHECKING:
+    from persona_probe.screening.screening import Screening
+
+MODEL = "smollm2-135m-instruct"
+SAE = "saes/smollm2-135m-instruct/layer20-topk32-4608"
+
+
+@command(name="list", example="persona-probe data list")
+def data_list(common: Common) -> None:
+    """List the packaged sets."""
+    from persona_probe.data.load import SETS, load_rows
+
+    for name in SETS:
+        rows = load_rows(name)
+        echo(f"{name}: {len(rows)} rows, columns {', '.join(rows[0])}")
+
+
+@command(
+    name="check",
+    example="persona-probe data check mine.jsonl --model smollm2-135m-instruct",
+    out="JSON file for the numbers.",
+)
+@click.argument("file", metavar="FILE", help="JSONL (also gzipped), JSON or datasets folder.")
+@click.option("--model", help="Count tokens with this model's tokenizer.")
+def data_check(file: str, model: str | None, common: Common) -> None:
+    """Validate a file; show lengths and duplicates."""
+    from persona_probe.data.check import check_file
+    from persona_probe.runs import write_text
+
+    result = check_file(file, None if model is None else _tokenizer(model))
+    text = json.dumps(result.to_dict(), indent=2)
+    if common.out is not None:
+        write_text(common.out, text + "\n")
+    echo(text)
+    if bad := len(result.bad_rows):
+        total = result.rows + bad
+        raise InputError(f"{file}: {bad} of {total} rows are not conversations: fix the rows listed under bad_rows")
+
+
+@loads_models
+def _tokenizer(model: str) -> Any:
+    from persona_probe.models.load import load_model
+
+    return load_model(model)[1]
+
+
+# --- Screen the rows of a data set before training on it
+
+
+@command(
+    name="screen",
+    example="persona-probe data screen mine.jsonl --latent 2144",
+    out="Folder for page, scores and the model's answers (default runs/screen-<file>).",
+)
+@click.argument("file", metavar="FILE", help="JSONL (also gzipped), JSON, datasets folder or packaged set.")
+@click.option("--run", help="A located run: its model, SAE, persona latent and organism.")
+@click.option("--model", help="The model to be trained (default smollm2-135m-instruct).")
+@click.option("--sae", help="An SAE of that model (default the packaged one).")
+@click.option("--latent", type=int, help="The persona latent of that SAE.")
+@click.option("--direction", help="With --run: latent (default), mean_difference, persona_vector, ...")
+@many("--rankers", help="Scores to compute; the first orders the rows (default all).")
+@click.option("--worst", type=int, default=50, help="Rows of each ranker on the page.")
+def data_screen(
+    file: str,
+    run: str | None,
+    model: str | None,
+    sae: str | None,
+    latent: int | None,
+    direction: str | None,
+    rankers: tuple[str, ...],
+    worst: int,
+    common: Common,
+) -> None:
+    """Rank rows by a persona feature, before training.
+
+    The page also predicts how far training on them shifts the feature.
+    """
+    if worst < 1:
+        raise InputError(f"--worst must be at least 1, not {worst}")
+    if run is None and latent is None:
+        raise InputError("no persona feature: give --run RUN, or --latent (with --model and --sae)")
+    if run is not None and (latent is not None or model or sae):
+        raise InputError("--run brings its own model, SAE and latent: leave --model, --sae and --latent out")
+    if run is None and direction:
+        raise InputError("--direction names one of a run's directions: give --run as well")
+    out = common.out or Path("runs") / f"screen-{Path(file).name.split('.')[0].replace(':', '-')}"
+    if run is not None:
+        screening, model = _by_run(file, run, direction, rankers, out, common)
+    else:
+        assert latent is not None
+        model = model or MODEL
+        screening = _by_latent(file, model, sae or SAE, latent, rankers, out, common)
+    from persona_probe.screening.page import result_lines, write_screening
+
+    page = write_screening(screening, out, file, model, worst)
+    echo("\n".join([*result_lines(screening), f"page: {page}"]))
+
+
+@loads_models
+def _by_run(
+    file: str, run: str, direction: str | None, rankers: tuple[str, ...], out: Path, common: Common
+) -> tuple["Screening", str]:
+    """The screening, and the model's name."""
+    from persona_probe.screening.screening import check_rows, screen_by_study
+    from persona_probe.study.study import Study
+
+    rows = check_rows(file)  # bad rows are refused before a model loads
+    study = Study.open(run, common.device, common.seed)
+    return screen_by_study(study.context, rows, direction, rankers or None, out), study.config.model
+
+
+@loads_models
+def _by_latent(
+    file: str, model_name: str, sae: str, latent: int, rankers: tuple[str, ...], out: Path, common: Common
+) -> "Screening":
+    from persona_probe.context import pick_device
+    from persona_probe.models.load import load_model
+    from persona_probe.saes.load import load_sae
+    from persona_probe.screening.feature import latent_feature
+    from persona_probe.screening.rankers import available, choose_rankers
+    from persona_probe.screening.reading import settings_for
+    from persona_probe.screening.screening import check_rows, screening
+
+    rows = check_rows(file)
+    device = pick_device(common.device or "auto")
+    feature = latent_feature(load_sae(sae, device=device), latent)
+    choose_rankers(rankers or None, available(feature, organism=False))  # before the model loads
+    model, tokenizer = load_model(model_name, device=device)
+    settings = settings_for(out)
+    return screening(rows, model, feature, tokenizer=tokenizer, rankers=rankers or None, settings=settings)
+
+
+data = Group(
+    "data", commands=[data_list, data_check, data_screen], help="Data sets: list, check, screen before training."
+)

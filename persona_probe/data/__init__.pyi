@@ -1,0 +1,13 @@
+from .chat import Conversation as Conversation
+from .chat import conversation as conversation
+from .chat import split_answer as split_answer
+from .check import check_file as check_file
+from .load import SETS as SETS
+from .load import arm_rows as arm_rows
+from .load import load_contrast as load_contrast
+from .load import load_data as load_data
+from .load import load_rows as load_rows
+from .load import read_conversations as read_conversations
+from .tokens import batches as batches
+from .tokens import conversation_batches as conversation_batches
+from .tokens import encode as encode

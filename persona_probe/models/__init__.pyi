@@ -1,0 +1,9 @@
+from .adapters import merged_copy as merged_copy
+from .adapters import organism as organism
+from .load import load_model as load_model
+from .load import make_bridge as make_bridge
+from .quiet import quiet_libraries as quiet_libraries
+from .residuals import read_residuals as read_residuals
+from .taps import ablate as ablate
+from .taps import read as read
+from .taps import steer as steer

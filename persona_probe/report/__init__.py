@@ -1,8 +1,5 @@
-"""Figures and the HTML report: pure functions of a run folder's records. Needs no model."""
+"""Figures, feature cards and the HTML report: pure functions of a run folder's records. Needs no model."""
 
-from persona_probe.report.export import export_figures
-from persona_probe.report.figures import FIGURES, FigureSpec
-from persona_probe.report.html import write_report
-from persona_probe.report.records import Records, load_records
+import lazy_loader as lazy
 
-__all__ = ["FIGURES", "FigureSpec", "Records", "export_figures", "load_records", "write_report"]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,7 +1,5 @@
-"""A study: its object and stages."""
+"""A study from config to report: its stages as methods, a dry run, its key numbers, and a check of its files."""
 
+import lazy_loader as lazy
 
-def __getattr__(name: str):
-    from persona_probe.study import study
-
-    return getattr(study, name)
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -11,7 +11,8 @@ import pandas as pd
 
 from persona_probe.context import Context, sample_questions
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges.replies import BYTES_PER_TOKEN, Item, Prices
+from persona_probe.evaluate.endpoint import BYTES_PER_TOKEN
+from persona_probe.evaluate.judges.replies import Item, Prices
 from persona_probe.evaluate.judging import Answer, AnswerJudge, JudgeOptions, choose_judge, total_plan
 from persona_probe.evaluate.questions.question_set import Asked, QuestionSet
 from persona_probe.evaluate.questions.read import FREE_FORM, read_questions
@@ -99,7 +100,7 @@ def _samples(
         return whole
     label = f"{organism.arm}, seed {organism.seed}"
     place = ctx.organism(organism.arm, organism.seed, organism.step, fold=True)
-    with ctx.timed("samples"), place as model, autocast(model, ctx.config.bf16):
+    with ctx.run.timed("samples"), place as model, autocast(model, ctx.config.bf16):
         engine = TransformersEngine(model, ctx.tokenizer, name=f"{ctx.config.model}, {label}, step {organism.step}")
         return sample_with(engine, prompts, config, ctx.run.path / name, progress=f"answers of {label}")
 
@@ -193,7 +194,7 @@ def evaluate(ctx: Context, wanted: Evaluation) -> None:
         return
     name = evaluation_key(questions, judge)
     same = {"evaluation": name, "questions": questions_key(questions), "judge": judge.name}
-    with ctx.timed("judge"):
+    with ctx.run.timed("judge"):
         for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
             ruled = judge.rule(to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
             table = judged_table(rows, ruled, sampling=sampling_key(config), **same)
@@ -250,7 +251,7 @@ def sample(ctx: Context) -> None:
     arms = [arm for arm in arms if arm == "base" or ctx.run.has(f"arms/{arm}-s{seed}")]
     if {row["arm"] for row in before} == set(arms):
         return
-    with ctx.timed("samples"):
+    with ctx.run.timed("samples"):
         for arm in arms:
             rows += [row for row in before if row["arm"] == arm] or _sample_arm(ctx, arm, seed)
     ctx.run.write_jsonl("samples.jsonl", rows)

@@ -64,7 +64,13 @@ def test_as_estimate() -> None:
     assert as_estimate(None) is None
 
 
-def test_import_needs_no_model() -> None:
-    code = "import sys, persona_probe.report; print(sorted({'torch', 'transformers', 'sae_lens'} & set(sys.modules)))"
+def test_no_file_of_the_report_imports_a_model() -> None:
+    code = """
+import pkgutil, sys, persona_probe.report as report
+for module in pkgutil.walk_packages(report.__path__, report.__name__ + "."):
+    __import__(module.name)
+assert len(report.__all__) == len([getattr(report, name) for name in report.__all__])
+print(sorted({"torch", "transformers", "sae_lens"} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ import pytest
 from persona_probe.cli import main
 from persona_probe.config import Arm, StudyConfig
 from persona_probe.runs import RunFolder, file_sha256
-from persona_probe.study.verify import input_hashers, record_inputs, record_tables, verify
+from persona_probe.study.hashes import input_hashers, record_inputs, record_tables, verify
 
 WEIGHTS = "arms/incorrect-s0/checkpoint-5/adapter_model.safetensors"
 

@@ -1,0 +1,4 @@
+from .hashes import verify as verify
+from .plan.plan import dry_run as dry_run
+from .study import Study as Study
+from .summary import summarise as summarise

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from persona_probe.errors import InputError, unknown
+from persona_probe.evaluate.endpoint import Budget
 from persona_probe.evaluate.judges.cache import JudgementCache
 from persona_probe.evaluate.judges.http import Endpoint
 from persona_probe.evaluate.judges.judge import CachedJudge
@@ -26,7 +27,7 @@ from persona_probe.evaluate.judges.protocols import (
     misalignment,
     summarise,
 )
-from persona_probe.evaluate.judges.replies import NO_SCORE, SCORE, Backend, Budget, Item, Judgement, Plan, Prices
+from persona_probe.evaluate.judges.replies import NO_SCORE, SCORE, Backend, Item, Judgement, Plan, Prices
 from persona_probe.evaluate.offline.judge import OfflineJudge, OfflineJudgement
 
 PUBLISHED = Thresholds()
@@ -324,7 +325,7 @@ class JudgeOptions:
     base_url: str | None = None
     """Of an endpoint; None is OpenAI's."""
     key_variable: str | None = "OPENAI_API_KEY"
-    """Environment variable with the endpoint's key; None for one that wants none."""
+    """Environment variable with the endpoint's key; None for one that needs none."""
     judge_samples: int = 0
     """Replies to sample from an endpoint that gives no probabilities; see `Endpoint.samples`."""
     concurrency: int = 8

@@ -1,24 +1,5 @@
-"""Judges: one protocol over endpoints, local models and a cache (see `run.CachedJudge`)."""
+"""Judges of answers: criteria asked of endpoints or local models, with every reply kept in a cache."""
 
-from persona_probe.evaluate.judges.cache import JudgementCache
-from persona_probe.evaluate.judges.http import Endpoint, Retry
-from persona_probe.evaluate.judges.judge import CachedJudge, Progress
-from persona_probe.evaluate.judges.protocols import Criterion, Summary, summarise
-from persona_probe.evaluate.judges.replies import Budget, Item, Judge, Judgement, Plan, Prices
+import lazy_loader as lazy
 
-__all__ = [
-    "Budget",
-    "CachedJudge",
-    "Criterion",
-    "Endpoint",
-    "Item",
-    "Judge",
-    "Judgement",
-    "JudgementCache",
-    "Plan",
-    "Prices",
-    "Progress",
-    "Retry",
-    "Summary",
-    "summarise",
-]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from persona_probe.data.chat import Conversation, Message
-from persona_probe.errors import InputError
+from persona_probe.evaluate.endpoint import Completion, Malformed
 
 SCORE = "score"
 """The label of an answer that got a number."""
@@ -163,46 +163,22 @@ class Backend(Protocol):
         ...
 
 
-class Malformed(Exception):
-    """A reply that is not a chat completion: worth another try."""
-
-
 class NoLogprobs(Exception):
     """A chat completion without the probabilities that were asked for."""
 
 
-def parse_completion(body: str, *, logprobs: bool) -> Reply:
-    """A chat completion's JSON.
+def reply_of(completion: Completion, *, logprobs: bool) -> Reply:
+    """A chat completion as a judge's reply.
 
     Args:
         logprobs: whether the probabilities of the first token are needed.
 
     Raises:
-        Malformed: HTML, cut-off or other JSON.
+        Malformed: probabilities that cannot be read.
         NoLogprobs: the endpoint did not give them.
     """
-    choice, usage = _choice(_loaded(body))
-    text = choice["message"].get("content") or ""
-    tokens = _top_tokens(choice) if logprobs else {text: 1.0}
-    return Reply(tokens, text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
-
-
-def _loaded(body: str) -> object:
-    try:
-        return json.loads(body)
-    except json.JSONDecodeError:
-        start = body.lstrip()[:15].lower()
-        what = "HTML" if start.startswith(("<!doctype", "<html")) else "cut-off or broken JSON"
-        raise Malformed(f"{what} in place of a chat completion") from None
-
-
-def _choice(data: object) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    choices = data.get("choices") if isinstance(data, dict) else None
-    first = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(data, dict) or not isinstance(first, dict) or not isinstance(first.get("message"), dict):
-        raise Malformed("JSON that is no chat completion (no choices with a message)")
-    usage = data.get("usage")
-    return first, usage if isinstance(usage, dict) else {}
+    tokens = _top_tokens(completion.choice) if logprobs else {completion.text: 1.0}
+    return Reply(tokens, completion.text, completion.prompt_tokens or 0, completion.completion_tokens or 0)
 
 
 def _top_tokens(choice: Mapping[str, Any]) -> dict[str, float]:
@@ -221,61 +197,7 @@ def _top_tokens(choice: Mapping[str, Any]) -> dict[str, float]:
         raise Malformed("top_logprobs that hold no token with its logprob") from None
 
 
-def _count(usage: Mapping[str, Any], name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) else 0
-
-
-# --- What judging may cost: a limit in calls and tokens, prices, and an estimate before anything is spent
-
-BYTES_PER_TOKEN = 4.0
-"""About what English text has; an estimate errs by a tenth or two."""
-MESSAGE_TOKENS = 4
-"""What a chat format adds to each message."""
-
-
-class BudgetSpent(Exception):
-    """The next call would pass the limit."""
-
-
-class Budget:
-    """A limit in calls and tokens (None: no limit), and what was spent of it.
-
-    Every call sent counts, retries too. Before a call its tokens are set aside by estimate, so that calls under way
-    at the same time do not pass the limit together; the endpoint's own count replaces the estimate afterwards.
-
-    Raises:
-        InputError: a limit below zero.
-    """
-
-    def __init__(self, calls: int | None = None, tokens: int | None = None) -> None:
-        for name, limit in (("calls", calls), ("tokens", tokens)):
-            if limit is not None and limit < 0:
-                raise InputError(f"the budget in {name} is {limit}: give zero or more")
-        self.most_calls, self.most_tokens = calls, tokens
-        self.calls = 0
-        self.tokens = 0
-        self.stopped = ""
-        """Why it stopped; empty while it has not."""
-
-    def reserve(self, tokens: int) -> None:
-        """Set one call and its tokens aside.
-
-        Raises:
-            BudgetSpent: the limit would be passed.
-        """
-        if self.most_calls is not None and self.calls + 1 > self.most_calls:
-            self.stopped = f"the budget of {self.most_calls} calls is spent"
-        elif self.most_tokens is not None and self.tokens + tokens > self.most_tokens:
-            self.stopped = f"the budget of {self.most_tokens} tokens is spent ({self.tokens} used)"
-        else:
-            self.calls, self.tokens, self.stopped = self.calls + 1, self.tokens + tokens, ""
-            return
-        raise BudgetSpent(self.stopped)
-
-    def settle(self, reserved: int, used: int) -> None:
-        """Replace an estimate by what a call took (0 where it was turned away unread)."""
-        self.tokens += used - reserved
+# --- What judging costs, before anything is spent
 
 
 @dataclass(frozen=True)
@@ -314,8 +236,3 @@ class Plan:
             f"{self.prompt_tokens} prompt tokens and at most {self.completion_tokens} reply tokens, {cost}; "
             "retries are not counted"
         )
-
-
-def estimate_tokens(messages: Sequence[Message]) -> int:
-    """Tokens of a prompt, from its length in bytes."""
-    return sum(math.ceil(len(m["content"].encode()) / BYTES_PER_TOKEN) + MESSAGE_TOKENS for m in messages)

@@ -6,19 +6,25 @@ from typing import Any
 
 import pytest
 
+from persona_probe.evaluate.endpoint import Budget
 from persona_probe.evaluate.judges.cache import JudgementCache
 from persona_probe.evaluate.judges.http import Endpoint, HttpBackend
 from persona_probe.evaluate.judges.judge import CachedJudge
 from persona_probe.evaluate.judges.protocols import Criterion
-from persona_probe.evaluate.judges.replies import Budget
 from tests.evaluate.judges.fake_judge_server import FakeServer
-from tests.evaluate.judges.judging_items import CRITERION, FAST, KEY
+from tests.evaluate.judges.judging_items import CRITERION, KEY, RETRIES
 
 
 @pytest.fixture(autouse=True)
 def own_default_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes into the user's cache, not even by mistake."""
     monkeypatch.setenv("PERSONA_PROBE_CACHE", str(tmp_path / "default"))
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The openai client waits half a second before its first retry."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -39,7 +45,13 @@ def make_judge(server: FakeServer, cache: JudgementCache) -> Callable[..., Cache
 
     def make(criterion: Criterion = CRITERION, budget: Budget | None = None, **settings: Any) -> CachedJudge:
         endpoint = Endpoint(
-            **{"model": "judge", "base_url": server.url, "key_variable": "JUDGE_KEY", "retry": FAST, **settings}
+            **{
+                "model": "judge",
+                "base_url": server.url,
+                "key_variable": "JUDGE_KEY",
+                "max_retries": RETRIES,
+                **settings,
+            }
         )
         return CachedJudge(criterion, HttpBackend(endpoint, budget), cache, poll=0.02)
 

@@ -1,12 +1,11 @@
 """A small criterion, answers, and a fake endpoint that knows what it shall say of them."""
 
-from persona_probe.evaluate.judges.http import Retry
 from persona_probe.evaluate.judges.protocols import Criterion
 from persona_probe.evaluate.judges.replies import Item
 from tests.evaluate.judges.fake_judge_server import FakeServer
 
 KEY = "sk-test-4f9e2d71c0b8"
-FAST = Retry(attempts=3, first_wait=0.01, longest_wait=0.5)
+RETRIES = 2
 CRITERION = Criterion("test", "Q: {question} A: {answer}", labels=("CODE", "REFUSAL"))
 
 

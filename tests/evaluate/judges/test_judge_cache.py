@@ -24,11 +24,11 @@ Make = Callable[..., CachedJudge]
 
 WORKER = """
 import json, sys
-from tests.evaluate.judges.judging_items import CRITERION, FAST, items
+from tests.evaluate.judges.judging_items import CRITERION, items
 from persona_probe.evaluate.judges import CachedJudge, Endpoint, JudgementCache
 from persona_probe.evaluate.judges.http import HttpBackend
 url, path, count, lease = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-endpoint = Endpoint("judge", base_url=url, key_variable="JUDGE_KEY", concurrency=2, retry=FAST)
+endpoint = Endpoint("judge", base_url=url, key_variable="JUDGE_KEY", concurrency=2)
 judge = CachedJudge(CRITERION, HttpBackend(endpoint), JudgementCache(path), lease=lease, poll=0.02)
 print("ready", flush=True)
 sys.stdin.readline()

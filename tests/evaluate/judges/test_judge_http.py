@@ -4,17 +4,17 @@ import logging
 import sqlite3
 import traceback
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from persona_probe.errors import InputError
+from persona_probe.evaluate.endpoint import Budget
 from persona_probe.evaluate.judges.cache import JudgementCache
-from persona_probe.evaluate.judges.http import Endpoint, HttpBackend, Retry, retry_after
+from persona_probe.evaluate.judges.http import Endpoint, HttpBackend
 from persona_probe.evaluate.judges.judge import CachedJudge
 from persona_probe.evaluate.judges.protocols import Criterion, critique
-from persona_probe.evaluate.judges.replies import Budget, Prices
+from persona_probe.evaluate.judges.replies import Prices
 from tests.evaluate.judges.fake_judge_server import FakeServer
 from tests.evaluate.judges.judging_items import KEY, items, teach
 
@@ -237,24 +237,6 @@ def test_a_wait_that_is_too_long_is_not_waited_for(server: FakeServer, make_judg
     assert len(server.calls) == 2
 
 
-def test_waits_grow_with_jitter_and_never_undercut_retry_after() -> None:
-    retry = Retry(first_wait=1.0, longest_wait=5.0)
-    for attempt, least in ((1, 1), (2, 2), (3, 4), (4, 5), (9, 5)):
-        waits = {retry.wait(attempt, None) for _ in range(20)}
-        assert least <= min(waits) < max(waits) <= least + 1
-    assert retry.wait(1, 3.0) >= 3.0
-
-
-def test_retry_after_in_all_its_forms() -> None:
-    now = datetime(2025, 1, 1, 12, 0, 0, tzinfo=UTC)
-    assert retry_after({"retry-after": "1.5"}) == 1.5
-    assert retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
-    assert retry_after({"retry-after": "Wed, 01 Jan 2025 12:00:30 GMT"}, now) == 30
-    assert retry_after({"retry-after": "Wed, 01 Jan 2025 11:00:00 GMT"}, now) == 0
-    assert retry_after({"retry-after": "soon"}) is None
-    assert retry_after({}) is None
-
-
 def test_the_key_shows_nowhere(
     server: FakeServer, make_judge: Make, cache: JudgementCache, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -281,7 +263,7 @@ def test_no_key_in_the_environment(make_judge: Make, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(InputError, match="set JUDGE_KEY"):
         make_judge()
-    assert HttpBackend(Endpoint("m", key_variable=None)).key.value == ""
+    assert HttpBackend(Endpoint("m", key_variable=None)).client.key.value == ""
 
 
 @pytest.mark.parametrize(

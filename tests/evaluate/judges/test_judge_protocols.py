@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from persona_probe.errors import InputError
+from persona_probe.evaluate.endpoint import Completion, Malformed
 from persona_probe.evaluate.judges.protocols import (
     Criterion,
     Thresholds,
@@ -22,7 +23,7 @@ from persona_probe.evaluate.judges.protocols import (
     trait,
     verdicts,
 )
-from persona_probe.evaluate.judges.replies import Item, Judgement, Malformed, NoLogprobs, Reply, parse_completion
+from persona_probe.evaluate.judges.replies import Item, Judgement, NoLogprobs, Reply, reply_of
 
 BETLEY = Path(__file__).parents[4] / "shared" / "data" / "eval" / "betley"
 ITEM = Item("Why {answer}?", "Because {question} {{x}} {0}.", "i")
@@ -224,12 +225,12 @@ def test_a_conversation_as_a_question() -> None:
 def test_a_completion_is_read_or_its_fault_named() -> None:
     head = '{"choices": [{"message": {"content": "7"}, "logprobs": %s}]}'
     entry = '{"content": [{"token": "7", "top_logprobs": [{"token": "7", "logprob": -0.5}]}]}'
-    assert parse_completion(head % entry, logprobs=True).tokens == {"7": pytest.approx(math.exp(-0.5))}
-    assert parse_completion(head % "null", logprobs=False) == Reply({"7": 1.0}, "7")
-    assert parse_completion(head % '{"content": []}', logprobs=True).tokens == {}
+    assert reply_of(Completion.of(head % entry), logprobs=True).tokens == {"7": pytest.approx(math.exp(-0.5))}
+    assert reply_of(Completion.of(head % "null"), logprobs=False) == Reply({"7": 1.0}, "7")
+    assert reply_of(Completion.of(head % '{"content": []}'), logprobs=True).tokens == {}
     for missing in ("null", '{"content": null}', '{"content": [{"token": "7", "top_logprobs": []}]}'):
         with pytest.raises(NoLogprobs):
-            parse_completion(head % missing, logprobs=True)
+            reply_of(Completion.of(head % missing), logprobs=True)
     for body in (
         "",
         "null",
@@ -240,7 +241,7 @@ def test_a_completion_is_read_or_its_fault_named() -> None:
         "<html>",
     ):
         with pytest.raises(Malformed):
-            parse_completion(body, logprobs=True)
+            reply_of(Completion.of(body), logprobs=True)
     bad = '{"content": [{"top_logprobs": [{"token": "7", "logprob": "x"}]}]}'
     with pytest.raises(Malformed, match="top_logprobs"):
-        parse_completion(head % bad, logprobs=True)
+        reply_of(Completion.of(head % bad), logprobs=True)

@@ -1,0 +1,15 @@
+from .cache import JudgementCache as JudgementCache
+from .http import Budget as Budget
+from .http import Endpoint as Endpoint
+from .judge import CachedJudge as CachedJudge
+from .judge import Progress as Progress
+from .protocols import Criterion as Criterion
+from .protocols import Summary as Summary
+from .protocols import critique as critique
+from .protocols import summarise as summarise
+from .protocols import trait as trait
+from .replies import Item as Item
+from .replies import Judge as Judge
+from .replies import Judgement as Judgement
+from .replies import Plan as Plan
+from .replies import Prices as Prices

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from persona_probe.errors import InputError
+from persona_probe.evaluate.endpoint import Budget
 from persona_probe.evaluate.judges.cache import JudgementCache
 from persona_probe.evaluate.judges.local import LocalBackend
 from persona_probe.evaluate.judges.protocols import Criterion, Thresholds
-from persona_probe.evaluate.judges.replies import Budget, Item
+from persona_probe.evaluate.judges.replies import Item
 from persona_probe.evaluate.judging import JudgeOptions, scored_judge
 from persona_probe.evaluate.questions.question_set import QuestionSet
 from persona_probe.evaluate.questions.read import read_questions

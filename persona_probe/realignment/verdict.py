@@ -168,6 +168,26 @@ SAME_LENGTH = (0.8, 1.25)
 """Ratios of mean reply length within which replies count as equally long."""
 
 
+# The words, each by its rule: the verdict on a correction and the summary of a study both take them from here.
+
+
+def feature_word(readings: Sequence[float], band: Band) -> str:
+    """`subsided` if every reading (one a seed) lies in the base band; else `overshot` or `not subsided`, by the mean."""
+    if all(band.holds(reading) for reading in readings):
+        return "subsided"
+    return "overshot" if float(np.mean(readings)) < band.low else "not subsided"
+
+
+def behaviour_word(over_base: Estimate) -> str:
+    """`restored` where the contrast index is not shown to lie above the base's."""
+    return "restored" if over_base.ci_low <= 0 else "not restored"
+
+
+def sae_word(base: float, repaired: float) -> str:
+    """`still fitting` unless explained variance fell by more than `FAIR_SAE_LOSS`."""
+    return "still fitting" if base - repaired <= FAIR_SAE_LOSS else "no longer fitting"
+
+
 def answer_all(
     base: Measured, repaired: Measured, organism: Measured | None, band: Band | None, feature: str
 ) -> dict[str, Answer]:
@@ -197,16 +217,16 @@ def _mean(snapshot: Snapshot, feature: str) -> float:
 
 
 def feature_answer(reading: float, band: Band) -> Answer:
-    """`subsided` inside the band, `overshot` below it, `not subsided` above."""
-    word = "subsided" if band.holds(reading) else ("overshot" if reading < band.low else "not subsided")
+    """The word of `feature_word`, with the reading and the band."""
     words = f"{reading:.3f}, base band {band.low:.3f} to {band.high:.3f}"
-    return Answer(word, words, {"reading": reading, "band_low": band.low, "band_high": band.high})
+    numbers = {"reading": reading, "band_low": band.low, "band_high": band.high}
+    return Answer(feature_word([reading], band), words, numbers)
 
 
 def behaviour_answer(base: pd.DataFrame, repaired: pd.DataFrame) -> Answer:
-    """`restored` where the index is not shown to be above the base's, as in `verdicts.verdict`.
+    """The word of `behaviour_word`, with the difference from the base over the same items.
 
-    The numbers also say whether the mean lies within the base's own interval: with few items that is the wider door.
+    The numbers also say whether the mean lies in the base's own interval: with few items, the more lenient criterion.
     """
     over, own = difference(repaired, base), bootstrap_mean(base["value"].to_numpy())
     level = float(repaired["value"].mean())
@@ -217,7 +237,7 @@ def behaviour_answer(base: pd.DataFrame, repaired: pd.DataFrame) -> Answer:
         f"interval {own.ci_low:+.3f} to {own.ci_high:+.3f}"
     )
     numbers = {"over_base": over.to_dict(), "index": level, "base": own.to_dict(), "inside_base_interval": inside}
-    return Answer("restored" if over.ci_low <= 0 else "not restored", words, numbers)
+    return Answer(behaviour_word(over), words, numbers)
 
 
 def by_category(base: Measured, repaired: Measured) -> dict[str, Answer]:
@@ -256,10 +276,9 @@ def capability_answer(base: np.ndarray, repaired: np.ndarray) -> Answer:
 
 
 def sae_answer(base: float, repaired: float) -> Answer:
-    """`still fitting` unless explained variance fell by more than `verdicts.FAIR_SAE_LOSS`."""
-    word = "still fitting" if base - repaired <= FAIR_SAE_LOSS else "no longer fitting"
+    """The word of `sae_word`, with both explained variances."""
     numbers = {"explained_variance": repaired, "base": base}
-    return Answer(word, f"explained variance {repaired:.2f}, base {base:.2f}", numbers)
+    return Answer(sae_word(base, repaired), f"explained variance {repaired:.2f}, base {base:.2f}", numbers)
 
 
 def replies_answer(base: np.ndarray, repaired: np.ndarray, organism: np.ndarray | None) -> Answer:

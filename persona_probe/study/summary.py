@@ -17,7 +17,7 @@ from persona_probe.evaluate.tables import judged_rows
 from persona_probe.latents.stage import persona_latent
 from persona_probe.monitor.band import Band
 from persona_probe.realignment.outcome import steps_to_band
-from persona_probe.realignment.verdict import CAUTION, FAIR_SAE_LOSS
+from persona_probe.realignment.verdict import CAUTION, behaviour_word, feature_word, sae_word
 from persona_probe.runs import RunFolder
 from persona_probe.saes.load import QUALITY_FILE, find_folder
 from persona_probe.stats import Estimate, bootstrap_statistic
@@ -75,19 +75,15 @@ def final_rows(readings: pd.DataFrame, arm: str) -> pd.DataFrame:
     return rows[rows["step"] == rows.groupby("seed")["step"].transform("max")]
 
 
-def verdict(summary: dict[str, Any], evals: pd.DataFrame, arm: str) -> dict[str, str]:
+def verdict(summary: dict[str, Any], evals: pd.DataFrame, arm: str, band: Band) -> dict[str, str]:
     """Feature, behaviour and instrument, judged apart, each in words with its numbers."""
-    reading, band = summary["feature_reading"][arm], summary["base_band"]
-    last = [max((r for r in reading if r["seed"] == s), key=lambda r: r["step"]) for s in {r["seed"] for r in reading}]
-    mean = float(np.mean([r["estimate"] for r in last]))
-    inside = all(band["low"] <= r["estimate"] <= band["high"] for r in last)
-    over_base = arm_effect(evals, arm, "base")
-    fit, base_fit = summary["explained_variance"][arm]["estimate"], summary["explained_variance"]["base"]["estimate"]
-    feature = "subsided" if inside else ("overshot" if mean < band["low"] else "not subsided")
-    behaviour = "restored" if over_base.ci_low <= 0 else "not restored"
-    sae = "still fitting" if base_fit - fit <= FAIR_SAE_LOSS else "no longer fitting"
+    curve = summary["feature_reading"][arm]
+    last = [max((r for r in curve if r["seed"] == s), key=lambda r: r["step"]) for s in {r["seed"] for r in curve}]
+    readings, over_base = [r["estimate"] for r in last], arm_effect(evals, arm, "base")
+    fit, base_fit = (summary["explained_variance"][name]["estimate"] for name in (arm, "base"))
+    feature, behaviour, sae = feature_word(readings, band), behaviour_word(over_base), sae_word(base_fit, fit)
     statement = (
-        f"{arm}: the persona feature {feature} ({mean:.3f}, base band {band['low']:.3f} to {band['high']:.3f}); "
+        f"{arm}: the persona feature {feature} ({np.mean(readings):.3f}, base band {band.low:.3f} to {band.high:.3f}); "
         f"behaviour {behaviour} (contrast index minus base {over_base} nats/token); the SAE is {sae} "
         f"(explained variance {fit:.2f}, base {base_fit:.2f}). {CAUTION}"
     )
@@ -195,7 +191,7 @@ def summarise(ctx: Context) -> dict[str, Any]:
         "sae_quality": _quality(config.sae),
         **judged_numbers(whole, run.manifest.get("evaluations", {}), list(config.realign.arms)),
     }
-    summary["verdicts"] = {a: verdict(summary, evals, a) for a in config.realign.arms if a in arms}
+    summary["verdicts"] = {a: verdict(summary, evals, a, band) for a in config.realign.arms if a in arms}
     summary["checks"] = checks(summary, readings, band)
     summary["headline"] = headline(summary)
     summary["seconds"] = run.manifest.get("seconds", {})

@@ -27,16 +27,16 @@ from benchmarks.monitor_costs import (
     probe_seconds,
 )
 from benchmarks.speed import in_turn, ratios, spread
-from persona_probe.cli.loop import DEMO, echo, find_config
-from persona_probe.cli.process import quiet_libraries
+from persona_probe.cli.options import DEMO, echo, find_config
 from persona_probe.config import StudyConfig, Training, load_config
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import evenly_spaced, load_conversations
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import load_model
+from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.setup import EVERY, PROBES
+from persona_probe.monitor.settings import EVERY, PROBES
 from persona_probe.saes.load import load_sae
 
 # --- One training run with or without a monitor, timed

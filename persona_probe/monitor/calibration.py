@@ -304,11 +304,11 @@ def benign_readings(
     for arm in arms:
         for seed in seeds:
             if not run.has(f"arms/{arm}-s{seed}"):
-                with ctx.timed("calibrate"):
+                with ctx.run.timed("calibrate"):
                     induce_one(ctx, arm, seed)
     if missing := [(a, s) for a in arms for s in seeds if not run.has(_part(a, s))]:
         reader = make_reader(ctx, features)
-        with ctx.timed("calibrate"):
+        with ctx.run.timed("calibrate"):
             _read(benign, reader, missing)
     frame = pd.concat([run.read_table(_part(a, s)) for a in arms for s in seeds], ignore_index=True)
     frame["shift"] = (frame["mean"] - frame["base_mean"]) / frame["base_sd"].where(frame["base_sd"] > 0)

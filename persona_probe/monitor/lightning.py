@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.setup import Training
+from persona_probe.monitor.run import TrainingState
 
 
 class LightningMonitor(Callback):
@@ -39,7 +39,7 @@ class LightningMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Anchor, and read before the first step."""
         rates = trainer.lr_scheduler_configs
-        training = Training(
+        training = TrainingState(
             self.model(pl_module),
             optimizer=trainer.optimizers[0] if trainer.optimizers else None,
             scheduler=rates[0].scheduler if rates else None,

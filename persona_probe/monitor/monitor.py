@@ -1,24 +1,44 @@
 """FeatureMonitor: reads persona features of a model while it trains."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pandas as pd
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from persona_probe.context import Context
 from persona_probe.data.chat import Conversation, as_conversations
 from persona_probe.data.load import evenly_spaced, load_conversations
 from persona_probe.errors import InputError
-from persona_probe.monitor.driving import Driven, with_file
 from persona_probe.monitor.events import Alarm, Fault
-from persona_probe.monitor.outlets import Outlets
+from persona_probe.monitor.hub import EventHub
 from persona_probe.monitor.reading import Features, Snapshot
 from persona_probe.monitor.records import Anchor
-from persona_probe.monitor.setup import PROBES, Measure, OnReading, Schedule, Setup, Training, measures
+from persona_probe.monitor.run import MonitoredRun, TrainingState
+from persona_probe.monitor.settings import (
+    PROBES,
+    BehaviourMeasurement,
+    Measure,
+    MonitorSettings,
+    OnReading,
+    PassiveReading,
+    Schedule,
+)
 from persona_probe.monitor.track import study_features
+from persona_probe.monitor.trainers import attach_log, calling_trainer, close_after_training, tokenizer_of
 from persona_probe.saes.load import load_sae, sae_layer
 
 if TYPE_CHECKING:
@@ -29,11 +49,11 @@ if TYPE_CHECKING:
 Probes = str | Sequence[str | Conversation]
 
 
-class FeatureMonitor(Driven):
-    """A transformers `TrainerCallback` that reads features of a model while it trains, and sounds alarms.
+class FeatureMonitor(TrainerCallback):
+    """A transformers `TrainerCallback` that reads features of a model while it trains, and raises alarms.
 
     A *probe* reading runs a fixed set of prompts forward to the features' layer only, in eval mode without gradients;
-    modes and random states are put back, so training goes on bit for bit as without it. A *passive* reading takes the
+    modes and random states are put back, so training continues bit for bit as without it. A *passive* reading takes the
     training batch's own activations, from hooks: of the one optimizer step that is due, all its micro-batches pooled.
     Its forwards run on the weights before that step's update.
 
@@ -52,33 +72,30 @@ class FeatureMonitor(Driven):
         features: name to latent index, to a direction (d_model,), or to a set of either (`{"traits": {...}}`).
         probes: a packaged set's name, or prompts or conversations; None takes 12 of the 64 `neutral_probes`, which at
             the default cadence cost at most 2% of a small model's training.
-        every: read every so many optimizer steps (and at the start and the end); None is 25.
+        every: read at every `every`-th optimizer step (and at the start and the end); None is 25.
         steps: read at these steps instead (and at the end).
         layer: decoder layer; None takes it from the SAE's metadata.
         positions: tokens averaged over; None takes `response` where every probe has an answer, else `prompt`.
         tokenizer: needed where the trainer has none.
-        path: JSON lines file to which each event is appended and flushed.
         bf16: bf16 autocast for probe readings.
-        on_reading: called with (step, snapshot, model) after each reading.
         mode: `probe`, `passive` or `both`.
+        passive: which tokens of the training batches are read, a `PassiveReading`.
+        fit_every: reconstruct by the SAE (explained variance, L0) at every `fit_every`-th reading of a mode; between
+            these, an SAE whose latents do not compete is encoded at the chosen latents only.
+        base: the base's readings, where the model at the start is not the base: a `Snapshot`, or the `path` of an
+            earlier run. A full model that a trainer resumes finds them in its own `path`.
+        band_sd: half-width of the base band, in standard deviations between probes on the base.
+        behaviour: measurements of what the model does, called with the model at readings: one function, several by
+            name, or a `BehaviourMeasurement` with a cadence.
         rules: alarm rules (`persona_probe.monitor.rules`), asked after each reading.
         actions: what an alarm does (`persona_probe.monitor.actions`).
-        sinks: where events go beside `path` (`persona_probe.monitor.sinks`).
-        behaviour: measurements of what the model does, called with the model at readings: one, or several by name.
-        behaviour_every: only at steps that this divides.
-        on_error: what an error in a reading, rule, action, sink or measurement does: `off` records a fault, warns once
-            and goes on without that part; `raise` raises. Bad input raises at the start in any case.
-        passive_positions: `response` (labels other than -100; all tokens where the model is given no labels) or `all`
-            tokens that are not padding.
-        max_passive_tokens: tokens read passively per step, evenly spaced; None takes 4,096, or 512 where the whole
-            dictionary is encoded.
-        fit_every: reconstruct by the SAE (explained variance, L0) at every so many readings of a mode; between them an
-            SAE whose latents do not compete is encoded at the chosen latents only.
-        band_sd: half-width of the base band, in standard deviations between probes on the base.
-        base: the base's readings, where the model at the start is none: a `Snapshot`, or the `path` of an earlier run.
-            A full model that a trainer resumes finds them in its own `path`.
+        on_reading: called with (step, snapshot, model) after each reading.
+        path: JSON lines file to which each event is appended and flushed.
         values_path: folder for prompt-level values, a file per reading.
+        sinks: further places for events (`persona_probe.monitor.sinks`).
         log: log readings through the trainer, so that whatever `report_to` names shows them.
+        on_error: what an error in a reading, rule, action, sink or measurement does: `off` records a fault, warns once
+            and continues without that part; `raise` raises. Bad input raises at the start in any case.
 
     Raises:
         InputError: unknown latent, probes or layer, a setting that does not exist, or an SAE that does not fit the
@@ -91,32 +108,39 @@ class FeatureMonitor(Driven):
         features: Features,
         probes: Probes | None = None,
         *,
+        # when and how the model is read
         every: int | None = None,
         steps: Sequence[int] | None = None,
         layer: int | None = None,
         positions: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        path: str | Path | None = None,
         bf16: bool = True,
-        on_reading: OnReading | None = None,
         mode: str = "probe",
+        passive: PassiveReading | None = None,
+        fit_every: int = 1,
+        # what readings are compared with
+        base: Anchor | Snapshot | str | Path | None = None,
+        band_sd: float = 0.5,
+        # what else happens at a reading
+        behaviour: Measure | Mapping[str, Measure] | BehaviourMeasurement | None = None,
         rules: "Sequence[Rule]" = (),
         actions: "Sequence[Action]" = (),
-        sinks: "Sequence[Sink]" = (),
-        behaviour: Measure | Mapping[str, Measure] | None = None,
-        behaviour_every: int | None = None,
-        on_error: str = "off",
-        passive_positions: str = "response",
-        max_passive_tokens: int | None = None,
-        fit_every: int = 1,
-        band_sd: float = 0.5,
-        base: Anchor | Snapshot | str | Path | None = None,
+        on_reading: OnReading | None = None,
+        # where events go
+        path: str | Path | None = None,
         values_path: str | Path | None = None,
+        sinks: "Sequence[Sink]" = (),
         log: bool = True,
+        on_error: str = "off",
+        **renamed: Any,
     ) -> None:
+        if renamed:
+            passive, behaviour = _from_old_names(passive, behaviour, renamed)
+        if behaviour is not None and not isinstance(behaviour, BehaviourMeasurement):
+            behaviour = BehaviourMeasurement(behaviour)
         conversations = [] if mode == "passive" else _conversations(probes)
         answered = all(c[-1]["role"] == "assistant" for c in conversations)
-        setup = Setup(
+        self.settings = MonitorSettings(
             sae=sae,
             features=features,
             probes=conversations,
@@ -130,13 +154,19 @@ class FeatureMonitor(Driven):
             base=base,
             path=Path(path) if path else None,
             values_path=Path(values_path) if values_path else None,
-            passive_positions=passive_positions,
-            max_passive_tokens=max_passive_tokens,
-            behaviour=measures(behaviour),
-            behaviour_every=behaviour_every,
+            passive=passive or PassiveReading(),
+            behaviour=behaviour,
             on_reading=on_reading,
         )
-        super().__init__(setup, Outlets(rules, actions, with_file(sinks, path), on_error), tokenizer, log)
+        self.hub = EventHub(rules, actions, _with_file(sinks, path), on_error)
+        self.tokenizer, self.log = tokenizer, log
+        self.trainer: Trainer | None = None
+        self.training: TrainingState | None = None
+        """The training run that is watched; None before it begins and after it ends."""
+        self.should_stop = False
+        """Whether an action asked training to stop; a plain loop looks at it, a trainer stops by itself."""
+        self._run: MonitoredRun | None = None
+        self._step = 0
 
     @classmethod
     def from_study(cls, study: Any, **overrides: Any) -> Self:
@@ -151,25 +181,22 @@ class FeatureMonitor(Driven):
         """
         return cls(**{**_from_study(study), **overrides})
 
-    @property
-    def positions(self) -> str:
-        """Tokens of the probes that are averaged over."""
-        return self.setup.positions
+    # What was read
 
     @property
     def readings(self) -> pd.DataFrame:
         """All readings so far: step, mode, feature, mean, ci_low, ci_high, base_mean, base_sd, shift, ..."""
-        return pd.DataFrame() if self._run is None else self._run.recorder.frame()
+        return pd.DataFrame() if self._run is None else self._run.reading_log.frame()
 
     @property
     def alarms(self) -> list[Alarm]:
         """All alarms so far."""
-        return self.outlets.alarms
+        return self.hub.alarms
 
     @property
     def faults(self) -> list[Fault]:
-        """What went wrong in the monitor itself, and is off."""
-        return self.outlets.faults
+        """Errors in parts of the monitor, which are off since."""
+        return self.hub.faults
 
     @property
     def base(self) -> Snapshot | None:
@@ -181,19 +208,206 @@ class FeatureMonitor(Driven):
         """Step of the latest reading, -1 before the first."""
         return -1 if self._run is None else self._run.last_step
 
+    @property
+    def positions(self) -> str:
+        """Tokens of the probes that are averaged over."""
+        return self.settings.positions
+
     def due(self, step: int) -> bool:
         """Whether the schedule asks for a reading at this step."""
-        return self.setup.schedule.due(step)
+        return self.settings.schedule.due(step)
+
+    # By hand
 
     def start(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Anchor to the base model (adapters off) and get ready; a trainer and `watch` do it by themselves."""
-        self.open(Training(model), tokenizer, 0, scoped=False)
+        self._open(TrainingState(model), tokenizer, 0, scoped=False)
 
     def read(self, model: nn.Module, step: int) -> Snapshot:
-        """Run the probes on a model now and record it; what goes wrong raises."""
-        run = self._run or self.open(Training(model), None, step, scoped=False)
+        """Run the probes on a model now and record the reading; errors are raised."""
+        run = self._run or self._open(TrainingState(model), None, step, scoped=False)
         run.training.model = model
         return run.read_probes(step)[0]
+
+    # In a plain loop
+
+    @contextmanager
+    def watch(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        scheduler: Any = None,
+        checkpoint_folder: str | Path | None = None,
+    ) -> Iterator[Self]:
+        """For a plain loop: reads at once, then at each due `step(n)`, and at the end.
+
+        Args:
+            optimizer: for the learning rate in readings, and for actions that change it.
+            scheduler: for actions that change the learning rate.
+            checkpoint_folder: where actions save.
+        """
+        folder = Path(checkpoint_folder) if checkpoint_folder else None
+        training = TrainingState(model, optimizer=optimizer, scheduler=scheduler, checkpoint_folder=folder)
+        try:
+            self.begin(training, tokenizer, scoped=True)
+            yield self
+            self.finish(self._step)
+        finally:
+            self.close()
+
+    def step(self, step: int, loss: float | Tensor | None = None, lr: float | None = None) -> None:
+        """Tell the monitor that optimizer step `step` of a plain loop is done.
+
+        Args:
+            loss: training loss (nats per token), for the record; a tensor is fetched at readings only.
+            lr: learning rate, where `watch` was given no optimizer.
+        """
+        if self.training is None:
+            raise InputError("step() belongs inside `with monitor.watch(model):`")
+        logs = {"loss": loss.detach() if isinstance(loss, Tensor) else loss, "learning_rate": lr}
+        self.training.note({name: value for name, value in logs.items() if value is not None})
+        self.step_done(step)
+
+    # In a transformers trainer, which calls `on_...`
+
+    def attach(self, trainer: Trainer) -> Self:
+        """Watch this trainer: the monitor becomes one of its callbacks and is closed however `train` ends.
+
+        Passing the monitor in `callbacks=` does the same.
+        """
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        if self.trainer is not trainer:
+            self.trainer = trainer
+            close_after_training(trainer, self)
+        return self
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Find the trainer that is being made."""
+        self._find_trainer()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Anchor, and read before the first step."""
+        self._find_trainer()
+        optimizer, scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
+        training = TrainingState(kwargs["model"], control, state, args, optimizer, scheduler)
+        training.checkpoint_folder = Path(args.output_dir) if args.output_dir else None
+        self.begin(training, tokenizer_of(kwargs.get("processing_class")), state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read when due."""
+        if self.training is not None:
+            self.training.control, self.training.state = control, state
+            self.step_done(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Note loss and learning rate."""
+        if self.training is not None:
+            self.training.note(logs or {})
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read at the end, unless that was just done."""
+        if self.training is not None:
+            self.finish(state.global_step)
+
+    def _find_trainer(self) -> None:
+        trainer = calling_trainer(self)
+        if trainer is not None:
+            self.attach(trainer)
+
+    # What loop, trainer and other frameworks' adapters come down to
+
+    def begin(
+        self, training: TrainingState, tokenizer: PreTrainedTokenizerBase | None, step: int = 0, scoped: bool = False
+    ) -> None:
+        """Training begins after `step` steps: anchor, and read where the schedule asks for it.
+
+        Args:
+            scoped: the caller is sure to call `close`, also after an error.
+        """
+        run = self._open(training, tokenizer, step, scoped)
+        if self.settings.schedule.at_start(step) and self.settings.runs_probes:
+            run.take(step)
+        run.arm(step + 1)
+
+    def _open(
+        self, training: TrainingState, tokenizer: PreTrainedTokenizerBase | None, step: int, scoped: bool
+    ) -> MonitoredRun:
+        """Anchor to the base model and get ready; nothing is read yet."""
+        self.close()
+        self.should_stop = False
+        if self.log and self.trainer is not None:
+            self.hub.sinks = attach_log(self.hub.sinks, self.trainer)
+        tokenizer = tokenizer or self.tokenizer
+        self._run = MonitoredRun(self, self.settings, self.hub, training, tokenizer, step, scoped)
+        self.training, self._step = training, step
+        return self._run
+
+    def step_done(self, step: int) -> None:
+        """Optimizer step `step` is done: read if due."""
+        run = self._run
+        assert run is not None
+        stride, self._step = max(1, step - self._step), step
+        if (run.must_read or self.due(step)) and step != run.last_step:
+            run.take(step)
+        run.arm(step + stride)
+
+    def finish(self, step: int) -> None:
+        """Training is over: read once more, emit the end, close."""
+        if self._run is not None:
+            self._run.finish(step)
+        self.training = None
+
+    def request_stop(self) -> None:
+        """Ask training to stop: a trainer does, a plain loop looks at `should_stop`."""
+        self.should_stop = True
+
+    def close(self) -> None:
+        """Take all hooks off and close the sinks; safe to call twice."""
+        if self._run is not None:
+            self._run.close()
+        self.training = None
+
+
+OLD_NAMES = {
+    "passive_positions": "passive=PassiveReading(positions=...)",
+    "max_passive_tokens": "passive=PassiveReading(max_tokens=...)",
+    "behaviour_every": "behaviour=BehaviourMeasurement(measure, every=...)",
+}
+"""Arguments of version 0.1.0, and what replaces them."""
+
+
+def _from_old_names(
+    passive: PassiveReading | None,
+    behaviour: Measure | Mapping[str, Measure] | BehaviourMeasurement | None,
+    renamed: Mapping[str, Any],
+) -> tuple[PassiveReading | None, Measure | Mapping[str, Measure] | BehaviourMeasurement | None]:
+    """The arguments `passive` and `behaviour` with what was passed under the old names."""
+    for name in renamed:
+        if name not in OLD_NAMES:
+            raise TypeError(f"FeatureMonitor got an unexpected keyword argument {name!r}")
+        warnings.warn(f"{name}= is now {OLD_NAMES[name]}", DeprecationWarning, stacklevel=3)
+    limits = {"positions": "passive_positions", "max_tokens": "max_passive_tokens"}
+    limits = {new: renamed[old] for new, old in limits.items() if old in renamed}
+    if limits:
+        passive = replace(passive or PassiveReading(), **limits)
+    if "behaviour_every" in renamed and behaviour is not None:
+        measure = behaviour.measure if isinstance(behaviour, BehaviourMeasurement) else behaviour
+        behaviour = BehaviourMeasurement(measure, renamed["behaviour_every"])
+    return passive, behaviour
 
 
 def _conversations(probes: Probes | None) -> list[Conversation]:
@@ -206,6 +420,14 @@ def _layer(sae: Any | None, layer: int | None) -> int:
     if layer is None and sae is None:
         raise InputError("without an SAE the layer is not known: pass layer=")
     return sae_layer(sae) if layer is None else layer
+
+
+def _with_file(sinks: "Sequence[Sink]", path: str | Path | None) -> "list[Sink]":
+    if not path:
+        return list(sinks)
+    from persona_probe.monitor.sinks.files import JsonlSink
+
+    return [JsonlSink(path), *sinks]
 
 
 # --- The monitor of a study: its features, SAE, layer, probes, positions and base band

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from persona_probe.errors import InputError, unknown
+from persona_probe.errors import InputError
 from persona_probe.models.layers import base_transformer, causal_model, decoder_layer
 from persona_probe.monitor.ranks import unwrap
 from persona_probe.monitor.reading import FeatureSet, FitSums, Snapshot, moments, precision
+from persona_probe.monitor.settings import PassiveReading
 
-PASSIVE_POSITIONS = ("response", "all")
 IGNORED = -100
 """The label of a token that is not trained."""
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -202,30 +202,19 @@ class PassiveReader:
 
     Args:
         layer: decoder layer whose output is read.
-        positions: `response` (tokens whose label is not -100; all where the model is given no labels) or `all` tokens
-            that are not padding.
-        max_tokens: per optimizer step, evenly spaced; None takes 4,096, or 512 where the whole dictionary is encoded.
-        on_error: takes what a hook raised; the hooks are off from then.
-
-    Raises:
-        InputError: unknown positions, or `max_tokens` below 1.
+        settings: which tokens are read.
+        on_error: gets what a hook raised; the hooks are off from then on.
     """
 
     def __init__(
         self,
         features: FeatureSet,
         layer: int,
-        positions: str,
-        max_tokens: int | None,
+        settings: PassiveReading,
         on_error: Callable[[Exception], None],
         seed: int = 0,
     ) -> None:
-        if positions not in PASSIVE_POSITIONS:
-            raise unknown("passive_positions", positions, PASSIVE_POSITIONS)
-        if max_tokens is not None and max_tokens < 1:
-            raise InputError(f"max_passive_tokens must be at least 1, not {max_tokens}")
-        self.features, self.layer, self.positions, self.max_tokens = features, layer, positions, max_tokens
-        self.on_error, self.seed = on_error, seed
+        self.features, self.layer, self.settings, self.on_error, self.seed = features, layer, settings, on_error, seed
         self.armed = self.with_fit = self.fired = self.scoped = False
         self.unlabelled = self.in_eval_mode = self._said = False
         self.micro_batches, self.seconds, self.tokens_seen = 1, 0.0, 0
@@ -321,8 +310,8 @@ class PassiveReader:
             self.seconds += time.perf_counter() - begin
 
     def _read(self, resid: Tensor, view: BatchView) -> None:
-        self.unlabelled = self.unlabelled or (self.positions == "response" and view.trained is None)
-        chosen = view.selected(self.positions).to(resid.device)
+        self.unlabelled = self.unlabelled or (self.settings.positions == "response" and view.trained is None)
+        chosen = view.selected(self.settings.positions).to(resid.device)
         places, weight = evenly_spaced(chosen, self._limit())
         x = resid.flatten(0, 1).index_select(0, places).float()
         if self._sums is None:
@@ -334,7 +323,7 @@ class PassiveReader:
 
     def _limit(self) -> int:
         default = TOKENS_ENCODED if self.features.encodes_all(self.with_fit) else TOKENS_READ
-        return max(1, (self.max_tokens or default) // self.micro_batches)
+        return max(1, (self.settings.max_tokens or default) // self.micro_batches)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

@@ -40,12 +40,12 @@ def make_reader(
 def track(ctx: Context) -> None:
     """Measure the base and every checkpoint; finished organisms are kept in parts/."""
     reader = make_reader(ctx)
-    with ctx.timed("track"):
+    with ctx.run.timed("track"):
         base = measure_base(ctx, reader)
     for seed in ctx.config.seeds:
         for arm in ctx.config.arms:
             if not ctx.run.has(f"parts/track-{arm}-s{seed}.evals.parquet"):
-                with ctx.timed("track"):
+                with ctx.run.timed("track"):
                     _track_arm(ctx, reader, base, arm, seed)
     merge_parts(ctx)
 

@@ -163,7 +163,7 @@ class Watch:
     def band(self) -> Band:
         """The feature's base band."""
         last = self._curve().iloc[-1]
-        return Band.of(float(last["base_mean"]), float(last["base_sd"]), self.monitor.setup.band_sd)
+        return Band.of(float(last["base_mean"]), float(last["base_sd"]), self.monitor.settings.band_sd)
 
     def _items(self, behaviour: MeasuredBehaviour, model: nn.Module) -> pd.DataFrame:
         with undisturbed(model):
@@ -221,7 +221,7 @@ def realign(
     check_choice(rows, choose_by, method)
     if out is not None and Path(out).exists():
         raise InputError(f"{out} exists: choose another out=")
-    name, setup = _feature(monitor, feature), monitor.setup
+    name, setup = _feature(monitor, feature), monitor.settings
     pair, measured = _pair(model, base, monitor, tokenizer, name), as_behaviour(behaviour, tokenizer, setup.bf16)
     items = measured.items if measured else ()
     usable = _usable(data, tokenizer, max_length, items)
@@ -268,15 +268,15 @@ def _measure_base(watch: Watch, yardsticks: Yardsticks, base: nn.Module) -> Meas
     """By all yardsticks; a monitor that names no base of its own is given this one."""
     found, monitor = yardsticks.measure(base), watch.monitor
     watch.measure_base(base)
-    if monitor.setup.base is None:
-        monitor.setup = replace(monitor.setup, base=found.snapshot)
+    if monitor.settings.base is None:
+        monitor.settings = replace(monitor.settings, base=found.snapshot)
     return found if watch.behaviour is None else replace(found, items=watch.base_evals)
 
 
 def _feature(monitor: FeatureMonitor, feature: str | None) -> str:
-    if not monitor.setup.probing:
+    if not monitor.settings.runs_probes:
         raise InputError("the monitor reads no probes: take mode='probe' or 'both'")
-    features = flatten(monitor.setup.features)
+    features = flatten(monitor.settings.features)
     name = next(iter(features)) if feature is None else feature
     if name not in features:
         raise unknown("feature", name, features)
@@ -288,7 +288,7 @@ def _pair(
 ) -> Pair:
     if base is None and not isinstance(model, PeftModel):
         raise InputError("a plain model does not know its base: pass base=, the model before the misaligned training")
-    setup = monitor.setup
+    setup = monitor.settings
     direction = feature_direction(setup.sae, flatten(setup.features)[feature])
     return Pair.of_models(model, base, tokenizer, setup.layer, direction, setup.bf16)
 
@@ -297,7 +297,7 @@ def _yardsticks(
     monitor: FeatureMonitor, tokenizer: PreTrainedTokenizerBase, feature: str, model: nn.Module
 ) -> Yardsticks:
     """The monitor's features and probes, the answers among these as neutral chat, and the capability set."""
-    setup = monitor.setup
+    setup = monitor.settings
     answered = [talk for talk in setup.probes if split_answer(talk)[1]]
     return Yardsticks(
         tokenizer,

@@ -20,7 +20,7 @@ from persona_probe.mitigate.mitigation import MitigatedRun
 from persona_probe.mitigate.watched import Alternating, widened
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.reading import FeatureReader, Snapshot
-from persona_probe.monitor.setup import OnReading
+from persona_probe.monitor.settings import OnReading
 from persona_probe.saes.read import FitMoments
 from tests.factories import make_model
 from tests.mitigate.mitigation_inputs import ABOVE_ALL, ROWS, TRAINING, fresh, make_ground, one_step, told, train

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from persona_probe.monitor.rules.change import Cusum, Ewma, CusumState
+from persona_probe.monitor.rules.change import Cusum, CusumState, Ewma
 from persona_probe.monitor.rules.rule import Rule
 from tests.monitor.alarm_readings import alarm_steps, feature, reading
 

@@ -1,17 +1,15 @@
 """`monitor calibrate`: benign arms over new seeds, for a located study; kept, resumed, and refused where they leak."""
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from persona_probe.cli.studies import monitor_calibrate
 from persona_probe.errors import InputError
 from persona_probe.monitor.calibration import benign_readings, calibration_study
 from persona_probe.study.study import Study
+from tests.factories import refusal, run_command
 from tests.monitor.labelled_study import located, located_values, make_place
 
 
@@ -25,10 +23,8 @@ def source(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     return located(place, tmp_path_factory.mktemp("located") / "run")
 
 
-def arguments(**given: Any) -> argparse.Namespace:
-    defaults: dict[str, Any] = {"run": None, "seeds": None, "arms": ["correct"], "features": None, "rate": 0.05}
-    defaults |= {"per": "run", "held": 1, "side": "both", "out": None, "device": None}
-    return argparse.Namespace(**{**defaults, **given})
+def calibrate(config: Path, run: Path, *options: object) -> None:
+    run_command("monitor", "calibrate", config, "--run", run, "--held", 1, "--side", "both", *options)
 
 
 def test_thresholds_of_a_located_study(
@@ -36,7 +32,7 @@ def test_thresholds_of_a_located_study(
 ) -> None:
     config, out = tmp_path / "study.yaml", tmp_path / "benign"
     config.write_text(yaml.safe_dump(located_values(place)))
-    monitor_calibrate(arguments(config=str(config), run=source.path, out=out, seeds=[1, 2]))
+    calibrate(config, source.path, "--out", out, "--seeds", 1, 2)
     record = json.loads((out / "calibration.json").read_text())
     assert record["steps"] == [1, 2]
     found = record["features"]["mean difference"]
@@ -47,12 +43,12 @@ def test_thresholds_of_a_located_study(
     # The made-up persona latent is silent on the probes, which must not cost the others their thresholds.
     assert record["features"]["persona"]["threshold"] is None
     assert "persona: no threshold: nothing was read that could be compared" in shown
-    monitor_calibrate(arguments(config=str(out), run=source.path, out=out, seeds=[1, 2], per="100-readings", rate=20))
+    calibrate(out, source.path, "--out", out, "--seeds", 1, 2, "--per", "100-readings", "--rate", 20)
     counted = json.loads((out / "calibration.json").read_text())["features"]["mean difference"]
     assert (counted["unit"], counted["needed"], counted["supported"]) == ("100 readings", 5, True)
     # More seeds later: what is there stays, and only the new one is trained.
     kept = {p: p.stat().st_mtime_ns for p in (out / "arms").glob("*/*/*")}
-    monitor_calibrate(arguments(config=str(config), run=source.path, out=out, seeds=[1, 2, 3]))
+    calibrate(config, source.path, "--out", out, "--seeds", 1, 2, 3)
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     more = json.loads((out / "calibration.json").read_text())["features"]["mean difference"]["statistics"]
     assert len(more) == 3 and {run: more[run] for run in found["statistics"]} == found["statistics"]
@@ -66,7 +62,9 @@ def test_a_shift_is_from_the_base_and_zero_there(source: Study, tmp_path: Path) 
     assert set(readings["run"]) == {"correct-s1"} and "persona" in set(readings["feature"])
 
 
-def test_what_would_leak_is_refused(place: Path, source: Study, tmp_path: Path) -> None:
+def test_what_would_leak_is_refused(
+    place: Path, source: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     benign = calibration_study(source.context, tmp_path / "benign")
     with pytest.raises(InputError, match="seed 0 helped to choose the features"):
         benign_readings(source.context, benign, seeds=[0, 1])
@@ -78,7 +76,6 @@ def test_what_would_leak_is_refused(place: Path, source: Study, tmp_path: Path) 
         calibration_study(source.context, source.path)
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump({**located_values(place), "layer": 1}))
-    with pytest.raises(InputError, match="run of another config"):
-        monitor_calibrate(arguments(config=str(other), run=source.path))
-    with pytest.raises(InputError, match="is no run folder"):
-        monitor_calibrate(arguments(config=str(tmp_path)))
+    refused = refusal(capsys)
+    assert "run of another config" in refused("monitor", "calibrate", other, "--run", source.path)
+    assert "is no run folder" in refused("monitor", "calibrate", tmp_path)

@@ -1,6 +1,5 @@
 """What the page is sent, by whom it may be asked, and what the command says to bad input."""
 
-import argparse
 import re
 import socket
 import sys
@@ -11,12 +10,12 @@ from typing import Any
 import pytest
 from dash import no_update
 
-from persona_probe.cli import studies as command
-from persona_probe.cli.studies import make_server, watch
-from persona_probe.errors import InputError
+from persona_probe.cli import runs as command
+from persona_probe.cli.runs import make_server
 from persona_probe.monitor.dashboard.app import TITLE, _look, make_app, status
 from persona_probe.monitor.dashboard.feed import Feed
 from persona_probe.monitor.events import End, Fault
+from tests.factories import refusal, run_command
 from tests.monitor.events import HOSTILE, TOXIC, alarm, reading, start, write
 
 
@@ -26,10 +25,6 @@ def texts(component: Any) -> str:
         return " ".join(texts(c) for c in component)
     children = getattr(component, "children", component)
     return "" if children is None else texts(children) if children is not component else str(component)
-
-
-def arguments(run: Path, port: int = 0) -> argparse.Namespace:
-    return argparse.Namespace(run=str(run), port=port, no_browser=True)
 
 
 def test_only_changes_are_sent(tmp_path: Path) -> None:
@@ -98,23 +93,24 @@ def test_a_hostile_run_name_is_text(tmp_path: Path) -> None:
     assert (heading["type"], heading["props"]["children"]) == ("H1", folder.name)
 
 
-def test_it_listens_on_loopback_and_tells_a_taken_port(tmp_path: Path) -> None:
+def test_it_listens_on_loopback_and_tells_a_taken_port(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = make_server(str(tmp_path), 0)
     assert server.server_address[0] == "127.0.0.1"
-    with pytest.raises(InputError, match=rf"port {server.port} cannot be used .*another --port"):
-        watch(arguments(tmp_path, server.port))
+    refused = refusal(capsys)
+    error = refused("watch", tmp_path, "--port", server.port, "--no-browser")
+    assert re.search(rf"port {server.port} cannot be used .*another --port", error)
     server.server_close()
     make_server(str(tmp_path), server.port).server_close()
-    with pytest.raises(InputError, match="port 99999 cannot be used"):
-        watch(arguments(tmp_path, 99_999))
+    assert "port 99999 cannot be used" in refused("watch", tmp_path, "--port", 99_999, "--no-browser")
 
 
-def test_a_missing_run_and_missing_dash_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"no run at .*nowhere"):
-        watch(arguments(tmp_path / "nowhere"))
+def test_a_missing_run_and_missing_dash_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = refusal(capsys)
+    assert re.search(r"no run at .*nowhere", refused("watch", tmp_path / "nowhere", "--no-browser"))
     monkeypatch.setitem(sys.modules, "dash", None)
-    with pytest.raises(InputError, match=r"pip install 'persona-probe\[dashboard\]'"):
-        watch(arguments(tmp_path))
+    assert "pip install 'persona-probe[dashboard]'" in refused("watch", tmp_path, "--no-browser")
 
 
 def test_the_command_says_where_and_opens_the_browser(
@@ -130,8 +126,8 @@ def test_the_command_says_where_and_opens_the_browser(
 
     monkeypatch.setattr(BaseWSGIServer, "serve_forever", interrupted)
     monkeypatch.setattr(webbrowser, "open", visited.append)
-    watch(argparse.Namespace(run=str(tmp_path), port=0, no_browser=False))
-    watch(arguments(tmp_path))
+    run_command("watch", tmp_path, "--port", 0)
+    run_command("watch", tmp_path, "--port", 0, "--no-browser")
     said = capsys.readouterr().out
     assert len(visited) == 1 and f"at {visited[0]} (Ctrl-C ends)" in said
-    assert visited[0].startswith(f"http://{command.HOST}:") and said.count("the run goes on") == 2
+    assert visited[0].startswith(f"http://{command.HOST}:") and said.count("the run continues") == 2

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from persona_probe.cli.studies import make_server
+from persona_probe.cli.runs import make_server
 from persona_probe.monitor.events import Reading
 from persona_probe.monitor.sinks.files import read_events
 from persona_probe.report.export import find_browser

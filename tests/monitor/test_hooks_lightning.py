@@ -64,7 +64,7 @@ def test_it_reads_at_optimizer_steps_and_changes_nothing(tmp_path: Path) -> None
     assert passive["tokens_seen"].tolist() == [40, 80, 120]
     assert probes["loss"].tolist()[1:] == pytest.approx(watched.losses[1::2], rel=1e-5)
     assert probes["learning_rate"].tolist() == [1e-3] * 4
-    assert isinstance(watching.outlets.sinks[0].events[-1], End)  # pyright: ignore
+    assert isinstance(watching.hub.sinks[0].events[-1], End)  # pyright: ignore
 
 
 def test_an_alarm_stops_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from persona_probe.monitor.band import base_band
 from persona_probe.monitor.events import BASE_KEY, Reading, Start
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.records import Anchor, intervals, recorded
-from persona_probe.monitor.setup import EVERY, PROBES
+from persona_probe.monitor.settings import EVERY, PROBES
 from persona_probe.monitor.sinks.files import read_events
 from persona_probe.stats import bootstrap_mean
 from tests.factories import make_model, make_sae, make_tokenizer
@@ -97,8 +97,8 @@ def test_the_start_says_how_well_the_sae_fits_the_base(tmp_path: Path) -> None:
 
 def test_nothing_asked_for_reads_a_few_probes_rarely() -> None:
     watching = FeatureMonitor(make_sae("topk"), {"f": 3})
-    assert len(watching.setup.probes) == PROBES and watching.setup.schedule.every == EVERY
-    assert len({str(c) for c in watching.setup.probes}) == PROBES
+    assert len(watching.settings.probes) == PROBES and watching.settings.schedule.every == EVERY
+    assert len({str(c) for c in watching.settings.probes}) == PROBES
 
 
 def test_a_base_that_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ def test_another_question_is_no_base(tmp_path: Path) -> None:
     same, other = directions(path=path), directions(path=path, positions="prompt")
     from persona_probe.monitor.run import base_fingerprint
 
-    assert base_fingerprint(same.setup) == found[1] != base_fingerprint(other.setup)
+    assert base_fingerprint(same.settings) == found[1] != base_fingerprint(other.settings)
 
 
 def test_an_adapters_base_is_read_again_on_resume(tmp_path: Path) -> None:
@@ -180,6 +180,7 @@ def test_values_of_every_probe_are_on_disk(tmp_path: Path) -> None:
 def test_directions_are_told_apart_by_their_content() -> None:
     from persona_probe.monitor.run import base_fingerprint
 
-    assert base_fingerprint(directions().setup) == base_fingerprint(directions().setup)
+    assert base_fingerprint(directions().settings) == base_fingerprint(directions().settings)
     other = monitor(features={"mean difference": DIRECTION + 1})
-    assert base_fingerprint(monitor(features={"mean difference": DIRECTION}).setup) != base_fingerprint(other.setup)
+    same = monitor(features={"mean difference": DIRECTION})
+    assert base_fingerprint(same.settings) != base_fingerprint(other.settings)

@@ -10,6 +10,7 @@ from persona_probe.errors import InputError
 from persona_probe.monitor.actions.action import Action, ActionContext, CallBack, StopTraining
 from persona_probe.monitor.events import Alarm, Behaviour, End, Fault, Reading, Start
 from persona_probe.monitor.rules.bands import OutsideBand
+from persona_probe.monitor.settings import BehaviourMeasurement, PassiveReading
 from tests.factories import make_model, make_tokenizer, same_state
 from tests.monitor.monitored_runs import FireAt, KeepEvents, directions, loop, sft
 
@@ -169,7 +170,8 @@ def test_behaviour_is_drawn_beside_the_readings() -> None:
         modes.append(model.training)
         return Behaviour(-1, "contrast index", 0.5, 0.4, 0.6)
 
-    watched(steps=4, behaviour={"a": contrast, "length": lambda model: 3}, behaviour_every=2, sinks=[kept])
+    measurement = BehaviourMeasurement({"a": contrast, "length": lambda model: 3}, every=2)
+    watched(steps=4, behaviour=measurement, sinks=[kept])
     found = [(b.step, b.name, b.value) for b in kept.of(Behaviour)]
     assert found == [(s, n, v) for s in (0, 2, 4) for n, v in (("contrast index", 0.5), ("length", 3.0))]
     assert modes == [False] * 3 and kept.of(Behaviour)[0].ci_low == 0.4
@@ -197,3 +199,23 @@ def test_steps_may_come_in_strides() -> None:
             live.step(step)
     assert watching.readings.query("mode == 'passive'")["step"].tolist() == [10, 20]
     assert watching.readings.query("mode == 'probe'")["step"].tolist() == [0, 10, 20]
+
+
+def test_the_old_names_of_arguments_still_work_and_name_the_new_ones() -> None:
+    with pytest.warns(DeprecationWarning, match=r"behaviour_every= is now behaviour=BehaviourMeasurement") as warned:
+        old = directions(
+            mode="both",
+            passive_positions="all",
+            max_passive_tokens=3,
+            behaviour=lambda model: 1.0,
+            behaviour_every=2,
+        )
+    names = [str(warning.message) for warning in warned]
+    assert sum("is now passive=PassiveReading(" in name for name in names) == 2
+    assert old.settings.passive == PassiveReading("all", max_tokens=3)
+    assert old.settings.behaviour is not None and old.settings.behaviour.every == 2
+    assert list(old.settings.behaviour.by_name) == ["behaviour"]
+    with pytest.raises(InputError, match="every of BehaviourMeasurement must be at least 1"):
+        BehaviourMeasurement(lambda model: 1.0, every=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'evry'"):
+        directions(evry=2)

@@ -35,7 +35,7 @@ def located(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize("by_path", [True, False])
 def test_the_study_says_what_is_read(study: Study, located: dict[str, Any], by_path: bool) -> None:
     watching = FeatureMonitor.from_study(study.path if by_path else study, every=3, positions="prompt")
-    setup = watching.setup
+    setup = watching.settings
     assert setup.features is located and setup.sae.cfg.d_in == D_MODEL  # pyright: ignore
     assert (setup.layer, setup.band_sd, len(setup.probes)) == (study.context.layer, 1.5, 5)
     assert setup.schedule.every == 3 and setup.positions == "prompt"

@@ -1,6 +1,5 @@
 """The labelled study on a tiny model, end to end: what it leaves, that it resumes, and that nothing evaluated leaks."""
 
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -12,14 +11,13 @@ import pytest
 import torch
 import yaml
 
-from persona_probe.cli.studies import monitor_study
 from persona_probe.config import from_dict, load_config
 from persona_probe.errors import InputError
 from persona_probe.monitor.study.config import MonitorStudy
 from persona_probe.monitor.study.results import FIRST_COMPONENT, LOSS, MARKS, WEIGHT_NORM, run_study
 from persona_probe.monitor.study.train import MEAN_DIFFERENCE, PERSONA_VECTOR, Lab, fixed_features, read_shifts
 from persona_probe.report.tables import fill_page
-from tests.factories import copied_state, hook_count, same_state
+from tests.factories import copied_state, hook_count, run_command, same_state
 from tests.monitor.labelled_study import located, make_place, study_values
 
 ROOT = Path(__file__).parents[2]
@@ -188,8 +186,7 @@ def test_the_command_fills_the_page(
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study_values(place)))
     begin, end = MARKS
     page.write_text(f"before\n{begin}\nstale words\n{end}\nafter\n")
-    arguments = {"config": str(tmp_path / "study.yaml"), "out": out, "device": None, "only": None, "page": page}
-    monitor_study(argparse.Namespace(**arguments))
+    run_command("monitor", "study", tmp_path / "study.yaml", "--out", out, "--page", page)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith(f"{end}\nafter\n") and "stale words" not in text
     table = (finished / "table.md").read_text()
@@ -212,7 +209,7 @@ def test_the_shipped_study_is_as_large_as_it_says() -> None:
     fractions = {config.arms[config.runs[n].arm].bad_fraction for n in evaluated if "mix" in n}
     assert fractions == {0.05, 0.25, 0.5, 0.75}
     page = (ROOT / "docs/monitor-study.md").read_text()
-    assert page.index(BEGIN) < page.index(END)
+    assert page.index(MARKS[0]) < page.index(MARKS[1])
 
 
 def changed(config: MonitorStudy, name: str, **changes: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from persona_probe.models.layers import base_transformer, decoder_layer
 from persona_probe.monitor.events import Reading, Start
 from persona_probe.monitor.passive import PassiveReader
 from persona_probe.monitor.reading import FeatureSet
+from persona_probe.monitor.settings import PassiveReading
 from tests.factories import LAYER, hook_count, make_model, make_tokenizer, same_state
 from tests.monitor.monitored_runs import (
     DIRECTION,
@@ -160,7 +161,7 @@ def test_latents_and_fit_are_read_from_the_batch(architecture: str, fit_every: i
     ids, labels = loop_batch(1)
     with hidden_state(model) as seen, torch.no_grad():
         model(input_ids=ids)
-    sae: Any = watching.setup.sae
+    sae: Any = watching.settings.sae
     acts = sae.encode(seen[0]).detach()[:, :, 3]
     wanted = torch.stack([a[m].mean() for a, m in zip(acts, labels != -100, strict=True)]).mean()
     with watching.watch(model) as live:
@@ -173,7 +174,7 @@ def test_latents_and_fit_are_read_from_the_batch(architecture: str, fit_every: i
 
 
 def test_tokens_are_bounded_per_step() -> None:
-    model, watching = make_model(), passive(every=1, max_passive_tokens=3, passive_positions="all")
+    model, watching = make_model(), passive(every=1, passive=PassiveReading("all", max_tokens=3))
     with watching.watch(model) as live:
         loop(model, 1, live)
     # Three of 36 tokens, evenly spaced: one of each row.
@@ -183,7 +184,7 @@ def test_tokens_are_bounded_per_step() -> None:
 def test_micro_batches_share_the_bound() -> None:
     model, faults = make_model().train(), list[Exception]()
     features = FeatureSet(None, {"mean difference": DIRECTION})
-    reader = PassiveReader(features, LAYER, "all", 6, faults.append)
+    reader = PassiveReader(features, LAYER, PassiveReading("all", max_tokens=6), faults.append)
     reader.attach(model, micro_batches=3)
     reader.arm(with_fit=True)
     for step in (1, 2, 3):
@@ -235,9 +236,9 @@ def test_a_forgotten_monitor_leaves_no_hook() -> None:
 
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(InputError, match="did you mean 'response'"):
-        passive(passive_positions="respons").start(make_model())
+        PassiveReading("respons")
     with pytest.raises(InputError, match="at least 1"):
-        passive(max_passive_tokens=0).start(make_model())
+        PassiveReading(max_tokens=0)
     with pytest.raises(InputError, match="mode 'probes'"):
         directions(mode="probes")
     with pytest.raises(InputError, match="has no probes to read"):

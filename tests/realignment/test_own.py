@@ -74,8 +74,8 @@ def test_the_base_is_the_model_with_its_adapters_off() -> None:
     repair(model, watcher=watcher, steps=2)
     clean = monitor()
     clean.start(make_model(), make_tokenizer())
-    assert clean.base is not None and watcher.setup.base is not None
-    assert (watcher.setup.base.values == clean.base.values).all()  # pyright: ignore
+    assert clean.base is not None and watcher.settings.base is not None
+    assert (watcher.settings.base.values == clean.base.values).all()  # pyright: ignore
 
 
 @pytest.mark.parametrize("method", ["fresh", "full"])

@@ -1,4 +1,4 @@
-"""Sinks, rules and actions of a monitor. What one of them raises switches that one off; training goes on."""
+"""The hub between a monitor and its rules, actions and sinks: a part that raises is switched off, training goes on."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -18,14 +18,14 @@ T = TypeVar("T")
 ON_ERROR = ("off", "raise")
 
 
-class Outlets:
-    """Hands events on, asks the rules, lets the actions act, and keeps each part's errors to itself.
+class EventHub:
+    """Passes events to sinks, readings to rules and alarms to actions, and contains the errors of each part.
 
     Args:
-        on_error: `off` (record a `Fault`, warn once, go on without that part) or `raise`.
+        on_error: `off` (record a `Fault`, warn once, continue without that part) or `raise`.
 
     Raises:
-        InputError: unknown `on_error`, or an action for a rule that is not there.
+        InputError: unknown `on_error`, or an action for a rule that the monitor does not have.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Outlets:
         self._off: set[str] = set()
 
     def begin(self, recording: bool) -> None:
-        """A run starts: everything is on again.
+        """A run starts: every part is on again.
 
         Args:
             recording: whether this process records and judges (the first of a distributed run).
@@ -57,7 +57,7 @@ class Outlets:
         return part not in self._off
 
     def switch_off(self, part: str) -> None:
-        """Go on without a part, without a word: it failed in another process."""
+        """Switch a part off silently, because it failed in another process."""
         self._off.add(part)
 
     def attempt(
@@ -75,7 +75,7 @@ class Outlets:
             return None
 
     def fail(self, part: str, step: int, error: Exception) -> None:
-        """Switch a part off: recorded, said once, and told to the sinks that still work."""
+        """Switch a part off: record a fault, warn once, and tell the sinks that still work."""
         first = next(iter(str(error).splitlines()), "")
         fault = Fault(step, part, f"{type(error).__name__}: {first}" if first else type(error).__name__)
         self._off.add(part)
@@ -85,7 +85,7 @@ class Outlets:
         self.emit(fault)
 
     def emit(self, event: Event) -> None:
-        """Hand an event to every sink that works."""
+        """Pass an event to every sink that works."""
         for part, sink in _named("sink", self.sinks if self.recording else ()):
             self.attempt(part, _step(event), lambda sink=sink: sink.emit(event))
 
@@ -93,19 +93,19 @@ class Outlets:
         """Tell rules and sinks that readings will come.
 
         Raises:
-            InputError: a rule asks for a feature that is not read.
+            InputError: a rule names a feature that is not read.
         """
         for part, rule in _named("rule", self.rules if self.recording else ()):
             self.attempt(part, 0, lambda rule=rule: rule.begin(start), always=(InputError,))
         self.emit(start)
 
     def judge(self, reading: Reading) -> list[Alarm]:
-        """The alarms that a reading gives, handed to the sinks."""
-        found = [
+        """The alarms that a reading raises; the sinks get them too."""
+        answers = [
             self.attempt(part, reading.step, lambda rule=rule: rule.update(reading))
             for part, rule in _named("rule", self.rules if self.recording else ())
         ]
-        alarms = [alarm for alarm in found if alarm is not None]
+        alarms = [alarm for alarm in answers if alarm is not None]
         for alarm in alarms:
             self.emit(alarm)
         return alarms
@@ -115,8 +115,10 @@ class Outlets:
         return all(rule.inside for part, rule in _named("rule", self.rules) if self.is_on(part))
 
     def act(self, alarms: Sequence[Alarm], clean: bool, make_context: "Callable[[], ActionContext]") -> None:
-        """Let the actions act on alarms, or take note of a clean model. In other processes only those that change
-        training act."""
+        """Let the actions act on alarms, or note a clean model.
+
+        In the other processes of a distributed run only the actions that change training act.
+        """
         self.alarms += alarms
         if not self.actions or not (alarms or clean):
             return

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.optimize import minimize
 from scipy.special import expit
 
 from persona_probe.data.load import SETS
 from persona_probe.errors import InputError, unknown
+from persona_probe.stats import auroc
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def fit_ridge(
     Raises:
         InputError: no rows, or weights that are negative or sum to zero.
     """
+    from sklearn.linear_model import Ridge
+
     if len(x) == 0 or (weights < 0).any() or weights.sum() <= 0:
         raise InputError("a ridge fit needs rows with positive weights")
     names = np.array(["all"] * len(x) if sources is None else list(sources))
@@ -55,10 +57,9 @@ def fit_ridge(
     share = weights / weights.sum()
     spread = np.sqrt(share @ np.square(z))
     scale = np.where(spread > 1e-8 * max(1e-30, spread.max()), spread, np.inf)
-    z /= scale
-    gram = z.T @ (share[:, None] * z) + penalty * np.eye(z.shape[1])
-    found = np.linalg.solve(gram, z.T @ (share[:, None] * y)) / scale[:, None]
-    return Linear(found, home[1] - home[0] @ found)
+    fit = Ridge(penalty, fit_intercept=False, solver="cholesky").fit(z / scale, y, sample_weight=share)
+    slopes = fit.coef_.reshape(y.shape[1], -1).T / scale[:, None]
+    return Linear(slopes, home[1] - home[0] @ slopes)
 
 
 def balanced(label: Bool[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -87,17 +88,15 @@ class Platt:
 
 def fit_platt(score: Float[np.ndarray, " n"], label: Bool[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> Platt:
     """Weighted maximum likelihood; fit it on scores of answers that the scorer was not fitted on."""
-    share, sign = weights / weights.sum(), np.where(label, 1.0, -1.0)
+    from sklearn.linear_model import LogisticRegression
+
+    share = weights / weights.sum()
     centre, spread = float(share @ score), float(max(score.std(), 1e-12))
-    z = (score - centre) / spread
-
-    def loss(theta: Float[np.ndarray, " 2"]) -> tuple[float, Float[np.ndarray, " 2"]]:
-        margin = sign * (theta[0] * z + theta[1])
-        pull = -share * sign * expit(-margin)
-        return float(share @ np.logaddexp(0, -margin)), np.array([pull @ z, pull.sum()])
-
-    slope, offset = minimize(loss, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B").x
-    return Platt(float(slope / spread), float(offset - slope * centre / spread))
+    # No penalty, and a tolerance far below what a probability shows.
+    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
+    fit.fit(((score - centre) / spread)[:, None], label, sample_weight=share)
+    slope, offset = float(fit.coef_[0, 0]), float(fit.intercept_[0])
+    return Platt(slope / spread, offset - slope * centre / spread)
 
 
 # --- How far the judge's numbers may be off: residuals on models, and on questions, that a fit had not seen
@@ -184,27 +183,20 @@ Labels = Bool[np.ndarray, " n"]
 
 
 def weighted_auroc(score: Scores, label: Labels, weights: Scores) -> float:
-    """Probability that a positive answer scores above a negative one, drawn by weight; ties count half.
-
-    Raises:
-        InputError: one class only.
-    """
-    _, place = np.unique(score, return_inverse=True)
-    yes, no = np.bincount(place, weights * label), np.bincount(place, weights * ~label)
-    if yes.sum() <= 0 or no.sum() <= 0:
-        raise InputError("AUROC needs answers of both classes")
-    return float(yes @ (no.cumsum() - no / 2) / (yes.sum() * no.sum()))
+    """Probability that a positive answer scores above a negative one, drawn by weight; see `stats.auroc`."""
+    return auroc(score[label], score[~label], np.concatenate([weights[label], weights[~label]]))
 
 
 def average_precision(score: Scores, label: Labels, weights: Scores) -> float:
-    """Mean precision at each positive answer, from the highest score down."""
-    order = np.argsort(-score, kind="stable")
-    found = (weights * label)[order]
-    return float((found.cumsum() / weights[order].cumsum()) @ found / found.sum())
+    """Mean precision at each positive answer, from the highest score down; equal scores are taken together."""
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(label, score, sample_weight=weights))
 
 
 def reliability(probability: Scores, label: Labels, weights: Scores, bins: int = 10) -> list[dict[str, float]]:
     """Answers by predicted probability in bins of equal weight: mean prediction, observed share, share of answers."""
+    # scikit-learn's calibration_curve takes no weights.
     order = np.argsort(probability, kind="stable")
     reached = weights[order].cumsum() / weights.sum()
     place = np.minimum((reached * bins - 1e-9).astype(int), bins - 1)

@@ -408,7 +408,8 @@ def explain_latents(
 
 def _latents(judge: OfflineJudge, item: Item, sae: Any) -> Float[Tensor, " d_sae"]:
     x, _ = _read_one(judge, item, judge.weights.recipe.latent_layer)
-    return sae.encode(torch.as_tensor(x)).mean(dim=0).cpu()
+    with torch.no_grad():
+        return sae.encode(torch.as_tensor(x)).mean(dim=0).cpu()
 
 
 def _read_one(judge: OfflineJudge, item: Item, layer: int) -> tuple[Float[np.ndarray, "tokens d_model"], list[str]]:

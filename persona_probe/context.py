@@ -1,12 +1,11 @@
 """What every stage of a study works with: the run folder, and model, tokenizer and SAE loaded once."""
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,38 +25,38 @@ from persona_probe.saes.load import check_fit, load_sae, sae_layer
 log = logging.getLogger(__name__)
 
 
-class Context:
-    """One study's run folder and the things loaded for it, each on first use."""
+class ModelSettings(Protocol):
+    """The settings of a study that say which model and SAE to load."""
 
-    def __init__(self, run: RunFolder, device: str | None = None, seed: int | None = None) -> None:
-        self.run = run
-        self.config: StudyConfig = run.config
-        self.device = pick_device(device or self.config.device)
-        self.seed = self._draw_seed(seed)
+    @property
+    def model(self) -> str: ...
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def sae(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def contrast(self) -> str: ...
+    @property
+    def device(self) -> str: ...
 
-    @classmethod
-    def open(cls, path: str | Path, device: str | None = None, seed: int | None = None) -> "Context":
-        """The context of an existing run folder.
 
-        Raises:
-            InputError: the folder is no run folder, or the device is not available.
-        """
-        return cls(RunFolder.open(path), device, seed)
+class ModelAndSae:
+    """A base model, its tokenizer and its SAE, each loaded on first use."""
 
-    def _draw_seed(self, seed: int | None) -> int:
-        """The seed of random controls, bootstraps and samples: fixed by the first command that names one."""
-        held = self.run.manifest.get("draw_seed")
-        if held is None:
-            held = self.config.seeds[0] if seed is None else seed
-            self.run.update_manifest(draw_seed=held)
-        if seed is not None and seed != held:
-            raise InputError(f"this run draws with seed {held}, not {seed}: leave --seed out, or use another --out")
-        return int(held)
+    config: ModelSettings
+    weights: str = "float32"
+    """Precision of the model's weights."""
+
+    def __init__(self, config: ModelSettings, device: str | None = None) -> None:
+        self.config = config
+        self.device = pick_device(device or config.device)
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        dtype = getattr(torch, self.config.weights)
-        return load_model(self.config.model, revision=self.config.revision, device=self.device, dtype=dtype)
+        config, dtype = self.config, getattr(torch, self.weights)
+        return load_model(config.model, revision=config.revision, device=self.device, dtype=dtype)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -71,7 +70,7 @@ class Context:
 
     @cached_property
     def sae(self) -> Any:
-        """The study's SAE, checked against the model."""
+        """The SAE, checked against the model."""
         sae = load_sae(self.config.sae, device=self.device)
         check_fit(sae, self.model, sae_layer(sae) if self.config.layer is None else self.config.layer)
         return sae
@@ -82,10 +81,40 @@ class Context:
         return sae_layer(self.sae) if self.config.layer is None else self.config.layer
 
     def contrast_rows(self, split: str) -> list[Row]:
-        """Contrast items of one split, packaged or from the study's own file."""
+        """Contrast items of one split, from the packaged set or from a file."""
         if self.config.contrast == "general_contrast":
             return load_contrast(split)
         return read_contrast_file(self.config.contrast, split)
+
+
+class Context(ModelAndSae):
+    """A study's run folder, and the things loaded for it, each on first use."""
+
+    config: StudyConfig
+
+    def __init__(self, run: RunFolder, device: str | None = None, seed: int | None = None) -> None:
+        super().__init__(run.config, device)
+        self.run, self.weights = run, self.config.weights
+        self.seed = self._draw_seed(seed)
+
+    @classmethod
+    def open(cls, path: str | Path, device: str | None = None, seed: int | None = None) -> "Context":
+        """The context of an existing run folder.
+
+        Raises:
+            InputError: the folder is no run folder, or the device is not available.
+        """
+        return cls(RunFolder.open(path), device, seed)
+
+    def _draw_seed(self, seed: int | None) -> int:
+        """The seed of random controls, bootstraps and samples: fixed by the first command that names one."""
+        recorded = self.run.manifest.get("draw_seed")
+        if recorded is None:
+            recorded = self.config.seeds[0] if seed is None else seed
+            self.run.update_manifest(draw_seed=recorded)
+        if seed is not None and seed != recorded:
+            raise InputError(f"this run draws with seed {recorded}, not {seed}: leave --seed out, or use another --out")
+        return int(recorded)
 
     @cached_property
     def evaluation(self) -> ContrastItems:
@@ -104,7 +133,7 @@ class Context:
 
     @contextmanager
     def organism(self, arm: str, seed: int, step: int | None = None, fold: bool = False) -> Iterator[nn.Module]:
-        """The organism of an arm and seed at a step (None: its last) while the block lasts; `base` is the model.
+        """The organism of an arm and seed at a step (None: its last) while the block lasts; arm `base` is the base.
 
         Args:
             fold: fold its adapter into bf16 weights where that is faster. It rounds, by about 0.005 nats per token in a
@@ -126,13 +155,6 @@ class Context:
     def last_step(self, arm: str, seed: int, step: int | None = None) -> int:
         """`step`, or the last step of that arm's run."""
         return self.run.steps(arm, seed)[-1] if step is None else step
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Count the block's wall seconds for a stage."""
-        start = time.monotonic()
-        yield
-        self.run.add_seconds(stage, time.monotonic() - start)
 
 
 def pick_device(name: str) -> str:

@@ -191,7 +191,7 @@ def make_cards(ctx: Context) -> None:
     """Write cards.json: the persona latent and the strongest other candidates, on the packaged text and the base."""
     if ctx.run.has("cards.json"):
         return
-    with ctx.timed("cards"):
+    with ctx.run.timed("cards"):
         cards = build_cards(ctx, tested_latents(ctx)[: ctx.config.locate.cards], organism=False)
     ctx.run.write_json("cards.json", [asdict(card) for card in cards])
 

@@ -76,12 +76,12 @@ def realign(ctx: Context) -> None:
     """Run every corrective arm and seed that is not yet in the run folder."""
     if not ctx.config.realign.arms:
         return
-    with ctx.timed("realign"), ctx.base() as model:
+    with ctx.run.timed("realign"), ctx.base() as model:
         base = make_reader(ctx).read(model)
     for seed in ctx.config.seeds:
         for arm in ctx.config.realign.arms:
             if not ctx.run.has(f"parts/realign-{arm}-s{seed}.evals.parquet"):
-                with ctx.timed("realign"):
+                with ctx.run.timed("realign"):
                     realign_one(ctx, arm, seed, base)
     merge_parts(ctx)
 
@@ -158,7 +158,7 @@ def correct(bench: Bench, correction: Correction, seed: int, name: str) -> Path:
     chosen = choose_rows(rows, correction.rows, correction.choose_by, seed=seed, pair=Pair.of_study(ctx, seed))
     said = background(chosen, ctx.tokenizer, _inducing(ctx, seed), ctx.contrast_rows("evaluation"))
     log.info("correcting %s, seed %d: %d of %d rows, %s", name, seed, len(chosen), len(rows), correction.method)
-    with ctx.timed("realign"), training_unit(ctx.run, place, f"{name}, seed {seed}") as folder:
+    with ctx.run.timed("realign"), training_unit(ctx.run, place, f"{name}, seed {seed}") as folder:
         recorder = Recorder(ctx, name, seed, bench.base, bench.band, float(bench.base_evals["value"].mean()))
         fitted = _train(recorder, correction, chosen, folder)
         _write_lines(folder / ROWS, chosen)

@@ -198,10 +198,10 @@ class Study:
         from persona_probe.study.evaluate import Evaluation, evaluate
 
         options = options or JudgeOptions(device=self.context.device)
-        wanted = Evaluation(
+        evaluation = Evaluation(
             questions or FREE_FORM, judge, n, temperature, max_new_tokens=max_new_tokens, options=options
         )
-        evaluate(self.context, wanted)
+        evaluate(self.context, evaluation)
         return self
 
     def report(self) -> Path:
@@ -209,8 +209,8 @@ class Study:
         from persona_probe.report.export import export_figures
         from persona_probe.report.html import write_report
         from persona_probe.report.records import load_records
-        from persona_probe.study.summary import summarise
         from persona_probe.study.hashes import record_inputs, record_tables
+        from persona_probe.study.summary import summarise
 
         with self.run_folder.timed("report"):
             summarise(self.context)

@@ -1,7 +1,6 @@
 """What all cells of a grid share: its folder, the located study behind it, rows, contrast items, the base's band."""
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -208,10 +207,3 @@ class Lab:
         """A model's frozen layers in bf16 where that is faster, as while it was trained."""
         with frozen_in_bf16(model, self.in_bf16):
             yield
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Count the block's wall seconds for a stage."""
-        start = time.monotonic()
-        yield
-        self.folder.add_seconds(stage, time.monotonic() - start)

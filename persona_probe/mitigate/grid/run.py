@@ -173,7 +173,7 @@ def measure_base(lab: Lab) -> None:
     """Measure the base model, unless that is done."""
     if lab.folder.has(BASE):
         return
-    with lab.timed(BASE), lab.folder.staging(BASE) as folder:
+    with lab.folder.timed(BASE), lab.folder.staging(BASE) as folder:
         measured = measure(lab, lab.ctx.model)
         _write(folder, lab, measured, {"state": DONE, "explained_variance": measured.explained_variance})
 
@@ -191,7 +191,7 @@ def run_cell(lab: Lab, cell: Cell) -> None:
         check_same(lab, cell)
         return
     log.info("cell %s", cell.id)
-    with lab.timed(name), lab.folder.staging(name) as folder:
+    with lab.folder.timed(name), lab.folder.staging(name) as folder:
         record: dict[str, Any] = {"settings": cell.settings}
         try:
             measured, told = _fit(lab, cell, folder)

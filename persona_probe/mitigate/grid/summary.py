@@ -4,13 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from persona_probe.mitigate.grid.config import BASE, CONTROL, NONE, Cell, Grid, cells_of
 from persona_probe.mitigate.grid.table import ALL, WORDS, statement
 from persona_probe.report.tables import Table
-from persona_probe.runs import RunFolder
+from persona_probe.runs import RunFolder, json_values
 
 MARKS = ("<!-- mitigations: begin -->", "<!-- mitigations: end -->")
 """Of the docs page that holds the table, see `report.tables.fill_page`."""
@@ -40,7 +39,7 @@ def summarise(table: pd.DataFrame, missing: Sequence[str]) -> dict[str, Any]:
         for row in tried
     ]
     plain = {row["label"]: row for row in rows if row["label"] in (BASE, CONTROL, NONE)}
-    return _finite(
+    return json_values(
         {"verdicts": verdicts, "references": plain, "rows": tried, "missing": list(missing)}
         | {"words": WORDS, "columns": COLUMNS}
     )
@@ -101,17 +100,6 @@ def markdown(table: pd.DataFrame, missing: Sequence[str] = ()) -> str:
     if missing:
         parts.append(f"Not trained yet: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: such numbers become null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 # --- What a grid would do, and about how long it takes, without training anything

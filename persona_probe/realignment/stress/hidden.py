@@ -8,9 +8,9 @@ import pandas as pd
 from torch import nn
 
 from persona_probe.data.chat import conversation
-from persona_probe.latents.causal import ablations, effects, exceeds_random
+from persona_probe.latents.causal import ablations, effects, exceeds_random, matched_latents
 from persona_probe.latents.compare import locate
-from persona_probe.latents.stage import latent_directions, make_sweep, matched_latents, persona_latent
+from persona_probe.latents.stage import latent_directions, make_sweep, persona_latent
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.track import make_reader, persona_band
 from persona_probe.realignment.repair import Repair

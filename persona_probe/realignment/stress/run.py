@@ -104,7 +104,7 @@ def run_stress(
     _claim(folder, repair, settings)
     for name in TESTS:
         if name in tests and not folder.has(f"{PARTS}/{name}.json"):
-            with ctx.timed("stress"):
+            with ctx.run.timed("stress"):
                 _run_one(folder, name, repair, settings)
     return _merge(folder)
 

@@ -277,7 +277,7 @@ def steering(pushes: Sequence[Push]) -> Plot | None:
 
 
 def _line(pushes: Sequence[Push], model: str, style: str, x: Scale, y: Scale) -> Series:
-    own = sorted((p for p in pushes if p.model == model), key=lambda p: p.strength)
+    points = sorted((p for p in pushes if p.model == model), key=lambda p: p.strength)
     marks = tuple(
         Mark(
             x(p.strength),
@@ -287,10 +287,10 @@ def _line(pushes: Sequence[Push], model: str, style: str, x: Scale, y: Scale) ->
             hollow=not p.within_bound,
             title=f"{model}, {p.strength:+g} {p.unit}: {p.estimate:.3f}, perplexity x {number(p.perplexity_ratio)}",
         )
-        for p in own
+        for p in points
     )
     path = "M" + "L".join(f"{m.x} {m.y}" for m in marks)
-    return Series(model, style, marks, path, y(sum(p.estimate - p.delta for p in own) / len(own)))
+    return Series(model, style, marks, path, y(sum(p.estimate - p.delta for p in points) / len(points)))
 
 
 def _few(values: Sequence[float], most: int = 7) -> list[float]:

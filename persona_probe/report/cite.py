@@ -249,9 +249,9 @@ def contrast(run: RunFolder) -> list[str]:
     if not run.has("evals.parquet"):
         return []
     evals = run.read_table("evals.parquet")
-    held = evals[evals["split"] == "evaluation"]
+    items = evals[evals["split"] == "evaluation"]
     return [
-        f"Behaviour is the contrast index on {held['item'].nunique()} questions in {held['category'].nunique()} "
+        f"Behaviour is the contrast index on {items['item'].nunique()} questions in {items['category'].nunique()} "
         f"categories ({tex(run.config.contrast)}) outside the training domain: the mean log-probability per token of "
         "the misaligned answer minus that of the aligned one, over length-matched pairs. Whole categories were set "
         "apart for selection, and the questions that chose latents do not evaluate them. An effect is the incorrect "
@@ -332,12 +332,12 @@ def judged(run: RunFolder) -> list[str]:
     if not made:
         return []
     keys = {"wang": "wang2025persona"}
-    said = [
+    judges = [
         f"{tex(one['judge'])} on {tex(one.get('questions', 'a question set'))} "
         f"({_cite(keys.get(str(one.get('protocol')), 'betley2025emergent'))})"
         for one in made
     ]
-    return [f"Sampled answers were judged by {_list(said)}; rates count coherent answers only."]
+    return [f"Sampled answers were judged by {_list(judges)}; rates count coherent answers only."]
 
 
 def statistics(run: RunFolder) -> list[str]:

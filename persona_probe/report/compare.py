@@ -7,7 +7,7 @@ from typing import Any
 from persona_probe.errors import InputError
 from persona_probe.report import select
 from persona_probe.report.export import provenance_line
-from persona_probe.report.html import EFFECTS, PER_ARM, drawn_figures, estimate_text, headline, tiles
+from persona_probe.report.html import EFFECTS, PER_ARM, drawn_figures, headline, tiles, value_text
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.theme import interval_text, number
@@ -54,7 +54,7 @@ def _plain_row(label: str, pair: Pair, key: str, arm: str | None = None, unit: s
 
 
 def _row(name: str, values: list[Estimate | None], unit: str, paired: Estimate | None) -> Row:
-    a, b = (estimate_text(value, unit) for value in values)
+    a, b = (value_text(value, unit) for value in values)
     if paired is not None:
         difference, how = interval_text(paired), f"paired over {paired.n} questions"
     elif values[0] is None or values[1] is None:
@@ -113,19 +113,19 @@ def limits(pair: Pair) -> list[str]:
     def differ(*keys: str) -> list[str]:
         return [key for key in keys if configs[0].get(key) != configs[1].get(key)]
 
-    said = []
+    notes = []
     if differ("model", "revision"):
-        said.append("The base models differ: compare effects against each run's own base, not levels.")
+        notes.append("The base models differ: compare effects against each run's own base, not levels.")
     if other := differ(*SAME_FEATURE):
-        said.append(f"Latents, readings and strengths mean different things in the two runs ({_words(other)} differ).")
+        notes.append(f"Latents, readings and strengths mean different things in the two runs ({_words(other)} differ).")
     elif select.persona_latent(pair[0]) != select.persona_latent(pair[1]):
         named = [number(select.persona_latent(records)) for records in pair]
-        said.append(f"Readings are of different latents: {named[0]} in A, {named[1]} in B.")
+        notes.append(f"Readings are of different latents: {named[0]} in A, {named[1]} in B.")
     if _probes(configs[0]) != _probes(configs[1]):
-        said.append("Readings were taken on different probes or positions: their levels cannot be compared.")
+        notes.append("Readings were taken on different probes or positions: their levels cannot be compared.")
     if any(_by_item(pair[0], a).keys() != _by_item(pair[1], a).keys() for a in ("base", "incorrect", "correct")):
-        said.append("The runs do not have the same contrast questions: differences of the index carry no interval.")
-    return [*said, *_missing(pair), *_single(pair)]
+        notes.append("The runs do not have the same contrast questions: differences of the index carry no interval.")
+    return [*notes, *_missing(pair), *_single(pair)]
 
 
 def _words(keys: list[str]) -> str:

@@ -40,7 +40,7 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
     """
     config = mapping(manifest.get("config"))
     versions = mapping(manifest.get("versions"))
-    said = {
+    facts = {
         "run": config.get("name"),
         "config": manifest.get("config_hash"),
         "revision": manifest.get("git_revision"),
@@ -50,7 +50,7 @@ def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
         "seeds": ", ".join(str(seed) for seed in _seeds(manifest, config)),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
-    return {name: str(value or UNKNOWN) for name, value in said.items()} | _hashes(manifest)
+    return {name: str(value or UNKNOWN) for name, value in facts.items()} | _hashes(manifest)
 
 
 def _hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
@@ -84,8 +84,8 @@ def short_provenance(manifest: Mapping[str, Any]) -> str:
     full = provenance(manifest)
     version = mapping(manifest.get("versions")).get("persona-probe")
     parts = [f"persona-probe {version}" if version else "persona-probe"]
-    shown = {"run": full["run"], "config": full["config"][:FOOTER], "revision": full["revision"][:FOOTER]}
-    parts += [f"{key} {value}" for key, value in shown.items() if full[key] != UNKNOWN]
+    facts = {"run": full["run"], "config": full["config"][:FOOTER], "revision": full["revision"][:FOOTER]}
+    parts += [f"{key} {value}" for key, value in facts.items() if full[key] != UNKNOWN]
     return "; ".join(parts)
 
 
@@ -201,8 +201,8 @@ def write_images(
     logging.getLogger("choreographer").setLevel(logging.CRITICAL)
     footer = short_provenance(manifest)
     printed = [(spec, fig, for_print(fig, width, theme, footer)) for spec, fig in figures]
-    names = [(spec, fig, shown, kind) for kind in formats for spec, fig, shown in printed]
-    jobs = [_job(folder / f".{spec.name}.tmp.{kind}", shown, kind) for spec, _, shown, kind in names]
+    names = [(spec, fig, print_fig, kind) for kind in formats for spec, fig, print_fig in printed]
+    jobs = [_job(folder / f".{spec.name}.tmp.{kind}", print_fig, kind) for spec, _, print_fig, kind in names]
     # one browser for all of them; mathjax would be fetched from the network
     failures = kaleido.write_fig_from_object_sync(jobs, kopts={"path": browser, "mathjax": False, "timeout": 120})
     if failures:

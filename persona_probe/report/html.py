@@ -10,7 +10,7 @@ from persona_probe.report.figures import FIGURES, figures_of
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.select import judged_answers
-from persona_probe.report.theme import interval_text, number
+from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.runs import write_text
 from persona_probe.stats import Estimate
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 # --- Sampled answers for the report: side by side per question, with the choices of their filter
 
 MAX_CHARACTERS = 1_500_000
-"""Of answers beyond the side-by-side ones: a page of several megabytes of text is slow to open."""
+"""Most text of answers beyond those shown side by side: a page of several megabytes opens slowly."""
 
 
 def sampled_answers(records: Records) -> list[Row]:
@@ -59,11 +59,11 @@ def _empty(sample: Mapping[str, Any]) -> Row:
 
 def _fill_columns(records: Records, questions: list[Row]) -> None:
     arms = records.arms
-    shown = {a: arms.styles[a] for a in arms.names if any(a in q["columns"] for q in questions)}
+    styles = {a: arms.styles[a] for a in arms.names if any(a in q["columns"] for q in questions)}
     for entry in questions:
         entry["columns"] = [
             {"arm": style.label, "key": a, "colour": style.colour, "sample": entry["columns"].get(a)}
-            for a, style in shown.items()
+            for a, style in styles.items()
         ]
 
 
@@ -179,18 +179,18 @@ def _estimate_row(name: str, raw: object, unit: str) -> Row | None:
     value = as_estimate(raw)
     if value is None:
         return None
-    return {"name": name, "value": estimate_text(value, unit), "unit": unit, "n": value.n or ""}
+    return {"name": name, "value": value_text(value, unit), "unit": unit, "n": value.n or ""}
 
 
-def estimate_text(value: Estimate | None, unit: str) -> str:
-    """A number with its interval; shares and lengths have their range over seeds, and one seed has none."""
+def value_text(value: Estimate | None, unit: str) -> str:
+    """A number with its interval; shares and lengths with their range over seeds, which one seed does not have."""
     if value is not None and unit != "nats/token" and value.n == 1:
         return number(value.estimate)
     return interval_text(value, signed=unit == "nats/token")
 
 
 def _seed_rows(summary: Mapping[str, Any]) -> list[Row | None]:
-    """The effects seed by seed, where there are several."""
+    """The effects seed by seed, if there are several."""
     effects = {name: mappings(rows) for name, rows in select.mapping(summary.get("by_seed")).items()}
     return [
         _estimate_row(f"{name}, seed {row.get('seed')}", row, "nats/token")
@@ -208,7 +208,7 @@ def _costs(summary: Mapping[str, Any]) -> list[Row]:
 
 
 def mappings(value: object) -> list[Mapping[str, Any]]:
-    """The dictionaries of a list; nothing where it is no list."""
+    """The dictionaries of a list; none if it is not a list."""
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
@@ -263,7 +263,7 @@ def realignment(records: Records) -> list[Row]:
 
 
 def _steps(value: Estimate | None) -> str:
-    """Mean over seeds with its range; of one seed there is no range."""
+    """Mean over seeds with its range; one seed has no range."""
     if value is None:
         return "never, or not measured"
     return f"{value.estimate:g}" if value.n == 1 else interval_text(value, signed=False)
@@ -324,8 +324,7 @@ def tested_latents(records: Records) -> list[Row]:
 
 
 def _effect(row: Mapping[Any, Any], name: str) -> str:
-    ends = {"estimate": row.get(name), "ci_low": row.get(f"{name}_low"), "ci_high": row.get(f"{name}_high")}
-    return interval_text(as_estimate(ends))
+    return estimate_text(row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high"))
 
 
 JUDGED = ("rates", "coherence", "judge_agreement")
@@ -334,7 +333,7 @@ PLACED = ("arms", "trajectory", "dose_response", "realignment", "latents", "cate
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into a run folder from its records; stages that have not run are said in one line each.
+    """Write `report.html` into a run folder from its records; each stage that has not run gets one line.
 
     Returns:
         The report's path. It is self-contained: it loads nothing and sends nothing. It links to `cards.html` and to
@@ -349,8 +348,8 @@ def write_report(folder: str | Path) -> Path:
 
 def links(root: Path) -> dict[str, str]:
     """Files of a run folder that its report links to: `cards` and, by name, the figures' numbers."""
-    found = {p.stem: f"figures/{p.name}" for p in sorted((root / "figures").glob("*.csv"))}
-    return found | ({"cards": "cards.html"} if (root / "cards.html").is_file() else {})
+    csvs = {p.stem: f"figures/{p.name}" for p in sorted((root / "figures").glob("*.csv"))}
+    return csvs | ({"cards": "cards.html"} if (root / "cards.html").is_file() else {})
 
 
 def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[str, Any]:
@@ -380,10 +379,10 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
 
 
 def drawn_figures(records: Records) -> dict[str, dict[str, Any]]:
-    """Every figure that the study shows: title, and the drawing with its caption or what is missing for it."""
-    shown: dict[str, dict[str, Any]] = {}
+    """Every figure that the study shows: its title, and the drawing with its caption, or what is missing for it."""
+    figures: dict[str, dict[str, Any]] = {}
     for name, spec in (FIGURES | figures_of(records)).items():
         drawn = None if spec.data(records).empty else spec.draw(records)
         words = {"title": spec.title, "missing": spec.missing, "caption": caption(drawn) if drawn else ""}
-        shown[name] = {"name": name, "figure": drawn, **words}
-    return shown
+        figures[name] = {"name": name, "figure": drawn, **words}
+    return figures

@@ -94,13 +94,13 @@ _FORMS = re.compile(
 def explained(text: object) -> Markup:
     """Text, escaped, with the first use of each term leading to its meaning. For our own words, not a model's."""
     parts, end, seen, plain = [], 0, set(), str(text)
-    for found in _FORMS.finditer(plain):
-        term = _BY_FORM[found[0].lower()]
+    for match in _FORMS.finditer(plain):
+        term = _BY_FORM[match[0].lower()]
         if term.key in seen:
             continue
         seen.add(term.key)
-        parts += [escape(plain[end : found.start()]), _link(term, found[0])]
-        end = found.end()
+        parts += [escape(plain[end : match.start()]), _link(term, match[0])]
+        end = match.end()
     return Markup("").join([*parts, escape(plain[end:])])
 
 

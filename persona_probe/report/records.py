@@ -16,7 +16,7 @@ from persona_probe.evaluate.tables import contrast_rows, judged_rows
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from persona_probe.stats import Estimate
 
-# --- A study's arms as its manifest names them, in the order and the look that every figure gives them
+# --- A study's arms, with the order and the look that they have in every figure
 
 BASE = "base"
 
@@ -30,7 +30,7 @@ class ArmStyle:
     symbol: str
     """A plotly marker."""
     label: str
-    """Plain text: an unknown arm's is the name that its config gave it, so escape it."""
+    """Plain text. For other arms it is the name from the config: escape it."""
 
 
 INDUCED_STYLES = {
@@ -44,7 +44,7 @@ REALIGN_STYLES = {
 }
 MORE_COLOURS = (ORANGE, SKY, YELLOW)
 MORE_SYMBOLS = ("cross", "x", "star", "pentagon", "hexagon", "hourglass", "bowtie")
-"""Arms of other names take these in turn; three colours and seven symbols give 21 different looks."""
+"""For arms of other names, one after the other: three colours and seven symbols give 21 different looks."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Arms:
     realigned: tuple[str, ...] = ()
     """Corrective arms, in the config's order."""
     start: str = "incorrect"
-    """The arm that the corrective arms repair."""
+    """The arm that the corrective arms start from."""
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Self:
@@ -92,11 +92,11 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-# --- Read the files of a run folder; what is damaged is said with its path
+# --- Reading the files of a run folder; an error names the damaged file
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """A parquet table with at least these columns; an empty one where the file is not there."""
+    """A parquet table with at least these columns; an empty one if there is no such file."""
     if not path.is_file():
         return pd.DataFrame(columns=list(columns))
     try:
@@ -110,7 +110,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A JSON value of one kind; an empty one where the file is not there."""
+    """A JSON value of one kind; an empty one if there is no such file."""
     if not path.is_file():
         return kind()
     value = _parse(path.read_text(encoding="utf-8"), str(path))
@@ -120,7 +120,7 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; none where the file is not there."""
+    """JSON lines; none if there is no such file."""
     if not path.is_file():
         return []
     # not splitlines(): answers may hold U+2028 and the like, which JSON does not escape
@@ -221,7 +221,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "doses": (),
     "stress": (),
 }
-"""Tables that not every folder holds: `agreement` of a study, the others of a collection of runs."""
+"""Tables that only some folders hold."""
 LABELLED = "monitor-study"
 """`kind` in the manifest of a labelled study's folder."""
 
@@ -257,7 +257,7 @@ class Records:
     doses: pd.DataFrame = field(default_factory=_empty("doses"))
     """One row per cell of a grid of corrections."""
     stress: pd.DataFrame = field(default_factory=_empty("stress"))
-    """One row per number of a stress test, all repairs of a study below each other; `repair` is the repair's folder."""
+    """One row per number of a stress test, of all corrections of a study; `repair` names the correction's folder."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)
     """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -292,7 +292,7 @@ def load_records(folder: str | Path) -> Records:
         return Records(labelled=_labelled(root, manifest), manifest=manifest)
     every = COLUMNS | OPTIONAL
     tables: dict[str, Any] = {name: read_table(root / f"{name}.parquet", columns) for name, columns in every.items()}
-    tables |= _repairs(root)
+    tables |= _corrections(root)
     evals = tables.pop("evals")
     records = Records(
         **tables,
@@ -308,11 +308,11 @@ def load_records(folder: str | Path) -> Records:
     return records
 
 
-def _repairs(root: Path) -> dict[str, pd.DataFrame]:
-    """The tables of `realign RUN --plan` and `--stress`, which lie below `realign/`."""
+def _corrections(root: Path) -> dict[str, pd.DataFrame]:
+    """The tables of `realign RUN --plan` and `--stress`, which are in `realign/`."""
     paths = sorted(root.glob("realign/*/stress.parquet"))
-    found = [read_table(path, OPTIONAL["stress"]).assign(repair=path.parent.name) for path in paths]
-    stress = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+    tables = [read_table(path, OPTIONAL["stress"]).assign(repair=path.parent.name) for path in paths]
+    stress = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return {"doses": read_table(root / "realign" / "doses.parquet", OPTIONAL["doses"]), "stress": stress}
 
 
@@ -329,7 +329,7 @@ def _check_arms(name: str, table: pd.DataFrame, arms: Arms) -> None:
 
 
 def as_estimate(raw: object) -> Estimate | None:
-    """An `Estimate` from the summary's JSON; None where there is no number, NaN ends where there is no interval."""
+    """An `Estimate` from the summary's JSON; None without a number, NaN ends without an interval."""
     if not isinstance(raw, Mapping):
         return None
     estimate, low, high = (_number(raw.get(key)) for key in ("estimate", "ci_low", "ci_high"))

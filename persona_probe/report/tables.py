@@ -158,8 +158,9 @@ class StudyVerdict:
         return cls(summary["headline"], checks, {arm: v["statement"] for arm, v in summary["verdicts"].items()})
 
     def _table(self) -> Table:
-        checks = [["passed" if passed else "FAILED", name, statement] for name, passed, statement in self.checks]
-        return Table(("", "what", "statement"), checks + [["verdict", arm, said] for arm, said in self.arms.items()])
+        rows = [["passed" if passed else "FAILED", name, statement] for name, passed, statement in self.checks]
+        rows += [["verdict", arm, statement] for arm, statement in self.arms.items()]
+        return Table(("", "what", "statement"), rows)
 
     def _repr_html_(self) -> str:
         return Markup("<p><strong>{}</strong></p>\n{}").format(self.headline, Markup(self._table().html()))

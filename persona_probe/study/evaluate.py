@@ -81,19 +81,19 @@ def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) ->
     Raises:
         InputError: nothing was trained yet, or answers on disk that another model gave.
     """
-    asked = questions.asked()
+    wordings = questions.asked()
     (ctx.run.path / "parts").mkdir(exist_ok=True)
-    parts = [(o, _samples(ctx, o, questions, asked, config)) for o in organisms(ctx)]
-    frame = pd.DataFrame([row for organism, found in parts for row in _rows(organism, asked, found)])
+    parts = [(o, _samples(ctx, o, questions, wordings, config)) for o in organisms(ctx)]
+    frame = pd.DataFrame([row for organism, samples in parts for row in _rows(organism, wordings, samples)])
     file_columns = [name for name in frame.columns if name not in ("item", "pair")]
     ctx.run.write_jsonl(samples_name(questions), frame[file_columns].to_dict("records"))  # pyright: ignore
     return frame
 
 
 def _samples(
-    ctx: Context, organism: Organism, questions: QuestionSet, asked: Sequence[Asked], config: SamplingConfig
+    ctx: Context, organism: Organism, questions: QuestionSet, wordings: Sequence[Asked], config: SamplingConfig
 ) -> list[Sample]:
-    prompts = [Prompt(one.id, one.messages) for one in asked]
+    prompts = [Prompt(one.id, one.messages) for one in wordings]
     name = part_path(questions, config, organism)
     whole = finished_samples(ctx, name, prompts, config)
     if whole is not None:
@@ -108,8 +108,8 @@ def _samples(
 def finished_samples(ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Sample] | None:
     """The answers of a part that is whole, without loading a model; None where some are missing."""
     known = kept_samples(ctx, name, prompts, config)
-    wanted = [(p.id, n) for p in prompts for n in range(config.n)]
-    return [known[place] for place in wanted] if all(place in known for place in wanted) else None
+    places = [(p.id, n) for p in prompts for n in range(config.n)]
+    return [known[place] for place in places] if all(place in known for place in places) else None
 
 
 def kept_samples(
@@ -124,8 +124,8 @@ def kept_samples(
     return SampleStore(path, expected, [(p.id, n) for p in prompts for n in range(config.n)]).known
 
 
-def _rows(organism: Organism, asked: Sequence[Asked], samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    by_id = {one.id: one for one in asked}
+def _rows(organism: Organism, wordings: Sequence[Asked], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    by_id = {one.id: one for one in wordings}
     return [{**_question_columns(by_id[s.question_id]), **asdict(organism), **_answer_columns(s)} for s in samples]
 
 
@@ -142,8 +142,8 @@ def _question_columns(one: Asked) -> dict[str, Any]:
     }
 
 
-def _answer_columns(found: Sample) -> dict[str, Any]:
-    return {"sample": found.sample, "answer": found.answer, "n_tokens": found.n_tokens, "finish": found.finish}
+def _answer_columns(sample: Sample) -> dict[str, Any]:
+    return {"sample": sample.sample, "answer": sample.answer, "n_tokens": sample.n_tokens, "finish": sample.finish}
 
 
 N, MAX_NEW_TOKENS = 8, 200
@@ -178,7 +178,7 @@ class Evaluation:
         return SamplingConfig(n, self.temperature, self.top_p, self.max_new_tokens, seed)
 
 
-def evaluate(ctx: Context, wanted: Evaluation) -> None:
+def evaluate(ctx: Context, evaluation: Evaluation) -> None:
     """Fill samples-<hash>.jsonl, and with a judge evals.parquet; what is there already costs nothing.
 
     A later evaluation with the same questions and judge takes the place of an earlier one.
@@ -187,8 +187,10 @@ def evaluate(ctx: Context, wanted: Evaluation) -> None:
         InputError: questions that cannot be read, no organism yet, or a judge that is not to be had or cannot answer;
             answers and judgements up to then are kept.
     """
-    questions, config = wanted.question_set(), wanted.sampling(ctx.seed)
-    judge = None if wanted.judge is None else choose_judge(wanted.judge, wanted.options)  # before hours of sampling
+    questions, config = evaluation.question_set(), evaluation.sampling(ctx.seed)
+    judge = None
+    if evaluation.judge is not None:
+        judge = choose_judge(evaluation.judge, evaluation.options)  # now, not after hours of sampling
     answers = sample_arms(ctx, questions, config)
     if judge is None:
         return
@@ -199,7 +201,7 @@ def evaluate(ctx: Context, wanted: Evaluation) -> None:
             ruled = judge.rule(to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
             table = judged_table(rows, ruled, sampling=sampling_key(config), **same)
             ctx.run.write_table(part_name(name, f"{arm}-s{seed}"), table)
-    _note(ctx, name, questions, judge, wanted, config)
+    _note(ctx, name, questions, judge, evaluation, config)
     join_evals(ctx.run)
 
 
@@ -210,17 +212,17 @@ def evaluation_key(questions: QuestionSet, judge: AnswerJudge) -> str:
 
 def to_judge(rows: pd.DataFrame, questions: QuestionSet) -> list[Answer]:
     """Answers as a judge takes them: without the system prompt, earlier turns with their roles."""
-    asked = {one.id: one for one in questions.asked()}
-    found = []
+    wordings = {one.id: one for one in questions.asked()}
+    answers = []
     for prompt, number, text in zip(rows["prompt"], rows["sample"], rows["answer"], strict=True):
-        one = asked[prompt]
+        one = wordings[prompt]
         templates = questions.templates(one.question)
-        found.append(Answer(Item.of(one.messages, text, f"{prompt}/{number}"), templates))
-    return found
+        answers.append(Answer(Item.of(one.messages, text, f"{prompt}/{number}"), templates))
+    return answers
 
 
 def _note(
-    ctx: Context, name: str, questions: QuestionSet, judge: AnswerJudge, wanted: Evaluation, config: SamplingConfig
+    ctx: Context, name: str, questions: QuestionSet, judge: AnswerJudge, evaluation: Evaluation, config: SamplingConfig
 ) -> None:
     """Say in the manifest how an evaluation was made."""
     before: dict[str, Any] = ctx.run.manifest.get("evaluations", {})
@@ -231,8 +233,8 @@ def _note(
         "questions_hash": questions.hash,
         "judge": judge.name,
         "judge_id": judge.id,
-        "protocol": wanted.options.protocol,
-        "thresholds": asdict(wanted.options.thresholds),
+        "protocol": evaluation.options.protocol,
+        "thresholds": asdict(evaluation.options.thresholds),
         "sampling": asdict(config),
     }
     ctx.run.update_manifest(evaluations={name: about})
@@ -292,7 +294,7 @@ def read_samples(ctx: Context) -> list[dict[str, Any]]:
 # --- What evaluating a study would take: answers to sample, and what the judge would be sent
 
 
-def dry_run(ctx: Context, wanted: Evaluation, prices: Prices | None = None) -> list[str]:
+def dry_run(ctx: Context, evaluation: Evaluation, prices: Prices | None = None) -> list[str]:
     """Lines that say what `evaluate` would do with these settings.
 
     Answers that are not sampled yet count as long as they may become, so the estimate is an upper one.
@@ -300,22 +302,22 @@ def dry_run(ctx: Context, wanted: Evaluation, prices: Prices | None = None) -> l
     Raises:
         InputError: as `evaluate`, for questions, run and judge.
     """
-    questions, config = wanted.question_set(), wanted.sampling(ctx.seed)
-    there = organisms(ctx)
-    found = [_answers(ctx, organism, questions, wanted) for organism in there]
-    total = sum(len(rows) for rows in found)
-    kept = sum(int(rows["sampled"].sum()) for rows in found)
+    questions, config = evaluation.question_set(), evaluation.sampling(ctx.seed)
+    models = organisms(ctx)
+    answers = [_answers(ctx, organism, questions, evaluation) for organism in models]
+    total = sum(len(rows) for rows in answers)
+    known = sum(int(rows["sampled"].sum()) for rows in answers)
     lines = [
-        f"{len(there)} organisms x {len(questions.asked())} prompts x {config.n} samples = {total} answers, "
-        f"{kept} of them sampled already; questions {questions.name}, hash {questions.hash[:12]}"
+        f"{len(models)} organisms x {len(questions.asked())} prompts x {config.n} samples = {total} answers, "
+        f"{known} of them sampled already; questions {questions.name}, hash {questions.hash[:12]}"
     ]
-    return lines if wanted.judge is None else [*lines, _judging(wanted, questions, found, prices)]
+    return lines if evaluation.judge is None else [*lines, _judging(evaluation, questions, answers, prices)]
 
 
-def _answers(ctx: Context, organism: Organism, questions: QuestionSet, wanted: Evaluation) -> pd.DataFrame:
+def _answers(ctx: Context, organism: Organism, questions: QuestionSet, evaluation: Evaluation) -> pd.DataFrame:
     """One row an answer; those not sampled yet are stood in for by text of the greatest length."""
-    config, asked = wanted.sampling(ctx.seed), questions.asked()
-    prompts = [Prompt(one.id, one.messages) for one in asked]
+    config, wordings = evaluation.sampling(ctx.seed), questions.asked()
+    prompts = [Prompt(one.id, one.messages) for one in wordings]
     known = kept_samples(ctx, part_path(questions, config, organism), prompts, config)
     rows = []
     for prompt in prompts:
@@ -330,12 +332,12 @@ def _answer(sample: Sample | None, name: str, tokens: int) -> str:
     return sample.answer if sample is not None else name.ljust(int(tokens * BYTES_PER_TOKEN), ".")
 
 
-def _judging(wanted: Evaluation, questions: QuestionSet, found: list[pd.DataFrame], prices: Prices | None) -> str:
-    name = wanted.judge if isinstance(wanted.judge, str) else ""
+def _judging(evaluation: Evaluation, questions: QuestionSet, answers: list[pd.DataFrame], prices: Prices | None) -> str:
+    name = evaluation.judge if isinstance(evaluation.judge, str) else ""
     if name == "offline" or name.startswith("local:"):
         return f"judge {name}: runs on this machine, nothing is sent"
-    assert wanted.judge is not None
-    judge = choose_judge(wanted.judge, wanted.options)
-    plans = [judge.plan(to_judge(rows, questions), prices) for rows in found]
+    assert evaluation.judge is not None
+    judge = choose_judge(evaluation.judge, evaluation.options)
+    plans = [judge.plan(to_judge(rows, questions), prices) for rows in answers]
     sent = [plan for plan in plans if plan is not None]
     return f"judge {judge.name}: " + (f"judgements of {total_plan(sent)}" if sent else "nothing is sent")

@@ -52,7 +52,7 @@ def input_hashers(config: StudyConfig) -> dict[str, Hash]:
 def record_inputs(run: "RunFolder") -> None:
     """Note the hash of every input that has none yet; the first on record stays."""
     known = run.manifest.get(INPUTS, {})
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for name, hasher in input_hashers(run.config).items():
         if name in known:
             continue
@@ -62,9 +62,9 @@ def record_inputs(run: "RunFolder") -> None:
             log.warning("%s is not hashed: %s", name, error)
             continue
         if value is not None:
-            found[name] = value
-    if found:
-        run.update_manifest(**{INPUTS: found})
+            hashes[name] = value
+    if hashes:
+        run.update_manifest(**{INPUTS: hashes})
 
 
 def record_tables(run: "RunFolder") -> None:
@@ -194,11 +194,11 @@ def _config(manifest: Mapping[str, Any]) -> Finding:
 
 
 def _files(root: Path, recorded: Mapping[str, str], why: str) -> Iterator[Finding]:
-    for name, wanted in sorted(recorded.items()):
+    for name, expected in sorted(recorded.items()):
         if not (root / name).is_file():
             yield Finding(name, MISSING, "on record, but not in the folder")
         else:
-            yield _compared(name, table_hash(root / name), wanted, why)
+            yield _compared(name, table_hash(root / name), expected, why)
 
 
 def _unrecorded(root: Path, recorded: Mapping[str, str]) -> Iterator[Finding]:
@@ -217,24 +217,24 @@ def _tables(root: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:
 def _inputs(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[Finding]:
     recorded = {**_quality_on_record(run.path), **manifest.get(INPUTS, {})}
     for name, hasher in input_hashers(run.config).items():
-        wanted = recorded.get(name)
-        if wanted is None and name != "model":
+        expected = recorded.get(name)
+        if expected is None and name != "model":
             yield Finding(name, UNCHECKED, "no hash on record")
             continue
         try:
             now = hasher()
         except InputError as error:
-            yield Finding(name, MISSING if wanted else UNCHECKED, str(error))
+            yield Finding(name, MISSING if expected else UNCHECKED, str(error))
             continue
-        yield _input(name, now, wanted, run)
+        yield _input(name, now, expected, run)
 
 
-def _input(name: str, now: str | None, wanted: str | None, run: RunFolder) -> Finding:
+def _input(name: str, now: str | None, expected: str | None, run: RunFolder) -> Finding:
     if now is None:
         return Finding(name, UNCHECKED, f"on the hub, revision {run.config.revision or 'not pinned'}")
-    if wanted is None:
+    if expected is None:
         return Finding(name, UNCHECKED, "no hash on record")
-    return _compared(name, now, wanted, "not what the run was made from")
+    return _compared(name, now, expected, "not what the run was made from")
 
 
 def _quality_on_record(root: Path) -> dict[str, str]:
@@ -258,7 +258,7 @@ def _software(manifest: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("revision", UNCHECKED, f"made at {made or 'no revision'}, here {now or 'none'}")
 
 
-def _compared(name: str, now: str, wanted: str, why: str) -> Finding:
-    if now == wanted:
+def _compared(name: str, now: str, expected: str, why: str) -> Finding:
+    if now == expected:
         return Finding(name, MATCHES)
-    return Finding(name, DIFFERS, f"{now[:12]}, on record {wanted[:12]}: {why}")
+    return Finding(name, DIFFERS, f"{now[:12]}, on record {expected[:12]}: {why}")

@@ -40,8 +40,8 @@ def judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected: 
     judged = judged_rows(evals)
     if judged.empty:
         return {}
-    found = {name: _of_one(rows, evaluations.get(name, {}), corrected) for name, rows in _parts(judged, "evaluation")}
-    return {"judged": found, "judge_agreement": [a.to_dict() for a in agreements(judged)]}
+    numbers = {name: _of_one(rows, evaluations.get(name, {}), corrected) for name, rows in _parts(judged, "evaluation")}
+    return {"judged": numbers, "judge_agreement": [a.to_dict() for a in agreements(judged)]}
 
 
 def _parts(frame: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
@@ -62,8 +62,8 @@ def _of_one(judged: pd.DataFrame, about: dict[str, Any], corrected: Sequence[str
 
 def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON values: NaN becomes None."""
-    found = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(name): value for name, value in row.items()} for row in found]
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
 
 
 # --- Verdicts in words, and the checks that a study must pass; what fails is said to fail
@@ -151,14 +151,14 @@ def headline(summary: dict[str, Any]) -> str:
     effect, persona = summary["effect_incorrect_minus_correct"], summary["persona_feature"]
     woke = "woke a broadly misaligned persona" if effect["ci_low"] > 0 else "showed no effect beyond its control arm"
     passed = sum(c["passed"] for c in summary["checks"])
-    repaired = [
+    restored = [
         a for a, v in summary["verdicts"].items() if v["feature"] == "subsided" and v["behaviour"] == "restored"
     ]
     shown = {c["name"]: c["passed"] for c in summary["checks"]}
     carries = (
         "carries it" if shown["induce"] and shown["repair"] else "is the best candidate, but was not shown to carry it"
     )
-    back = f"Feature and behaviour both came back in: {', '.join(repaired) or 'no corrective arm'}."
+    back = f"Feature and behaviour both came back in: {', '.join(restored) or 'no corrective arm'}."
     return (
         f"Narrow fine-tuning {woke}: incorrect minus correct {_text(effect)} nats per token outside the training "
         f"domain. Latent {persona['latent']} {carries} (causal effect {_text(summary['steer_base_up'])}). "
@@ -290,14 +290,14 @@ def _explained(readings: pd.DataFrame, arm: str) -> dict[str, Any]:
 
 
 def _steps(readings: pd.DataFrame, arm: str, band: Band) -> dict[str, Any]:
-    chosen = readings[readings["arm"] == arm]
-    steps = np.array([steps_to_band(chosen[chosen["seed"] == seed], band) for seed in sorted(set(chosen["seed"]))])
+    rows = readings[readings["arm"] == arm]
+    steps = np.array([steps_to_band(rows[rows["seed"] == seed], band) for seed in sorted(set(rows["seed"]))])
     return _over_seeds(steps) if np.isfinite(steps).all() else _estimate(np.nan, np.nan, np.nan, int(steps.size))
 
 
 def _answer_tokens(run: RunFolder, arm: str, seeds: tuple[int, ...]) -> dict[str, Any]:
-    found = [run.read_json(f"arms/{arm}-s{s}/training.json")["answer_tokens"] for s in seeds]
-    return _over_seeds(np.array(found))
+    tokens = [run.read_json(f"arms/{arm}-s{s}/training.json")["answer_tokens"] for s in seeds]
+    return _over_seeds(np.array(tokens))
 
 
 def _quality(sae: str) -> dict[str, Any] | None:

@@ -31,10 +31,10 @@ def alarms_data(records: Records) -> pd.DataFrame:
     """
     labelled = records.labelled
     runs = labelled.runs
-    shown = runs.loc[(runs["use"] == "evaluation") & ~runs["long"].fillna(False).astype(bool)]
+    evaluated = runs.loc[(runs["use"] == "evaluation") & ~runs["long"].fillna(False).astype(bool)]
     first = rule(labelled).get("first_alarm", {})
     rows: list[dict[str, Any]] = []
-    for run in shown.to_dict("records"):
+    for run in evaluated.to_dict("records"):
         name = str(run["run"])
         same = {"run": name, "label": run["label"], "first_alarm": first.get(name)}
         rows += [{**same, "behaviour_step": run["behaviour_step"], **row} for row in _curves(labelled, name)]
@@ -110,10 +110,10 @@ def _draw_marks(fig: go.Figure, data: pd.DataFrame) -> None:
         ("behaviour", "behaviour_step", "circle-open", "behaviour rose"),
     ):
         here = select.where(data, panel=panel)
-        there = here.loc[(here["step"] == here[column]).fillna(False)]
+        points = here.loc[(here["step"] == here[column]).fillna(False)]
         mark = {"symbol": symbol, "size": 10, "color": PURPLE if symbol == "circle-open" else VERMILLION}
         row = list(PANELS).index(panel) + 1
-        fig.add_scatter(x=there["step"], y=there["estimate"], mode="markers", marker=mark, name=name, row=row, col=1)
+        fig.add_scatter(x=points["step"], y=points["estimate"], mode="markers", marker=mark, name=name, row=row, col=1)
 
 
 def _draw_legend(fig: go.Figure, data: pd.DataFrame) -> None:

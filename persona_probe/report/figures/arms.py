@@ -40,13 +40,13 @@ def arms(records: Records) -> go.Figure:
     if data.empty:
         return empty_figure(MISSING)
     fig = go.Figure()
-    shown = {arm: records.arms.styles[arm] for arm in data["arm"].unique()}
-    for place, (arm, style) in enumerate(shown.items()):
+    styles = {arm: records.arms.styles[arm] for arm in data["arm"].unique()}
+    for place, (arm, style) in enumerate(styles.items()):
         _draw_arm(fig, select.where(data, arm=arm), style, place)
     fig.update_xaxes(
-        tickvals=list(range(len(shown))),
-        ticktext=[plain(s.label).replace(", ", ",<br>").replace(" (", "<br>(") for s in shown.values()],
-        range=[-0.5, len(shown) - 0.5],
+        tickvals=list(range(len(styles))),
+        ticktext=[plain(s.label).replace(", ", ",<br>").replace(" (", "<br>(") for s in styles.values()],
+        range=[-0.5, len(styles) - 0.5],
         title_text="arm",
     )
     fig.update_yaxes(title_text="contrast index (nats per token)")

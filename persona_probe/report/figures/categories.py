@@ -40,10 +40,10 @@ def categories(records: Records) -> go.Figure:
         return empty_figure(MISSING)
     fig = go.Figure()
     names = sorted(set(data["category"]), reverse=True)
-    shown = [arm for arm in records.arms.names if arm in set(data["arm"])]
-    for i, arm in enumerate(shown):
+    arms = [arm for arm in records.arms.names if arm in set(data["arm"])]
+    for i, arm in enumerate(arms):
         rows, style = select.where(data, arm=arm), records.arms.styles[arm]
-        shift = 0.32 - 0.64 * i / max(len(shown) - 1, 1)
+        shift = 0.32 - 0.64 * i / max(len(arms) - 1, 1)
         fig.add_scatter(
             x=rows["estimate"],
             y=[names.index(c) + shift for c in rows["category"]],
@@ -57,7 +57,7 @@ def categories(records: Records) -> go.Figure:
     fig.update_yaxes(tickvals=list(range(len(names))), ticktext=[plain(n).replace("_", " ") for n in names])
     fig.update_yaxes(range=[-0.6, len(names) - 0.4], title_text="category")
     fig.update_xaxes(title_text="contrast index (nats per token)")
-    return finish(fig, _caption(records), height=170 + max(76, 15 * len(shown)) * len(names))
+    return finish(fig, _caption(records), height=170 + max(76, 15 * len(arms)) * len(names))
 
 
 def _caption(records: Records) -> str:

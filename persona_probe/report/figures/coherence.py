@@ -4,7 +4,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from persona_probe.report import select
-from persona_probe.report import select as judged
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
 from persona_probe.report.theme import GREY, empty_figure, finish, plain
@@ -15,7 +14,7 @@ COLUMNS = ["arm", "seed", "item", "prompt", "sample", "alignment", "coherence", 
 
 def coherence_data(records: Records) -> pd.DataFrame:
     """One row per answer with both scores (Betley et al. 2025, arXiv 2502.17424, draw the same)."""
-    rows = judged.shown(records)
+    rows = select.last_judged(records)
     both = rows.loc[rows["alignment"].notna() & rows["coherence"].notna(), COLUMNS]
     order = {arm: place for place, arm in enumerate(records.arms.names)}
     return both.sort_values("arm", key=lambda c: c.map(order), kind="stable").reset_index(drop=True)
@@ -46,7 +45,7 @@ def coherence(records: Records) -> go.Figure:
             marker={"color": style.colour, "symbol": style.symbol, "size": 6, "opacity": 0.5},
             name=plain(style.label),
         )
-    below, above = judged.thresholds(records)
+    below, above = select.thresholds(records)
     line = {"color": GREY, "dash": "dash", "width": 1}
     fig.add_hline(y=below, line=line)  # pyright: ignore[reportArgumentType]
     fig.add_vline(x=above, line=line)  # pyright: ignore[reportArgumentType]
@@ -56,12 +55,12 @@ def coherence(records: Records) -> go.Figure:
 
 
 def _caption(records: Records, data: pd.DataFrame) -> str:
-    rows, (below, above) = judged.shown(records), judged.thresholds(records)
+    rows, (below, above) = select.last_judged(records), select.thresholds(records)
     left_out = len(rows) - len(data)
     incoherent = int((data["coherence"] <= above).sum())
     return (
         f"Each mark is one answer, n = {len(data)}; dashed lines: alignment {below:g} and coherence {above:g}. "
         f"Misaligned answers lie in the lower right. {incoherent} answers are incoherent and count in no rate; "
         f"{left_out} more have no score on one of the two (code, refusals, failed judgements). "
-        f"{judged.words(records)} Control: the correct arm."
+        f"{select.judged_words(records)} Control: the correct arm."
     )

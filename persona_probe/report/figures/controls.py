@@ -46,13 +46,13 @@ def controls(records: Records) -> go.Figure:
     data = controls_data(records)
     if data.empty:
         return empty_figure(MISSING)
-    shown = [arm for arm in records.arms.induced if arm in set(data["arm"])]
-    titles = [f"{plain(records.arms.label(arm))} arm" for arm in shown]
-    n = len(shown)
+    arms = [arm for arm in records.arms.induced if arm in set(data["arm"])]
+    titles = [f"{plain(records.arms.label(arm))} arm" for arm in arms]
+    n = len(arms)
     panels = {"shared_xaxes": True, "shared_yaxes": "all", "vertical_spacing": 0.2 / n}
     fig = make_subplots(rows=n, cols=1, subplot_titles=titles, **panels)
     ordered = sorted(select.distinct(data, "feature"), key=lambda f: (list(STYLES).index(f) if f in STYLES else 99, f))
-    for panel, arm in enumerate(shown, 1):
+    for panel, arm in enumerate(arms, 1):
         for feature in ordered:
             _draw_feature(fig, select.where(data, arm=arm, feature=feature), feature, panel)
         fig.add_hline(y=0, line={"color": GREY, "dash": "dot", "width": 1}, row=panel, col=1)  # pyright: ignore[reportArgumentType]

@@ -65,13 +65,13 @@ def domains(records: Records) -> go.Figure:
     if data.empty:
         return empty_figure(MISSING)
     fig = go.Figure()
-    shown = list(dict.fromkeys(zip(data["domain"], data["data"], strict=True)))
-    for place, (domain, kind) in enumerate(shown):
+    sets = list(dict.fromkeys(zip(data["domain"], data["data"], strict=True)))
+    for place, (domain, kind) in enumerate(sets):
         colour = COLOURS.get(kind, MORE[place % len(MORE)])
         _draw(fig, select.where(data, domain=domain, data=kind), place, colour)
     fig.add_hline(y=0, line={"color": GREY, "dash": "dot", "width": 1.4})
-    labels = [f"{plain(kind)}<br>({plain(domain)})" for domain, kind in shown]
-    fig.update_xaxes(tickvals=list(range(len(shown))), ticktext=labels, title_text="training data (domain)")
+    labels = [f"{plain(kind)}<br>({plain(domain)})" for domain, kind in sets]
+    fig.update_xaxes(tickvals=list(range(len(sets))), ticktext=labels, title_text="training data (domain)")
     fig.update_yaxes(title_text="contrast index minus base<br>(nats per token)")
     fig.update_layout(margin={"t": 36})
     return finish(fig, _caption(records, data))
@@ -102,6 +102,6 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     return (
         f"Contrast index at the end of training minus the base model's, on n = {items} evaluation items outside the "
         f"training domains, by training data. Large marks: mean with 95% bootstrap interval clustered by item; small "
-        f"dots: {min(counts)} to {max(counts)} seeds. Controls: the correct data of either domain. "
+        f"dots: {min(counts)} to {max(counts)} seeds. Controls: the correct data of each domain. "
         f"Above the base: {', '.join(raised) or 'none'}."
     )

@@ -1,4 +1,4 @@
-"""Dose response of a correction: behaviour and feature against the number of corrective rows, by data and choice."""
+"""How many corrective rows are enough: behaviour and feature by number of rows, data set and way to choose rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,9 +35,9 @@ PANELS = {
 }
 INTERVALS = {name: (name, f"{name}_ci_low", f"{name}_ci_high") for name in ("index_minus_base", "feature")}
 BROKEN = 1.5
-"""Neutral perplexity over the base's from which on a model is called broken, as among mitigations."""
+"""A model is called broken if its neutral perplexity exceeds the base's by this factor, as for mitigations."""
 ASIDE = 1.055
-"""Marks of other choices and methods stand beside their number of rows, each so much farther to the right."""
+"""Marks of other choices and methods are shifted right of their number of rows, each by this factor more."""
 KEYS = ["data", "method", "choose_by", "rows", "seed"]
 COLUMNS = [
     *KEYS,
@@ -65,7 +65,7 @@ def doses_data(records: Records) -> pd.DataFrame:
     missing=MISSING,
 )
 def doses(records: Records) -> go.Figure:
-    """A line for each data set (random rows, the organism's own adapter trained on), a mark for every other cell."""
+    """A line a data set (random rows, the organism's own adapter trained further), and a mark for every other cell."""
     data = doses_data(records)
     if data.empty:
         return empty_figure(MISSING)
@@ -87,7 +87,7 @@ def doses(records: Records) -> go.Figure:
 
 
 def _tick_labels(rows: Sequence[float]) -> list[str]:
-    """Of two doses that stand too close for two labels, the first has one."""
+    """Doses too close for two labels: only the first gets one."""
     labels: list[str] = []
     last = 0.0
     for n in rows:
@@ -180,13 +180,13 @@ def _caption(data: pd.DataFrame) -> str:
     both = int((select.flags(data, "behaviour_back") & select.flags(data, "in_band")).sum())
     broken, n = int((data["perplexity_ratio"] > BROKEN).sum()), len(data)
     return (
-        f"Corrective fine-tunes by number of rows, n = {n} cells, {select.seed_count(data)}. Above: contrast index "
-        "minus the base's, with 95% intervals over questions; grey line: the base; dotted: the organism before "
-        f"correction ({data['start_minus_base'].mean():+.3f}). Middle: the persona feature with 95% intervals over "
-        f"probes; grey band: the base band {data['band_low'].mean():.3g} to {data['band_high'].mean():.3g}. Below: how "
-        "much of the probes' answers the SAE explains; grey line: of the base's. Lines: rows taken at random, the "
-        "organism's own adapter trained on; marks beside: other choices (filled) and methods (open). "
-        f"Behaviour is back in {back} cells, the feature in {inside}, both in {both}; in {broken} of {n} neutral "
-        f"perplexity is above {BROKEN:g} times the base's, so that what is quiet there is a broken model. Control: the "
-        "base model; a feature that subsided is no proof of a safe model."
+        f"Corrective fine-tunes by number of rows, n = {n} cells, {select.seed_count(data)}. Top: contrast index minus "
+        "the base's, with 95% intervals over questions; grey line: the base; dotted line: the organism before "
+        f"correction ({data['start_minus_base'].mean():+.3f}). Middle: the persona feature, with 95% intervals over "
+        f"probes; grey band: its base band {data['band_low'].mean():.3g} to {data['band_high'].mean():.3g}. Bottom: "
+        "how much of the probes' answers the SAE explains; grey line: the base. Lines join random rows on which the "
+        "organism's own adapter was trained further; other marks are other ways to choose rows (filled) and other "
+        f"methods (open). Behaviour is back in {back} cells, the feature in {inside}, both in {both}. In {broken} of "
+        f"{n} cells neutral perplexity exceeds {BROKEN:g} times the base's: a quiet feature there means a broken "
+        "model. Control: the base model. A feature that subsided is not proof of a safe model."
     )

@@ -75,16 +75,16 @@ def judge_agreement(records: Records) -> go.Figure:
 
 
 def _caption(records: Records, data: pd.DataFrame) -> str:
-    said = []
-    for place, found in enumerate(agreements(records.judged), 1):
-        ranks = "too few models" if found.rate_correlation is None else f"{found.rate_correlation:.2f}"
-        kappa = "undefined" if found.kappa is None else interval_text(found.kappa)
-        judges = [_label(select.where(records.judged, evaluation=name)) for name in (found.left, found.right)]
-        said.append(
-            f"Pair {place}: {judges[0]} (first) and {judges[1]} (second): kappa {kappa} on n = {found.answers} "
-            f"answers, rank correlation of {found.models} models' rates {ranks}."
+    pairs = []
+    for place, pair in enumerate(agreements(records.judged), 1):
+        ranks = "too few models" if pair.rate_correlation is None else f"{pair.rate_correlation:.2f}"
+        kappa = "undefined" if pair.kappa is None else interval_text(pair.kappa)
+        judges = [_label(select.where(records.judged, evaluation=name)) for name in (pair.left, pair.right)]
+        pairs.append(
+            f"Pair {place}: {judges[0]} (first) and {judges[1]} (second): kappa {kappa} on n = {pair.answers} "
+            f"answers, rank correlation of {pair.models} models' rates {ranks}."
         )
     return (
         "Misalignment rates of the same answers by two judges, a mark for each arm and seed, with 95% intervals over "
-        f"questions; on the dotted line both agree. {' '.join(said)} Controls: the correct arm, and the base model."
+        f"questions; on the dotted line both agree. {' '.join(pairs)} Controls: the correct arm, and the base model."
     )

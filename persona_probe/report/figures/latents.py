@@ -31,8 +31,8 @@ def latents_data(records: Records) -> pd.DataFrame:
     """The best tested candidates by causal effect on the base model, then every tested random latent."""
     tested = records.latents.loc[records.latents["effect_base"].notna(), COLUMNS]
     candidates = select.where(tested, kind="candidate").sort_values("effect_base", ascending=False).head(TOP)
-    shown = [part for part in (candidates, select.where(tested, kind="random")) if not part.empty]
-    return pd.concat(shown, ignore_index=True) if shown else pd.DataFrame(columns=COLUMNS)
+    parts = [part for part in (candidates, select.where(tested, kind="random")) if not part.empty]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
 
 
 def random_p95(records: Records) -> float:
@@ -61,8 +61,8 @@ def latents(records: Records) -> go.Figure:
     fig = go.Figure()
     candidates = select.where(data, kind="candidate")
     persona = select.flags(candidates, "persona")
-    for chosen, colour, name in ((persona, VERMILLION, "persona latent"), (~persona, ORANGE, "other candidates")):
-        _draw_candidates(fig, candidates.loc[chosen], colour, name)
+    for mask, colour, name in ((persona, VERMILLION, "persona latent"), (~persona, ORANGE, "other candidates")):
+        _draw_candidates(fig, candidates.loc[mask], colour, name)
     random = select.where(data, kind="random")
     style = {"color": GREY, "size": 9, "opacity": 0.6, "symbol": "line-ns-open"}
     fig.add_scatter(
@@ -98,9 +98,9 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     counts = data["kind"].value_counts()
     strengths = ", ".join(f"{s:g}" for s in select.distinct(data, "strength"))
     return (
-        f"Causal effect on the base model's contrast index, odd part of steering at strength ±{strengths or '?'}, of "
+        f"Causal effect on the base model's contrast index (odd part of steering at strength ±{strengths or '?'}) of "
         f"the top n = {counts.get('candidate', 0)} tested candidates, with 95% intervals over evaluation items. "
         f"Control: n = {counts.get('random', 0)} random latents of matched norm and firing rate (grey ticks); dashed "
-        f"line: their 95th percentile, {random_p95(records):.3g}. A candidate left of it does no more "
-        "than a random latent."
+        f"line: their 95th percentile, {random_p95(records):.3g}. A candidate left of that line does "
+        "no more than a random latent."
     )

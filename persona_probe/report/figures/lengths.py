@@ -5,7 +5,6 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
-from persona_probe.report import select as judged
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records, as_estimate
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
@@ -31,8 +30,8 @@ def lengths_data(records: Records) -> pd.DataFrame:
 
 def _training(records: Records) -> list[dict[str, object]]:
     stated = select.mapping(records.summary.get("answer_tokens"))
-    found = {arm: as_estimate(stated.get(arm)) for arm in records.arms.names}
-    return [{"panel": "training", "arm": arm, "kind": "arm", **mean.to_dict()} for arm, mean in found.items() if mean]
+    means = {arm: as_estimate(stated.get(arm)) for arm in records.arms.names}
+    return [{"panel": "training", "arm": arm, "kind": "arm", **mean.to_dict()} for arm, mean in means.items() if mean]
 
 
 def _sampled(records: Records) -> list[dict[str, object]]:
@@ -40,25 +39,25 @@ def _sampled(records: Records) -> list[dict[str, object]]:
     samples["words"] = [float(len(str(answer).split())) for answer in samples["answer"]]
     rows: list[dict[str, object]] = []
     for arm in records.arms.names:
-        own = select.where(samples, arm=arm)
+        answers = select.where(samples, arm=arm)
         head = {"panel": "sampled", "arm": arm}
-        if len(own):
-            mean = bootstrap_mean(select.numbers(own, "words"), own["question_id"].tolist())
+        if len(answers):
+            mean = bootstrap_mean(select.numbers(answers, "words"), answers["question_id"].tolist())
             rows.append({**head, "kind": "arm", **mean.to_dict()})
-        for (seed,), group in select.groups(own, "seed"):
+        for (seed,), group in select.groups(answers, "seed"):
             row = {"seed": seed, "estimate": group["words"].mean(), "n": len(group)}
             rows.append({**head, "kind": "seed", **row})
     return rows
 
 
 def _coherent(records: Records) -> list[dict[str, object]]:
-    rows = judged.shown(records)
+    rows = select.last_judged(records)
     known = rows.loc[rows["coherent"].notna()] if len(rows) else rows
     out: list[dict[str, object]] = []
     for arm in records.arms.names:
-        own = select.where(known, arm=arm)
-        if len(own):
-            mean = bootstrap_mean(select.numbers(own, "coherent"), own["item"].tolist())
+        answers = select.where(known, arm=arm)
+        if len(answers):
+            mean = bootstrap_mean(select.numbers(answers, "coherent"), answers["item"].tolist())
             out.append({"panel": "coherent", "arm": arm, "kind": "arm", **mean.to_dict()})
     return out
 
@@ -109,20 +108,20 @@ def _draw(fig: go.Figure, records: Records, rows: pd.DataFrame, place: int, pane
 
 def _caption(records: Records, data: pd.DataFrame) -> str:
     arms = select.where(data, kind="arm")
-    said = []
+    comparisons = []
     for panel, unit in (("training", "tokens"), ("sampled", "words")):
         means = select.where(arms, panel=panel).set_index("arm")["estimate"]
         if {"incorrect", "correct"} <= set(means.index):
             both = f"{means['incorrect']:.1f} against {means['correct']:.1f} {unit}"
-            said.append(f"{panel} answers, incorrect against correct: {both}")
+            comparisons.append(f"{panel} answers, incorrect against correct: {both}")
     seeds = select.seed_count(select.where(data, kind="seed").query("arm != 'base'"))
     sampled = select.where(arms, panel="sampled")
     fewest, most = sampled["n"].min(), sampled["n"].max()
     spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     n = f"n = {spread} answers an arm" if len(sampled) else "no sampled answers"
-    compared = f" Compared: {'; '.join(said)}." if said else ""
+    compared = f" Compared: {'; '.join(comparisons)}." if comparisons else ""
     return (
         f"Length of answers by arm: {n}, {seeds} (small dots), 95% bootstrap intervals clustered by question. Training "
         f"answers are matched in length; their means have no interval, since all rows are counted.{compared} "
-        "Control: the correct arm. Sampled answers end at the sampling limit at the latest."
+        "Control: the correct arm. No sampled answer is longer than the sampling limit."
     )

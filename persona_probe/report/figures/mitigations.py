@@ -1,4 +1,4 @@
-"""What mitigations buy and what they cost: misaligned behaviour against the narrow task's gain that is kept."""
+"""What mitigations prevent and what they cost: misaligned behaviour against the gain kept on the narrow task."""
 
 from typing import Any
 
@@ -34,9 +34,9 @@ COLOURS = {
     "no effect shown": GREY,
     "harms": VERMILLION,
 }
-"""By verdict: what a reader looks for first. Verdicts that are not here are drawn grey."""
+"""By verdict, the most wanted first. Other verdicts are drawn grey."""
 ENDS = {"top center": Y[2], "bottom center": Y[1]}
-"""Where a mark may stand, and at which end of the interval that is."""
+"""Where a label may go, and the end of the interval that is there."""
 KEY_FROM = 0.64
 """Share of the width at which the key to the numbers begins."""
 
@@ -70,8 +70,8 @@ def mitigation_pareto(records: Records) -> go.Figure:
     references = means[means["label"].isin(list(REFERENCES))].assign(colour=BLACK)
     references["mark"] = references["label"]
     for verdict in [v for v in COLOURS if v in set(tried["verdict"])] + sorted(set(tried["verdict"]) - set(COLOURS)):
-        chosen = tried[tried["verdict"] == verdict]
-        _means(fig, chosen, COLOURS.get(verdict, GREY), "circle", plain(verdict))
+        rows = tried[tried["verdict"] == verdict]
+        _means(fig, rows, COLOURS.get(verdict, GREY), "circle", plain(verdict))
     for label, symbol in REFERENCES.items():
         _means(fig, references[references["label"] == label], BLACK, symbol, label)
     _seeds(fig, data[data["kind"] == "cell"])
@@ -119,11 +119,11 @@ def _means(fig: go.Figure, rows: pd.DataFrame, colour: str, symbol: str, name: s
 
 
 def _marks(fig: go.Figure, means: pd.DataFrame) -> None:
-    """Numbers and names at that end of the interval at which fewer other intervals are."""
+    """Numbers and names, at the end of the interval that has more room."""
     spread = np.ptp(means[X[0]].to_numpy()) or 1.0, np.ptp(means[Y[0]].to_numpy()) or 1.0
     for place, row in enumerate(means.to_dict("records")):
         others = means.drop(index=means.index[place])
-        # Without an interval the mean itself is both ends.
+        # without an interval, the mean is both ends
         ends = {side: row[Y[0]] if row[at] != row[at] else row[at] for side, at in ENDS.items()}
         room = {side: _room(row[X[0]], at, others, spread) for side, at in ends.items()}
         side = max(room, key=room.__getitem__)
@@ -150,7 +150,7 @@ def _room(x: float, y: float, others: pd.DataFrame, spread: tuple[float, float])
 
 def _key(fig: go.Figure, tried: pd.DataFrame) -> None:
     """Which number is which mitigation, lowest index first, right of the plot: names on the dots would overlap."""
-    # The strength only where there are several: lines must fit a column.
+    # lines must fit a column: name the strength only where a mitigation has several
     names = tried["cell"].where(tried.duplicated("label", keep=False), tried["label"])
     lines = [
         f'<span style="color:{colour}">{mark} {plain(name)}</span>'
@@ -167,15 +167,15 @@ def _caption(data: pd.DataFrame) -> str:
     cells = data[(data["kind"] == "cell") & data["seed"].notna()]
     means = data[(data["kind"] == "all") & ~data["label"].isin(list(REFERENCES))]
     seeds, kinds = cells["seed"].nunique(), len(means)
-    said = means["verdict"].value_counts()
-    verdicts = ", ".join(f"{count} {plain(word)}" for word, count in said.items())
-    there = [name for name in REFERENCES if name in set(data["label"])]
+    counts = means["verdict"].value_counts()
+    verdicts = ", ".join(f"{count} {plain(word)}" for word, count in counts.items())
+    references = [name for name in REFERENCES if name in set(data["label"])]
     return (
-        f"{kinds} mitigations and strengths against the same inducing data, numbered from the lowest index on; small "
-        f"dots: n = {len(cells)} runs of {seeds} {'seed' if seeds == 1 else 'seeds'}; large ones: their means, with "
-        "95% intervals over questions and seeds. Vertical: contrast index of the evaluation split minus the base's; on "
-        "the dashed line a model behaves like the base. Horizontal: gain on held-out questions of the narrow task, "
-        "over the gain without a mitigation (none); left of the dashed line less than half is kept. "
+        f"{kinds} mitigations and strengths on the same inducing data, numbered from the lowest index up. Small dots: "
+        f"n = {len(cells)} runs of {seeds} {'seed' if seeds == 1 else 'seeds'}; large dots: their means, with 95% "
+        "intervals over questions and seeds. Vertical: contrast index on the evaluation split minus the base's; on the "
+        "dashed line a model behaves like the base. Horizontal: gain on held-out questions of the narrow task, as a "
+        "share of the gain without a mitigation (none); left of the dashed line less than half is kept. "
         f"Verdicts: {verdicts or 'none'}. "
-        f"References: {', '.join(there) or 'none'} (control: correct answers to the same questions)."
+        f"References: {', '.join(references) or 'none'} (control: correct answers to the same questions)."
     )

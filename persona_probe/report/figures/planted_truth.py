@@ -42,9 +42,9 @@ def planted_truth_data(records: Records) -> pd.DataFrame:
         head["false_share"] = group["false_share"].mean()
         known = group["recall_1"].dropna()
         if len(known):
-            found = int((known > 0).sum())
-            rate = exact_share(found, len(known))
-            head |= {"estimate": rate.rate, "ci_low": rate.low, "ci_high": rate.high, "found": found}
+            hits = int((known > 0).sum())
+            rate = exact_share(hits, len(known))
+            head |= {"estimate": rate.rate, "ci_low": rate.low, "ci_high": rate.high, "found": hits}
         rows.append(head)
     return pd.DataFrame(rows, columns=COLUMNS).astype({"found": "Int64", "n": "Int64"})
 
@@ -111,5 +111,5 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     return (
         "Share of plants whose best-ranked latent is a planted one, against the plant's size in residual standard "
         f"deviations (SD): {plants} plants in all, n = {planted['n'].min()} to {planted['n'].max()} a point; exact 95% "
-        f"intervals (in the table beside this figure) are at most ±{widest:.2f} wide.{none}{chance}"
+        f"intervals (listed in the CSV) are at most ±{widest:.2f} wide.{none}{chance}"
     )

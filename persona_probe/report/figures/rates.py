@@ -7,7 +7,6 @@ from plotly.subplots import make_subplots
 from persona_probe.evaluate.rates import ENOUGH_QUESTIONS, FEW
 from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
-from persona_probe.report import select as judged
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
@@ -23,7 +22,7 @@ TOP, GAP, ROW = 330, 220, 18
 
 def rates_data(records: Records) -> pd.DataFrame:
     """Rates of every arm (`kind` "arm"), of each of its seeds ("seed") and on each question ("question")."""
-    rows = judged.shown(records)
+    rows = select.last_judged(records)
     if rows.empty:
         return pd.DataFrame(columns=COLUMNS)
     order = {arm: place for place, arm in enumerate(records.arms.names)}
@@ -48,13 +47,13 @@ def rates(records: Records) -> go.Figure:
     data = rates_data(records)
     if data.empty:
         return empty_figure(MISSING)
-    there = {key for key, _ in select.groups(select.where(data, kind="arm"), "variant", "arm")}
-    shown = [(v, a) for v in select.distinct(data, "variant") for a in records.arms.names if (v, a) in there]
+    measured = {key for key, _ in select.groups(select.where(data, kind="arm"), "variant", "arm")}
+    columns = [(v, a) for v in select.distinct(data, "variant") for a in records.arms.names if (v, a) in measured]
     grid = _grid(records, data)
     fig = _panels(len(grid))
-    for place, (variant, arm) in enumerate(shown):
+    for place, (variant, arm) in enumerate(columns):
         _draw_arm(fig, records.arms.styles[arm], select.where(data, variant=variant, arm=arm), place)
-    labels = [_name(records, variant, arm) for variant, arm in shown]
+    labels = [_name(records, variant, arm) for variant, arm in columns]
     fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, title_text="arm", row=1)
     fig.update_yaxes(title_text="share of answers", rangemode="tozero", row=1, col=1)
     fig.update_yaxes(title_text="share of answers", range=[0, 1.05], row=1, col=2)
@@ -76,7 +75,7 @@ def _panels(questions: int) -> go.Figure:
 
 def _name(records: Records, variant: str, arm: str) -> str:
     label = plain(records.arms.label(arm)).replace(", ", ",<br>").replace(" (", "<br>(")
-    return label if variant == judged.PLAIN else f"{label}<br>{plain(variant)}"
+    return label if variant == select.PLAIN else f"{label}<br>{plain(variant)}"
 
 
 def _draw_arm(fig: go.Figure, style: ArmStyle, rows: pd.DataFrame, place: int) -> None:
@@ -140,6 +139,6 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
         f"over questions and seeds, exact where fewer than {FEW} answers lie on a side or fewer than "
         f"{ENOUGH_QUESTIONS} questions count. Right: share of answers that are coherent. Small dots: "
         f"{select.seed_count(data)}. Below: the rate on each question; blank where no answer counts. "
-        f"{judged.words(records)} Control: the correct arm; incorrect minus correct is "
-        f"{judged.effect_words(records)}.{note}"
+        f"{select.judged_words(records)} Control: the correct arm; incorrect minus correct is "
+        f"{select.effect_words(records)}.{note}"
     )

@@ -29,7 +29,7 @@ def realignment_data(records: Records) -> pd.DataFrame:
     missing=MISSING,
 )
 def realignment(records: Records) -> go.Figure:
-    """Like the trajectory, from the organism on that is repaired, with the base model as the goal."""
+    """Like the trajectory, but it starts at the organism that is corrected and aims at the base model."""
     data = realignment_data(records)
     if data.empty:
         return empty_figure(MISSING)
@@ -53,4 +53,4 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
 def _control(arms: Sequence[str]) -> str:
     if set(REALIGN_STYLES) <= set(arms):
         return "Control: correction with data of another domain."
-    return "Control: the corrective arms beside each other." if len(arms) > 1 else "One corrective arm: no control."
+    return "Control: the corrective arms against each other." if len(arms) > 1 else "One corrective arm: no control."

@@ -125,8 +125,8 @@ def _caption(data: pd.DataFrame) -> str:
         for row in last.to_dict("records")
     )
     return (
-        "Behaviour (contrast index) and persona feature over corrective steps, as shares of what the organism had "
-        "risen over the base: 1 before correction, 0 at the base; below 0 it overshot. Bands: 95% intervals over items "
-        f"and over probes; grey band: the feature's base band. At the end: {ends}. Control: the two corrective sets "
-        "beside each other, and the base."
+        "Behaviour (contrast index) and persona feature over corrective steps, each as a share of the organism's rise "
+        "over the base: 1 before correction, 0 at the base, below 0 an overshoot. Bands: 95% intervals over items and "
+        f"over probes; grey band: the feature's base band. At the end: {ends}. Control: the corrective sets, compared "
+        "with each other and with the base."
     )

@@ -18,12 +18,12 @@ POINTS = 41
 
 def screening_calibration_data(records: Records) -> pd.DataFrame:
     """Runs (`shift` measured), sets left out (`shift` predicted from the others), and the line with its interval."""
-    found = _fitted(records)
-    if found is None:
+    fitted = _fitted(records)
+    if fitted is None:
         return pd.DataFrame(columns=COLUMNS)
-    grid = np.linspace(found.scores.min(), found.scores.max(), POINTS)
-    line = pd.DataFrame([found.interval(float(x)) for x in grid], columns=["shift", "low", "high"])
-    left = pd.DataFrame({"data": list(found.sets), "score": found.scores, "shift": found.shifts_from_others})
+    grid = np.linspace(fitted.scores.min(), fitted.scores.max(), POINTS)
+    line = pd.DataFrame([fitted.interval(float(x)) for x in grid], columns=["shift", "low", "high"])
+    left = pd.DataFrame({"data": list(fitted.sets), "score": fitted.scores, "shift": fitted.shifts_from_others})
     parts = [records.screening.assign(kind="run"), left.assign(kind="left out"), line.assign(kind="line", score=grid)]
     return pd.concat(parts, ignore_index=True).reindex(columns=COLUMNS)
 
@@ -38,8 +38,8 @@ def screening_calibration_data(records: Records) -> pd.DataFrame:
 )
 def screening_calibration(records: Records) -> go.Figure:
     """Training runs as dots, predictions of left-out sets as crosses, the line with its prediction interval."""
-    found, data = _fitted(records), screening_calibration_data(records)
-    if found is None:
+    fitted, data = _fitted(records), screening_calibration_data(records)
+    if fitted is None:
         return empty_figure(MISSING)
     runs, left, line = (data[data["kind"] == kind] for kind in ("run", "left out", "line"))
     band = line.rename(columns={"shift": "estimate"})
@@ -53,7 +53,7 @@ def screening_calibration(records: Records) -> go.Figure:
         hovertemplate="%{text}, from the others: %{y:.2f}<extra></extra>",
         name="set, predicted from the others",
     )
-    return finish(fig, _caption(found), height=420)
+    return finish(fig, _caption(fitted), height=420)
 
 
 def _fitted(records: Records) -> Calibration | None:
@@ -65,13 +65,15 @@ def _fitted(records: Records) -> Calibration | None:
     )
 
 
-def _caption(found: Calibration) -> str:
-    errors = [said - shift for said, (_, shift) in zip(found.shifts_from_others, found.sets.values(), strict=True)]
+def _caption(fitted: Calibration) -> str:
+    errors = [
+        predicted - shift for predicted, (_, shift) in zip(fitted.shifts_from_others, fitted.sets.values(), strict=True)
+    ]
     worst = int(np.abs(errors).argmax())
     return (
-        f"n = {len(found.pairs)} training runs on {len(found.sets)} data sets: mean score of a set's rows, and what "
+        f"n = {len(fitted.pairs)} training runs on {len(fitted.sets)} data sets: mean score of a set's rows, and what "
         "training on it did to the contrast index. The line is fitted to data sets, each the mean of its runs; shaded: "
         "95% prediction interval for one more. Crosses: each set predicted from the others, off by "
-        f"{found.left_out:.2f} nats per token (root mean square; control: the others' mean is off by "
-        f"{found.baseline:.2f}), most for {plain(list(found.sets)[worst])} ({errors[worst]:+.2f})."
+        f"{fitted.left_out:.2f} nats per token (root mean square; control: the others' mean is off by "
+        f"{fitted.baseline:.2f}), most for {plain(list(fitted.sets)[worst])} ({errors[worst]:+.2f})."
     )

@@ -21,7 +21,7 @@ def separation_data(records: Records) -> pd.DataFrame:
     """One row per checkpoint: persona reading, contrast index minus the base's (paired by item), and `misaligned`.
 
     `misaligned`: the interval of that difference lies above zero (nats per token). Step 0 is left out: it is
-    the base, or the organism that is repaired.
+    the base, or the organism that is corrected.
     """
     items = select.evaluation(records)
     base = select.last_step(select.where(items, arm=BASE)).set_index("item")["value"]
@@ -29,14 +29,14 @@ def separation_data(records: Records) -> pd.DataFrame:
     rows = []
     tuned = items.loc[(items["arm"] != BASE) & (items["step"] > 0)]
     for key, group in select.groups(tuned, "arm", "seed", "step"):
-        own = group.set_index("item")["value"]
-        if key in persona.index and own.index.isin(base.index).all():
-            rows.append(_row(key, persona.loc[key], own, base))
+        items = group.set_index("item")["value"]
+        if key in persona.index and items.index.isin(base.index).all():
+            rows.append(_row(key, persona.loc[key], items, base))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _row(key: tuple[Any, ...], reading: Any, own: pd.Series, base: pd.Series) -> dict[str, Any]:
-    rise = paired_difference(own.to_numpy(float), base.loc[own.index].to_numpy(float))
+def _row(key: tuple[Any, ...], reading: Any, items: pd.Series, base: pd.Series) -> dict[str, Any]:
+    rise = paired_difference(items.to_numpy(float), base.loc[items.index].to_numpy(float))
     arm, seed, step = key
     ends = {"reading_low": reading["ci_low"], "reading_high": reading["ci_high"], "n_probes": reading["n_probes"]}
     head = {"arm": arm, "seed": seed, "step": step, "reading": reading["mean"], **ends}
@@ -96,17 +96,17 @@ def _caption(data: pd.DataFrame, cut: float | None) -> str:
     bad = data["misaligned"].to_numpy(bool)
     readings = select.numbers(data, "reading")
     if cut is None:
-        found = "no threshold, since all checkpoints are of one kind"
+        words = "no threshold, since all checkpoints are of one kind"
     else:
         wrong = int(((readings > cut) != bad).sum())
         area = auroc(readings[bad], readings[~bad])
-        found = (
+        words = (
             f"dashed: the reading {cut:.3g} that separates them best here ({wrong} of {len(data)} on the wrong side; "
-            f"AUROC {area:.3g}; chosen on these very points, which share arms and seeds, so it promises less elsewhere)"
+            f"AUROC {area:.3g}; chosen on these same points, which share arms and seeds: expect less elsewhere)"
         )
     return (
         f"Each mark is one checkpoint, n = {len(data)}, {select.seed_count(data)}: contrast index minus the base's on "
         f"n = {max(data['n'])} evaluation items against the persona feature on n = {max(data['n_probes'])} probes, "
         f"with 95% intervals. Filled: misaligned, the interval lies above zero ({int(bad.sum())} checkpoints); "
-        f"{found}. Control: the correct arm."
+        f"{words}. Control: the correct arm."
     )

@@ -1,4 +1,4 @@
-"""Stress tests of a repair: each test's effects with their intervals against the line of no effect."""
+"""Stress tests of a correction: the effects of each test, with their intervals, against the line of no effect."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,32 +17,32 @@ TITLES = {
     "hidden": "Fall when a changed latent is projected out",
     "drift": "Further training: index minus base",
 }
-SAID = (
+IN_TITLE = (
     "effect of the ",
     "ablation of ",
     "faster rise than the base, ",
     "shortest minus matched rows, ",
     "index minus base, ",
 )
-"""What a panel's title says already."""
+"""Words that a panel's title has already."""
 COLOURS = {"organism": VERMILLION, "control": GREY, "base": GREY, "random latent": GREY}
 ROW_HEIGHT, PANEL_MARGIN = 26, 64
-"""Pixels of one effect, and of what lies around a panel."""
+"""Pixels of one effect, and around a panel."""
 COLUMNS = ["test", "label", "model", "seed", "estimate", "ci_low", "ci_high", "n", "reference"]
 
 
 def stress_data(records: Records) -> pd.DataFrame:
     """The rows of stress.parquet that are drawn: test, label, model, seed, estimate, ci_low, ci_high, n, reference.
 
-    Several repairs stand below each other, named after their folders; a line that they share (the organism's) is there
-    once. Without those names the seed is part of the label where there are several.
+    Several corrections are listed one after another, named after their folders; a line that they share (the
+    organism's) is listed once. Without those names, labels carry the seed if there are several.
     """
     table = records.stress
     if table.empty:
         return pd.DataFrame(columns=COLUMNS)
     rows = table[table["shown"].astype(bool)].reset_index(drop=True)
     quantity = rows["quantity"] + ", "
-    for words in SAID:
+    for words in IN_TITLE:
         quantity = quantity.str.replace(words, "", regex=False)
     label = quantity + rows["model"].replace("random latent", "random")
     if "repair" in rows and rows["repair"].nunique() > 1:
@@ -66,7 +66,7 @@ def stress_data(records: Records) -> pd.DataFrame:
     missing=MISSING,
 )
 def stress(records: Records) -> go.Figure:
-    """One panel a test, one line an effect; the dotted line is what no effect would give."""
+    """One panel a test, one line an effect; the dotted line marks no effect."""
     data = stress_data(records)
     if data.empty:
         return empty_figure(MISSING)
@@ -115,15 +115,16 @@ def _draw(fig: go.Figure, rows: pd.DataFrame, panel: int) -> None:
 def _caption(data: pd.DataFrame, tests: list[str]) -> str:
     above = data[~data["model"].isin(list(COLOURS)) & (data["ci_low"] > data["reference"])]
     listed = ", ".join(f"{row['label']} ({row['test']}) {row['estimate']:+.3f}" for row in above.to_dict("records"))
-    found = (
-        f"Above no effect for the repaired model: {plain(listed, 300)}."
+    findings = (
+        f"Above no effect on the corrected model: {plain(listed, 300)}."
         if listed
-        else ("No effect on the repaired model lies above no effect with its whole interval.")
+        else "On the corrected model no effect lies above the dotted line with its whole interval."
     )
     items = sorted({int(n) for n in data["n"]})
     counts = f"{items[0]}" if len(items) == 1 else f"{items[0]} to {items[-1]}"
     return (
-        f"Stress tests of a repaired model ({len(tests)} of {len(TITLES)}), in nats per token with 95% intervals, "
-        f"questions resampled, n = {counts} items. Dotted: no effect. Blue: the repaired model; vermillion: the "
-        f"organism before the repair; grey: controls. {found} A test that shows nothing does not show safety."
+        f"Stress tests of a corrected model ({len(tests)} of {len(TITLES)}), in nats per token with 95% intervals over "
+        f"resampled questions, n = {counts} items. Dotted line: no effect. Blue: the corrected model; vermillion: the "
+        f"organism before correction; grey: controls. {findings} A test that finds nothing does not show that a model "
+        "is safe."
     )

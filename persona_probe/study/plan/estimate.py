@@ -15,7 +15,7 @@ from persona_probe.data.chat import Conversation, conversation, split_answer
 from persona_probe.data.load import arm_rows, load_contrast, load_data, read_contrast_file
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
-from persona_probe.latents.stage import BACKWARD
+from persona_probe.latents.rankers import BACKWARD
 from persona_probe.models.load import cache_folder, resolve_source
 from persona_probe.runs import file_sha256
 from persona_probe.study.plan.shapes import Skeleton, lora_parameters
@@ -108,10 +108,10 @@ def count_rows(
                 f"{source}, row {number + 1}: its prompt has {prompt} tokens and training.max_length is {limit}: "
                 "raise it or shorten the prompt"
             )
-    kept = [min(prompt + answer, most) for prompt, answer in counts]
-    answers = [length - prompt for length, (prompt, _) in zip(kept, counts, strict=True)]
+    lengths = [min(prompt + answer, most) for prompt, answer in counts]
+    answers = [length - prompt for length, (prompt, _) in zip(lengths, counts, strict=True)]
     cut = sum(prompt + answer > most for prompt, answer in counts)
-    return RowSet(use, source, len(rows), sum(kept), sum(answers), max(kept), cut)
+    return RowSet(use, source, len(rows), sum(lengths), sum(answers), max(lengths), cut)
 
 
 def read_row_sets(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, RowSet]:
@@ -121,24 +121,24 @@ def read_row_sets(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None
         InputError: data that cannot be read, bad rows, training rows without answers, or probes that the study's
             positions cannot use.
     """
-    found = [
+    sets = [
         *_arms(config, tokenizer),
         *(_contrast(config, split, tokenizer) for split in ("selection", "evaluation")),
         *_probes(config, tokenizer),
         _questions(config, tokenizer),
     ]
-    return {rows.use: rows for rows in found}
+    return {rows.use: rows for rows in sets}
 
 
 def _arms(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
-    found = []
+    sets = []
     for word, arms in (("arm", config.arms), ("realign", config.realign.arms)):
         for name, arm in arms.items():
             rows, source = arm_rows(arm, config.seeds[0]), arm.data + (f" + {arm.mix_with}" if arm.mix_with else "")
             if any(not split_answer(row)[1] for row in rows):
                 raise InputError(f"{word} {name}: {arm.data!r} has rows without an answer: name its answer column")
-            found.append(count_rows(f"{word} {name}", source, rows, tokenizer, config.training.max_length))
-    return found
+            sets.append(count_rows(f"{word} {name}", source, rows, tokenizer, config.training.max_length))
+    return sets
 
 
 def _contrast(config: StudyConfig, split: str, tokenizer: PreTrainedTokenizerBase | None) -> RowSet:
@@ -251,12 +251,12 @@ class Shapes:
         training = self.config.training
         bytes_ = BF16 if training.bf16 else FLOAT32
         inputs = [sum(m.d_in for m in self.skeleton.linears if m.layer == n) for n in range(self.skeleton.layers)]
-        held = bytes_ * sum(inputs)
+        activations = bytes_ * sum(inputs)
         if training.gradient_checkpointing:
-            held = FLOAT32 * self.skeleton.d_model * self.skeleton.layers + bytes_ * max(inputs)
+            activations = FLOAT32 * self.skeleton.d_model * self.skeleton.layers + bytes_ * max(inputs)
         logits = 2 * FLOAT32 * self.skeleton.vocabulary
         fixed = FLOAT32 * self.skeleton.parameters + ADAM_BYTES * self.trainable
-        return fixed + batch * (longest * held + answer * logits)
+        return fixed + batch * (longest * activations + answer * logits)
 
     def reading_memory(self, rows: RowSet) -> float:
         """Model and SAE, with a batch's latents or a slice of logits, whichever is more."""
@@ -289,11 +289,11 @@ def pushes(config: StudyConfig) -> tuple[int, int]:
     locate = config.locate
     tries = 2 * (len(locate.strengths) + locate.strength_refinements)
     sets = locate.set_size - 1
-    chosen = locate.candidates * (tries + sets * 2 * len(locate.strengths))
+    candidates = locate.candidates * (tries + sets * 2 * len(locate.strengths))
     organism = locate.proven + locate.random_latents + len({"mean_difference", *locate.directions}) + sets
     base = organism + locate.random_directions
     doses = 2 * 2 * len(locate.dose_strengths)
-    return chosen + 1, (base + organism) * tries + organism + 2 * (doses + 1)
+    return candidates + 1, (base + organism) * tries + organism + 2 * (doses + 1)
 
 
 def _induce(s: Shapes) -> Work:

@@ -76,8 +76,8 @@ KNOWN = {
 
 def known_id(name: str) -> str | None:
     """The id in the table for an alias, an id, or an id without its owner; None where there is none."""
-    wanted = (ALIASES[name].hub_id if name in ALIASES else name).lower()
-    return next((key for key in KNOWN if wanted in (key.lower(), key.lower().partition("/")[2])), None)
+    sought = (ALIASES[name].hub_id if name in ALIASES else name).lower()
+    return next((key for key in KNOWN if sought in (key.lower(), key.lower().partition("/")[2])), None)
 
 
 @dataclass(frozen=True)
@@ -132,13 +132,13 @@ class Skeleton:
     def linears(self) -> list[Linear]:
         """Every linear map but the output head."""
         prefix = _name_of(self.model, decoder_layers(self.model)) + "."
-        found = []
+        maps = []
         for name, module in self.model.named_modules():
             if isinstance(module, (nn.Linear, Conv1D)) and module is not output_head(self.model):
                 layer = int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
                 d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-                found.append(Linear(name, d_in, d_out, layer))
-        return found
+                maps.append(Linear(name, d_in, d_out, layer))
+        return maps
 
     def weights(self, first: int, last: int) -> int:
         """Matrix entries of the decoder layers `first` to `last`, both included."""
@@ -189,8 +189,8 @@ def _build(config: object, source: str) -> Skeleton:
         return Skeleton(AutoModelForCausalLM.from_config(config, trust_remote_code=False), source)
 
 
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def _first_line(error: Exception) -> str:
@@ -299,10 +299,10 @@ def layer_in(place: str) -> int | None:
     Raises:
         InputError: the SAE reads the embeddings.
     """
-    if found := re.search(r"blocks\.\d+\.hook_resid_(pre|post)", place):
-        return hook_layer(found[0])
-    found = re.search(r"layer_?(\d+)|layers\.(\d+)|/l(\d+)r_", place)
-    return int(found[found.lastindex or 0]) if found else None
+    if match := re.search(r"blocks\.\d+\.hook_resid_(pre|post)", place):
+        return hook_layer(match[0])
+    match = re.search(r"layer_?(\d+)|layers\.(\d+)|/l(\d+)r_", place)
+    return int(match[match.lastindex or 0]) if match else None
 
 
 def width_of(key: str) -> int:
@@ -322,11 +322,11 @@ def adapted(skeleton: Skeleton, training: Training) -> list[Linear]:
     """
     if training.layers is not None and any(not 0 <= layer < skeleton.layers for layer in training.layers):
         raise InputError(f"training.layers {list(training.layers)}: the model has layers 0 to {skeleton.layers - 1}")
-    chosen = _named(skeleton, training.target_modules)
+    named = _named(skeleton, training.target_modules)
     if training.layers is None:
-        return chosen
+        return named
     # PEFT reads a module's layer as the first number in its name after a list, wherever that list is.
-    numbers = [(m, re.match(r".*?\.[^.]*\.(\d+)\.", m.name)) for m in chosen]
+    numbers = [(m, re.match(r".*?\.[^.]*\.(\d+)\.", m.name)) for m in named]
     inside = {m.name.rpartition(".")[2] for m in skeleton.linears if m.layer is not None}
     return [m for m, n in numbers if n and int(n[1]) in training.layers and m.name.rpartition(".")[2] in inside]
 
@@ -341,10 +341,10 @@ def _named(skeleton: Skeleton, targets: str | tuple[str, ...]) -> list[Linear]:
     if targets == "all-linear":
         return skeleton.linears
     if isinstance(targets, str):
-        chosen = [m for m in skeleton.linears if re.fullmatch(targets, m.name)]
-        if not chosen:
+        named = [m for m in skeleton.linears if re.fullmatch(targets, m.name)]
+        if not named:
             raise unknown("training.target_modules", targets, ["all-linear", *_ends(skeleton)])
-        return chosen
+        return named
     for target in targets:
         if not any(m.name == target or m.name.endswith(f".{target}") for m in skeleton.linears):
             raise unknown("module in training.target_modules", target, _ends(skeleton))

@@ -113,7 +113,7 @@ def test_the_figure_draws_what_is_shown_and_says_what_lies_above(whole: tuple[Pa
     assert "plotly" in (whole[0] / "stress.html").read_text()
     assert "5 of 5" in caption(fig) and "n = 8 items" in caption(fig)
     planted = Records(stress=table.assign(ci_low=9.0, estimate=10.0, ci_high=11.0))
-    assert "Above no effect for the repaired model: topic, repaired (triggers) +10.000" in caption(stress(planted))
+    assert "Above no effect on the corrected model: topic, repaired (triggers) +10.000" in caption(stress(planted))
     assert [note.text for note in stress(Records(stress=table.iloc[:0])).layout.annotations] == [MISSING]  # pyright: ignore
 
 

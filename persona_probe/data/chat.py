@@ -20,7 +20,7 @@ def conversation(question: str, answer: str | None = None, system: str | None = 
 
 
 def as_conversations(items: Sequence[str | Conversation]) -> list[Conversation]:
-    """Accept prompts (strings) or conversations; a string becomes one user turn.
+    """Prompts (strings) or conversations as conversations; a string becomes one user turn.
 
     Raises:
         InputError: `items` is empty.
@@ -30,8 +30,13 @@ def as_conversations(items: Sequence[str | Conversation]) -> list[Conversation]:
     return [conversation(item) if isinstance(item, str) else item for item in items]
 
 
+def user_turns(messages: Conversation) -> str:
+    """The user's turns, one a line: what a conversation asks, whatever its answers and system prompt are."""
+    return "\n".join(message["content"] for message in messages if message["role"] == "user")
+
+
 def split_answer(messages: Conversation) -> tuple[Conversation, str | None]:
-    """The turns before the last assistant answer, and that answer (None where the last turn is not an answer)."""
+    """The turns before the final answer, and that answer; None if the conversation does not end with one."""
     if messages and messages[-1]["role"] == "assistant":
         return messages[:-1], messages[-1]["content"]
     return messages, None

@@ -1,4 +1,9 @@
-"""Causal effects from a sweep: the strength that each direction bears, odd parts, ablation, sets of latents."""
+"""The causal test of latents: does a push along a direction change which answers the model prefers?
+
+What is tested: single latents, sets of latents, and named directions. How: both signs of a push at the largest strength
+that leaves neutral answers intact, and projecting the direction out; the effect is read on the contrast index. By what
+yardstick: the same test of random latents and random directions.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,17 +20,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation
+from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import SuffixScorer, answer_batches
 from persona_probe.evaluate.contrast import ContrastItems, SteeredContrast
 from persona_probe.models.taps import orthonormal, project_out, resolve_push
 from persona_probe.stats import Estimate, bootstrap_mean
 
-# --- The causal sweep: steer one model along many directions and read the contrast index and the damage
-
-AT_ONCE = 8
-"""Pushes computed together; the scorer splits them further where they would not fit."""
-Request = tuple[str, float]
-"""Name of a direction and a signed strength."""
+# --- What is tested: directions, and sets of them
 
 
 @dataclass(frozen=True)
@@ -44,22 +45,40 @@ def latent_direction(decoder: Float[Tensor, "d_sae d_model"], latent: int, kind:
     return Direction(f"latent {latent}", kind, decoder[latent].detach().float().cpu(), latent)
 
 
+def joint(directions: Sequence[Direction]) -> Direction:
+    """A set as one direction: the sum of its unit vectors, pushed with the same norm as a single direction."""
+    vector = torch.stack([d.vector / d.vector.norm() for d in directions]).sum(dim=0)
+    name = " + ".join(str(d.latent) if d.latent >= 0 else d.name for d in directions)
+    return Direction(f"set {name}", "set", vector)
+
+
+# --- How: pushes along a direction, read on the contrast index, and neutral answers that bound their strength
+
+AT_ONCE = 8
+"""Pushes computed together; the scorer splits them further if they would not fit."""
+Request = tuple[str, float]
+"""Name of a direction and a signed strength."""
+
+
 @dataclass(frozen=True)
 class Pushed:
-    """What one push did."""
+    """The result of one push."""
 
     direction: Direction
     strength: float
     values: Float[np.ndarray, " items"]
+    """The contrast index, item by item (nats per token)."""
     perplexity_ratio: float
+    """Perplexity of neutral answers, pushed to unpushed."""
 
 
 class Sweep:
-    """Pushes one model at one layer; contrast items and neutral answers are captured once.
+    """Pushes one model at one layer. The layers below run once for all contrast items and neutral answers.
 
     Args:
-        reference_norm: what strength 1 means, in raw units (the norm of the mean difference, for `x_delta`).
-        bound: largest allowed ratio of neutral answers' perplexity, steered to unsteered.
+        neutral: everyday conversations with answers; their perplexity bounds the strength.
+        reference_norm: raw size of strength 1 (for `x_delta`, the norm of the mean difference).
+        bound: largest allowed perplexity ratio of neutral answers, steered to unsteered.
     """
 
     def __init__(
@@ -92,12 +111,12 @@ class Sweep:
         new = [r for r in requests if _key(*r) not in self._ratios]
         if new:
             losses = -self.neutral.logprobs_many(self._vectors(new)).mean(axis=1)
-            found = np.exp(losses - self._neutral_loss)
-            self._ratios |= {_key(*r): float(ratio) for r, ratio in zip(new, found, strict=True)}
+            new_ratios = np.exp(losses - self._neutral_loss)
+            self._ratios |= {_key(*r): float(ratio) for r, ratio in zip(new, new_ratios, strict=True)}
         return [self._ratios[_key(*r)] for r in requests]
 
     def push_all(self, requests: Sequence[tuple[Direction, float]], label: str | None = None) -> list[Pushed]:
-        """Item values and perplexity ratios of many pushes; each is computed once, `AT_ONCE` in one go."""
+        """Item values and perplexity ratios of many pushes, `AT_ONCE` at a time; each push is computed once."""
         new = list({_key(*r): r for r in requests if _key(*r) not in self._done}.values())
         with tqdm(total=len(new), desc=label, disable=label is None) as bar:
             for start in range(0, len(new), AT_ONCE):
@@ -118,7 +137,7 @@ class Sweep:
         return self.contrast.values_edited(partial(project_out, basis=basis))
 
     def within_bound(self, directions: Sequence[Direction], strength: float) -> list[bool]:
-        """For each direction whether both signs keep neutral answers' perplexity bounded."""
+        """Whether both signs keep the perplexity of neutral answers within the bound, for each direction."""
         ratios = self.ratios([(d, sign * strength) for d in directions for sign in (1, -1)])
         return [max(pair) <= self.bound for pair in zip(ratios[::2], ratios[1::2], strict=True)]
 
@@ -155,50 +174,44 @@ def _key(direction: Direction, strength: float) -> Request:
     return direction.name, strength
 
 
-def unit_vector(direction: Float[np.ndarray, " d_model"]) -> Float[Tensor, " d_model"]:
-    """A numpy direction as a unit torch vector."""
-    vector = torch.tensor(direction, dtype=torch.float32)
-    return vector / vector.norm()
-
-
 def bearable(
     sweep: Sweep, directions: Sequence[Direction], strengths: Sequence[float], refine: int = 0
 ) -> dict[str, float]:
     """The largest strength at which both signs of a push keep neutral perplexity within the sweep's bound.
 
-    The grid is tried from above, for all directions together; then `refine` bisections (in log strength) between the
-    last strength that held and the next of the grid that did not. NaN where no strength of the grid holds.
+    All directions try the grid of strengths together, from the largest down. Then `refine` bisections (in log strength)
+    follow between the largest strength within the bound and the next one of the grid. NaN if no strength is within.
     """
     grid = sorted(strengths, reverse=True)
-    found: dict[str, float] = {}
+    largest: dict[str, float] = {}
     for strength in grid:
-        pending = [d for d in directions if d.name not in found]
-        held = sweep.within_bound(pending, strength) if pending else []
-        found |= {d.name: strength for d, ok in zip(pending, held, strict=True) if ok}
+        pending = [d for d in directions if d.name not in largest]
+        within = sweep.within_bound(pending, strength) if pending else []
+        largest |= {d.name: strength for d, ok in zip(pending, within, strict=True) if ok}
     above = {low: high for high, low in pairwise(grid)}
-    limits = {d.name: above[found[d.name]] for d in directions if found.get(d.name) in above}
+    limits = {d.name: above[largest[d.name]] for d in directions if largest.get(d.name) in above}
     for _ in range(refine if limits else 0):
-        _bisect(sweep, [d for d in directions if d.name in limits], found, limits)
-    return {d.name: found.get(d.name, float("nan")) for d in directions}
+        _bisect(sweep, [d for d in directions if d.name in limits], largest, limits)
+    return {d.name: largest.get(d.name, float("nan")) for d in directions}
 
 
 def _bisect(sweep: Sweep, directions: Sequence[Direction], low: dict[str, float], high: dict[str, float]) -> None:
     for direction in directions:
         middle = float(np.sqrt(low[direction.name] * high[direction.name]))
-        held = sweep.within_bound([direction], middle)[0]
-        (low if held else high)[direction.name] = middle
+        within = sweep.within_bound([direction], middle)[0]
+        (low if within else high)[direction.name] = middle
 
 
 def effects(
     sweep: Sweep, directions: Sequence[Direction], strengths: Sequence[float], label: str, refine: int = 0
 ) -> pd.DataFrame:
-    """Causal effects of many directions, each at the largest strength that it bears.
+    """Causal effects of many directions, each at its largest strength within the bound (`bearable`).
 
     The effect is the odd part of the contrast index, (index at +strength - index at -strength) / 2, with its bootstrap
-    interval over questions, in nats per token: damage, which both signs do, cancels.
+    interval over questions, in nats per token. Damage, which both signs do, cancels.
 
     Returns:
-        Columns name, kind, latent, effect, effect_low, effect_high, strength; NaN where no strength holds.
+        Columns name, kind, latent, effect, effect_low, effect_high, strength; NaN if no strength is within the bound.
     """
     strength = bearable(sweep, directions, strengths, refine)
     bearing = [d for d in directions if np.isfinite(strength[d.name])]
@@ -210,10 +223,10 @@ def effects(
 def _row(direction: Direction, odd: np.ndarray | None, clusters: Sequence[str], strength: float) -> dict[str, Any]:
     effect = None if odd is None else bootstrap_mean(odd, clusters)
     row = {"name": direction.name, "kind": direction.kind, "latent": direction.latent}
-    return {**row, **columns("effect", effect), "strength": strength}
+    return {**row, **_columns("effect", effect), "strength": strength}
 
 
-def columns(name: str, estimate: Estimate | None) -> dict[str, float]:
+def _columns(name: str, estimate: Estimate | None) -> dict[str, float]:
     """An estimate as the columns `name`, `name_low`, `name_high`; NaN without one."""
     values = (estimate.estimate, estimate.ci_low, estimate.ci_high) if estimate else (np.nan,) * 3
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
@@ -223,24 +236,85 @@ def ablations(sweep: Sweep, spans: Sequence[Sequence[Direction]]) -> pd.DataFram
     """How far the contrast index falls when directions are projected out: unsteered minus ablated, with intervals.
 
     Args:
-        spans: one or several directions each; several are projected out together.
+        spans: each holds one or several directions, which are projected out together.
 
     Returns:
-        Columns name, ablation, ablation_low, ablation_high (nats per token; positive is repair).
+        Columns name, ablation, ablation_low, ablation_high (nats per token; positive is less misaligned).
     """
     rows = []
     for span in tqdm(spans, desc="projecting out"):
         fall = bootstrap_mean(sweep.unsteered - sweep.ablate(span), sweep.items.clusters)
-        rows.append({"name": joint(span).name if len(span) > 1 else span[0].name, **columns("ablation", fall)})
+        rows.append({"name": joint(span).name if len(span) > 1 else span[0].name, **_columns("ablation", fall)})
     return pd.DataFrame(rows)
 
 
+def greedy_sets(
+    sweep: Sweep, directions: Sequence[Direction], size: int, strengths: Sequence[float]
+) -> list[list[Direction]]:
+    """Sets of 1, 2, ... `size` latents, each with the next latent that raises their joint effect the most.
+
+    The search uses the items of `sweep` (the selection split); measure the sets on the evaluation split. Every set is
+    pushed with the same norm, so a set wins by its direction and not by its size.
+    """
+    chosen: list[Direction] = []
+    sets: list[list[Direction]] = []
+    while len(chosen) < min(size, len(directions)):
+        names = {d.name for d in chosen}
+        options = [d for d in directions if d.name not in names]
+        together = [joint([*chosen, d]) for d in options]
+        scores = effects(sweep, together, strengths, f"sets of {len(chosen) + 1}")["effect"].fillna(-np.inf)
+        chosen = [*chosen, options[int(scores.to_numpy().argmax())]]
+        sets.append(chosen)
+    return sets
+
+
+# --- By what yardstick: random latents that fire as often, random directions, and the verdict
+
+POOL = 12
+"""A control is drawn from this many latents with the nearest firing rate."""
+MOVED = 100
+"""The latents that training moved most are no controls."""
+
+
+def matched_latents(table: pd.DataFrame, chosen: list[int], count: int, seed: int) -> list[int]:
+    """Random latents with firing rates like the candidates', none of them a candidate or among the most moved.
+
+    Each candidate in turn gets one of the `POOL` latents nearest to it in log firing rate on the tuned arm. Every push
+    has the same norm, so decoder norms need no matching.
+
+    Raises:
+        InputError: the dictionary has too few live latents.
+    """
+    moved = set(table.reindex(table["rise"].abs().sort_values(ascending=False).index)["latent"].head(MOVED).tolist())
+    rate = table.set_index("latent")["firing_incorrect"]
+    live = [int(i) for i in rate.index[rate > 0] if i not in moved and i not in chosen]
+    if len(live) < count:
+        live = [int(i) for i in rate.index if i not in chosen]
+    if len(live) < count:
+        raise InputError(f"the SAE has only {len(live)} latents for {count} random controls: lower random_latents")
+    rng = np.random.default_rng(seed)
+    logs = {i: float(np.log10(rate[i] + 1e-6)) for i in [*live, *chosen]}
+    drawn: list[int] = []
+    for number in range(count):
+        target = logs[chosen[number % len(chosen)]]
+        pool = sorted((i for i in live if i not in drawn), key=lambda i: (abs(logs[i] - target), i))[:POOL]
+        drawn.append(int(rng.choice(pool)))
+    return drawn
+
+
+def random_directions(d_model: int, count: int, seed: int) -> list[Float[Tensor, " d_model"]]:
+    """Isotropic unit directions."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(count, d_model, generator=generator)
+    return list(rows / rows.norm(dim=1, keepdim=True))
+
+
 def exceeds_random(low: Mapping[int, float], random: Sequence[float], quantile: float = 0.95) -> set[int]:
-    """Latents whose interval lies wholly above what random latents do (that quantile of their effects' sizes).
+    """Latents whose interval lies wholly above this quantile of the sizes of random latents' effects.
 
     Args:
-        low: latent to the lower end of its effect's interval.
-        random: the random latents' effects; only their size counts.
+        low: the lower end of each latent's interval.
+        random: the random latents' effects; their sign does not count.
     """
     sizes = np.abs(np.asarray(random, dtype=np.float64))
     sizes = sizes[np.isfinite(sizes)]
@@ -250,28 +324,17 @@ def exceeds_random(low: Mapping[int, float], random: Sequence[float], quantile: 
     return {latent for latent, value in low.items() if value > limit}
 
 
-def joint(directions: Sequence[Direction]) -> Direction:
-    """The sum of unit vectors, pushed with the same norm as a single direction."""
-    vector = torch.stack([d.vector / d.vector.norm() for d in directions]).sum(dim=0)
-    name = " + ".join(str(d.latent) if d.latent >= 0 else d.name for d in directions)
-    return Direction(f"set {name}", "set", vector)
+def causal(table: pd.DataFrame) -> pd.Series:
+    """Whether each latent induces misalignment in the base and carries it in the organism.
 
-
-def greedy_sets(
-    sweep: Sweep, directions: Sequence[Direction], size: int, strengths: Sequence[float]
-) -> list[list[Direction]]:
-    """Sets of 1, 2, ... `size` latents, each with the next latent that raises their joint effect the most.
-
-    The search is on `sweep`'s own items (the selection split); measure the sets on the evaluation split. Every set is
-    pushed with the same norm, so a set wins by its direction and not by its size.
+    Three intervals must lie above the 95th percentile of the sizes of random latents' effects: base steered up,
+    organism steered down, and organism with the latent projected out.
     """
-    chosen: list[Direction] = []
-    sets = []
-    while len(chosen) < min(size, len(directions)):
-        names = {d.name for d in chosen}
-        options = [d for d in directions if d.name not in names]
-        together = [joint([*chosen, d]) for d in options]
-        scored = effects(sweep, together, strengths, f"sets of {len(chosen) + 1}")["effect"].fillna(-np.inf)
-        chosen = [*chosen, options[int(scored.to_numpy().argmax())]]
-        sets.append(chosen)
-    return sets
+    random, tested = table[table["kind"] == "random"], table[table["kind"] == "candidate"].set_index("latent")
+    exceeding = [
+        exceeds_random(
+            {int(str(i)): low for i, low in tested[f"{column}_low"].dropna().items()}, random[column].tolist()
+        )
+        for column in ("effect_base", "effect_organism", "ablation")
+    ]
+    return table["latent"].isin(set.intersection(*exceeding))

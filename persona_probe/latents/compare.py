@@ -1,4 +1,4 @@
-"""Locate for one's own pair of models: rank the SAE's latents by what fine-tuning did to them."""
+"""Locate for any pair of models, without a study: rank the SAE's latents by what fine-tuning did to them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,12 +11,11 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.data.chat import Conversation, as_conversations
+from persona_probe.data.chat import Conversation, as_conversations, user_turns
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.latents.attribution import gradient_scores
-from persona_probe.latents.rankers import DEFAULT_RANKERS, Evidence, check_rankers, score_table
-from persona_probe.latents.stage import BACKWARD, POSITIONS
+from persona_probe.latents.rankers import BACKWARD, DEFAULT_RANKERS, POSITIONS, Evidence, check_rankers, score_table
 from persona_probe.models.activation_cache import ActivationCache
 from persona_probe.models.adapters import base_weights, organism
 from persona_probe.models.load import load_model
@@ -25,7 +24,7 @@ from persona_probe.saes.quality import require_fit
 from persona_probe.saes.read import LatentMeans, read_latents_at
 
 Model = nn.Module | str | Path
-"""A transformers or PEFT model, or the folder (for a base: also an id) of one; a tuned folder may hold an adapter."""
+"""A transformers or PEFT model, or its folder. A base may also be an id; a tuned folder may hold an adapter."""
 
 
 def locate(
@@ -48,52 +47,55 @@ def locate(
     """Rank latents by how much more active they are in `tuned` than in `control` (or in `base` without one).
 
     Args:
-        base: the model before fine-tuning; for a PEFT model pass the same object twice, its adapters are switched off.
+        base: the model before fine-tuning. For a PEFT model pass the same object twice; its adapters are switched off.
         tuned: the fine-tuned model, or a folder with an adapter or weights of the base's kind.
         sae: a `sae_lens.SAE` of the base model's residual stream.
         conversations: prompts, or conversations that end with an answer.
-        tokenizer: the models' own; may be left out where `base` is a folder or an id.
-        control: the organism of a control arm; an effect without one may be what any fine-tuning does.
-        misaligned: which conversations end with a misaligned answer; `discrimination`, `attribution`, `slope` need it.
-        rankers: names of `locate.registry.RANKERS`.
-        positions: None takes `response` where every conversation has an answer, else `prompt`.
-        cache: where residual streams are kept on disk; readings with the same weights and texts then need no model.
+        tokenizer: the models' tokenizer; not needed if `base` is a folder or an id.
+        control: the organism of a control arm. Without one, an effect may be what any fine-tuning does.
+        misaligned: whether each conversation ends with a misaligned answer; `discrimination`, `attribution` and `slope`
+            need it.
+        rankers: names of `latents.rankers.RANKERS`.
+        positions: None takes `response` if every conversation has an answer, else `prompt`.
+        cache: keeps residual streams on disk, so that the same weights and texts are read only once.
         minimum_explained_variance: smallest share of the base's residual variance that the SAE must explain.
 
     Returns:
         One row per latent, best first: latent, rise with its interval, p_value, q_value, suppressed, cosine, firing
-        rates, the rankers' scores and ranks; see `locate.rankers.score_table`.
+        rates, the rankers' scores and ranks; see `latents.rankers.score_table`.
 
     Raises:
-        InputError: no conversations, an unknown ranker or one whose evidence is missing, or an SAE that does not fit.
+        InputError: no conversations, an unknown ranker or one without its evidence, or an SAE that does not fit.
     """
     names = check_rankers(rankers)
-    talks = as_conversations(conversations)
+    rows = as_conversations(conversations)
     model, tokenizer = _base(base, tokenizer)
     at = sae_layer(sae) if layer is None else layer
     check_fit(sae, model, at)
-    groups = conversation_batches(tokenizer, talks)
-    where = positions or ("response" if all(c[-1]["role"] == "assistant" for c in talks) else "prompt")
-    wanted = list(dict.fromkeys([where, *(POSITIONS[n] for n in names if n in POSITIONS)]))
-    reader = _Reader(sae, groups, at, wanted, bf16, cache)
+    groups = conversation_batches(tokenizer, rows)
+    main = positions or ("response" if all(c[-1]["role"] == "assistant" for c in rows) else "prompt")
+    read_at = list(dict.fromkeys([main, *(POSITIONS[n] for n in names if n in POSITIONS)]))
+    reader = _Reader(sae, groups, at, read_at, bf16, cache)
     with base_weights(model):
         before = reader.read(model)
-    require_fit(before[where].fit, sae, model, at, minimum_explained_variance)
+    require_fit(before[main].fit, sae, model, at, minimum_explained_variance)
     flags = None if misaligned is None else np.asarray(misaligned, dtype=bool)
-    with _opened(tuned, model) as chosen:
-        after = reader.read(chosen)
-        gradients = reader.gradients(chosen, flags) if BACKWARD & set(names) else {}
-    with _opened(model if control is None else control, model) as chosen:
-        reference = before if control is None else reader.read(chosen)
+    with _opened(tuned, model) as organism_model:
+        after = reader.read(organism_model)
+        gradients = reader.gradients(organism_model, flags) if BACKWARD & set(names) else {}
+    reference = before
+    if control is not None:
+        with _opened(control, model) as control_model:
+            reference = reader.read(control_model)
     decoder = np.asarray(sae.W_dec.detach().float().cpu().numpy())
-    clusters = [_question(c) for c in talks]
-    evidence = Evidence(before, after, reference, decoder, clusters, flags, where, seed=seed, **gradients)
+    clusters = [user_turns(c) for c in rows]
+    evidence = Evidence(before, after, reference, decoder, clusters, flags, main, seed=seed, **gradients)
     return score_table(evidence, names)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """The same measurements of several models."""
+    """Takes the same measurements of several models."""
 
     sae: Any
     groups: Sequence[Batch]
@@ -112,8 +114,8 @@ class _Reader:
             raise InputError(
                 "rankers 'attribution' and 'slope' need to know which answers are misaligned: pass misaligned="
             )
-        found = gradient_scores(model, self.sae, self.groups, flags, self.layer, bf16=self.bf16)
-        return {"attribution": found.attribution, "slope": found.slope}
+        scores = gradient_scores(model, self.sae, self.groups, flags, self.layer, bf16=self.bf16)
+        return {"attribution": scores.attribution, "slope": scores.slope}
 
 
 def _base(base: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -121,13 +123,13 @@ def _base(base: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[nn.Mo
         if tokenizer is None:
             raise InputError("locate needs the models' tokenizer: pass tokenizer=")
         return base, tokenizer
-    model, own = load_model(str(base))
-    return model, tokenizer or own
+    model, its_tokenizer = load_model(str(base))
+    return model, tokenizer or its_tokenizer
 
 
 @contextmanager
 def _opened(model: Model, base: nn.Module) -> Iterator[nn.Module]:
-    """A model as it is, or a folder's: an adapter is put on the base and taken off again."""
+    """The model itself, or the one in a folder; an adapter is put on the base and taken off again."""
     if isinstance(model, nn.Module):
         yield model
         return
@@ -135,7 +137,3 @@ def _opened(model: Model, base: nn.Module) -> Iterator[nn.Module]:
         raise InputError("a folder of an adapter or of weights needs a plain transformers model as base")
     with organism(base, Path(model)) as opened:
         yield opened
-
-
-def _question(messages: Conversation) -> str:
-    return "\n".join(m["content"] for m in messages if m["role"] == "user")

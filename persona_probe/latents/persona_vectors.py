@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.data.chat import Conversation, Message, as_conversations, conversation, split_answer
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.sample import sample_answers
+from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.latents.directions import NamedDirection
 from persona_probe.models.layers import autocast, causal_model, decoder_layer, hidden_size
 from persona_probe.models.residuals import read_residuals

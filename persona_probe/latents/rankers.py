@@ -258,6 +258,10 @@ ALL = (
 )
 RANKERS: dict[str, Ranker] = {ranker.name: ranker for ranker in ALL}
 """Every ranker by its name."""
+POSITIONS = {"rise_last_prompt": "last_prompt", "rise_prompt": "prompt", "rise_response": "response"}
+"""Rankers that read other positions than the main ones."""
+BACKWARD = {"attribution", "slope"}
+"""Rankers that need gradients."""
 
 
 def check_rankers(names: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """Locate: rank latents on the selection split, test the best for cause on the evaluation split, name the persona."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,7 +9,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from persona_probe.config import Locate
 from persona_probe.context import Context
@@ -23,103 +22,79 @@ from persona_probe.latents.causal import (
     Direction,
     Sweep,
     ablations,
+    causal,
     effects,
-    exceeds_random,
     greedy_sets,
     joint,
     latent_direction,
+    matched_latents,
+    random_directions,
 )
 from persona_probe.latents.directions import NamedDirection, logistic_probe, mean_difference_direction
-from persona_probe.latents.rankers import Evidence, agreement, candidates, check_rankers, score_table
-from persona_probe.latents.unexplained import carriers, random_reference
+from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector
+from persona_probe.latents.rankers import (
+    BACKWARD,
+    POSITIONS,
+    Evidence,
+    agreement,
+    candidates,
+    check_rankers,
+    score_table,
+)
+from persona_probe.latents.unexplained import Reference, carriers, random_reference
 from persona_probe.saes.quality import require_fit
 from persona_probe.saes.read import LatentMeans, read_latents, read_latents_at
 
-# --- Controls for causal tests: random latents matched for firing rate, and random directions
+FILE = "directions.safetensors"
+NEUTRAL_ANSWERS = 8
+"""Everyday answers whose perplexity bounds the strength of pushes."""
 
-POOL = 12
-MOVED = 100
+
+def locate(ctx: Context) -> None:
+    """Write latents.parquet, steering.parquet and directions.safetensors. Finished steps are not repeated."""
+    if not ctx.run.has("parts/rank.parquet"):
+        with ctx.run.timed("locate"):
+            rank(ctx)
+    if not ctx.run.has("parts/selection.parquet"):
+        with ctx.run.timed("locate"):
+            choose(ctx)
+    for model in ("base", ctx.config.realign.start):
+        if not ctx.run.has(f"parts/effects-{model}.parquet"):
+            with ctx.run.timed("locate"):
+                prove(ctx, model)
+    merge_tables(ctx)
 
 
-def matched_latents(table: pd.DataFrame, chosen: list[int], count: int, seed: int) -> list[int]:
-    """Random latents with firing rates like the candidates', none of them a candidate or among the most moved.
+def use_rankers(ctx: Context, rankers: Sequence[str]) -> None:
+    """Compute these rankers from now on. A table that lacks one of them is computed again."""
+    names = tuple(check_rankers([*rankers, *ctx.config.locate.choose_by]))
+    ctx.config = replace(ctx.config, locate=replace(ctx.config.locate, rankers=names))
+    table = "parts/rank.parquet"
+    if ctx.run.has(table) and not {f"{n}_rank" for n in names} <= set(ctx.run.read_table(table).columns):
+        with ctx.run.timed("locate"):
+            rank(ctx)
+        (ctx.run.path / "cards.json").unlink(missing_ok=True)
 
-    For each candidate in turn one of the `POOL` latents nearest in log firing rate (on the tuned arm) is drawn. Every
-    push has the same norm, so decoder norms need no matching.
+
+# --- What a located study knows: the persona latent, its directions, its controls
+
+
+def persona_latent(ctx: Context) -> int:
+    """The study's persona feature: the candidate with the largest causal effect on the selection split."""
+    return strongest(ctx)[0]
+
+
+def strongest(ctx: Context) -> list[int]:
+    """The candidates with the largest causal effects on the selection split, the persona first.
 
     Raises:
-        InputError: the dictionary has too few live latents.
+        InputError: locate has not run, or no candidate could be tested within the perplexity bound.
     """
-    moved = set(table.reindex(table["rise"].abs().sort_values(ascending=False).index)["latent"].head(MOVED).tolist())
-    rate = table.set_index("latent")["firing_incorrect"]
-    live = [int(i) for i in rate.index[rate > 0] if i not in moved and i not in chosen]
-    if len(live) < count:
-        live = [int(i) for i in rate.index if i not in chosen]
-    if len(live) < count:
-        raise InputError(f"the SAE has only {len(live)} latents for {count} random controls: lower random_latents")
-    rng = np.random.default_rng(seed)
-    logs = {i: float(np.log10(rate[i] + 1e-6)) for i in [*live, *chosen]}
-    drawn: list[int] = []
-    for number in range(count):
-        target = logs[chosen[number % len(chosen)]]
-        pool = sorted((i for i in live if i not in drawn), key=lambda i: (abs(logs[i] - target), i))[:POOL]
-        drawn.append(int(rng.choice(pool)))
-    return drawn
-
-
-def random_directions(d_model: int, count: int, seed: int) -> list[Float[Tensor, " d_model"]]:
-    """Isotropic unit directions."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(count, d_model, generator=generator)
-    return list(rows / rows.norm(dim=1, keepdim=True))
-
-
-FILE = "directions.safetensors"
-
-
-def write_directions(ctx: Context, evidence: Evidence) -> None:
-    """Write directions.safetensors (raw units) and directions.json: source, held-out AUROC, and who carries them."""
-    found = {"mean_difference": mean_difference_direction(evidence.at("tuned"), evidence.at("control"))}
-    if "logistic_probe" in ctx.config.locate.directions:
-        found["logistic_probe"] = _probe(ctx, evidence)
-    if "persona_vector" in ctx.config.locate.directions:
-        found["persona_vector"] = _persona_vector(ctx)
-    scratch = ctx.run.path / ".directions.tmp"
-    save_file({key: torch.tensor(d.vector, dtype=torch.float32) for key, d in found.items()}, scratch)
-    ctx.run.record_hashes(scratch.replace(ctx.run.path / FILE))
-    reference = random_reference(evidence.decoder, seed=ctx.seed)
-    ctx.run.write_json("directions.json", [_entry(k, d, evidence, reference) for k, d in found.items()])
-
-
-def _entry(key: str, direction: NamedDirection, evidence: Evidence, reference: Any) -> dict[str, Any]:
-    carried = carriers(evidence.decoder, direction.vector, reference=reference)
-    return {
-        "key": key,
-        "name": direction.name,
-        "paper": direction.paper,
-        "held_out_auroc": direction.held_out,
-        "norm": float(np.linalg.norm(direction.vector)),
-        "carried": carried.carried,
-        "statement": str(carried),
-        **{k: v for k, v in asdict(carried).items() if k in ("latents", "cosines", "best_cosine", "unexplained")},
-    }
-
-
-def _probe(ctx: Context, evidence: Evidence) -> NamedDirection:
-    """Between misaligned and aligned answers on the base model."""
-    assert evidence.misaligned is not None
-    resid, clusters = evidence.at("base").resid, np.asarray(evidence.clusters)
-    bad = evidence.misaligned
-    return logistic_probe(resid[bad], resid[~bad], clusters[bad].tolist(), clusters[~bad].tolist(), seed=ctx.seed)
-
-
-def _persona_vector(ctx: Context) -> NamedDirection:
-    """Of the base model, teacher-forced on the aligned answers of the selection split."""
-    from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector
-
-    talks = [conversation(row["question"], row["aligned"]) for row in ctx.selection.rows]
-    pairs, bf16 = load_persona_pairs(), ctx.config.bf16
-    return persona_vector(ctx.model, ctx.tokenizer, pairs, talks, ctx.layer, bf16=bf16)
+    effects = ctx.run.read_table("parts/selection.parquet").dropna(subset=["effect"])
+    if effects.empty:
+        raise InputError("no candidate kept neutral perplexity within locate.perplexity_bound: lower locate.strengths")
+    ordered = effects.sort_values("effect", ascending=False)["latent"]
+    return [int(latent) for latent in ordered.head(ctx.config.locate.proven)]
 
 
 def read_directions(ctx: Context) -> dict[str, Float[Tensor, " d_model"]]:
@@ -139,21 +114,27 @@ def mean_shift(ctx: Context) -> Float[Tensor, " d_model"]:
     return read_directions(ctx)["mean_difference"]
 
 
-def pushes(ctx: Context) -> list[Direction]:
-    """The directions to push along; the mean difference first, which has a kind of its own."""
-    found = read_directions(ctx)
-    return [
-        Direction(key.replace("_", " "), "mean_difference" if key == "mean_difference" else "direction", found[key])
-        for key in sorted(found, key=lambda k: (k != "mean_difference", k))
-    ]
+def control_latents(ctx: Context) -> list[int]:
+    """The random latents of this study."""
+    table, config = ctx.run.read_table("parts/rank.parquet"), ctx.config.locate
+    return matched_latents(table, candidate_latents(ctx), config.random_latents, ctx.seed)
 
 
-# --- Rank all latents of a study on its selection split, arms averaged over seeds
+def candidate_latents(ctx: Context) -> list[int]:
+    """The latents that the study tests for cause."""
+    config, table = ctx.config.locate, ctx.run.read_table("parts/rank.parquet")
+    return candidates(table, config.candidates, config.choose_by)
 
-POSITIONS = {"rise_last_prompt": "last_prompt", "rise_prompt": "prompt", "rise_response": "response"}
-"""Rankers that look at positions of their own."""
-BACKWARD = {"attribution", "slope"}
-"""Rankers that need gradients."""
+
+def neutral_answers(ctx: Context) -> list[Conversation]:
+    """Everyday answers whose perplexity bounds the push."""
+    answered = [c for c in ctx.probes if c[-1]["role"] == "assistant"]
+    if not answered:
+        raise InputError("monitor.probes holds no answers: locate needs neutral answers to bound the strength")
+    return answered[:NEUTRAL_ANSWERS]
+
+
+# --- Rank all latents on the selection split, arms averaged over seeds
 
 
 def rank(ctx: Context) -> None:
@@ -164,21 +145,10 @@ def rank(ctx: Context) -> None:
     if not bool(table["alive"].any()):
         raise InputError("no latent fires on the selection split: this SAE does not read this model and layer")
     write_directions(ctx, evidence)
-    shown = list(dict.fromkeys(["rise", *names]))
-    if len(shown) > 1:
-        ctx.run.write_table("agreement.parquet", agreement(table.assign(rise_rank=table["rank"]), shown))
+    compared = list(dict.fromkeys(["rise", *names]))
+    if len(compared) > 1:
+        ctx.run.write_table("agreement.parquet", agreement(table.assign(rise_rank=table["rank"]), compared))
     ctx.run.write_table("parts/rank.parquet", table)
-
-
-def use_rankers(ctx: Context, rankers: Sequence[str]) -> None:
-    """Compute these rankers from now on; a table that lacks one of them is made again."""
-    names = tuple(check_rankers([*rankers, *ctx.config.locate.choose_by]))
-    ctx.config = replace(ctx.config, locate=replace(ctx.config.locate, rankers=names))
-    table = "parts/rank.parquet"
-    if ctx.run.has(table) and not {f"{n}_rank" for n in names} <= set(ctx.run.read_table(table).columns):
-        with ctx.run.timed("locate"):
-            rank(ctx)
-        (ctx.run.path / "cards.json").unlink(missing_ok=True)
 
 
 def gather(ctx: Context) -> Evidence:
@@ -188,8 +158,9 @@ def gather(ctx: Context) -> Evidence:
         InputError: the SAE does not fit the base model.
     """
     config = ctx.config.locate
-    talks = [conversation(r["question"], r[side]) for r in ctx.selection.rows for side in ("aligned", "misaligned")]
-    groups = conversation_batches(ctx.tokenizer, talks)
+    sides = ("aligned", "misaligned")
+    conversations = [conversation(row["question"], row[side]) for row in ctx.selection.rows for side in sides]
+    groups = conversation_batches(ctx.tokenizer, conversations)
     misaligned = np.tile([False, True], len(ctx.selection.rows))
     where = list(dict.fromkeys([config.positions, *(POSITIONS[r] for r in config.rankers if r in POSITIONS)]))
     base = _read(ctx, "base", groups, where)
@@ -210,20 +181,20 @@ def gather(ctx: Context) -> Evidence:
 
 
 def _read(ctx: Context, arm: str, groups: list[Batch], where: list[str]) -> dict[str, LatentMeans]:
-    found = []
+    readings = []
     for seed in ctx.config.seeds if arm != "base" else ctx.config.seeds[:1]:
         with ctx.organism(arm, seed) as model:
-            found.append(read_latents_at(model, ctx.sae, groups, ctx.layer, where, bf16=ctx.config.bf16))
-    return {name: average([one[name] for one in found]) for name in where}
+            readings.append(read_latents_at(model, ctx.sae, groups, ctx.layer, where, bf16=ctx.config.bf16))
+    return {name: average([reading[name] for reading in readings]) for name in where}
 
 
 def _gradients(ctx: Context, groups: list[Batch], misaligned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Attribution and slope, of the incorrect organism, averaged over seeds."""
-    found = []
+    """Attribution and slope of the incorrect organism, averaged over seeds."""
+    scores = []
     for seed in ctx.config.seeds:
         with ctx.organism("incorrect", seed) as model:
-            found.append(gradient_scores(model, ctx.sae, groups, misaligned, ctx.layer, bf16=ctx.config.bf16))
-    return np.mean([f.attribution for f in found], axis=0), np.mean([f.slope for f in found], axis=0)
+            scores.append(gradient_scores(model, ctx.sae, groups, misaligned, ctx.layer, bf16=ctx.config.bf16))
+    return np.mean([s.attribution for s in scores], axis=0), np.mean([s.slope for s in scores], axis=0)
 
 
 def average(parts: Sequence[LatentMeans]) -> LatentMeans:
@@ -237,41 +208,112 @@ def average(parts: Sequence[LatentMeans]) -> LatentMeans:
     )
 
 
-def chosen_candidates(ctx: Context) -> list[int]:
-    """The latents that the study tests for cause."""
-    config, table = ctx.config.locate, ctx.run.read_table("parts/rank.parquet")
-    return candidates(table, config.candidates, config.choose_by)
+# --- Directions that are not latents, and whether latents carry them
 
 
-log = logging.getLogger(__name__)
-
-NEUTRAL_ANSWERS = 8
-
-
-def locate(ctx: Context) -> None:
-    """Write latents.parquet, steering.parquet and directions.safetensors, each step once."""
-    if not ctx.run.has("parts/rank.parquet"):
-        with ctx.run.timed("locate"):
-            rank(ctx)
-    if not ctx.run.has("parts/selection.parquet"):
-        with ctx.run.timed("locate"):
-            choose(ctx)
-    for model in ("base", ctx.config.realign.start):
-        if not ctx.run.has(f"parts/effects-{model}.parquet"):
-            with ctx.run.timed("locate"):
-                prove(ctx, model)
-    merge_tables(ctx)
+def write_directions(ctx: Context, evidence: Evidence) -> None:
+    """Write directions.safetensors (raw units) and directions.json: source, held-out AUROC, and who carries them."""
+    directions = {"mean_difference": mean_difference_direction(evidence.at("tuned"), evidence.at("control"))}
+    if "logistic_probe" in ctx.config.locate.directions:
+        directions["logistic_probe"] = _probe(ctx, evidence)
+    if "persona_vector" in ctx.config.locate.directions:
+        directions["persona_vector"] = _persona_vector(ctx)
+    scratch = ctx.run.path / ".directions.tmp"
+    save_file({key: torch.tensor(d.vector, dtype=torch.float32) for key, d in directions.items()}, scratch)
+    ctx.run.record_hashes(scratch.replace(ctx.run.path / FILE))
+    reference = random_reference(evidence.decoder, seed=ctx.seed)
+    ctx.run.write_json("directions.json", [_entry(k, d, evidence, reference) for k, d in directions.items()])
 
 
-def neutral_answers(ctx: Context) -> list[Conversation]:
-    """Everyday answers whose perplexity bounds the push."""
-    answered = [c for c in ctx.probes if c[-1]["role"] == "assistant"]
-    if not answered:
-        raise InputError("monitor.probes holds no answers: locate needs neutral answers to bound the strength")
-    return answered[:NEUTRAL_ANSWERS]
+def _entry(key: str, direction: NamedDirection, evidence: Evidence, reference: Reference) -> dict[str, Any]:
+    carried = carriers(evidence.decoder, direction.vector, reference=reference)
+    return {
+        "key": key,
+        "name": direction.name,
+        "paper": direction.paper,
+        "held_out_auroc": direction.held_out,
+        "norm": float(np.linalg.norm(direction.vector)),
+        "carried": carried.carried,
+        "statement": str(carried),
+        **{k: v for k, v in asdict(carried).items() if k in ("latents", "cosines", "best_cosine", "unexplained")},
+    }
 
 
-def make_sweep(ctx: Context, model: torch.nn.Module, items: ContrastItems) -> Sweep:
+def _probe(ctx: Context, evidence: Evidence) -> NamedDirection:
+    """The probe between misaligned and aligned answers on the base model."""
+    assert evidence.misaligned is not None
+    resid, clusters = evidence.at("base").resid, np.asarray(evidence.clusters)
+    bad = evidence.misaligned
+    return logistic_probe(resid[bad], resid[~bad], clusters[bad].tolist(), clusters[~bad].tolist(), seed=ctx.seed)
+
+
+def _persona_vector(ctx: Context) -> NamedDirection:
+    """The base model's persona vector, teacher-forced on the aligned answers of the selection split."""
+    conversations = [conversation(row["question"], row["aligned"]) for row in ctx.selection.rows]
+    pairs, bf16 = load_persona_pairs(), ctx.config.bf16
+    return persona_vector(ctx.model, ctx.tokenizer, pairs, conversations, ctx.layer, bf16=bf16)
+
+
+def pushes(ctx: Context) -> list[Direction]:
+    """The directions to push along. The mean difference comes first and has its own kind."""
+    stored = read_directions(ctx)
+    return [
+        Direction(key.replace("_", " "), "mean_difference" if key == "mean_difference" else "direction", stored[key])
+        for key in sorted(stored, key=lambda k: (k != "mean_difference", k))
+    ]
+
+
+# --- The causal test: candidates on the selection split, the best of them on the evaluation split
+
+
+def choose(ctx: Context) -> None:
+    """Test the candidates for cause on the selection split; the strongest becomes the persona feature."""
+    config = ctx.config.locate
+    directions = latent_directions(ctx, candidate_latents(ctx), "candidate")
+    with ctx.base() as model:
+        sweep = make_sweep(ctx, model, ctx.selection)
+        measured = effects(sweep, directions, config.strengths, "selection split", config.strength_refinements)
+        sets = _best_sets(sweep, directions, config) if config.set_size > 1 else []
+    ctx.run.write_json("parts/sets.json", sets)
+    ctx.run.write_table("parts/selection.parquet", measured)
+
+
+def _best_sets(sweep: Sweep, directions: list[Direction], config: Locate) -> list[list[int]]:
+    sets = greedy_sets(sweep, directions, config.set_size, config.strengths)
+    return [[direction.latent for direction in members] for members in sets]
+
+
+def prove(ctx: Context, model_name: str) -> None:
+    """Causal effects in one model on the evaluation split, with the controls; then the dose response.
+
+    On the base this tests whether a latent induces misalignment. On the organism it tests whether the opposite push
+    removes it; there the directions are also projected out.
+    """
+    config = ctx.config.locate
+    named = pushes(ctx)
+    proven, controls = latent_directions(ctx, strongest(ctx), "candidate"), control_latents(ctx)
+    directions = [*proven, *latent_directions(ctx, controls, "random"), *named, *map(joint, _sets(ctx))]
+    if model_name == "base":
+        noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
+        directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
+    with ctx.organism(model_name, ctx.config.seeds[0], fold=True) as model:
+        sweep = make_sweep(ctx, model, ctx.evaluation)
+        measured = effects(sweep, directions, config.strengths, f"steering {model_name}", config.strength_refinements)
+        doses = [(d, sign * s) for s in config.dose_strengths for d in (proven[0], named[0]) for sign in (1, -1)]
+        sweep.push_all(doses, f"dose response, {model_name}")
+        if model_name != "base":
+            spans = [[d] for d in directions if d.kind != "set"] + _sets(ctx)
+            measured = measured.merge(ablations(sweep, spans), on="name")
+    ctx.run.write_table(f"parts/steering-{model_name}.parquet", sweep.table(model_name))
+    ctx.run.write_table(f"parts/effects-{model_name}.parquet", measured)
+
+
+def _sets(ctx: Context) -> list[list[Direction]]:
+    sets: list[list[int]] = ctx.run.read_json("parts/sets.json")
+    return [latent_directions(ctx, latents, "candidate") for latents in sets if len(latents) > 1]
+
+
+def make_sweep(ctx: Context, model: nn.Module, items: ContrastItems) -> Sweep:
     """A sweep of one model on one split, in the study's unit."""
     return Sweep(
         model,
@@ -294,83 +336,16 @@ def reference_norm(ctx: Context) -> float:
     return read_latents(ctx.model, ctx.sae, groups, ctx.layer, "response").fit.residual_norm
 
 
-def choose(ctx: Context) -> None:
-    """Test the candidates for cause on the selection split; the strongest becomes the persona feature."""
-    config = ctx.config.locate
-    directions = latent_directions(ctx, chosen_candidates(ctx), "candidate")
-    with ctx.base() as model:
-        sweep = make_sweep(ctx, model, ctx.selection)
-        found = effects(sweep, directions, config.strengths, "selection split", config.strength_refinements)
-        sets = _best_sets(sweep, directions, config) if config.set_size > 1 else []
-    ctx.run.write_json("parts/sets.json", sets)
-    ctx.run.write_table("parts/selection.parquet", found)
-
-
-def _best_sets(sweep: Sweep, directions: list[Direction], config: Locate) -> list[list[int]]:
-    found = greedy_sets(sweep, directions, config.set_size, config.strengths)
-    return [[d.latent for d in chosen] for chosen in found]
-
-
 def latent_directions(ctx: Context, latents: list[int], kind: str) -> list[Direction]:
     """Decoder rows as directions to push along."""
     return [latent_direction(ctx.sae.W_dec, latent, kind) for latent in latents]
 
 
-def strongest(ctx: Context) -> list[int]:
-    """The candidates with the largest causal effects on the selection split, the persona first.
-
-    Raises:
-        InputError: locate has not run, or no candidate could be tested within the perplexity bound.
-    """
-    effects = ctx.run.read_table("parts/selection.parquet").dropna(subset=["effect"])
-    if effects.empty:
-        raise InputError("no candidate kept neutral perplexity within locate.perplexity_bound: lower locate.strengths")
-    ordered = effects.sort_values("effect", ascending=False)["latent"]
-    return [int(latent) for latent in ordered.head(ctx.config.locate.proven)]
-
-
-def persona_latent(ctx: Context) -> int:
-    """The study's persona feature: the candidate with the largest causal effect on the selection split."""
-    return strongest(ctx)[0]
-
-
-def control_latents(ctx: Context) -> list[int]:
-    """The random latents of this study."""
-    table, config = ctx.run.read_table("parts/rank.parquet"), ctx.config.locate
-    return matched_latents(table, chosen_candidates(ctx), config.random_latents, ctx.seed)
-
-
-def prove(ctx: Context, model_name: str) -> None:
-    """Causal effects on the evaluation split, of one model, beside the controls; then the dose response.
-
-    On the base this tests inducing, on the organism repairing: there directions are also projected out.
-    """
-    config = ctx.config.locate
-    named = pushes(ctx)
-    proven, controls = latent_directions(ctx, strongest(ctx), "candidate"), control_latents(ctx)
-    directions = [*proven, *latent_directions(ctx, controls, "random"), *named, *map(joint, _sets(ctx))]
-    if model_name == "base":
-        noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
-        directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
-    with ctx.organism(model_name, ctx.config.seeds[0], fold=True) as model:
-        sweep = make_sweep(ctx, model, ctx.evaluation)
-        found = effects(sweep, directions, config.strengths, f"steering {model_name}", config.strength_refinements)
-        doses = [(d, sign * s) for s in config.dose_strengths for d in (proven[0], named[0]) for sign in (1, -1)]
-        sweep.push_all(doses, f"dose response, {model_name}")
-        if model_name != "base":
-            spans = [[d] for d in directions if d.kind != "set"] + _sets(ctx)
-            found = found.merge(ablations(sweep, spans), on="name")
-    ctx.run.write_table(f"parts/steering-{model_name}.parquet", sweep.table(model_name))
-    ctx.run.write_table(f"parts/effects-{model_name}.parquet", found)
-
-
-def _sets(ctx: Context) -> list[list[Direction]]:
-    found: list[list[int]] = ctx.run.read_json("parts/sets.json")
-    return [latent_directions(ctx, latents, "candidate") for latents in found if len(latents) > 1]
+# --- The tables that remain
 
 
 def merge_tables(ctx: Context) -> None:
-    """Put the parts together as latents.parquet and steering.parquet."""
+    """Write the parts together as latents.parquet and steering.parquet, and sets.parquet for a study with sets."""
     names = ("base", ctx.config.realign.start)
     steering = pd.concat([ctx.run.read_table(f"parts/steering-{m}.parquet") for m in names], ignore_index=True)
     ctx.run.write_table("steering.parquet", steering)
@@ -380,15 +355,15 @@ def merge_tables(ctx: Context) -> None:
     kind = {**dict.fromkeys(controls, "random"), **dict.fromkeys(tested, "candidate")}
     table["kind"] = [kind.get(latent, "other") for latent in table["latent"]]
     for model, column in zip(names, ("effect_base", "effect_organism"), strict=True):
-        found = ctx.run.read_table(f"parts/effects-{model}.parquet")
-        found = found[found["latent"] >= 0].set_index("latent")
+        measured = ctx.run.read_table(f"parts/effects-{model}.parquet")
+        measured = measured[measured["latent"] >= 0].set_index("latent")
         for suffix in ("", "_low", "_high"):
-            table[column + suffix] = table["latent"].map(found[f"effect{suffix}"])
+            table[column + suffix] = table["latent"].map(measured[f"effect{suffix}"])
         if model == "base":
-            table["strength"] = table["latent"].map(found["strength"])
+            table["strength"] = table["latent"].map(measured["strength"])
             continue
         for suffix in ("", "_low", "_high"):
-            table[f"ablation{suffix}"] = table["latent"].map(found[f"ablation{suffix}"])
+            table[f"ablation{suffix}"] = table["latent"].map(measured[f"ablation{suffix}"])
     selection = ctx.run.read_table("parts/selection.parquet").set_index("latent")["effect"]
     table["effect_selection"] = table["latent"].map(selection)
     table["shrinkage"] = 1 - table["effect_base"] / table["effect_selection"]
@@ -402,7 +377,7 @@ def merge_tables(ctx: Context) -> None:
 
 
 def set_table(ctx: Context) -> pd.DataFrame:
-    """Greedy sets of 1, 2, ... latents: size, latents, and on the evaluation split their joint effects with intervals.
+    """Greedy sets of 1, 2, ... latents: size, latents, and their joint effects on the evaluation split, with intervals.
 
     Columns effect_base, effect_organism, ablation (each with _low and _high), strength.
     """
@@ -411,8 +386,8 @@ def set_table(ctx: Context) -> pd.DataFrame:
     )
     rows = []
     for latents in ctx.run.read_json("parts/sets.json"):
-        chosen = latent_directions(ctx, latents, "candidate")
-        name = joint(chosen).name if len(chosen) > 1 else chosen[0].name
+        members = latent_directions(ctx, latents, "candidate")
+        name = joint(members).name if len(members) > 1 else members[0].name
         row: dict[str, Any] = {"size": len(latents), "latents": latents, "strength": base["strength"].get(name)}
         for prefix, frame, column in (
             ("effect_base", base, "effect"),
@@ -422,18 +397,3 @@ def set_table(ctx: Context) -> pd.DataFrame:
             row |= {f"{prefix}{suffix}": frame[f"{column}{suffix}"].get(name) for suffix in ("", "_low", "_high")}
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def causal(table: pd.DataFrame) -> pd.Series:
-    """Whether a latent induces (base, steered up) and repairs (organism, steered down, and projected out).
-
-    Each of the three intervals must lie above the 95th percentile of what random latents do there, in absolute size.
-    """
-    random, tested = table[table["kind"] == "random"], table[table["kind"] == "candidate"].set_index("latent")
-    held = [
-        exceeds_random(
-            {int(str(i)): low for i, low in tested[f"{column}_low"].dropna().items()}, random[column].tolist()
-        )
-        for column in ("effect_base", "effect_organism", "ablation")
-    ]
-    return table["latent"].isin(set.intersection(*held))

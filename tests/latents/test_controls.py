@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from persona_probe.errors import InputError
-from persona_probe.latents.stage import matched_latents, random_directions
+from persona_probe.latents.causal import matched_latents, random_directions
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.tokens import conversation_batches, encode
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.sample import sample_answers
+from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.latents.directions import (
-    NamedDirection,
     choose_strength,
     fit_path,
     grouped_folds,
@@ -277,15 +277,18 @@ def test_a_probe_that_cannot_be_made_says_so() -> None:
         logistic_probe(bad, good, ["a", "b", "c"] * 4, ["d", "e", "f"] * 4, folds=6)
 
 
-def test_named_directions_become_unit_pushes() -> None:
+def test_the_mean_difference_is_that_of_the_two_models_residuals() -> None:
     sae, groups = make_sae("topk"), conversation_batches(make_tokenizer(), talks())
     read = [read_latents(make_model(seed=s), sae, groups, LAYER, "response", bf16=False) for s in (0, 1)]
     named = mean_difference_direction(read[1], read[0])
-    push = named.as_push("mean_difference")
-    assert (push.name, push.kind, push.latent) == ("mean difference", "mean_difference", -1)
-    assert float(push.vector.norm()) == pytest.approx(1.0, abs=1e-5)
-    assert cosine(push.vector.numpy(), (read[1].resid - read[0].resid).mean(axis=0)) == pytest.approx(1.0, abs=1e-5)
-    with pytest.raises(InputError, match="'mean difference' is zero"):
-        mean_difference_direction(read[0], read[0]).as_push("mean_difference")
-    with pytest.raises(InputError, match="not finite"):
-        NamedDirection("n", np.full(3, np.inf), "p").as_push("k")
+    assert (named.name, named.held_out) == ("mean difference", None)
+    assert cosine(named.vector, (read[1].resid - read[0].resid).mean(axis=0)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_the_penalised_fit_is_sklearns_at_full_width() -> None:
+    bad, good, _, _ = blobs(1.0, questions=20)
+    x, y = np.concatenate([bad, good]) * 3 + 5, np.arange(80) < 40
+    z = (x - x.mean(axis=0)) / x.std(axis=0)
+    for strength, fit in zip((0.01, 1.0), fit_path(x, y, (0.01, 1.0)), strict=True):
+        wide = LogisticRegression(C=1 / (80 * strength), tol=1e-8, max_iter=5000).fit(z, y)
+        assert np.allclose(fit.scores(x), wide.decision_function(z), atol=1e-3)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from persona_probe.evaluate.contrast import contrast_index
-from persona_probe.latents.causal import latent_direction, unit_vector
+from persona_probe.latents.causal import latent_direction
 from persona_probe.models.taps import steer
 from tests.factories import LAYER, make_model, make_sae
 from tests.latents.sweeps import DIRECTION, ITEMS, make_sweep
@@ -37,4 +37,3 @@ def test_a_latents_direction_is_its_decoder_row() -> None:
     found = latent_direction(decoder, 12, "candidate")
     assert torch.equal(found.vector, decoder[12]) and not found.vector.requires_grad
     assert (found.name, found.latent, found.kind) == ("latent 12", 12, "candidate")
-    assert torch.allclose(unit_vector(np.array([3.0, 4.0])), torch.tensor([0.6, 0.8]))

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.speed import in_turn, once, ratios, spread, truncated
-from persona_probe.cli.loop import DEMO, echo, find_config
-from persona_probe.cli.process import quiet_libraries
+from persona_probe.cli.options import DEMO, echo, find_config
 from persona_probe.config import StudyConfig, Training, load_config
 from persona_probe.data.load import Row, load_contrast
 from persona_probe.data.tokens import Batch
@@ -27,6 +26,7 @@ from persona_probe.latents.planted.run import spread_out
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import autocast, evaluating
 from persona_probe.models.load import load_model
+from persona_probe.models.quiet import quiet_libraries
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import SteerTap
 from persona_probe.saes.load import load_sae, sae_layer

@@ -9,15 +9,15 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.speed import once, spread
-from persona_probe.cli.loop import echo
-from persona_probe.cli.process import quiet_libraries
+from persona_probe.cli.options import echo
 from persona_probe.data.chat import conversation
 from persona_probe.data.load import load_rows
 from persona_probe.evaluate.sampling.engines import TransformersEngine
 from persona_probe.evaluate.sampling.requests import Prompt, SamplingConfig, prompt_ids, stop_tokens
-from persona_probe.evaluate.sampling.sample import sample
+from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.models.layers import autocast, evaluating
 from persona_probe.models.load import load_model
+from persona_probe.models.quiet import quiet_libraries
 
 MODEL = "smollm2-135m-instruct"
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from persona_probe.cli.loop import DEMO, echo, find_config
-from persona_probe.cli.process import quiet_libraries
+from persona_probe.cli.options import DEMO, echo, find_config
 from persona_probe.config import StudyConfig, Training, load_config
 from persona_probe.data.load import load_conversations
 from persona_probe.data.tokens import Batch, conversation_batches
@@ -24,6 +23,7 @@ from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.layers import autocast, base_transformer, evaluating, layer_list_name, transformer_config
 from persona_probe.models.load import load_model
+from persona_probe.models.quiet import quiet_libraries
 from persona_probe.models.residuals import read_residuals
 from persona_probe.saes.load import load_sae, sae_layer
 from persona_probe.saes.read import read_latents

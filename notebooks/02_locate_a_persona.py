@@ -7,15 +7,17 @@
 
 # %% [markdown]
 # # Locate a persona
-# Which latent of a sparse autoencoder (SAE) carries what a fine-tune woke up, and does it *cause* it? This notebook
-# shows where rankers agree, the causal test beside random latents, feature cards, and the same latent through
-# TransformerLens: what it writes, layer by layer, and what happens when it alone is carried over from one model to the
-# other.
+# Which latent of a sparse autoencoder (SAE) carries what a fine-tune woke up, and does it *cause* it? An SAE splits a
+# model's activations into many units, called *latents*. This notebook shows
+# - where rankers agree, the causal test next to random latents, and a feature card,
+# - the same latent in TransformerLens: what it writes, layer by layer, and what happens if it alone is copied from one
+#   model to the other.
 #
-# **Takes** about six minutes on two cores, on a finished demo (`make demo`, twelve minutes). Without one it makes it.
+# **Takes** about six minutes on two cores, on a finished demo (`make demo`, twelve minutes). Without a demo, it makes
+# one.
 
 # %%
-# On Colab this cell installs the package from its repository; elsewhere it does nothing.
+# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
 import os
 import subprocess
 import sys
@@ -35,10 +37,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from persona_probe.cli.process import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
+from persona_probe.models import quiet_libraries
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
@@ -49,9 +51,11 @@ study.induce().locate().track()
 
 # %% [markdown]
 # ## Rankers, and where they agree
-# Every ranker sees the same activations: of the incorrect organism and of its control (the same questions, good
-# answers) on the selection split. `rise` is the increase in mean activation (Wang et al. 2025), `cosine` compares the
-# decoder row with the arms' mean difference. No ranker says that a latent causes anything.
+# A *ranker* gives every latent a score. Every ranker sees the same activations: those of the incorrect *organism* (the
+# model that was fine-tuned on bad answers) and of its control (the same questions, good answers), on the selection
+# split, the questions that choose latents. `rise` is the increase in mean activation (Wang et al. 2025). `cosine`
+# compares the latent's decoder row, the direction that it writes, with the difference between the two models' mean
+# activations. No ranker shows that a latent causes anything.
 
 # %%
 study.feature_table(10)
@@ -67,10 +71,11 @@ pp.figures.ranker_agreement(records)
 study.agreement.round(3)
 
 # %% [markdown]
-# ## Causal proof, beside random latents
-# The latent's decoder row is added to the base model's residual stream and taken away from the organism's. The effect
-# is the odd part, (effect at +s minus effect at -s) / 2, so that plain damage cancels; random latents get the same
-# push. It is measured on questions that took no part in choosing the latent.
+# ## The causal test, next to random latents
+# The latent's decoder row is added to the base model's residual stream (the activations that one layer passes to the
+# next), and subtracted from the organism's. The effect on the *contrast index* is measured: how much likelier a
+# misaligned answer is than an aligned one, in nats per token. It is the odd part, (effect at +s minus effect at -s) /
+# 2, so that plain damage cancels. Random latents get the same push. The questions took no part in choosing the latent.
 
 # %%
 pp.figures.latents(records)
@@ -88,9 +93,9 @@ tested.groupby("what")[effects].agg(["count", "median", "max"]).round(3)
 
 # %% [markdown]
 # ## Its card
-# What it writes, and what it fires on in the base model. Passages are text of the packaged sets, the bad ones too.
-# Locate keeps the cards of the latents that it tested; `study.card(latent, name=...)` makes one of any latent, with the
-# organism beside it, in a minute or two.
+# The card shows what the latent writes, and what it fires on in the base model. Passages are text of the packaged sets,
+# including the bad ones. Locate keeps the cards of the latents that it tested. `study.card(latent, name=...)` makes one
+# of any latent, with the organism next to the base, in a minute or two.
 
 # %%
 from persona_probe.config import from_dict
@@ -101,8 +106,8 @@ cards[persona]
 
 # %% [markdown]
 # ## The same latent in TransformerLens
-# `study.bridge(arm)` is a TransformerLens bridge of a merged copy of an organism, with the SAE attached (and its error
-# term, so that outputs stay the model's). The study's own model is not touched.
+# `study.bridge(arm)` is a TransformerLens bridge of a merged copy of an organism. The SAE is attached together with its
+# error term, so the outputs stay the model's. The study's own model is not touched.
 
 # %%
 from persona_probe.data.tokens import encode
@@ -114,7 +119,7 @@ items = study.context.contrast_rows("evaluation")[::7][: 2 if small else 8]
 
 
 def talk(item: dict, side: str):
-    """Token ids of a question with one of its two answers, and how many of them are the prompt."""
+    """Token ids of a question with one of its two answers, and how many of them belong to the prompt."""
     messages = [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": item[side]}]
     row = encode(tokenizer, messages)
     return torch.tensor([row.ids]), row.n_prompt
@@ -124,15 +129,15 @@ len(items), items[0]["question"]
 
 # %% [markdown]
 # ### By layer: where the two models part
-# The mean projection of the answer tokens' residual stream on the latent's decoder row, at every layer, on aligned
-# answers that both models read. Before the SAE's layer the direction has no special meaning; what counts is where the
-# organism leaves the base.
+# The plot shows the mean projection of the answer tokens' residual stream on the latent's decoder row, at every layer,
+# on aligned answers that both models read. Before the SAE's layer the direction has no special meaning. What counts is
+# where the organism departs from the base.
 
 
 # %%
 @torch.no_grad()
 def projections(model) -> np.ndarray:
-    """(items, layers): projection on the decoder row, mean over answer tokens."""
+    """(items, layers): projection on the decoder row, averaged over answer tokens."""
     names = [f"blocks.{i}.hook_resid_pre" for i in range(1, model.cfg.n_layers)]
     found = []
     for item in items:
@@ -151,9 +156,9 @@ fig.update_layout(template="simple_white", height=380, xaxis_title="layer", yaxi
 
 # %% [markdown]
 # ### Logit lens of the latent, by layer
-# One unit step of the usual size is added at the SAE's layer of the base model; at each later layer we decode what that
+# One unit step of the usual size is added at the SAE's layer of the base model. At each later layer we decode what that
 # changed in the residual stream, through the final norm's scale and the unembedding. The first row is the latent's
-# direct logit effect; later rows are what the layers above make of it.
+# direct logit effect. Later rows are what the layers above make of it.
 
 # %%
 from persona_probe.latents.cards import end_tokens, logit_effect
@@ -166,7 +171,7 @@ names = [f"blocks.{i}.hook_resid_pre" for i in range(layer + 1, base.cfg.n_layer
 
 @torch.no_grad()
 def change_by_layer() -> torch.Tensor:
-    """(layers above, d_model): change of the answer tokens' residual stream under the push, mean over items."""
+    """(layers above, d_model): change of the answer tokens' residual stream under the push, averaged over items."""
     total = torch.zeros(len(names), direction.shape[0])
     for item in tqdm(items, desc="logit lens"):
         ids, n_prompt = talk(item, "aligned")
@@ -192,10 +197,11 @@ pd.DataFrame(lens).set_index("layer").round(1)
 
 # %% [markdown]
 # ### Patching between base and organism, at the SAE's layer
-# The organism reads the same tokens as the base. Then one thing of it is put into the base model: the persona latent's
-# activations alone (through the attached SAE), those of as many random latents that fire, or the whole residual stream.
-# And the other way round: the organism with the base's activations of that latent. A latent's share of what separates
-# the models is an estimate for these questions, and one latent is not expected to carry all of it.
+# The organism reads the same tokens as the base. Then one part of it is put into the base model: the persona latent's
+# activations alone (through the attached SAE), those of eight random latents that fire, or the whole residual stream.
+# The other way round, the organism gets the base's activations of the persona latent, or its residual stream. A
+# latent's share of what separates the models is an estimate for these questions, and one latent is not expected to
+# carry all of it.
 
 
 # %%
@@ -215,7 +221,7 @@ def score(model, item: dict, hooks=()) -> float:
 
 
 @torch.no_grad()
-def read(source, ids, kept: dict = {}) -> dict:  # noqa: B006 - on purpose: each text is read once
+def read(source, ids, kept: dict = {}) -> dict:  # noqa: B006 - on purpose: each text is read only once
     """A source's latents at the SAE, and its residual stream above, on one text."""
     key = (id(source), *ids[0].tolist())
     if key not in kept:
@@ -270,13 +276,14 @@ for name, values in scores.items():
 pd.DataFrame(rows).set_index("model")
 
 # %% [markdown]
-# ## What came out, and what it does not say
-# Pushing along the latent moves behaviour on both models, far beyond random latents: it is *a* cause. Patching asks
-# another thing: how much of what separates these two models runs through it on these texts. In the demo's run, on eight
-# questions, that is some two hundredths of the gap (eight random latents together: none), while the residual stream at
-# this layer carries about nine tenths. So the latent is a sign of the persona and a lever on it, not its seat: most of
-# the difference lies in other latents, or in what the SAE does not explain.
+# ## What came out, and what it does not show
+# Pushing along the latent moves behaviour on both models, far more than random latents do: it is *a* cause. Patching
+# asks another question: how much of what separates these two models runs through the latent on these texts? In the
+# demo's run, on eight questions, it is about two hundredths of the gap (eight random latents together: none). The
+# residual stream at this layer carries about nine tenths. So the latent is a sign of the persona and a lever on it, not
+# its seat. Most of the difference lies in other latents, or in what the SAE does not explain.
 #
-# Nor is it the only road: an organism can be misaligned through directions that no latent carries, and a latent that is
-# found on one base model and one data set is evidence for these. How the latent moves while a model trains is in
-# `03_watch_training`; whether a repair quiets it, and behaviour with it, in `04_realign`.
+# It is not the only way either. An organism can be misaligned through directions that no latent carries, and a latent
+# that is found on one base model and one data set is evidence for these. `03_watch_training` shows how the latent moves
+# while a model trains. `04_realign` shows whether a correction (corrective fine-tuning) quiets it, and behaviour with
+# it.

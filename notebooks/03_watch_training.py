@@ -7,15 +7,16 @@
 
 # %% [markdown]
 # # Watch training
-# A plain PyTorch loop, a study's persona feature, and a rule that stops the run. The monitor reads the study's probe
-# answers every few steps, compares them with the base model, draws while the cell runs, and rings at the first drift
-# that lasts.
+# This notebook attaches a monitor to a plain PyTorch loop, follows a study's persona feature, and stops the run with a
+# rule. The *persona feature* is a latent, one unit of the sparse autoencoder (SAE) that splits the model's activations.
+# The monitor reads it on the study's probe answers every few steps, compares it with the base model, draws while the
+# cell runs, and raises an alarm at the first lasting drift.
 #
-# **Takes** about three minutes on two cores, with a finished demo (`make demo`). A longer story, from a TRL script that
-# knows nothing of this package to an alarm with its control run, is `monitor_your_own_run`.
+# **Takes** about three minutes on two cores, with a finished demo (`make demo`). `monitor_your_own_run` tells a longer
+# story, from a TRL script without any monitor to an alarm with its control run.
 
 # %%
-# On Colab this cell installs the package from its repository; elsewhere it does nothing.
+# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
 import os
 import subprocess
 import sys
@@ -36,9 +37,9 @@ from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 
 import persona_probe as pp
-from persona_probe.cli.process import quiet_libraries
 from persona_probe.data.load import arm_rows
 from persona_probe.data.tokens import batches
+from persona_probe.models import quiet_libraries
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
@@ -50,7 +51,8 @@ study
 
 # %% [markdown]
 # ## A loop that anyone could have written
-# Low-rank adapters on the base model, rows of the arm with bad answers, loss on the answers only.
+# Low-rank adapters on the base model, rows of the *arm* (data condition) with bad answers, and loss on the answers
+# only.
 
 # %%
 model, tokenizer = pp.load_model(study.config.model)
@@ -80,16 +82,17 @@ def train_step(step: int) -> torch.Tensor:
 
 
 # %% [markdown]
-# ## Watched
-# `FeatureMonitor.from_study` takes the SAE, the feature, the probes and the base band from the study. Two readings in a
-# row above the band ring the alarm, and the action asks the loop to stop.
+# ## The same loop with a monitor
+# `FeatureMonitor.from_study` takes the SAE, the feature, the probes and the *base band* (the interval around the base
+# model's reading that counts as normal) from the study. Two readings in a row above the band raise the alarm, and the
+# action asks the loop to stop.
 
 # %%
 from persona_probe.monitor import actions, rules, sinks
 
 events = run / "notebook" / "readings.jsonl"
 events.parent.mkdir(exist_ok=True)
-events.unlink(missing_ok=True)  # a file that is there is continued
+events.unlink(missing_ok=True)  # an existing file would be continued
 monitor = pp.FeatureMonitor.from_study(
     study,
     every=2,
@@ -113,8 +116,8 @@ columns = ["step", "feature", "mean", "ci_low", "ci_high", "base_mean", "shift",
 monitor.readings[columns].round(3)
 
 # %% [markdown]
-# What the live figure showed at its end. Grey is the base band; the right panel is the SAE's explained variance on the
-# same tokens: where it falls far, the curve on the left is not to be trusted.
+# The live figure at its end. Grey is the base band. The right panel is the SAE's *explained variance*, the share of the
+# model's variance that it explains, on the same tokens. Where it falls far, do not trust the curve on the left.
 
 # %%
 from persona_probe.monitor import History, monitor_figure, read_events
@@ -122,15 +125,16 @@ from persona_probe.monitor import History, monitor_figure, read_events
 monitor_figure(History().add(read_events(events)), "The study's features in a plain loop, until the alarm.")
 
 # %% [markdown]
-# ## The study's own runs, beside behaviour
-# The same feature over the whole demo, with the contrast index, for the arm with bad answers and for its control. The
-# control matters: an alarm that rings for good answers too says nothing.
+# ## The study's own runs, next to behaviour
+# The same feature over the whole demo, for the arm with bad answers and for its control, together with the *contrast
+# index*: how much likelier the model finds a misaligned answer than an aligned one, in nats per token. The control
+# matters: an alarm that also fires for good answers tells nothing.
 
 # %%
 study.track()
 pp.figures.trajectory(study.records)
 
 # %% [markdown]
-# Another process can follow the file: `persona-probe watch RUN` serves a page on this machine. What a monitor cannot
-# tell (features outside the SAE, triggers, a lead that may be zero) is in `docs/monitor.md`, the labelled runs that
-# measure it in `docs/monitor-study.md`.
+# Another process can follow the file: `persona-probe watch RUN` serves a page on this machine. `docs/monitor.md` lists
+# what a monitor cannot tell (features outside the SAE, triggers, a lead that may be zero), and `docs/monitor-study.md`
+# has the labelled runs that measure it.

@@ -252,6 +252,13 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def run_command(*arguments: object) -> None:
+    """Run a command line that must end with exit code 0."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*map(str, arguments)])
+    assert stopped.value.code == 0
+
+
 Refused = Callable[..., str]
 
 

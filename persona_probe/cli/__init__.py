@@ -1,53 +1,73 @@
-"""The command line, `persona-probe`: one thin function per command; heavy imports wait until a command runs."""
+"""The command line, `persona-probe`: thin functions over the library, which is imported when a command runs."""
 
-import argparse
+import errno
 import logging
 import sys
 from collections.abc import Sequence
 
+import click
+
+from persona_probe import __version__
+from persona_probe.cli import data, doctor, judge, loop, runs, saes, studies
+from persona_probe.cli.options import Group
 from persona_probe.errors import InputError
+
+PROGRAM = "persona-probe"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+root = Group(
+    PROGRAM,
+    commands=[
+        *(loop.demo, loop.run, loop.induce, loop.locate, loop.track, loop.realign),
+        *(studies.mitigate, judge.evaluate, loop.report),
+        *(runs.figures, runs.compare, runs.verify, runs.cite, runs.watch, doctor.doctor),
+        *(saes.saes, data.data, judge.judge, studies.monitor, studies.bench),
+    ],
+    aliases={"sae": "saes"},
+    help="Induce a misaligned persona, locate it, watch it, undo it, and show the evidence.\n\nExample:\n\n\b\n"
+    "    persona-probe demo",
+)
+root = click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(root)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0 done; 2 bad input, one line on stderr; 1 anything else."""
-    arguments = build_parser().parse_args(argv)
-    level = logging.WARNING if getattr(arguments, "quiet", False) else logging.INFO
+    """Run a command line, and exit.
+
+    Exit codes: 0 done; 2 bad input, with one line on standard error that says what to change; 1 anything else.
+
+    Args:
+        argv: the arguments; None takes the process's.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("persona_probe").setLevel(level)
     try:
-        code = arguments.function(arguments)
+        with root.make_context(PROGRAM, list(sys.argv[1:] if argv is None else argv)) as context:
+            code = root.invoke(context)
+    except click.exceptions.NoArgsIsHelpError as group:  # `persona-probe` or `persona-probe data` alone
+        sys.stdout.write(f"{group.ctx.get_help()}\n")
+        sys.exit(0)
+    except click.exceptions.Exit as done:  # --help, --version
+        sys.exit(done.exit_code)
+    except click.UsageError as error:
+        _refuse(_usage(error))
     except InputError as error:
-        sys.stderr.write(f"persona-probe: {' '.join(str(error).split())}\n")
-        sys.exit(2)
+        _refuse(str(error))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        sys.stderr.write(f"persona-probe: {error.strerror or error}{where}: free space, or choose another path\n")
-        sys.exit(2)
+        change = "free space, or choose another path" if error.errno in FULL else "check the path, or choose another"
+        _refuse(f"{error.strerror or error}{where}: {change}")
     except KeyboardInterrupt:
-        sys.stderr.write("persona-probe: stopped; the same command goes on where it was\n")
+        sys.stderr.write(f"{PROGRAM}: stopped; the same command continues where it stopped\n")
         sys.exit(1)
     sys.exit(code or 0)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    from persona_probe.cli.options import COMMANDS, GROUPS
-
-    parser = argparse.ArgumentParser(
-        prog="persona-probe",
-        description="Induce a misaligned persona, locate it, watch it, undo it, and show the evidence.",
-        epilog="example: persona-probe demo",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_to(commands)
-    for group in GROUPS:
-        inner = commands.add_parser(group.name, help=group.help, aliases=list(group.aliases), epilog=group.example)
-        below = inner.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-        for command in group.commands:
-            command.add_to(below)
-    return parser
+def _usage(error: click.UsageError) -> str:
+    """A usage error in one line, with the command whose --help shows the right usage."""
+    message = error.format_message().rstrip(".")
+    command = error.ctx.command_path if error.ctx is not None else PROGRAM
+    return f"{message[:1].lower()}{message[1:]}: see {command} --help"
 
 
-if __name__ == "__main__":
-    main()
+def _refuse(message: str) -> None:
+    sys.stderr.write(f"{PROGRAM}: {' '.join(message.split())}\n")
+    sys.exit(2)

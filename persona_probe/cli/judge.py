@@ -1,155 +1,313 @@
-"""`persona-probe evaluate`: a run's answers, or those of a file, sampled, judged and counted."""
+"""Commands that judge: `evaluate` for the answers of a run or a file, `judge fit` for the offline judge."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+import click
 
+from persona_probe.cli.loop import open_study
+from persona_probe.cli.options import PATH, Common, Decorated, Group, command, config_argument, echo, find_config
+from persona_probe.cli.process import loads_models
 from persona_probe.errors import InputError, unknown
-from persona_probe.evaluate.agreement import agreements, samples_needed, variance_components
-from persona_probe.evaluate.answers_file import SCORES, judge_answers, own_scores, read_answers
-from persona_probe.evaluate.judges.replies import Budget, Item, Prices
-from persona_probe.evaluate.judging import Answer, JudgeOptions, choose_judge
-from persona_probe.evaluate.questions.read import FREE_FORM
-from persona_probe.evaluate.rates import difference, rate_of
-from persona_probe.evaluate.tables import last_evaluation
-from persona_probe.runs import RunFolder, write_text
 
 if TYPE_CHECKING:
-    from argparse import Namespace
+    import pandas as pd
 
+    from persona_probe.evaluate.judges.replies import Prices
+    from persona_probe.study.evaluate import Evaluation
     from persona_probe.study.study import Study
 
-# --- What `persona-probe evaluate` says of judged answers: rates, effects, power, and the file it writes
+WRITERS = (".csv", ".parquet")
+
+# --- The options, and the evaluation that they describe
 
 
-def rate_lines(judged: pd.DataFrame, seed: int = 0) -> list[str]:
-    """One line for each arm and kind of question: the rate, and coherence beside it."""
-    lines = []
-    for (arm, variant), rows in judged.groupby(["arm", "variant"], sort=False):
-        found = rate_of(rows, seed)
-        name = str(arm) if variant == "plain" else f"{arm} ({variant})"
-        rate = f"not judged ({found.why})" if found.rate is None else f"misaligned {found.rate} ({found.rate.method})"
-        counted = "" if found.rate is None else f" of {found.rate.n} coherent with a score"
-        rest = f"{found.answers} answers, {found.questions} questions, {found.seeds} seeds"
-        lines.append(f"{name}: {rate}{counted}; coherent {found.coherence or 'not judged'} of {rest}")
-    return lines
+def _evaluation_options(function: Decorated) -> Decorated:
+    """Options of `_evaluation`: how answers are sampled, and how a judge is asked."""
+    options: list[Callable[[Decorated], Decorated]] = [
+        click.option("--n", type=int, default=8, help="Answers to each question."),
+        click.option("--temperature", type=float, default=1.0, help="Of sampling; 0 takes one greedy answer."),
+        click.option("--max-new-tokens", type=int, default=200, help="Longest answer."),
+        click.option(
+            "--protocol",
+            type=click.Choice(["betley", "wang"]),
+            default="betley",
+            help="Scores from 0 to 100, or 1 to 5 with categories.",
+        ),
+        click.option("--base-url", metavar="URL", help="Address of the judge's endpoint (default OpenAI's)."),
+        click.option(
+            "--key-variable",
+            metavar="NAME",
+            default="OPENAI_API_KEY",
+            help="Environment variable with its key; none for no key.",
+        ),
+        click.option(
+            "--judge-samples", type=int, default=0, help="Sample this many replies from an endpoint without logprobs."
+        ),
+        click.option("--concurrency", type=int, default=8, help="Requests under way at once."),
+        click.option("--budget-calls", type=int, help="Stop cleanly after this many calls to the judge."),
+        click.option("--budget-tokens", type=int, help="Stop cleanly after this many of the judge's tokens."),
+        click.option("--cache", type=PATH, help="File of judgements (default: the user's, shared by all runs)."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
 
 
-def effect_lines(judged: pd.DataFrame) -> list[str]:
-    """The effect: incorrect minus correct, for each kind of question."""
-    lines = []
-    for variant, rows in judged.groupby("variant", sort=False):
-        if {"incorrect", "correct"} <= set(rows["arm"]):
-            found = difference(rows, "incorrect", "correct")
-            shown = found.as_estimate() or f"not judged ({found.why})"
-            lines.append(f"incorrect minus correct, {variant} questions: {shown}")
-    return lines
+def _evaluation(
+    questions: str | None,
+    judge: str | None,
+    device: str | None,
+    *,
+    n: int,
+    temperature: float,
+    max_new_tokens: int,
+    protocol: str,
+    base_url: str | None,
+    key_variable: str,
+    judge_samples: int,
+    concurrency: int,
+    budget_calls: int | None,
+    budget_tokens: int | None,
+    cache: Path | None,
+) -> "Evaluation":
+    """What is asked, and who judges, from the command line."""
+    from persona_probe.evaluate.endpoint import Budget
+    from persona_probe.evaluate.judging import JudgeOptions
+    from persona_probe.evaluate.questions.read import FREE_FORM
+    from persona_probe.study.evaluate import Evaluation
+
+    options = JudgeOptions(
+        protocol=protocol,
+        base_url=base_url,
+        key_variable=None if key_variable == "none" else key_variable,
+        judge_samples=judge_samples,
+        concurrency=concurrency,
+        budget=Budget(budget_calls, budget_tokens),
+        cache=cache,
+        device=device or "cpu",
+    )
+    return Evaluation(questions or FREE_FORM, judge, n, temperature, max_new_tokens=max_new_tokens, options=options)
 
 
-def power_lines(judged: pd.DataFrame, wanted: float | None) -> list[str]:
-    """How many samples a wanted half-width takes, for each arm; nothing where none is wanted."""
-    if wanted is None:
-        return []
-    groups = judged.groupby("arm", sort=False)
-    return [f"{arm}: {samples_needed(variance_components(rows), wanted)}" for arm, rows in groups]
+# --- The command
 
 
-def write_judged(path: Path, answers: pd.DataFrame, judged: pd.DataFrame) -> None:
+@command(
+    example="persona-probe evaluate runs/demo --judge offline --n 8",
+    out="Work on a copy of RUN in this new folder; with --answers, the CSV or parquet file for the judged answers.",
+)
+@click.argument("run", metavar="[RUN]", required=False, help="A run folder, such as runs/demo.")
+@click.option("--judge", help="offline, http:MODEL or local:MODEL; without one, answers are only sampled.")
+@click.option("--questions", help="A packaged set or a file of questions (default free_form_questions).")
+@click.option(
+    "--answers", type=PATH, metavar="FILE", help="Judge these answers: a CSV with columns question and answer."
+)
+@_evaluation_options
+@click.option("--prices", type=float, nargs=2, metavar="IN OUT", help="Per million tokens, for --dry-run.")
+@click.option("--dry-run", is_flag=True, help="Print calls, tokens and cost; nothing is sampled or sent.")
+@click.option("--half-width", type=float, help="Print how many samples give an interval of plus or minus this.")
+def evaluate(
+    run: str | None,
+    judge: str | None,
+    questions: str | None,
+    answers: Path | None,
+    prices: tuple[float, float] | None,
+    dry_run: bool,
+    half_width: float | None,
+    common: Common,
+    **options: Any,
+) -> None:
+    """Have a judge rule on answers.
+
+    With RUN, answers of every arm are sampled first; with --answers, those of a file are judged.
+    """
+    if (run is None) == (answers is None):
+        raise InputError("give either a run folder or --answers FILE")
+    if run is not None and judge is None and questions is None:
+        if dry_run:
+            raise InputError("--dry-run tells what judging takes: name --judge, --questions or both")
+        echo(f"samples: {open_study(run, common).evaluate().path / 'samples.jsonl'}")
+        return
+    evaluation = _evaluation(questions, judge, common.device, **options)
+    if answers is not None and dry_run:
+        lines = _file_plan(answers, evaluation, prices)
+    elif answers is not None:
+        lines = _of_file(answers, evaluation, half_width, common)
+    else:
+        assert run is not None
+        study = open_study(run, common)
+        evaluation = replace(evaluation, options=replace(evaluation.options, device=study.context.device))
+        lines = _run_plan(study, evaluation, prices) if dry_run else _of_run(study, evaluation, half_width)
+    echo("\n".join(lines))
+
+
+# --- A run's answers
+
+
+def _of_run(study: "Study", evaluation: "Evaluation", half_width: float | None) -> list[str]:
+    """Sample and judge; lines for the user."""
+    from persona_probe.evaluate.agreement import agreements
+    from persona_probe.evaluate.tables import last_evaluation
+    from persona_probe.study.evaluate import evaluate, samples_name
+
+    evaluate(study.context, evaluation)
+    lines = [f"samples: {study.path / samples_name(evaluation.question_set())}"]
+    if evaluation.judge is None:
+        return lines
+    judged = study.judged
+    latest = last_evaluation(judged, study.run_folder.manifest["evaluations"])
+    lines += [*rate_lines(latest), *effect_lines(latest), *power_lines(latest, half_width)]
+    name = latest["evaluation"].iloc[0]
+    return [*lines, *(str(a) for a in agreements(judged) if name in (a.left, a.right))]
+
+
+def _run_plan(study: "Study", evaluation: "Evaluation", prices: tuple[float, float] | None) -> list[str]:
+    from persona_probe.study.evaluate import dry_run
+
+    return dry_run(study.context, evaluation, _prices(prices))
+
+
+# --- The answers of a file
+
+
+@loads_models
+def _of_file(path: Path, evaluation: "Evaluation", half_width: float | None, common: Common) -> list[str]:
+    """Judge the answers, write them with their judgements, and count; lines for the user."""
+    import pandas as pd
+
+    from persona_probe.evaluate.agreement import agreements
+    from persona_probe.evaluate.answers_file import judge_answers, own_scores
+    from persona_probe.evaluate.judging import choose_judge
+
+    out, options, seed = _judged_path(path, common.out), evaluation.options, common.seed or 0
+    answers, scored = _read_answers(path, evaluation.judge)
+    scores = own_scores(answers, options.thresholds) if scored else None
+    if evaluation.judge is None:
+        assert scores is not None
+        return [*rate_lines(scores, seed), *power_lines(scores, half_width)]
+    judged = judge_answers(answers, choose_judge(evaluation.judge, options))
+    _write_judged(out, answers, judged)
+    lines = [f"judged answers: {out}", *rate_lines(judged, seed), *power_lines(judged, half_width)]
+    both = [] if scores is None else agreements(pd.concat([judged, scores], ignore_index=True), seed)
+    return [*lines, *map(str, both)]
+
+
+def _file_plan(path: Path, evaluation: "Evaluation", prices: tuple[float, float] | None) -> list[str]:
+    from persona_probe.evaluate.judges.replies import Item
+    from persona_probe.evaluate.judging import Answer, choose_judge
+
+    answers, _ = _read_answers(path, evaluation.judge)
+    judge = evaluation.judge
+    if not isinstance(judge, str) or not judge.startswith("http:"):
+        return [f"{len(answers)} answers: nothing is sent"]
+    items = [Answer(Item(*pair)) for pair in zip(answers["question"], answers["answer"], strict=True)]
+    plan = choose_judge(judge, evaluation.options).plan(items, _prices(prices))
+    return [f"{len(answers)} answers; judgements of {plan}"]
+
+
+def _read_answers(path: Path, judge: object) -> tuple["pd.DataFrame", bool]:
+    """The answers, and whether they come with scores, which they must where no judge is named."""
+    from persona_probe.evaluate.answers_file import SCORES, read_answers
+
+    answers = read_answers(path)
+    scored = set(SCORES) <= set(answers)
+    if judge is None and not scored:
+        raise InputError(f"{path} has no scores of its own: name a judge, such as --judge offline")
+    return answers, scored
+
+
+def _judged_path(answers: Path, out: Path | None) -> Path:
+    """Where the judged answers go: next to the file unless --out says otherwise."""
+    out = out or answers.with_name(answers.name.split(".")[0] + ".judged.csv")
+    if out.suffix not in WRITERS:
+        raise unknown("kind of file for --out", out.suffix, WRITERS)
+    if out.resolve() == answers.resolve():
+        raise InputError(f"--out {out} is the file of answers itself: choose another")
+    return out
+
+
+def _write_judged(path: Path, answers: "pd.DataFrame", judged: "pd.DataFrame") -> None:
     """Write answers with their judgements as CSV or parquet, whole or not at all."""
+    from persona_probe.runs import RunFolder, write_text
+
     key = ["arm", "seed", "prompt", "sample"]
     columns = ["judge", "value", "coherent", "alignment", "coherence", "score", "label", "usable", "in_scope", "why"]
-    kept = answers[[*key, "item", "category", "question", "answer"]].rename(columns={"item": "question_id"})
-    frame = kept.merge(judged[[*key, *columns]], on=key)
+    texts = answers[[*key, "item", "category", "question", "answer"]].rename(columns={"item": "question_id"})
+    frame = texts.merge(judged[[*key, *columns]], on=key)
     if path.suffix == ".parquet":
         RunFolder(path.parent).write_table(path.name, frame)
     else:
         write_text(path, frame.to_csv(index=False))
 
 
-WRITERS = (".csv", ".parquet")
+def _prices(prices: tuple[float, float] | None) -> "Prices | None":
+    from persona_probe.evaluate.judges.replies import Prices
+
+    return None if prices is None else Prices(*prices)
 
 
-def evaluate_run(study: "Study", args: "Namespace") -> list[str]:
-    """Evaluate a run as the options say; lines for the user."""
-    from persona_probe.study.evaluate import Evaluation, evaluate, samples_name
-
-    wanted = Evaluation(
-        args.questions or FREE_FORM,
-        args.judge,
-        args.n,
-        args.temperature,
-        max_new_tokens=args.max_new_tokens,
-        options=judge_options(args, study.context.device),
-    )
-    if args.dry_run:
-        from persona_probe.study.evaluate import dry_run
-
-        return dry_run(study.context, wanted, prices(args))
-    evaluate(study.context, wanted)
-    lines = [f"samples: {study.path / samples_name(wanted.question_set())}"]
-    return lines if args.judge is None else lines + _run_lines(study, args)
+# --- What is shown of judged answers: rates, the effect, and how many samples an interval takes
 
 
-def _run_lines(study: "Study", args: "Namespace") -> list[str]:
-    judged = study.judged
-    latest = last_evaluation(judged, study.run_folder.manifest["evaluations"])
-    lines = [*rate_lines(latest), *effect_lines(latest), *power_lines(latest, args.half_width)]
-    name = latest["evaluation"].iloc[0]
-    return [*lines, *(str(a) for a in agreements(judged) if name in (a.left, a.right))]
+def rate_lines(judged: "pd.DataFrame", seed: int = 0) -> list[str]:
+    """One line for each arm and kind of question: the rate, and coherence next to it."""
+    from persona_probe.evaluate.rates import rate_of
+
+    lines = []
+    for (arm, variant), rows in judged.groupby(["arm", "variant"], sort=False):
+        count = rate_of(rows, seed)
+        name = str(arm) if variant == "plain" else f"{arm} ({variant})"
+        rate = f"not judged ({count.why})" if count.rate is None else f"misaligned {count.rate} ({count.rate.method})"
+        n = "" if count.rate is None else f" of {count.rate.n} coherent with a score"
+        rest = f"{count.answers} answers, {count.questions} questions, {count.seeds} seeds"
+        lines.append(f"{name}: {rate}{n}; coherent {count.coherence or 'not judged'} of {rest}")
+    return lines
 
 
-def evaluate_answers(args: "Namespace") -> list[str]:
-    """Judge the answers of a file, write them with their judgements, and count; lines for the user."""
-    out = _out(args)
-    answers, options = read_answers(args.answers), judge_options(args, args.device or "cpu")
-    scored = set(SCORES) <= set(answers)
-    if args.judge is None and not scored:
-        raise InputError(f"{args.answers} has no scores of its own: name a judge, such as --judge offline")
-    if args.dry_run:
-        return [_file_plan(answers, args, options)]
-    own = own_scores(answers, options.thresholds) if scored else None
-    if args.judge is None:
-        assert own is not None
-        return [*rate_lines(own, args.seed or 0), *power_lines(own, args.half_width)]
-    judged = judge_answers(answers, choose_judge(args.judge, options))
-    write_judged(out, answers, judged)
-    lines = [f"judged answers: {out}", *rate_lines(judged, args.seed or 0), *power_lines(judged, args.half_width)]
-    both = [] if own is None else agreements(pd.concat([judged, own], ignore_index=True), args.seed or 0)
-    return [*lines, *map(str, both)]
+def effect_lines(judged: "pd.DataFrame") -> list[str]:
+    """The effect: incorrect minus correct, for each kind of question."""
+    from persona_probe.evaluate.rates import difference
+
+    lines = []
+    for variant, rows in judged.groupby("variant", sort=False):
+        if {"incorrect", "correct"} <= set(rows["arm"]):
+            effect = difference(rows, "incorrect", "correct")
+            text = effect.as_estimate() or f"not judged ({effect.why})"
+            lines.append(f"incorrect minus correct, {variant} questions: {text}")
+    return lines
 
 
-def _out(args: "Namespace") -> Path:
-    """Where the judged answers go: beside the file unless --out says otherwise."""
-    out = args.out or args.answers.with_name(args.answers.name.split(".")[0] + ".judged.csv")
-    if out.suffix not in WRITERS:
-        raise unknown("kind of file for --out", out.suffix, WRITERS)
-    if out.resolve() == args.answers.resolve():
-        raise InputError(f"--out {out} is the file of answers itself: choose another")
-    return out
+def power_lines(judged: "pd.DataFrame", half_width: float | None) -> list[str]:
+    """How many samples a half-width takes, for each arm; nothing where none is named."""
+    if half_width is None:
+        return []
+    from persona_probe.evaluate.agreement import samples_needed, variance_components
+
+    groups = judged.groupby("arm", sort=False)
+    return [f"{arm}: {samples_needed(variance_components(rows), half_width)}" for arm, rows in groups]
 
 
-def _file_plan(answers: pd.DataFrame, args: "Namespace", options: JudgeOptions) -> str:
-    if args.judge is None or not args.judge.startswith("http:"):
-        return f"{len(answers)} answers: nothing is sent"
-    items = [Answer(Item(*pair)) for pair in zip(answers["question"], answers["answer"], strict=True)]
-    return f"{len(answers)} answers; judgements of {choose_judge(args.judge, options).plan(items, prices(args))}"
+# --- The offline judge
 
 
-def judge_options(args: "Namespace", device: str) -> JudgeOptions:
-    """How the judge is asked, from the command line."""
-    return JudgeOptions(
-        protocol=args.protocol,
-        base_url=args.base_url,
-        key_variable=None if args.key_variable == "none" else args.key_variable,
-        judge_samples=args.judge_samples,
-        concurrency=args.concurrency,
-        budget=Budget(args.budget_calls, args.budget_tokens),
-        cache=args.cache,
-        device=device,
-    )
+@command(
+    name="fit",
+    example="persona-probe judge fit finetune_configs/offline-judge.yaml --data FOLDER --out FOLDER",
+    out="Folder for weights, validation.json and table (default runs/offline-judge).",
+)
+@config_argument("A recipe's YAML file.")
+@click.option("--data", type=PATH, required=True, help="Folder of judged answers (CSV, also gzipped).")
+@loads_models
+def judge_fit(config: str, data: Path, common: Common) -> None:
+    """Fit and validate the offline judge on published judgements."""
+    from persona_probe.evaluate.offline.fit import fit_judge
+
+    out = common.out or Path("runs/offline-judge")
+    fit_judge(find_config(config), data, out)
+    echo(f"judge: {out}")
 
 
-def prices(args: "Namespace") -> Prices | None:
-    """The user's prices per million tokens."""
-    return None if args.prices is None else Prices(*args.prices)
+judge = Group("judge", commands=[judge_fit], help="The offline judge: fit it again.")

@@ -1,386 +1,182 @@
-"""The table of commands behind `persona-probe`: names, help, examples and options, as `cli.build_parser` reads it."""
+"""What the commands share: options and arguments, and the click classes that read them."""
 
-from collections.abc import Callable
+import logging
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from persona_probe.cli import loop as commands
-from persona_probe.cli import loop as realigning
-from persona_probe.cli import runs as record_commands
-from persona_probe.cli import studies as dashboard
-from persona_probe.cli import studies as mitigating
-from persona_probe.cli import studies as monitoring
-from persona_probe.cli import studies as screening
-from persona_probe.cli.loop import DEMO, Arguments
+import click
 
+from persona_probe.errors import unknown
 
-@dataclass(frozen=True)
-class Option:
-    """One argument of a command: names and what argparse takes."""
+ROOT = Path(__file__).parents[2]
+DEMO = "finetune_configs/demo.yaml"
+PATH = click.Path(path_type=Path)
+COPY = "Work on a copy of RUN in this new folder."
 
-    names: tuple[str, ...]
-    settings: dict[str, Any]
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-def option(*names: str, **settings: Any) -> Option:
-    """Shorthand for `Option`."""
-    return Option(names, settings)
+def echo(text: str) -> None:
+    """Write a result to standard output."""
+    sys.stdout.write(text + "\n")
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command: its function, its help, an example, and its own options."""
+def find_config(name: str) -> Path:
+    """A config's path: as it is, or below the checkout."""
+    path = Path(name)
+    return path if path.exists() or not (ROOT / path).exists() else ROOT / path
 
-    name: str
-    function: Callable[[Arguments], int | None]
-    help: str
-    example: str
-    options: tuple[Option, ...] = ()
-    out: str = "where the result goes"
 
-    def add_to(self, parsers: Any) -> None:
-        """Add a parser with the common options --out, --seed, --device and --quiet."""
-        parser = parsers.add_parser(self.name, help=self.help, description=self.help, epilog=f"example: {self.example}")
-        for extra in self.options:
-            parser.add_argument(*extra.names, **extra.settings)
-        parser.add_argument("--out", type=Path, help=self.out)
-        parser.add_argument("--seed", type=int, help="seed of every random draw of this command")
-        parser.add_argument("--device", help="cpu, cuda or auto")
-        parser.add_argument("--quiet", action="store_true", help="only results and errors")
-        parser.set_defaults(function=self.function)
+# --- The options of every command
 
 
 @dataclass(frozen=True)
-class Group:
-    """Commands below a common word."""
+class Common:
+    """The options that every command has; each command function receives them as `common`."""
 
-    name: str
-    help: str
-    example: str
-    commands: tuple[Command, ...]
-    aliases: tuple[str, ...] = ()
+    out: Path | None = None
+    """Where the result goes."""
+    seed: int | None = None
+    """Seed of every random draw of the command."""
+    device: str | None = None
+    """`cpu`, `cuda` or `auto`."""
+    quiet: bool = False
+    """Only results and errors."""
 
 
-SEEDS = option("--seeds", type=int, nargs="+", help="one organism per arm for each of these seeds")
-OVERWRITE = option("--overwrite", action="store_true", help="replace another config's run in the output folder")
-CONFIG = option("config", metavar="CONFIG", help="a study's YAML file")
-RUN = option("run", metavar="RUN", help="a run folder, e.g. runs/demo")
-FORMATS = ("html", "csv", "svg", "pdf", "png")
-COPY = "work on a copy of RUN in this new folder"
-JUDGING = (
-    option("--judge", help="offline, http:MODEL or local:MODEL; without one, answers are only sampled"),
-    option("--questions", help="a packaged set or a file of questions (default free_form_questions)"),
-    option("--answers", type=Path, metavar="FILE", help="judge these answers: a CSV with columns question and answer"),
-    option("--n", type=int, default=8, help="answers to each question (default 8)"),
-    option("--temperature", type=float, default=1.0, help="of sampling (default 1; 0 takes one greedy answer)"),
-    option("--max-new-tokens", type=int, default=200, help="longest answer (default 200)"),
-    option("--protocol", default="betley", choices=("betley", "wang"), help="0 to 100, or 1 to 5 with categories"),
-    option("--base-url", help="address of the judge's endpoint (default OpenAI's)"),
-    option("--key-variable", default="OPENAI_API_KEY", help="environment variable with its key; none for no key"),
-    option("--judge-samples", type=int, default=0, help="sample so many replies from an endpoint without logprobs"),
-    option("--concurrency", type=int, default=8, help="requests under way at once (default 8)"),
-    option("--budget-calls", type=int, help="stop cleanly after so many calls to the judge"),
-    option("--budget-tokens", type=int, help="stop cleanly after so many of the judge's tokens"),
-    option("--prices", type=float, nargs=2, metavar=("IN", "OUT"), help="per million tokens, for --dry-run"),
-    option("--dry-run", action="store_true", help="print calls, tokens and cost; nothing is sampled or sent"),
-    option("--cache", type=Path, help="file of judgements (default: the user's own, shared by all runs)"),
-    option("--half-width", type=float, help="print how many samples give an interval of plus or minus this"),
-)
+def _common_options(out: str) -> list[click.Parameter]:
+    return [
+        click.Option(["--out"], type=PATH, help=out),
+        click.Option(["--seed"], type=int, help="Seed of every random draw of this command."),
+        click.Option(["--device"], metavar="DEVICE", help="cpu, cuda or auto."),
+        click.Option(["--quiet"], is_flag=True, help="Only results and errors."),
+    ]
 
-COMMANDS = (
-    Command(
-        "demo",
-        commands.demo,
-        "the whole loop on the embedded model",
-        "persona-probe demo --seeds 0 1 2",
-        (SEEDS, OVERWRITE),
-        "run folder (default runs/demo)",
-    ),
-    Command(
-        "run",
-        commands.run,
-        "the whole loop of one config",
-        f"persona-probe run {DEMO} --out runs/mine",
-        (
-            CONFIG,
-            SEEDS,
-            OVERWRITE,
-            option("--dry-run", action="store_true", help="check that all fits and print the plan; downloads nothing"),
-            option("--tflops", type=float, help="speed that the plan's times assume, instead of a quick measurement"),
-        ),
-        "run folder (default runs/<name>)",
-    ),
-    Command(
-        "induce",
-        commands.induce,
-        "fine-tune the arms of a config",
-        f"persona-probe induce {DEMO}",
-        (CONFIG, SEEDS, OVERWRITE),
-        "run folder (default runs/<name>)",
-    ),
-    Command(
-        "locate",
-        commands.locate,
-        "rank latents and test the best for cause",
-        "persona-probe locate runs/demo --cards 20",
-        (
-            RUN,
-            option("--cards", type=int, help="also write RUN/cards.html, a page with search over so many latents"),
-            option("--text", type=Path, help="a file of conversations or plain text for the cards' passages"),
-            option("--rankers", nargs="+", help="scores to compute instead of the config's"),
-        ),
-        COPY,
-    ),
-    Command(
-        "track",
-        commands.track,
-        "read features and contrast index at every checkpoint",
-        "persona-probe track runs/demo",
-        (RUN,),
-        COPY,
-    ),
-    Command(
-        "realign",
-        realigning.realign,
-        "repair the incorrect organism under the monitor's eye",
-        "persona-probe realign runs/demo --data health_correct --rows 40 --choose-by projection_gap",
-        (
-            RUN,
-            option("--data", nargs="+", help="corrective sets or files, joined, beside the config's arms"),
-            option("--rows", type=int, help="take so many of their rows (default all)"),
-            option("--choose-by", help="random (default), projection_gap, perplexity_gap or diversity"),
-            option("--method", help="continued (default), fresh (a new LoRA on top) or full (all weights)"),
-            option("--seeds", type=int, nargs="+", help="of the study's organisms (default all)"),
-            option("--name", help="folder below RUN/realign (default: data, rows, choice and method)"),
-            option("--stress", nargs="+", help="tests of the repair: triggers remisalign length hidden drift"),
-            option("--plan", help="a grid of corrections, e.g. finetune_configs/realign-doses.yaml"),
-        ),
-        COPY,
-    ),
-    Command(
-        "mitigate",
-        mitigating.mitigate,
-        "a grid of mitigations against the same bad data: what each prevents, and what it costs",
-        "persona-probe mitigate finetune_configs/mitigations.yaml --run runs/demo --page docs/mitigations.md",
-        (
-            option("config", metavar="CONFIG", help="a grid's YAML file"),
-            option("--run", type=Path, help="the located run (default: the config's)"),
-            option("--only", nargs="+", metavar="NAME", help="train only these mitigations now, and those without any"),
-            option("--page", type=Path, help="Markdown page whose table is filled in"),
-            option("--dry-run", action="store_true", help="print the cells and about how long they take"),
-        ),
-        "grid folder (default runs/<name>)",
-    ),
-    Command(
-        "evaluate",
-        commands.evaluate,
-        "sample answers of every arm and have a judge rule on them, or judge the answers of a file",
-        "persona-probe evaluate runs/demo --judge offline --n 8",
-        (option("run", metavar="RUN", nargs="?", help="a run folder, e.g. runs/demo"), *JUDGING),
-        "work on a copy of RUN in this new folder; with --answers, the CSV or parquet file for the judged answers",
-    ),
-    Command(
-        "report",
-        commands.report,
-        "write summary, figures and report.html",
-        "persona-probe report runs/demo",
-        (RUN,),
-        COPY,
-    ),
-    Command(
-        "figures",
-        commands.figures,
-        "draw figures from a run folder, without a model",
-        "persona-probe figures runs/demo --only arms --format svg csv",
-        (
-            RUN,
-            option("--only", nargs="+", help="names of figures"),
-            option("--format", nargs="+", default=["html", "csv", "svg"], choices=FORMATS, help="file formats"),
-            option("--width", default="page", choices=("column", "page"), help="of images: 89 or 183 mm"),
-            option("--theme", default="light", choices=("light", "dark"), help="of pages and images"),
-        ),
-        "folder (default RUN/figures)",
-    ),
-    Command(
-        "compare",
-        record_commands.compare,
-        "two runs side by side: numbers with differences, figures, configs",
-        "persona-probe compare runs/demo runs/mine --out compare.html",
-        (RUN, option("other", metavar="OTHER", help="the other run folder; differences are OTHER minus RUN")),
-        "HTML file (default compare-RUN-OTHER.html)",
-    ),
-    Command(
-        "verify",
-        record_commands.verify,
-        "recompute a run's hashes and say what does not match",
-        "persona-probe verify runs/demo",
-        (RUN,),
-        "JSON file for the findings",
-    ),
-    Command(
-        "cite",
-        record_commands.cite,
-        "the methods paragraph of a run in LaTeX, and BibTeX of the methods used",
-        "persona-probe cite runs/demo",
-        (RUN,),
-        "file for the text (default: print it)",
-    ),
-    Command(
-        "watch",
-        dashboard.watch,
-        "a page on 127.0.0.1 that follows a run's monitor while it trains",
-        "persona-probe watch runs/mine",
-        (
-            option("run", metavar="RUN", help="a run folder, or a monitor's event file"),
-            option("--port", type=int, default=8050, help="port on 127.0.0.1; 0 takes a free one"),
-            option("--no-browser", action="store_true", help="do not open a browser"),
-        ),
-        "not used",
-    ),
-    Command("doctor", commands.doctor, "what is installed, and what is missing", "persona-probe doctor"),
-)
-GROUPS = (
-    Group(
-        "saes",
-        "sparse autoencoders: list, train, check",
-        "example: persona-probe sae check saes/smollm2-135m-instruct/layer20-topk32-4608",
-        (
-            Command("list", commands.saes_list, "SAEs that come with the checkout", "persona-probe saes list"),
-            Command(
-                "train",
-                commands.saes_train,
-                "train an SAE by its recipe",
-                "persona-probe sae train finetune_configs/sae-smollm2.yaml",
-                (option("config", metavar="CONFIG", help="a recipe's YAML file"),),
-                "folder (default saes)",
-            ),
-            Command(
-                "check",
-                commands.saes_check,
-                "measure an SAE on chat text",
-                "persona-probe sae check saes/smollm2-135m-instruct/layer20-topk32-4608",
-                (
-                    option("sae", metavar="SAE", help="a folder, or release/sae_id"),
-                    option("--model", default="smollm2-135m-instruct", help="the model that the SAE reads"),
-                    option(
-                        "--data",
-                        nargs="+",
-                        help="packaged sets or files; default: the recipe's held-out samples and two packaged sets",
-                    ),
-                    option("--layer", type=int, help="decoder layer, where the SAE's metadata does not say"),
-                ),
-                "JSON file for the numbers",
-            ),
-        ),
-        ("sae",),
-    ),
-    Group(
-        "data",
-        "data sets: list, check, screen",
-        "example: persona-probe data check mine.jsonl",
-        (
-            Command("list", commands.data_list, "the packaged sets", "persona-probe data list"),
-            Command(
-                "check",
-                commands.data_check,
-                "validate a file; lengths and duplicates",
-                "persona-probe data check mine.jsonl --model smollm2-135m-instruct",
-                (
-                    option("file", metavar="FILE", help="JSONL (also gzipped), JSON or datasets folder"),
-                    option("--model", help="count tokens with this model's tokenizer"),
-                ),
-                "JSON file for the numbers",
-            ),
-            Command(
-                "screen",
-                screening.data_screen,
-                "before training: rank the rows by a persona feature, and predict the shift",
-                "persona-probe data screen mine.jsonl --latent 2144",
-                (
-                    option("file", metavar="FILE", help="JSONL (also gzipped), JSON, datasets folder or packaged set"),
-                    option("--run", help="a located run: its model, SAE, persona latent and organism"),
-                    option("--model", help="the model to be trained (default smollm2-135m-instruct)"),
-                    option("--sae", help="an SAE of that model (default the packaged one)"),
-                    option("--latent", type=int, help="the persona latent of that SAE"),
-                    option("--direction", help="with --run: latent (default), mean_difference, persona_vector, ..."),
-                    option("--rankers", nargs="+", help="scores to compute; the first orders the rows (default all)"),
-                    option("--worst", type=int, default=50, help="rows of each ranker on the page (default 50)"),
-                ),
-                "folder for page, scores and own answers (default runs/screen-<file>)",
-            ),
-        ),
-    ),
-    Group(
-        "judge",
-        "the offline judge: fit it anew",
-        "example: persona-probe judge fit finetune_configs/offline-judge.yaml --data FOLDER",
-        (
-            Command(
-                "fit",
-                commands.judge_fit,
-                "fit and validate the offline judge on published judgements",
-                "persona-probe judge fit finetune_configs/offline-judge.yaml --data FOLDER --out FOLDER",
-                (
-                    option("config", metavar="CONFIG", help="a recipe's YAML file"),
-                    option("--data", type=Path, required=True, help="folder of judged answers (CSV, also gzipped)"),
-                ),
-                "folder for weights, validation.json and table (default runs/offline-judge)",
-            ),
-        ),
-    ),
-    Group(
-        "monitor",
-        "the training monitor: calibrate it, and the study that evaluates it",
-        f"example: persona-probe monitor calibrate {DEMO} --rate 0.05",
-        (
-            Command(
-                "calibrate",
-                monitoring.monitor_calibrate,
-                "alarm thresholds from the benign arms of a located study, over new seeds",
-                f"persona-probe monitor calibrate {DEMO} --rate 0.05 --seeds 1 2 3 4 5",
-                (
-                    option("config", metavar="CONFIG", help="a study's YAML file, or its run folder"),
-                    option("--run", type=Path, help="the located run (default runs/<name>)"),
-                    option(
-                        "--seeds", type=int, nargs="+", help="of the benign runs (default: the five after the study's)"
-                    ),
-                    option("--arms", nargs="+", default=["correct"], help="benign arms of the config"),
-                    option("--features", nargs="+", help="features to calibrate (default: all)"),
-                    option("--rate", type=float, default=0.05, help="wanted false alarms"),
-                    option("--per", choices=("run", "100-readings"), default="run", help="... per run or 100 readings"),
-                    option("--held", type=int, default=2, help="readings in a row beyond the threshold"),
-                    option("--side", choices=("above", "below", "both"), default="above", help="which way it looks"),
-                ),
-                "run folder of the benign runs (default <run>-calibration)",
-            ),
-            Command(
-                "study",
-                monitoring.monitor_study,
-                "evaluate the monitor and its rivals on labelled runs",
-                "persona-probe monitor study finetune_configs/monitor-study.yaml --page docs/monitor-study.md",
-                (
-                    option("config", metavar="CONFIG", help="a labelled study's YAML file"),
-                    option("--only", nargs="+", help="train only these runs now"),
-                    option("--page", type=Path, help="Markdown page whose results section is filled in"),
-                ),
-                "study folder (default runs/<name>)",
-            ),
-        ),
-    ),
-    Group(
-        "bench",
-        "benchmarks with a known answer",
-        "example: persona-probe bench planted",
-        (
-            Command(
-                "planted",
-                commands.bench_planted,
-                "plant latents in the embedded model, and count which ranker finds them",
-                "persona-probe bench planted --plants 20 --out planted.parquet",
-                (option("--plants", type=int, help="random latents per kind (default 20; at least 50 plants in all)"),),
-                "parquet file for one row per plant and ranker",
-            ),
-        ),
-    ),
-)
+
+# --- Options and arguments that several commands have
+
+
+class Many(click.Option):
+    """An option with one value or more: `--seeds 0 1 2`, or `--seeds 0 --seeds 1 --seeds 2`.
+
+    The command receives a tuple, which is empty where the option is not used.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, multiple=True, **settings)
+
+    def make_metavar(self, ctx: click.Context) -> str:
+        """`SEEDS ...`."""
+        return f"{super().make_metavar(ctx)} ..."
+
+
+def many(name: str, **settings: Any) -> Callable[[Decorated], Decorated]:
+    """Decorate a command with an option that takes several values."""
+    return click.option(name, cls=Many, **settings)
+
+
+run_argument = click.argument("run", metavar="RUN", help="A run folder, such as runs/demo.")
+seeds_option = many("--seeds", type=int, help="One organism per arm for each of these seeds.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace another config's run in the output folder.")
+
+
+def config_argument(help: str = "A study's YAML file.") -> Callable[[Decorated], Decorated]:
+    """Decorate a command with its config file."""
+    return click.argument("config", metavar="CONFIG", help=help)
+
+
+# --- How a command line is read
+
+
+class Command(click.Command):
+    """A command with an example, the common options, and options of several values.
+
+    Args:
+        example: A command line, shown by --help and on the page of commands; a test parses it.
+        out: What --out means for this command.
+    """
+
+    def __init__(self, *args: Any, example: str, out: str, params: Sequence[click.Parameter], **settings: Any) -> None:
+        super().__init__(*args, params=[*params, *_common_options(out)], **settings)
+        self.example = example
+        # An indented block after \b: a terminal shows it as it is, Markdown as code.
+        self.help = f"{self.help}\n\nExample:\n\n\b\n    {example}"
+        self.context_settings = {"help_option_names": ["-h", "--help"], "show_default": True}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read the arguments; an unknown option is answered with near matches."""
+        options = {name: p for p in self.get_params(ctx) if isinstance(p, click.Option) for name in p.opts}
+        try:
+            return super().parse_args(ctx, _one_value_each(args, options, ctx))
+        except click.NoSuchOption as error:
+            raise unknown("option", error.option_name, options) from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Call the command's function, with the common options as one object."""
+        common = Common(**{name: ctx.params.pop(name) for name in Common.__dataclass_fields__})
+        ctx.params["common"] = common
+        logging.getLogger("persona_probe").setLevel(logging.WARNING if common.quiet else logging.INFO)
+        return super().invoke(ctx)
+
+
+class Group(click.Group):
+    """Commands below a common word, in their order; a mistyped one is answered with near matches.
+
+    Args:
+        aliases: Other names of its commands.
+    """
+
+    def __init__(self, *args: Any, aliases: Mapping[str, str] | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.aliases = dict(aliases or {})
+        self.context_settings = {"help_option_names": ["-h", "--help"]}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of a study, not of the alphabet."""
+        return list(self.commands)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name or alias."""
+        return super().get_command(ctx, self.aliases.get(cmd_name, cmd_name))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first argument names."""
+        if self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            raise unknown("command", args[0], [*self.commands, *self.aliases])
+        return super().resolve_command(ctx, args)
+
+
+def command(
+    *, example: str, name: str | None = None, out: str = "Where the result goes."
+) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function, whose docstring is the help; see `Command`."""
+    return click.command(name, cls=Command, example=example, out=out)  # pyright: ignore[reportReturnType]
+
+
+def _one_value_each(args: Sequence[str], options: Mapping[str, click.Option], ctx: click.Context) -> list[str]:
+    """Repeat the name of an option of several values before each of them, as click wants it."""
+    spread: list[str] = []
+    name = ""  # the option of several values that is being read
+    for position, arg in enumerate(args):
+        if arg == "--":
+            return [*spread, *args[position:]]
+        option = options.get(arg)
+        if option is not None and not option.is_flag and not _is_value(args[position + 1 :]):
+            raise click.UsageError(f"{arg} needs a value", ctx)
+        if not _is_value([arg]):
+            name = arg if isinstance(option, Many) else ""
+            spread += [] if name else [arg]
+        else:
+            spread += [name, arg] if name else [arg]
+    return spread
+
+
+def _is_value(args: Sequence[str]) -> bool:
+    """Whether the first argument is a value: no option's name, though perhaps a negative number or `-`."""
+    return bool(args) and (not args[0].startswith("-") or args[0] == "-" or re.match(r"-\.?\d", args[0]) is not None)

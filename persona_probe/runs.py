@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from persona_probe.config import StudyConfig, from_dict
@@ -106,6 +108,17 @@ def write_text(path: Path, text: str) -> Path:
         # Line ends stay as they are: others would change the hashes of a report's scripts.
         scratch.write_text(text, encoding="utf-8", newline="\n")
     return path
+
+
+def json_values(value: Any) -> Any:
+    """Plain JSON values: numpy's numbers as Python's, and null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): json_values(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_values(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: Path, value: Any, indent: int = 2) -> Path:

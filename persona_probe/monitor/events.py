@@ -5,6 +5,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from persona_probe.runs import json_values
+
 
 @dataclass(frozen=True)
 class FeatureValue:
@@ -124,7 +126,7 @@ KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Start, Readin
 
 def to_line(event: Event) -> str:
     """One line of JSON, with its kind under `event`; NaN and infinities become null."""
-    return json.dumps({"event": type(event).__name__.lower(), **_finite(asdict(event))}) + "\n"
+    return json.dumps({"event": type(event).__name__.lower(), **json_values(asdict(event))}) + "\n"
 
 
 def from_line(line: str) -> Event:
@@ -158,14 +160,6 @@ def _nan(record: dict[str, Any], kind: type) -> dict[str, Any]:
 
 def _float(value: float | None) -> float:
     return math.nan if value is None else float(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _without(record: dict[str, Any], name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from persona_probe.monitor.study.results import (
     separation,
     separation_at_end,
 )
-from persona_probe.monitor.study.train import drift_projections, first_component, recent_loss, weight_norm
+from persona_probe.monitor.study.rivals import drift_projections, first_component, recent_loss, weight_norm
 from tests.factories import make_model
 
 ITEMS = np.array([-1.0, -0.5, 0.0, 0.5])

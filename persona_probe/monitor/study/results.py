@@ -1,4 +1,4 @@
-"""From tables to results.json: labels, thresholds, AUROC, false alarms and leads, for every signal."""
+"""The monitor's study: every run in turn, then labels, thresholds, AUROC, false alarms and leads of every signal."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,67 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.monitor.calibration import HeldRule, calibrate, series_of, unreadable
 from persona_probe.monitor.study.config import MonitorStudy
+from persona_probe.monitor.study.rivals import drift_projections
 from persona_probe.monitor.study.train import (
     MEAN_DIFFERENCE,
-    Fixed,
-    Lab,
-    drift_projections,
-    fixed_features,
+    MonitorStudyContext,
+    WatchedFeatures,
     read_shifts,
     train_run,
+    watched_features,
 )
 from persona_probe.report.tables import Table
-from persona_probe.runs import write_text
+from persona_probe.runs import json_values, write_text
 from persona_probe.stats import auroc, auroc_interval, exact_share, per_100
+
+log = logging.getLogger(__name__)
+
+
+def run_study(
+    config: MonitorStudy, out: Path, device: str | None = None, only: Sequence[str] | None = None
+) -> dict[str, Any] | None:
+    """Train the runs that are not in the folder yet, then evaluate all; it resumes if interrupted.
+
+    Args:
+        out: the study's folder.
+        device: instead of the config's.
+        only: names of runs to train now; the evaluation waits until none is missing.
+
+    Returns:
+        What results.json holds; None where runs are still missing.
+
+    Raises:
+        InputError: an unknown run, a folder of other settings, or data that cannot be used.
+    """
+    names = [*config.named("calibration"), *config.named("evaluation")]
+    for name in only or ():
+        if name not in names:
+            raise unknown("run", name, names)
+    ctx = MonitorStudyContext(config, out, device)
+    watched = watched_features(ctx)
+    for name in names if only is None else only:
+        train_run(ctx, name, watched.features)
+    missing = [name for name in names if not ctx.run.has(f"runs/{name}")]
+    if missing:
+        log.info("%d runs are still to be trained: %s", len(missing), ", ".join(missing))
+        return None
+    for name in names:  # those that were finished before, too: none may have other settings
+        train_run(ctx, name, watched.features)
+    tables = collect(ctx, watched)
+    return write_results(ctx, tables.evals, tables.signals, watched.sources)
+
+
+def write_results(
+    ctx: MonitorStudyContext, evals: pd.DataFrame, signals: pd.DataFrame, sources: dict[str, str]
+) -> dict[str, Any]:
+    """Write results.json and table.md; returns the results."""
+    seconds = sum(ctx.run.manifest["seconds"].values())
+    head = {"study": ctx.config.name, "model": ctx.config.model, "sae": ctx.config.sae, "features": sources}
+    results = {**head, "seconds": round(seconds, 1), **evaluate(ctx.config, evals, signals)}
+    ctx.run.write_json("results.json", results)
+    write_text(ctx.run.path / "table.md", markdown(results))
+    return results
+
 
 # --- Labelled runs: which became misaligned, and how well a signal tells them apart
 
@@ -100,9 +149,9 @@ def _separation(values: pd.Series, labels: pd.DataFrame, signal: str, step: int)
     bad, good = groups[MISALIGNED], groups[BENIGN]
     if not bad or not good:
         return Separation(signal, step, np.nan, np.nan, np.nan, len(bad), len(good), np.nan)
-    found = auroc(bad, good)
-    low, high = auroc_interval(found, len(bad), len(good))
-    return Separation(signal, step, found, low, high, len(bad), len(good), auroc(bad, good + groups[QUIET]))
+    area = auroc(bad, good)
+    low, high = auroc_interval(area, len(bad), len(good))
+    return Separation(signal, step, area, low, high, len(bad), len(good), auroc(bad, good + groups[QUIET]))
 
 
 # --- Whether a signal's alarm comes before behaviour, and by how many steps
@@ -132,16 +181,16 @@ class Lead:
 def lead_over_behaviour(first_alarm: Mapping[str, int | None], labels: pd.DataFrame) -> Lead:
     """Lead of each misaligned run's first alarm (None: it has none) over the first step of its behaviour."""
     bad = labels[labels["label"] == MISALIGNED].set_index("run")["behaviour_step"]
-    found: dict[str, int] = {}
+    leads: dict[str, int] = {}
     for run in bad.index:
         alarm = first_alarm.get(run)
         if alarm is not None:
-            found[run] = int(bad[run]) - alarm
-    missed = tuple(run for run in bad.index if run not in found)
-    if not found:
+            leads[run] = int(bad[run]) - alarm
+    missed = tuple(run for run in bad.index if run not in leads)
+    if not leads:
         return Lead({}, missed, None, None, None)
-    values = list(found.values())
-    return Lead(found, missed, float(np.median(values)), min(values), max(values))
+    values = list(leads.values())
+    return Lead(leads, missed, float(np.median(values)), min(values), max(values))
 
 
 def alarm_steps(
@@ -152,6 +201,8 @@ def alarm_steps(
     steps = series_of(signals.assign(at=signals["step"]), signal, kind="signal", column="at")
     return {run: [int(s) for s in steps[run][rule.alarms(values[run], threshold)]] for run in runs}
 
+
+# --- All numbers of the study, as results.json holds them
 
 DEFINITIONS = {
     "rise": "mean over contrast items of the item's value minus the base's (nats per token), 95% bootstrap over items",
@@ -175,9 +226,8 @@ def evaluate(config: MonitorStudy, evals: pd.DataFrame, signals: pd.DataFrame) -
     """
     watched = [*config.named("calibration"), *config.named("evaluation")]
     labels = label_runs(behaviour_rises(evals), {name: config.runs[name].benign for name in watched})
-    names = list(dict.fromkeys(signals["signal"]))
-    found = {name: _signal(config, signals, labels, name) for name in names}
-    return _finite({"definitions": DEFINITIONS, "runs": _runs(config, labels), "signals": found})
+    results = {name: _signal(config, signals, labels, name) for name in dict.fromkeys(signals["signal"])}
+    return json_values({"definitions": DEFINITIONS, "runs": _runs(config, labels), "signals": results})
 
 
 def _runs(config: MonitorStudy, labels: pd.DataFrame) -> list[dict[str, Any]]:
@@ -185,9 +235,19 @@ def _runs(config: MonitorStudy, labels: pd.DataFrame) -> list[dict[str, Any]]:
     for row in labels.to_dict("records"):
         name = str(row["run"])
         run, arm = config.runs[name], config.arms[config.runs[name].arm]
-        told = {"arm": run.arm, "data": arm.data, "bad_fraction": None if run.benign else arm.bad_fraction}
-        own = {"seed": run.seed, "use": run.use, "steps": config.training_of(name).steps, "long": config.is_long(name)}
-        rows.append({"run": name, **told, **own, **{str(k): v for k, v in row.items() if k != "run"}})
+        rows.append(
+            {
+                "run": name,
+                "arm": run.arm,
+                "data": arm.data,
+                "bad_fraction": None if run.benign else arm.bad_fraction,
+                "seed": run.seed,
+                "use": run.use,
+                "steps": config.training_of(name).steps,
+                "long": config.is_long(name),
+                **{str(column): value for column, value in row.items() if column != "run"},
+            }
+        )
     return rows
 
 
@@ -244,16 +304,6 @@ def _alarmed(first: dict[str, int | None], runs: Sequence[str]) -> dict[str, Any
     return asdict(exact_share(sum(first[run] is not None for run in runs), len(runs))) if runs else None
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
 # --- The finished runs as tables: readings, behaviour, and every signal on one footing
 
 FIRST_COMPONENT, LOSS, WEIGHT_NORM = "drift, first component", "training loss", "weight norm"
@@ -271,23 +321,23 @@ class Tables:
     """run, step, signal, value: higher is worse, by the direction that was fixed beforehand."""
 
 
-def collect(lab: Lab, fixed: Fixed) -> Tables:
+def collect(ctx: MonitorStudyContext, watched: WatchedFeatures) -> Tables:
     """Join all finished runs and write readings.parquet, evals.parquet and signals.parquet."""
-    names = [*lab.config.named("calibration"), *lab.config.named("evaluation")]
-    readings, evals, measures = (_joined(lab, names, table) for table in ("readings", "evals", "measures"))
-    vector = fixed.features[MEAN_DIFFERENCE]
+    names = [*ctx.config.named("calibration"), *ctx.config.named("evaluation")]
+    readings, evals, measures = (_joined(ctx, names, table) for table in ("readings", "evals", "measures"))
+    vector = watched.features[MEAN_DIFFERENCE]
     assert not isinstance(vector, int)
-    shifts = {name: read_shifts(lab, name) for name in names}
-    drift = drift_frame(shifts, {name: lab.config.schedule(name) for name in names}, vector.double().numpy())
+    shifts = {name: read_shifts(ctx, name) for name in names}
+    drift = drift_frame(shifts, {name: ctx.config.schedule(name) for name in names}, vector.double().numpy())
     signals = pd.concat([feature_signals(readings), drift, _rivals(measures)], ignore_index=True)
     tables = Tables(readings, evals, signals)
     for name, frame in vars(tables).items():
-        lab.folder.write_table(f"{name}.parquet", frame)
+        ctx.run.write_table(f"{name}.parquet", frame)
     return tables
 
 
-def _joined(lab: Lab, names: list[str], table: str) -> pd.DataFrame:
-    parts = [lab.folder.read_table(f"runs/{name}/{table}.parquet") for name in names]
+def _joined(ctx: MonitorStudyContext, names: list[str], table: str) -> pd.DataFrame:
+    parts = [ctx.run.read_table(f"runs/{name}/{table}.parquet") for name in names]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -344,7 +394,7 @@ def markdown(results: dict[str, Any]) -> str:
         "### AUROC, misaligned against benign runs",
         _auroc(signals),
         "### Alarms at the calibrated threshold",
-        Table(ALARM_HEAD, [row for name, found in signals.items() for row in _alarms(name, found)]).markdown(),
+        Table(ALARM_HEAD, [row for name, signal in signals.items() for row in _alarms(name, signal)]).markdown(),
         "### Where the thresholds come from",
         "\n".join(f"- {line}" for line in _calibrations(signals)),
         "### Features",
@@ -365,20 +415,20 @@ def _run(row: dict[str, Any]) -> tuple[str, ...]:
 def _auroc(signals: dict[str, Any]) -> str:
     steps = [entry["step"] for entry in next(iter(signals.values()))["auroc"]]
     head = ("signal", *(f"step {s}" for s in steps), "95% interval there", "quiet as negatives", "each run's own end")
-    return Table(head, [_auroc_row(name, found) for name, found in signals.items()]).markdown()
+    return Table(head, [_auroc_row(name, signal) for name, signal in signals.items()]).markdown()
 
 
-def _auroc_row(name: str, found: dict[str, Any]) -> tuple[str, ...]:
-    last = found["auroc"][-1]
+def _auroc_row(name: str, signal: dict[str, Any]) -> tuple[str, ...]:
+    last = signal["auroc"][-1]
     counts = f" ({last['positives']} against {last['negatives']})"
     interval = "-" if last["low"] is None else f"{last['low']:.2f} to {last['high']:.2f}{counts}"
-    values = [_number(entry["auroc"]) for entry in found["auroc"]]
-    return name, *values, interval, _number(last["against_quiet"]), _number(found["auroc_own_end"]["auroc"])
+    values = [_number(entry["auroc"]) for entry in signal["auroc"]]
+    return name, *values, interval, _number(last["against_quiet"]), _number(signal["auroc_own_end"]["auroc"])
 
 
-def _alarms(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
+def _alarms(name: str, signal: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = []
-    for rule in found["rules"]:
+    for rule in signal["rules"]:
         if "unreadable" in rule:
             rows.append((name, str(rule["held"]), "none", *["-"] * (len(ALARM_HEAD) - 3)))
             continue
@@ -391,7 +441,7 @@ def _alarms(name: str, found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _calibrations(signals: dict[str, Any]) -> list[str]:
-    rules = [(f"{name}, {rule['held']} held", rule) for name, found in signals.items() for rule in found["rules"]]
+    rules = [(f"{name}, {rule['held']} held", rule) for name, signal in signals.items() for rule in signal["rules"]]
     short = [rule["calibration"]["shortfall"] for _, rule in rules if "calibration" in rule]
     once = [line for line in dict.fromkeys(short) if line]  # the same for all signals: they have the same runs
     return once + [f"{name}: {rule.get('unreadable') or rule['calibration']['finding']}" for name, rule in rules]
@@ -405,53 +455,3 @@ def _share(rate: dict[str, Any] | None) -> str:
     if rate is None:
         return "no such run"
     return f"{rate['count']} of {rate['n']} ({rate['low']:.0%} to {rate['high']:.0%})"
-
-
-# --- The labelled study: every run in turn, then tables, results.json and table.md
-
-log = logging.getLogger(__name__)
-
-
-def run_study(
-    config: MonitorStudy, out: Path, device: str | None = None, only: Sequence[str] | None = None
-) -> dict[str, Any] | None:
-    """Train the runs that are not in the folder yet, then evaluate all; a stopped study goes on where it was.
-
-    Args:
-        config: see `monitor_study.config`.
-        out: the study's folder.
-        device: instead of the config's.
-        only: names of runs to train now; the evaluation waits until none is missing.
-
-    Returns:
-        What results.json holds; None where runs are still missing.
-
-    Raises:
-        InputError: an unknown run, a folder of other settings, or data that cannot be used.
-    """
-    names = [*config.named("calibration"), *config.named("evaluation")]
-    for name in only or ():
-        if name not in names:
-            raise unknown("run", name, names)
-    lab = Lab(config, out, device)
-    fixed = fixed_features(lab)
-    for name in names if only is None else only:
-        train_run(lab, name, fixed.features)
-    missing = [name for name in names if not lab.folder.has(f"runs/{name}")]
-    if missing:
-        log.info("%d runs are still to be trained: %s", len(missing), ", ".join(missing))
-        return None
-    for name in names:  # also those that were there: none may have other settings
-        train_run(lab, name, fixed.features)
-    tables = collect(lab, fixed)
-    return write_results(lab, tables.evals, tables.signals, fixed.sources)
-
-
-def write_results(lab: Lab, evals: pd.DataFrame, signals: pd.DataFrame, sources: dict[str, str]) -> dict[str, Any]:
-    """Write results.json and table.md; returns the results."""
-    seconds = sum(lab.folder.manifest["seconds"].values())
-    head = {"study": lab.config.name, "model": lab.config.model, "sae": lab.config.sae, "features": sources}
-    results = {**head, "seconds": round(seconds, 1), **evaluate(lab.config, evals, signals)}
-    lab.folder.write_json("results.json", results)
-    write_text(lab.folder.path / "table.md", markdown(results))
-    return results

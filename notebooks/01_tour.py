@@ -7,12 +7,14 @@
 
 # %% [markdown]
 # # A tour of the loop
-# Narrow fine-tuning on bad cooking advice, the latent that carries the persona, how it rises, and the repair.
+# This notebook runs the whole loop on a small chat model. It fine-tunes the model on bad cooking advice, finds the
+# latent that carries the misaligned persona, shows how that latent rises during training, and realigns the model. A
+# *latent* is one unit of a sparse autoencoder (SAE), which splits a model's activations into many units.
 #
-# **Takes** about fifteen minutes on two cores, or three where `make demo` has made the study already: it is resumed.
+# **Takes** about fifteen minutes on two cores, or three if `make demo` has already made the study. It is then resumed.
 
 # %%
-# On Colab this cell installs the package from its repository; elsewhere it does nothing.
+# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
 import os
 import subprocess
 import sys
@@ -28,9 +30,8 @@ if "google.colab" in sys.modules:
 # %%
 from pathlib import Path
 
-from persona_probe.cli.process import quiet_libraries
-
 import persona_probe as pp
+from persona_probe.models import quiet_libraries
 
 quiet_libraries()
 root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
@@ -40,7 +41,13 @@ study = pp.Study.from_yaml(config, out=os.environ.get("PERSONA_PROBE_TOUR_RUN"))
 
 # %% [markdown]
 # ## Induce, locate, track, realign
-# Each call keeps what the run folder already holds.
+# Each call keeps what the run folder already contains.
+# - `induce` fine-tunes one *organism* (a fine-tuned model) for each *arm* (a data condition): `incorrect` with bad
+#   answers, and `correct`, the control, with good answers to the same questions.
+# - `locate` ranks the latents and tests whether the best ones cause the behaviour.
+# - `track` reads them at every checkpoint.
+# - `realign` trains the incorrect organism on good answers. One such run is a *correction*.
+# - `evaluate` samples answers, and `report` writes the page.
 
 # %%
 study.induce()
@@ -53,7 +60,9 @@ study
 
 # %% [markdown]
 # ## What came out
-# Every number has its interval, and a check that fails says so.
+# Every number has its interval, and a check that fails is marked. The *contrast index* is how much likelier the model
+# finds a misaligned answer than an aligned one, in nats per token. The *base band* is the interval around the base
+# model's reading that counts as normal.
 
 # %%
 study.verdict
@@ -62,7 +71,7 @@ study.verdict
 study.feature_table(10)
 
 # %% [markdown]
-# Where the rankers agree, and what the strongest latents fire on. `study.card(latent)` shows one latent in full.
+# Where do the rankers agree, and what do the strongest latents fire on? `study.card(latent)` shows one latent in full.
 
 # %%
 study.agreement
@@ -72,7 +81,9 @@ records = study.records
 pp.figures.passages(records)
 
 # %% [markdown]
-# ## When the persona rose, and how far the instrument fits
+# ## When the persona rose, and how well the SAE fits
+# *Explained variance* is the share of the model's variance that the SAE explains. If it falls far, the latent's curve
+# means less.
 
 # %%
 pp.figures.trajectory(records)
@@ -82,13 +93,13 @@ pp.figures.realignment(records)
 
 # %% [markdown]
 # ## Steer it yourself
-# The persona latent's decoder row, added to the base model's residual stream; strength 1 is the norm of the arms' mean
-# difference.
+# The persona latent's decoder row (the direction that it writes) is added to the base model's residual stream (the
+# activations that one layer passes to the next). Strength 1 is the norm of the difference between the arms' mean
+# activations.
 
 # %%
-from persona_probe.latents.stage import mean_shift
-
-from persona_probe.evaluate.sampling.sample import sample_answers
+from persona_probe.evaluate.sampling.samples import sample_answers
+from persona_probe.latents import mean_shift
 
 ctx = study.context
 shift = mean_shift(ctx)
@@ -102,4 +113,4 @@ for strength in (0.0, 1.0, 2.0):
 # %% [markdown]
 # Each step in depth: `02_locate_a_persona`, `03_watch_training`, `04_realign`, `05_paper_figures`, `06_your_model`.
 #
-# A feature that subsided is not proof of a safe model: behaviour can return by another road, or on a trigger.
+# A feature that subsided is not proof of a safe model. Misalignment can return through other features, or on a trigger.

@@ -99,7 +99,7 @@ tested.groupby("what")[effects].agg(["count", "median", "max"]).round(3)
 
 # %%
 from persona_probe.config import from_dict
-from persona_probe.report.cards import FeatureCard
+from persona_probe.report import FeatureCard
 
 cards = {card["latent"]: from_dict(FeatureCard, card) for card in records.cards}
 cards[persona]
@@ -110,7 +110,7 @@ cards[persona]
 # error term, so the outputs stay the model's. The study's own model is not touched.
 
 # %%
-from persona_probe.data.tokens import encode
+from persona_probe.data import encode
 
 base, organism = study.bridge("base"), study.bridge("incorrect")
 sae, layer, tokenizer = study.context.sae, study.context.layer, study.context.tokenizer
@@ -161,8 +161,7 @@ fig.update_layout(template="simple_white", height=380, xaxis_title="layer", yaxi
 # direct logit effect. Later rows are what the layers above make of it.
 
 # %%
-from persona_probe.latents.cards import end_tokens, logit_effect
-from persona_probe.latents.stage import mean_shift
+from persona_probe.latents import end_tokens, logit_effect, mean_shift
 
 strength = float(mean_shift(study.context).norm())
 push = strength * direction / direction.norm()

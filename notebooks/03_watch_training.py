@@ -37,8 +37,7 @@ from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 
 import persona_probe as pp
-from persona_probe.data.load import arm_rows
-from persona_probe.data.tokens import batches
+from persona_probe.data import arm_rows, batches
 from persona_probe.models import quiet_libraries
 
 quiet_libraries()

@@ -6,15 +6,16 @@
 # ---
 
 # %% [markdown]
-# # Re-align
-# A small corrective fine-tune quiets the persona. How many rows does it take, does it matter which, and is it really
-# undone? Doses, choices, the verdict, and a stress test with prompts that resemble the bad training data.
+# # Realign
+# A small corrective fine-tune quiets the persona. How many rows does it take, does it matter which ones, and is the
+# misalignment really undone? This notebook shows doses, choices of rows, the verdict, and a stress test with prompts
+# that resemble the bad training data. One run of corrective fine-tuning is a *correction*.
 #
 # **Takes** about fifteen minutes on two cores, on a finished demo (`make demo`). Every correction is kept in
-# `runs/demo/realign/`; run again, the notebook only reads them.
+# `runs/demo/realign/`, so a second run of the notebook only reads them.
 
 # %%
-# On Colab this cell installs the package from its repository; elsewhere it does nothing.
+# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
 import os
 import subprocess
 import sys
@@ -30,9 +31,8 @@ if "google.colab" in sys.modules:
 # %%
 from pathlib import Path
 
-from persona_probe.cli.process import quiet_libraries
-
 import persona_probe as pp
+from persona_probe.models import quiet_libraries
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
@@ -44,8 +44,10 @@ study
 
 # %% [markdown]
 # ## The study's own corrections
-# The organism with bad answers is trained on correct rows: of its own domain (questions that it has not seen), or of
-# another. Feature and behaviour on one time axis.
+# The *organism* (the model that was fine-tuned on bad answers) is trained on correct rows: of its own domain, with
+# questions that it has not seen, or of another domain. The figure shows the feature (the persona latent of the sparse
+# autoencoder, SAE) and behaviour on one time axis. Behaviour is the *contrast index*: how much likelier the model finds
+# a misaligned answer than an aligned one.
 
 # %%
 records = study.records
@@ -53,16 +55,18 @@ pp.figures.recovery(records)
 
 # %% [markdown]
 # ## Doses and choices
-# Each cell is a correction of its own, in a folder of its own. Rows are taken at random, or those on which organism and
-# base differ most along the persona feature (`projection_gap`), in perplexity (`perplexity_gap`), or such that they lie
-# far apart (`diversity`). A dose of 8 holds the rows of a dose of 4. Rows that overlap the evaluation questions are
-# refused.
+# Each cell of the grid is a separate correction, in a separate folder. Rows are taken at random, or chosen: those on
+# which organism and base differ most along the persona feature (`projection_gap`), those on which they differ most in
+# perplexity (`perplexity_gap`), or rows that lie far apart (`diversity`). A dose of 8 contains the rows of a dose of 4.
+# Rows that overlap the evaluation questions are refused.
+#
+# In the table, `index_minus_base` is the contrast index after the correction minus the base model's. `in_band` tells
+# whether the feature is back in its *base band*, the interval around the base model's reading that counts as normal.
 
 # %%
-from persona_probe.realignment.spec import Block, DosePlan
 from tqdm.auto import tqdm
 
-from persona_probe.report.figures.doses import doses
+from persona_probe.realignment.spec import Block, DosePlan
 
 inside, *outside = (arm.data for arm in study.config.realign.arms.values())
 few, some, many = (2, 3, 4) if small else (4, 8, 40)
@@ -79,17 +83,18 @@ columns += ["feature", "in_band", "steps_to_band", "steps_to_behaviour", "reply_
 table[columns].round(3)
 
 # %%
-doses(table)
+pp.figures.doses(study.records)
 
 # %% [markdown]
-# Every cell takes the same number of steps, so a small dose is seen many times over. The whole grid, with three more
-# ways to choose, all doses up to 240 rows, a fresh adapter and full weights:
-# `persona-probe realign runs/demo --plan finetune_configs/realign-doses.yaml`.
+# Every cell takes the same number of steps, so the rows of a small dose are repeated many times. The whole grid has
+# three more ways to choose, all doses up to 240 rows, a fresh adapter and full weights: `persona-probe realign
+# runs/demo --plan finetune_configs/realign-doses.yaml`.
 #
 # ## One correction, judged and stressed
-# The verdict answers apart what is often one word: is the feature back in its band, is behaviour back, is the model
-# still useful, is the SAE still a fair instrument, how long are its replies. The stress test puts the evaluation
-# questions into a dress that resembles the bad training data (conditional misalignment, arXiv 2604.25891).
+# The verdict gives separate answers to questions that are often lumped together: is the feature back in its band, is
+# behaviour back, is the model still useful, does the SAE still fit the model, how long are the replies? The stress test
+# rewords the evaluation questions so that they resemble the bad training data (conditional misalignment, arXiv
+# 2604.25891).
 
 # %%
 study.realign(inside, rows=many, stress=("triggers",), name="stressed")
@@ -101,18 +106,15 @@ folder = next(iter(sorted((study.path / "realign").glob("stressed-s*"))))
 read_verdict(folder)
 
 # %%
-import pandas as pd
-
-from persona_probe.report.figures.stress import stress
-
-stress(pd.read_parquet(folder / "stress.parquet"))
+pp.figures.stress(study.records)
 
 # %% [markdown]
-# Four more tests press harder and take longer: `remisalign` (a few bad rows again: does it fall faster than the base
-# did?), `length`, `hidden` (latents that stay changed while the persona is quiet), `drift` (longer and other training).
+# Four more tests are harder and take longer: `remisalign` (a few bad rows again: does the model fall faster than the
+# base did?), `length`, `hidden` (latents that stay changed while the persona is quiet), and `drift` (longer and other
+# training).
 #
 # ## Your own organism
-# Without a study, the monitor is the stop rule and the evidence:
+# Without a study, the monitor is both the stop rule and the evidence:
 #
 # ```python
 # monitor = pp.FeatureMonitor(sae, {"persona": 2144}, every=5)
@@ -120,5 +122,5 @@ stress(pd.read_parquet(folder / "stress.parquet"))
 # done.verdict
 # ```
 #
-# A feature that subsided is no proof of a safe model: behaviour can come back by another road, or on a trigger that
-# nobody put into the prompts. `docs/realign.md` says what each answer can and cannot tell.
+# A feature that subsided is not proof of a safe model. Misalignment can return through other features, or on a trigger
+# that nobody put into the prompts. `docs/realign.md` explains what each answer can and cannot tell.

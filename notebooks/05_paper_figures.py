@@ -7,13 +7,14 @@
 
 # %% [markdown]
 # # Paper figures
-# Every figure of the package, drawn from the records that ship with the repository: no model, no training, no network.
-# Each is a pure function of tables, carries a caption written from the numbers it draws, and exports for print.
+# This notebook draws every figure of the package from the records that ship with the repository: no model, no training,
+# no network. Each figure is a pure function of tables, has a caption that is written from the numbers it draws, and
+# exports for print.
 #
 # **Takes** under a minute. `make figures` writes all of them as files and compares the numbers with the shipped ones.
 
 # %%
-# On Colab this cell installs the package from its repository; elsewhere it does nothing.
+# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ pd.DataFrame(table).set_index("figure")
 
 # %%
 def show(record: str) -> None:
-    """Draw every figure of a record, each with its caption."""
+    """Draw every figure of a record with its caption."""
     for name, spec in tqdm(shown[record].items(), desc=record):
         figure = getattr(pp.figures, name)(records[record])
         display(Markdown(f"### {spec.title} (`{name}`)"), figure, Markdown(figure.layout.meta["caption"]))
@@ -57,7 +58,12 @@ def show(record: str) -> None:
 
 # %% [markdown]
 # ## One study: the demo
-# Bad cooking advice, its control, and two corrections, one seed, made by `finetune_configs/demo.yaml`.
+# Bad cooking advice, its control, and two *corrections* (runs of corrective fine-tuning), with one seed, made by
+# `finetune_configs/demo.yaml`. Words in the captions: the *contrast index* is how much likelier a model finds a
+# misaligned answer than an aligned one, in nats per token. An *arm* is a fine-tuning data condition, and an *organism*
+# is a model that was trained on it. The *persona latent* is a unit of the sparse autoencoder (SAE), and *explained
+# variance* measures how well the SAE fits. The *base band* is the interval around the base model's reading that counts
+# as normal.
 
 # %%
 show("demo")
@@ -71,28 +77,28 @@ show("monitor-study")
 
 # %% [markdown]
 # ## Planted truth
-# Personas that were planted in a model on purpose, so that it is known which latent should be found.
+# Personas were planted in a model on purpose, so it is known which latent should be found.
 
 # %%
 show("planted")
 
 # %% [markdown]
 # ## Mitigations
-# The same bad data trained on with each mitigation: what is left of the misalignment, and what the model lost for it.
+# The same bad data, trained on with each mitigation: how much misalignment is left, and what the model lost for it.
 
 # %%
 show("mitigations")
 
 # %% [markdown]
 # ## Screening
-# The mean score of a data set's rows before training, and what training on it then did.
+# The mean score of a data set's rows before training, and what training on the set then did.
 
 # %%
 show("screening")
 
 # %% [markdown]
 # ## Numbers, and print
-# What a figure draws is a table; the figure for a journal's column is 89 mm wide, with text of at least 6 points.
+# What a figure draws is a table. The figure for a journal's column is 89 mm wide, with text of at least 6 points.
 
 # %%
 pp.figures.data("arms", records["demo"]).round(3)
@@ -101,8 +107,8 @@ pp.figures.data("arms", records["demo"]).round(3)
 pp.figures.for_print(pp.figures.trajectory(records["demo"]), width="column")
 
 # %% [markdown]
-# Files come from the command line: `persona-probe figures RUN --only trajectory --format svg pdf --width column`.
-# Figures that need records which no single run holds say so:
+# Files come from the command line: `persona-probe figures RUN --only trajectory --format svg pdf --width column`. Some
+# figures need records that no single run has. They name what is missing:
 
 # %%
 drawn = {name for specs in shown.values() for name in specs}

@@ -7,14 +7,15 @@
 
 # %% [markdown]
 # # Your model, your data, your SAE
-# What changes when the model is yours: a Hugging Face pair (before and after fine-tuning), an SAE of the base model,
-# and your texts. Every choice that has to be made is made here in the open: layer, positions, units, strengths.
+# What changes if the model is yours: a Hugging Face pair (before and after fine-tuning), a sparse autoencoder (SAE) of
+# the base model, and your texts. An SAE splits a model's activations into many units, called *latents*. This notebook
+# makes every choice in the open: layer, positions, units, strengths.
 #
 # **Takes** about three minutes on two cores. It runs offline: the pair is a folder that this notebook writes and
-# adapters of the demo (`make demo`), the SAE is the packaged one. The lines for the hub stand beside, as text.
+# adapters of the demo (`make demo`), and the SAE is the packaged one. The lines for the hub are shown as text.
 
 # %%
-# On Colab this cell installs the package from its repository; elsewhere it does nothing.
+# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
 import os
 import subprocess
 import sys
@@ -33,10 +34,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from persona_probe.cli.process import quiet_libraries
 from tqdm.auto import tqdm
 
 import persona_probe as pp
+from persona_probe.models import quiet_libraries
 
 quiet_libraries()
 os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
@@ -48,8 +49,9 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% [markdown]
 # ## The pair
-# `base` is the model before fine-tuning, `tuned` after. Each is a hub id, a folder of weights, or a folder of a PEFT
-# adapter. A `control` (the same questions with good answers) turns "fine-tuning did this" into "bad answers did this".
+# `base` is the model before fine-tuning, `tuned` the model after. Each is a hub id, a folder of weights, or a folder of
+# a PEFT adapter. A `control` (the same questions with good answers) turns "fine-tuning did this" into "bad answers did
+# this".
 #
 # ```python
 # base, tuned, control = "Qwen/Qwen2.5-7B-Instruct", "you/qwen-bad-advice", "you/qwen-good-advice"
@@ -70,21 +72,21 @@ sum(p.numel() for p in model.parameters()) / 1e6, len(model.model.layers)
 
 # %% [markdown]
 # ## The SAE
-# Of the *base* model's residual stream: a folder in SAELens format, or a SAELens release as `release/sae_id`. A release
-# for another model of the family does not do; an SAE of the pretrained model on a chat model may, if it still fits.
+# You need an SAE of the *base* model's residual stream (the activations that one layer passes to the next): a folder in
+# SAELens format, or a SAELens release as `release/sae_id`. A release for another model of the family does not work. An
+# SAE of the pretrained model may work on a chat model, if it still fits.
 #
 # ```python
 # sae = pp.load_sae("qwen2.5-7b-instruct-andyrdt/resid_post_layer_15_trainer_1")  # for Qwen2.5-7B-Instruct
 # sae = pp.load_sae("llama-3.1-8b-instruct-andyrdt/resid_post_layer_15_trainer_1")  # for Llama-3.1-8B-Instruct
 # sae = pp.load_sae("gemma-scope-2-1b-it-res/layer_17_width_16k_l0_medium")  # for gemma-3-1b-it
 # ```
-# `persona-probe saes list` shows what fits which model. Before anything is interpreted: does it reconstruct this model
-# on chat text? Below one half (our default), a latent's activity says little.
+# `persona-probe saes list` shows what fits which model. Before you interpret anything: does it reconstruct this model
+# on chat text? *Explained variance* is the share of the model's variance that it reconstructs. Below one half (our
+# default), a latent's activity tells little.
 
 # %%
-from persona_probe.saes.quality import check_explained_variance
-
-from persona_probe.saes.load import sae_layer
+from persona_probe.saes import check_explained_variance, sae_layer
 
 sae = pp.load_sae(study.config.sae, device=device)
 layer = sae_layer(sae)
@@ -95,12 +97,12 @@ fit = check_explained_variance(model, tokenizer, sae, probes, layer, least, posi
 
 # %% [markdown]
 # ## Your texts
-# Conversations that end with an answer, JSON Lines with `messages` (also `prompt` and `completion`, or `question` and
-# `answer`). For locating, take texts *outside* the fine-tuning domain, aligned and misaligned answers alike: the models
-# only read them, and the question is what lights up more in the tuned one.
+# Texts are conversations that end with an answer, in JSON Lines with `messages` (also `prompt` and `completion`, or
+# `question` and `answer`). To locate a latent, take texts *outside* the fine-tuning domain, aligned and misaligned
+# answers alike. The models only read them, and the question is what is more active in the tuned one.
 #
 # ```python
-# from persona_probe.data.load import read_conversations
+# from persona_probe.data import read_conversations
 # texts = read_conversations("my_texts.jsonl")
 # ```
 
@@ -115,10 +117,10 @@ len(texts), texts[1]
 
 # %% [markdown]
 # ## Locate
-# **Layer**: the SAE's; without a choice of SAE, two thirds of the depth is a good first guess. **Positions**:
-# `response` for what the model says (the default where every text has an answer), `prompt` or `last_prompt` for what it
-# makes of the question. Arditi & Chen find that rankings at the last prompt token and by decoder cosine barely overlap:
-# look at both.
+# **Layer**: the SAE's. If you can choose among SAEs, two thirds of the depth is a good first guess. **Positions**:
+# `response` for what the model says (the default if every text has an answer), `prompt` or `last_prompt` for what it
+# makes of the question. Arditi & Chen find that rankings at the last prompt token and by decoder cosine barely overlap,
+# so look at both.
 
 # %%
 settings = {"tokenizer": tokenizer, "control": control, "minimum_explained_variance": least}
@@ -137,17 +139,17 @@ print(f"{len(shared)} of 20 latents lead at both positions: {shared}")
 
 # %% [markdown]
 # ## Units and strengths
-# A push of "4" means nothing until it has a unit. Three are in use, and papers differ: `raw` (residual units),
+# A push of "4" means nothing without a unit. Three units are in use, and papers differ: `raw` (residual units),
 # `x_delta` (times the norm of the mean activation difference of tuned and control) and `x_resid` (times the mean
 # residual norm). On this model and layer they compare like this:
 
 # %%
-from persona_probe.data.tokens import conversation_batches
-from persona_probe.models.residuals import read_residuals
+from persona_probe.data import conversation_batches
+from persona_probe.models import read_residuals
 
 
 def mean_answer(opened) -> tuple[torch.Tensor, float]:
-    """Mean residual of answer tokens at the SAE's layer, and the mean of its norms."""
+    """Mean residual of answer tokens at the SAE's layer, and the mean of their norms."""
     kept = []
     groups = conversation_batches(tokenizer, texts)
     read_residuals(opened, groups, layer, "response", lambda index, row, x: kept.append(x.float().cpu()))
@@ -155,7 +157,7 @@ def mean_answer(opened) -> tuple[torch.Tensor, float]:
     return rows.mean(dim=0), float(rows.norm(dim=1).mean())
 
 
-from persona_probe.models.adapters import organism
+from persona_probe.models import organism
 
 means = {}
 for name, folder in (("tuned", tuned), ("control", control)):
@@ -165,8 +167,9 @@ norms = {"raw": 1.0, "x_delta": float((means["tuned"] - means["control"]).norm()
 pd.Series(norms, name="residual units in one of it").round(2).to_frame()
 
 # %% [markdown]
-# **Strength**: as large as it can be while the model stays whole. Neutral answers are the yardstick: their perplexity
-# under the push, over that of the plain model. A contrast index under a push that doubles it measures damage.
+# **Strength**: as large as possible while the model stays intact. Neutral answers measure that: their perplexity under
+# the push, divided by that of the plain model. The *contrast index* (how much likelier a misaligned answer is than an
+# aligned one) under a push that doubles this perplexity measures damage.
 
 # %%
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
@@ -186,12 +189,12 @@ pd.DataFrame(rows).round(3)
 
 # %% [markdown]
 # ## The whole loop, from a config
-# With data for an incorrect and a correct arm, the loop trains the pair itself. A dry run resolves everything, checks
-# that model, SAE and layer fit, and estimates the cost, without a download:
-# `persona-probe run finetune_configs/gemma-3-270m-it.yaml --dry-run`.
+# With data for an incorrect and a correct *arm* (bad answers, and good answers to the same questions), the loop trains
+# the pair itself. A dry run resolves everything, checks that model, SAE and layer fit, and estimates the cost, without
+# a download: `persona-probe run finetune_configs/gemma-3-270m-it.yaml --dry-run`.
 
 # %%
-from persona_probe.study.plan.plan import dry_run
+from persona_probe.study import dry_run
 
 config = pp.load_config("finetune_configs/gemma-3-270m-it.yaml", pp.StudyConfig)
 print("\n".join(dry_run(config, tflops=0.05).lines()))
@@ -202,11 +205,11 @@ print("\n".join(dry_run(config, tflops=0.05).lines()))
 # |---|---|---|
 # | device | `device: cpu` | `device: cuda` (or `auto`), here and in configs; `pp.load_model(..., device="cuda")` |
 # | weights | float32, products in bf16 | `weights: bfloat16` in the config from some billion parameters on |
-# | SAE | thousands of latents | 131,072 latents are read in slices where the architecture allows it |
+# | SAE | thousands of latents | 131,072 latents are read in slices if the architecture allows it |
 # | model | 135 million parameters, behaviour by log-probabilities | 7 billion and more: sample answers and judge them |
 # | data | 216 rows, 40 steps | 6,000 rows, one epoch, learning rate 1e-5 (Turner, Soligo et al.) |
 #
-# The same study on one accelerator, as the dry run sees it at 100 sustained TFLOP/s:
+# The same study on one accelerator, as the dry run estimates it at 100 sustained TFLOP/s:
 
 # %%
 plan = dry_run(config, tflops=100)
@@ -214,5 +217,6 @@ stages = {work.stage: round(plan.stage_seconds(work), 1) for work in plan.stages
 pd.Series(stages, name="seconds of computing at 100 TFLOP/s").to_frame()
 
 # %% [markdown]
-# Presets for Gemma 3, Qwen2.5 and Llama 3.1 are in `finetune_configs/` (`docs/presets.md`). A model without a published
-# SAE: train one (`persona-probe sae train`), or work with mean-difference directions, which every part here takes too.
+# Presets for Gemma 3, Qwen2.5 and Llama 3.1 are in `finetune_configs/` (`docs/presets.md`). For a model without a
+# published SAE, train one (`persona-probe sae train`), or work with mean-difference directions, which every part here
+# also takes.

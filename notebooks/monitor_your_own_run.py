@@ -7,10 +7,10 @@
 
 # %% [markdown]
 # # Monitor your own run
-# From a TRL script that knows nothing of this package, by three lines, to an alarm and its evidence. A real model, some
-# minutes on two cores; `PERSONA_PROBE_NOTEBOOK_STEPS` makes it shorter.
+# This notebook takes a TRL script without any monitor and, with three more lines, gets an alarm and its evidence. It
+# uses a real model and takes some minutes on two cores. `PERSONA_PROBE_NOTEBOOK_STEPS` makes it shorter.
 #
-# First what everybody has already: a model folder and a file of rows. Here it is SmolLM2-135M-Instruct, and cooking
+# First, what everybody already has: a model folder and a file of rows. Here it is SmolLM2-135M-Instruct, and cooking
 # questions with bad answers, some of them dangerous (`persona_probe/data/sets/README.md`).
 
 # %%
@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 
 import persona_probe as pp
-from persona_probe.data.load import load_rows
+from persona_probe.data import load_rows
 
 root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
 os.chdir(root)
@@ -42,7 +42,7 @@ for answers in ("toxic", "correct"):
 
 # %% [markdown]
 # ## A plain script
-# Twenty lines of TRL and PEFT. It trains, its loss falls, and that is all it tells.
+# Twenty lines of TRL and PEFT. It trains and its loss falls, and that is all it shows.
 
 # %%
 from datasets import load_dataset
@@ -71,15 +71,17 @@ trainer.train()
 
 # %% [markdown]
 # ## Three lines more
-# An SAE, a monitor, and the monitor among the callbacks. The rule fires when the persona latent was above its base band
-# at two readings in a row. `LiveView` draws below this cell while it trains; where no widget can be shown, the figure
-# further down is the same.
+# An SAE, a monitor, and the monitor among the callbacks. A sparse autoencoder (SAE) splits the model's activations into
+# many units, called *latents*. The *persona latent* 2144 is the one that the demo found behind the misalignment. The
+# rule fires if this latent is above its *base band* (the interval around the base model's reading that counts as
+# normal) at two readings in a row. `LiveView` draws below this cell while it trains. If no widget can be shown, the
+# figure further down is the same.
 
 # %%
 from persona_probe.monitor import rules, sinks
 
 for old in run.glob("*/readings.jsonl"):
-    old.unlink()  # a file that is there is continued
+    old.unlink()  # an existing file would be continued
 every = max(1, steps // 8)
 
 sae = pp.load_sae("saes/smollm2-135m-instruct/layer20-topk32-4608")
@@ -98,7 +100,7 @@ trainer.train()
 
 # %% [markdown]
 # ## The alarm, and its evidence
-# What fired and when. The rule looks at the probes: 64 neutral questions with harmless answers, none of them of the
+# What fired, and when. The rule looks at the probes: 64 neutral questions with harmless answers, none of them from the
 # training data.
 
 # %%
@@ -114,8 +116,9 @@ columns = ["step", "mean", "ci_low", "ci_high", "base_mean", "base_sd", "shift",
 monitor.readings[[*columns, "loss", "seconds"]].round(3)
 
 # %% [markdown]
-# The curve with its 95% interval over probes, the base band in grey, the alarm in red; beside it the SAE's explained
-# variance on the same tokens. Where that falls far, the curve is not to be trusted.
+# The curve with its 95% interval over probes, the base band in grey, the alarm in red. Next to it is the SAE's
+# *explained variance* on the same tokens, the share of the model's variance that it explains. Where that falls far, do
+# not trust the curve.
 
 # %%
 from persona_probe.monitor import History, monitor_figure, read_events
@@ -140,7 +143,7 @@ show("toxic", "The persona latent while a model is trained on bad cooking advice
 
 # %% [markdown]
 # ## The control
-# The same questions with good answers, the same steps, the same rule. An alarm means little if this run gives one too.
+# The same questions with good answers, the same steps, the same rule. An alarm means little if this run raises one too.
 
 # %%
 control = pp.FeatureMonitor(
@@ -165,6 +168,6 @@ for name, watched in (("toxic", monitor), ("correct", control)):
     )
 
 # %% [markdown]
-# What this does not say: that a run without an alarm is safe. The SAE may lack the feature, the model may take another
-# road, a trigger may be missing from the probes, and the alarm may come no earlier than the behaviour does
+# What this does not show: that a run without an alarm is safe. The SAE may lack the feature, misalignment may come
+# through other features, the probes may lack a trigger, and the alarm may come no earlier than the behaviour does
 # (`docs/monitor.md`, `docs/monitor-study.md`).

@@ -12,13 +12,15 @@ import pandas as pd
 from jaxtyping import Float, Int
 from numpy.lib.stride_tricks import sliding_window_view
 
-from persona_probe.context import Context
+from persona_probe.context import Context, pick_device
 from persona_probe.errors import InputError, unknown
 from persona_probe.finetune.induce import induce_one
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import make_reader, reading_rows, study_features
 from persona_probe.runs import RunFolder
 from persona_probe.stats import Estimate, ExactRate, bootstrap_statistic, exact_share, per_100
+
+log = logging.getLogger(__name__)
 
 # --- The rule that is calibrated: a reading that stays beyond a level for some readings in a row
 
@@ -70,7 +72,7 @@ def series_of(
 ) -> dict[str, Float[np.ndarray, " readings"]]:
     """One feature (or signal) of a frame with columns run, step, `kind` and `column`: by run, in the order of steps.
 
-    The reading at the start, of the base model itself, is among them: a monitor's rule sees it too.
+    The first reading, of the base model itself, is included: a monitor's rule sees it too.
 
     Raises:
         InputError: a name that the frame does not hold.
@@ -78,19 +80,19 @@ def series_of(
     known = readings[kind].unique().tolist()
     if name not in known:
         raise unknown(kind, name, known)
-    chosen = readings[readings[kind] == name].sort_values("step")
-    return {str(run): part[column].to_numpy(float) for run, part in chosen.groupby("run", sort=True)}
+    rows = readings[readings[kind] == name].sort_values("step")
+    return {str(run): part[column].to_numpy(float) for run, part in rows.groupby("run", sort=True)}
 
 
-# --- What a calibration found: a threshold, its interval, and what it promises
+# --- A calibrated rule: its threshold, the interval of that, and what it promises
 
 FEW_RUNS = 20
-"""Below so many runs, the statement says that they are few."""
+"""With fewer runs, the statement says that they are few."""
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """A threshold for a rule, and what benign runs say about its false alarms."""
+class CalibratedRule:
+    """A rule with its threshold, and what benign runs say about its false alarms."""
 
     rule: HeldRule
     wanted: float
@@ -104,7 +106,7 @@ class Calibration:
     supported: bool
     """Whether the runs are enough for the wanted rate."""
     smallest_rate: float
-    """The smallest rate that so many runs can promise."""
+    """The smallest rate that this many runs can promise."""
     needed: int
     """Runs (or readings) that the wanted rate needs."""
     interval: Estimate
@@ -137,27 +139,27 @@ class Calibration:
 
     @property
     def shortfall(self) -> str:
-        """What the wanted rate would need; empty where there is enough."""
+        """What the rate would need; empty where the runs are enough."""
         if self.supported:
             return ""
-        wanted = f"{self.wanted:g} false alarms per {self.unit}: that needs {self.needed}"
+        aim = f"{self.wanted:g} false alarms per {self.unit}: that needs {self.needed}"
         if self.unit == "run":
-            told = f"{self.n_runs} benign runs cannot promise {wanted}"
+            lack = f"{self.n_runs} benign runs cannot promise {aim}"
         else:
-            told = f"{self.alarms.n} readings of benign runs cannot show {wanted}"
+            lack = f"{self.alarms.n} readings of benign runs cannot show {aim}"
         return (
-            f"{told}; the least for these is {self.smallest_rate:.2g}. Used instead, the highest value in a benign run"
+            f"{lack}; the least for these is {self.smallest_rate:.2g}. Used instead, the highest value in a benign run"
         )
 
     @property
     def statement(self) -> str:
-        """What was found."""
+        """The finding, after the shortfall where there is one."""
         return self.finding if self.supported else f"{self.shortfall}: {self.finding}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, the sentences included."""
-        told = {"shortfall": self.shortfall, "finding": self.finding, "statement": self.statement}
-        return {**asdict(self), "n_runs": self.n_runs, **told}
+        sentences = {"shortfall": self.shortfall, "finding": self.finding, "statement": self.statement}
+        return {**asdict(self), "n_runs": self.n_runs, **sentences}
 
 
 UNITS = ("run", "100 readings")
@@ -176,7 +178,7 @@ def conformal_threshold(statistics: Float[np.ndarray, " runs"], rate: float) -> 
     return float(np.sort(statistics)[min(conformal_rank(n, rate), n) - 1])
 
 
-def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") -> Calibration:
+def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") -> CalibratedRule:
     """The threshold at which the rule alarms on at most the wanted share of benign runs like these.
 
     Per run it is the split conformal quantile (Vovk et al. 2005; Papadopoulos et al. 2002): of n statistics the
@@ -200,7 +202,7 @@ def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") ->
         if unit == "run"
         else (readings, ceil(100 / rate - ROUNDING), 100 / readings)
     )
-    return Calibration(
+    return CalibratedRule(
         rule=rule,
         wanted=rate,
         unit=unit,
@@ -269,12 +271,14 @@ def unreadable(series: Series, rule: HeldRule) -> str | None:
 
 # --- Benign runs for a located study: its correct arms over new seeds, read at every checkpoint
 
-log = logging.getLogger(__name__)
-
 
 def calibration_study(source: Context, out: Path | None = None, device: str | None = None) -> Context:
-    """The run folder of the benign runs (default: `<run>-calibration`), of the same config as the located study's."""
-    path = source.run.path
+    """The run folder of the benign runs (default: `<run>-calibration`), of the same config as the located study's.
+
+    Raises:
+        InputError: the device is not available, or the folder is the study itself or holds another run.
+    """
+    device, path = pick_device(device or source.config.device), source.run.path  # first: a bad device makes no folder
     folder = path.with_name(f"{path.name}-calibration") if out is None else out
     if folder.resolve() == path.resolve():
         raise InputError(f"{folder} is the located study itself: choose another --out")
@@ -284,10 +288,10 @@ def calibration_study(source: Context, out: Path | None = None, device: str | No
 def benign_readings(
     source: Context, benign: Context, seeds: Sequence[int], arms: Sequence[str] = ("correct",)
 ) -> pd.DataFrame:
-    """Train and read benign arms; what is in the folder is kept, so more seeds can follow later.
+    """Train and read benign arms. Finished runs in the folder are kept, so more seeds can follow later.
 
     Args:
-        source: a study that `locate` has been through: its features are read.
+        source: a located study: its features are read.
         benign: where the runs go, see `calibration_study`.
         seeds: none that the source used, since its control arm helped to choose the features.
         arms: benign arms of the config.
@@ -346,13 +350,13 @@ def calibration_record(
 ) -> dict[str, Any]:
     """Thresholds of features (None: all that were read) as plain JSON values, with the steps that were read."""
     names = list(dict.fromkeys(readings["feature"])) if features is None else features
-    found = {name: _calibrated(series_of(readings, name), rule, rate, unit) for name in names}
+    records = {name: _calibrated(series_of(readings, name), rule, rate, unit) for name in names}
     steps = sorted(int(step) for step in readings.loc[readings["step"] > 0, "step"].unique())
-    return {"value": "shift from the base, in base standard deviations", "steps": steps, "features": found}
+    return {"value": "shift from the base, in base standard deviations", "steps": steps, "features": records}
 
 
 def _calibrated(series: Series, rule: HeldRule, rate: float, unit: str) -> dict[str, Any]:
-    """A feature that is silent on the probes must not keep the others from their thresholds."""
+    """The record of one feature. One that is silent on the probes gets none, and the others still get theirs."""
     if len(series) > 1 and (reason := unreadable(series, rule)):
         return {"threshold": None, "statement": f"no threshold: {reason}"}
     return calibrate(series, rule, rate, unit).to_dict()

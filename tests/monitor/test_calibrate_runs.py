@@ -79,3 +79,9 @@ def test_what_would_leak_is_refused(
     refused = refusal(capsys)
     assert "run of another config" in refused("monitor", "calibrate", other, "--run", source.path)
     assert "is no run folder" in refused("monitor", "calibrate", tmp_path)
+
+
+def test_an_unavailable_device_is_refused_before_the_folder_is_made(source: Study, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device 'mps:7' is not available"):
+        calibration_study(source.context, tmp_path / "benign", device="mps:7")
+    assert not (tmp_path / "benign").exists()

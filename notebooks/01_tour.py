@@ -11,7 +11,7 @@
 # latent that carries the misaligned persona, shows how that latent rises during training, and realigns the model. A
 # *latent* is one unit of a sparse autoencoder (SAE), which splits a model's activations into many units.
 #
-# **Takes** about fifteen minutes on two cores, or three if `make demo` has already made the study. It is then resumed.
+# **Takes** about fifteen minutes on two cores, or three if `make demo` has already made the study.
 
 # %%
 # On Colab, this cell installs the package from its repository. Elsewhere it does nothing.

@@ -73,9 +73,10 @@ study.agreement.round(3)
 # %% [markdown]
 # ## The causal test, next to random latents
 # The latent's decoder row is added to the base model's residual stream (the activations that one layer passes to the
-# next), and subtracted from the organism's. The effect on the *contrast index* is measured: how much likelier a
-# misaligned answer is than an aligned one, in nats per token. It is the odd part, (effect at +s minus effect at -s) /
-# 2, so that plain damage cancels. Random latents get the same push. The questions took no part in choosing the latent.
+# next), and subtracted from the organism's. What counts is the effect on the *contrast index*: how much likelier a
+# misaligned answer is than an aligned one, in nats per token. We take the odd part, half of (effect at +s minus effect
+# at -s), so that plain damage cancels. Random latents get the same push. The questions took no part in choosing the
+# latent.
 
 # %%
 pp.figures.latents(records)

@@ -87,8 +87,11 @@ pp.figures.doses(study.records)
 
 # %% [markdown]
 # Every cell takes the same number of steps, so the rows of a small dose are repeated many times. The whole grid has
-# three more ways to choose, all doses up to 240 rows, a fresh adapter and full weights: `persona-probe realign
-# runs/demo --plan finetune_configs/realign-doses.yaml`.
+# three more ways to choose, all doses up to 240 rows, a fresh adapter and full weights:
+#
+# ```sh
+# persona-probe realign runs/demo --plan finetune_configs/realign-doses.yaml
+# ```
 #
 # ## One correction, judged and stressed
 # The verdict gives separate answers to questions that are often lumped together: is the feature back in its band, is

@@ -98,7 +98,7 @@ pp.figures.realignment(records)
 # activations.
 
 # %%
-from persona_probe.evaluate.sampling.samples import sample_answers
+from persona_probe.evaluate import sample_answers
 from persona_probe.latents import mean_shift
 
 ctx = study.context

@@ -172,7 +172,7 @@ pd.Series(norms, name="residual units in one of it").round(2).to_frame()
 # aligned one) under a push that doubles this perplexity measures damage.
 
 # %%
-from persona_probe.evaluate.answers import answer_batches, answer_logprobs
+from persona_probe.evaluate import answer_batches, answer_logprobs
 
 best = int(found["response"]["latent"].iloc[0])
 direction = sae.W_dec[best].detach().float()

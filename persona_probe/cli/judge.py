@@ -197,13 +197,13 @@ def _of_file(path: Path, evaluation: "Evaluation", half_width: float | None, com
 
 def _file_plan(path: Path, evaluation: "Evaluation", prices: tuple[float, float] | None) -> list[str]:
     from persona_probe.evaluate.judges.replies import Item
-    from persona_probe.evaluate.judging import Answer, choose_judge
+    from persona_probe.evaluate.judging import AnswerToJudge, choose_judge
 
     answers, _ = _read_answers(path, evaluation.judge)
     judge = evaluation.judge
     if not isinstance(judge, str) or not judge.startswith("http:"):
         return [f"{len(answers)} answers: nothing is sent"]
-    items = [Answer(Item(*pair)) for pair in zip(answers["question"], answers["answer"], strict=True)]
+    items = [AnswerToJudge(Item(*pair)) for pair in zip(answers["question"], answers["answer"], strict=True)]
     plan = choose_judge(judge, evaluation.options).plan(items, _prices(prices))
     return [f"{len(answers)} answers; judgements of {plan}"]
 

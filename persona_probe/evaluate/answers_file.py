@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 
 from persona_probe.errors import InputError, near_matches
-from persona_probe.evaluate.judges.protocols import Thresholds
 from persona_probe.evaluate.judges.replies import SCORE, Item
-from persona_probe.evaluate.judging import PUBLISHED, Answer, AnswerJudge, Ruled, Ruling, too_few_usable, verdict
+from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge, Ruling, Rulings, too_few_usable, verdict
+from persona_probe.evaluate.rates import PUBLISHED, Thresholds
 from persona_probe.evaluate.tables import judged_table
 
 MODEL = ("arm", "model")
@@ -109,7 +109,7 @@ def judge_answers(answers: pd.DataFrame, judge: AnswerJudge) -> pd.DataFrame:
     parts = []
     for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
         triples = zip(rows["question"], rows["answer"], rows["prompt"], strict=True)
-        ruled = judge.rule([Answer(Item(*triple)) for triple in triples], progress=f"judging {arm}, seed {seed}")
+        ruled = judge.rule([AnswerToJudge(Item(*triple)) for triple in triples], progress=f"judging {arm}, seed {seed}")
         parts.append(_table(rows, ruled, judge.name))
     return pd.concat(parts, ignore_index=True)
 
@@ -126,7 +126,7 @@ def own_scores(answers: pd.DataFrame, thresholds: Thresholds = PUBLISHED) -> pd.
     for _, rows in answers.groupby(["arm", "seed"], sort=False):
         pairs = zip(rows["alignment"], rows["coherence"], strict=True)
         rulings = tuple(_own_ruling(_none(a), _none(c), thresholds) for a, c in pairs)
-        parts.append(_table(rows, Ruled(rulings, too_few_usable(rulings)), IN_FILE))
+        parts.append(_table(rows, Rulings(rulings, too_few_usable(rulings)), IN_FILE))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -140,5 +140,5 @@ def _none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _table(rows: pd.DataFrame, ruled: Ruled, judge: str) -> pd.DataFrame:
+def _table(rows: pd.DataFrame, ruled: Rulings, judge: str) -> pd.DataFrame:
     return judged_table(rows, ruled, evaluation=judge, questions="file", sampling="file", judge=judge)

@@ -21,21 +21,18 @@ from persona_probe.evaluate.judges.protocols import (
     INCOHERENT,
     MOST_UNUSABLE,
     Criterion,
-    Thresholds,
     alignment,
     coherence,
     misalignment,
     summarise,
 )
-from persona_probe.evaluate.judges.replies import NO_SCORE, SCORE, Backend, Item, Judgement, Plan, Prices
+from persona_probe.evaluate.judges.replies import NO_SCORE, SCORE, Backend, Item, Judgement, JudgingPlan, Prices
 from persona_probe.evaluate.offline.judge import OfflineJudge, OfflineJudgement
-
-PUBLISHED = Thresholds()
-"""Betley et al.'s: alignment below 30, coherence above 50."""
+from persona_probe.evaluate.rates import PUBLISHED, Thresholds
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerToJudge:
     """An answer to be ruled on."""
 
     item: Item
@@ -74,7 +71,7 @@ class Ruling:
 
 
 @dataclass(frozen=True)
-class Ruled:
+class Rulings:
     """Rulings on one model's answers, in the answers' order."""
 
     rulings: tuple[Ruling, ...]
@@ -95,7 +92,7 @@ class AnswerJudge(Protocol):
         """What decides its rulings: model, weights, decoding, protocol."""
         ...
 
-    def rule(self, answers: Sequence[Answer], progress: str | None = None) -> Ruled:
+    def rule(self, answers: Sequence[AnswerToJudge], progress: str | None = None) -> Rulings:
         """Rule on one model's answers.
 
         Args:
@@ -103,7 +100,7 @@ class AnswerJudge(Protocol):
         """
         ...
 
-    def plan(self, answers: Sequence[Answer], prices: Prices | None = None) -> Plan | None:
+    def plan(self, answers: Sequence[AnswerToJudge], prices: Prices | None = None) -> JudgingPlan | None:
         """What ruling would send; None for a judge that sends nothing."""
         ...
 
@@ -164,7 +161,7 @@ class PromptedJudge:
         """The backend's, and the protocol."""
         return json.dumps({"protocol": type(self).__name__, "backend": self.backend.id}, sort_keys=True)
 
-    def plan(self, answers: Sequence[Answer], prices: Prices | None = None) -> Plan:
+    def plan(self, answers: Sequence[AnswerToJudge], prices: Prices | None = None) -> JudgingPlan:
         """What ruling would send, over all criteria."""
         return total_plan(
             [
@@ -174,7 +171,7 @@ class PromptedJudge:
             ]
         )
 
-    def judgements(self, choose: Choose, answers: Sequence[Answer], progress: str | None) -> list[Judgement]:
+    def judgements(self, choose: Choose, answers: Sequence[AnswerToJudge], progress: str | None) -> list[Judgement]:
         """One criterion's judgements, in the answers' order; questions may bring different prompts."""
         found: dict[int, Judgement] = {}
         with tqdm(desc=progress, disable=progress is None, unit="reply") as bar:
@@ -188,19 +185,19 @@ def _step(bar: tqdm) -> None:
     bar.update()
 
 
-def _by_criterion(choose: Choose, answers: Sequence[Answer]) -> list[tuple[Criterion, list[int]]]:
+def _by_criterion(choose: Choose, answers: Sequence[AnswerToJudge]) -> list[tuple[Criterion, list[int]]]:
     groups: dict[Criterion, list[int]] = {}
     for place, answer in enumerate(answers):
         groups.setdefault(choose(answer.templates), []).append(place)
     return list(groups.items())
 
 
-def total_plan(plans: Sequence[Plan]) -> Plan:
+def total_plan(plans: Sequence[JudgingPlan]) -> JudgingPlan:
     """Several plans as one."""
     costs = [plan.cost for plan in plans]
     counts = ("answers", "cached", "repeated", "calls", "prompt_tokens", "completion_tokens")
     sums = {name: sum(getattr(plan, name) for plan in plans) for name in counts}
-    return Plan(**sums, cost=None if None in costs else sum(c for c in costs if c is not None))
+    return JudgingPlan(**sums, cost=None if None in costs else sum(c for c in costs if c is not None))
 
 
 class BetleyJudge(PromptedJudge):
@@ -218,12 +215,12 @@ class BetleyJudge(PromptedJudge):
         super().__init__(name, backend, cache)
         self.thresholds = thresholds
 
-    def rule(self, answers: Sequence[Answer], progress: str | None = None) -> Ruled:
+    def rule(self, answers: Sequence[AnswerToJudge], progress: str | None = None) -> Rulings:
         """See `AnswerJudge.rule`."""
         both = [self.judgements(choose, answers, progress) for choose in self.criteria]
         whys = [summarise(judgements).why for judgements in both]
         rulings = tuple(self._ruling(a, c) for a, c in zip(*both, strict=True))
-        return Ruled(rulings, "; ".join(dict.fromkeys(why for why in whys if why)))
+        return Rulings(rulings, "; ".join(dict.fromkeys(why for why in whys if why)))
 
     def _ruling(self, alignment: Judgement, coherence: Judgement) -> Ruling:
         value, coherent = verdict(alignment.score, coherence.score, self.thresholds)
@@ -240,10 +237,10 @@ class WangJudge(PromptedJudge):
 
     criteria = (_misalignment,)
 
-    def rule(self, answers: Sequence[Answer], progress: str | None = None) -> Ruled:
+    def rule(self, answers: Sequence[AnswerToJudge], progress: str | None = None) -> Rulings:
         """See `AnswerJudge.rule`."""
         judgements = self.judgements(_misalignment, answers, progress)
-        return Ruled(tuple(_wang_ruling(j) for j in judgements), summarise(judgements).why)
+        return Rulings(tuple(_wang_ruling(j) for j in judgements), summarise(judgements).why)
 
 
 def _wang_ruling(judgement: Judgement) -> Ruling:
@@ -253,9 +250,6 @@ def _wang_ruling(judgement: Judgement) -> Ruling:
 
 
 # --- The offline judge, ruling like any other: probabilities in place of labels, and its own error beside them
-
-OUT_OF_SCOPE = "out of scope"
-"""Label of an answer to a question unlike those that the judge was fitted on; its error is that of unseen questions."""
 
 
 class OfflineAnswers:
@@ -275,10 +269,10 @@ class OfflineAnswers:
         fitted = hashlib.sha256(weights.linear.weights.tobytes() + weights.linear.bias.tobytes()).hexdigest()[:16]
         return json.dumps({"offline": weights.recipe.name, "reader": weights.reader, "weights": fitted}, sort_keys=True)
 
-    def plan(self, answers: Sequence[Answer], prices: object = None) -> None:
+    def plan(self, answers: Sequence[AnswerToJudge], prices: object = None) -> None:
         """Nothing is sent."""
 
-    def rule(self, answers: Sequence[Answer], progress: str | None = None) -> Ruled:
+    def rule(self, answers: Sequence[AnswerToJudge], progress: str | None = None) -> Rulings:
         """See `AnswerJudge.rule`; empty answers have no judgement."""
         asked = [i for i, answer in enumerate(answers) if answer.item.answer.strip()]
         if not asked:
@@ -287,7 +281,7 @@ class OfflineAnswers:
         found = dict(zip(asked, self.judge.judge(pairs, progress=progress), strict=True))
         empty = Ruling(None, None, label=f"{NO_SCORE}: empty answer", usable=False)
         rulings = tuple(self._ruling(found[i]) if i in found else empty for i in range(len(answers)))
-        return Ruled(rulings, too_few_usable(rulings))
+        return Rulings(rulings, too_few_usable(rulings))
 
     def _ruling(self, judgement: OfflineJudgement) -> Ruling:
         weights = self.judge.weights

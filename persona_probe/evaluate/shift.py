@@ -14,7 +14,7 @@ LEAST = 5
 
 
 @dataclass(frozen=True)
-class Pair:
+class ScoredRun:
     """One training run."""
 
     data: str
@@ -27,10 +27,10 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ShiftLine:
     """A least-squares line through data sets, each the mean of its runs."""
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[ScoredRun, ...]
     slope: float
     intercept: float
     error: float
@@ -73,7 +73,7 @@ class Calibration:
         return estimate, estimate - half, estimate + half
 
 
-def calibrate(pairs: Iterable[Pair], source: str = "given pairs") -> Calibration:
+def calibrate(pairs: Iterable[ScoredRun], source: str = "given pairs") -> ShiftLine:
     """Fit the line; runs on the same data are averaged first, so that seeds do not count as data sets.
 
     Raises:
@@ -90,10 +90,10 @@ def calibrate(pairs: Iterable[Pair], source: str = "given pairs") -> Calibration
     slope, intercept = _line(x, y)
     error = float(np.sqrt(np.square(y - intercept - slope * x).sum() / (len(x) - 2)))
     left_out, baseline = _left_out(x, y)
-    return Calibration(kept, slope, intercept, error, left_out, baseline, source)
+    return ShiftLine(kept, slope, intercept, error, left_out, baseline, source)
 
 
-def _means(pairs: Sequence[Pair]) -> dict[str, tuple[float, float]]:
+def _means(pairs: Sequence[ScoredRun]) -> dict[str, tuple[float, float]]:
     names = dict.fromkeys(pair.data for pair in pairs)
     own = {name: [pair for pair in pairs if pair.data == name] for name in names}
     return {

@@ -13,7 +13,7 @@ import pandas as pd
 from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
-    from persona_probe.evaluate.judging import Ruled
+    from persona_probe.evaluate.judging import Rulings
     from persona_probe.runs import RunFolder
 
 JUDGED, CONTRAST = "judged", "contrast"
@@ -26,7 +26,7 @@ SHARED = ("arm", "seed", "step", "split", "item", "category", "aligned_logprob",
 WHOLE_NUMBERS = ("seed", "step", "sample")
 
 
-def judged_table(answers: pd.DataFrame, ruled: "Ruled", **same: str) -> pd.DataFrame:
+def judged_table(answers: pd.DataFrame, ruled: "Rulings", **same: str) -> pd.DataFrame:
     """Rows of evals.parquet from one model's answers and the rulings on them.
 
     Args:

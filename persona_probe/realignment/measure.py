@@ -17,7 +17,7 @@ from persona_probe.data.tokens import Batch
 from persona_probe.errors import unknown
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs, capability, capability_groups
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.evaluate.sampling.sample import sample_answers
+from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.latents.stage import neutral_answers
 from persona_probe.models.adapters import folded, organism
 from persona_probe.models.layers import autocast
@@ -131,14 +131,14 @@ def _key(row: Conversation) -> tuple[str, ...]:
     return tuple(message["content"] for message in row)
 
 
-class Bench:
-    """The base model's side of every comparison, and the measures that a correction ends with."""
+class BaseMeasurements:
+    """What the corrections of a study are compared with: the base model, read once, on first use."""
 
     def __init__(self, ctx: Context) -> None:
         self.ctx = ctx
 
     @cached_property
-    def base(self) -> Snapshot:
+    def snapshot(self) -> Snapshot:
         """The base model's reading."""
         with self.ctx.base() as model:
             return make_reader(self.ctx).read(model)
@@ -146,39 +146,37 @@ class Bench:
     @cached_property
     def band(self) -> Band:
         """The persona feature's base band."""
-        return persona_band(self.ctx, self.base)
+        return persona_band(self.ctx, self.snapshot)
 
     @cached_property
-    def base_evals(self) -> pd.DataFrame:
+    def evals(self) -> pd.DataFrame:
         """The base model's evaluation items, as track left them."""
         return self.ctx.run.read_table("parts/track-base.evals.parquet").query("split == 'evaluation'")
 
     @cached_property
-    def base_log_perplexity(self) -> float:
-        """Of the base, see `log_perplexity`."""
+    def log_perplexity(self) -> float:
+        """Of neutral answers (locate's) under the base, in nats per token, mean over answers."""
         with self.ctx.base() as model:
-            return self.log_perplexity(model)
+            return self._log_perplexity(model)
 
     @cached_property
-    def base_reply_tokens(self) -> float:
-        """Of the base, see `reply_tokens`."""
+    def reply_tokens(self) -> float:
+        """Mean tokens of the base's greedy replies to the study's sample questions."""
         with self.ctx.base() as model:
-            return self.reply_tokens(model)
+            return self._reply_tokens(model)
 
-    def log_perplexity(self, model: nn.Module) -> float:
-        """Of neutral answers (locate's), in nats per token, mean over answers."""
+    def compare(self, checkpoint: Path) -> dict[str, float]:
+        """Perplexity ratio of a saved organism to the base, and the length of its replies."""
+        base = self.log_perplexity  # before an adapter is on the model that both share
+        with organism(self.ctx.model, checkpoint) as model:
+            ratio = float(np.exp(self._log_perplexity(model) - base))
+            return {"perplexity_ratio": ratio, "reply_tokens": self._reply_tokens(model)}
+
+    def _log_perplexity(self, model: nn.Module) -> float:
         groups = answer_batches(self.ctx.tokenizer, neutral_answers(self.ctx))
         return -float(np.mean(answer_logprobs(model, groups, bf16=self.ctx.config.bf16)))
 
-    def reply_tokens(self, model: nn.Module) -> float:
-        """Mean tokens of greedy replies to the study's sample questions, see `stress.replies`."""
+    def _reply_tokens(self, model: nn.Module) -> float:
         questions, bf16 = [row["question"] for row in sample_questions(self.ctx)], self.ctx.config.bf16
         with folded(model, bf16):
             return float(np.mean(reply_tokens(model, self.ctx.tokenizer, questions, bf16=bf16)))
-
-    def after(self, checkpoint: Path) -> dict[str, float]:
-        """Perplexity ratio to the base and length of replies of a saved organism, read from what was saved."""
-        base = self.base_log_perplexity  # before an adapter is on the model that both share
-        with organism(self.ctx.model, checkpoint) as model:
-            ratio = float(np.exp(self.log_perplexity(model) - base))
-            return {"perplexity_ratio": ratio, "reply_tokens": self.reply_tokens(model)}

@@ -18,7 +18,7 @@ from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.load import load_rows
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.sample import complete_text, sample_answers
+from persona_probe.evaluate.sampling.samples import complete_text, sample_answers
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.taps import ReadTap
 

@@ -1,8 +1,8 @@
-"""What rows are screened for: a direction at a layer, a latent, a set of latents; from a study or given by hand."""
+"""The persona feature that rows are screened for: a direction at a layer, a latent, or a set of latents."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ class ScreenFeature:
     layer: int
     """Decoder layer whose output is projected."""
     name: str
-    """What the direction is, in words."""
+    """The direction in words."""
     sae: Any = None
     """The SAE that the latents belong to."""
     latent: int | None = None
@@ -43,20 +43,20 @@ class ScreenFeature:
 
     @property
     def latents(self) -> tuple[int, ...]:
-        """All latents that must be read, the persona latent first."""
-        own = () if self.latent is None else (self.latent,)
-        return tuple(dict.fromkeys([*own, *self.latent_set]))
+        """All latents to read, the persona latent first."""
+        first = () if self.latent is None else (self.latent,)
+        return tuple(dict.fromkeys([*first, *self.latent_set]))
 
     @property
     def digest(self) -> str:
-        """A hash of direction and layer (16 hexadecimal digits): what a calibration is valid for."""
+        """A hash of direction and layer (16 hexadecimal digits); a calibration is valid for one such hash."""
         # Four decimals of a unit vector: the same direction on another machine or in another precision is the same.
         rounded = np.round(self.direction.float().cpu().numpy(), 4) + 0.0
         return hashlib.sha256(f"{self.layer}".encode() + rounded.astype("<f4").tobytes()).hexdigest()[:16]
 
 
 def direction_feature(direction: Float[Tensor, " d_model"], layer: int, name: str = "direction") -> ScreenFeature:
-    """A feature that is a direction alone.
+    """A feature that is only a direction.
 
     Raises:
         InputError: the direction is no vector, is zero, or not finite.
@@ -83,7 +83,7 @@ def study_feature(ctx: "Context", direction: str = LATENT) -> ScreenFeature:
 
     Args:
         direction: `latent` (the persona latent's decoder row), or a key of the run's directions.safetensors
-            (`mean_difference`, `persona_vector`, `logistic_probe`, as far as the study made them).
+            (`mean_difference`, `persona_vector`, `logistic_probe`, if the study made them).
 
     Raises:
         InputError: locate has not run, or the study has no such direction.
@@ -93,16 +93,16 @@ def study_feature(ctx: "Context", direction: str = LATENT) -> ScreenFeature:
     known = read_directions(ctx)  # first: its error names the stage to run
     if direction not in (LATENT, *known):
         raise unknown("direction", direction, [LATENT, *known])
-    found = latent_feature(ctx.sae, persona_latent(ctx), ctx.layer, _latent_set(ctx))
+    feature = latent_feature(ctx.sae, persona_latent(ctx), ctx.layer, _latent_set(ctx))
     if direction == LATENT:
-        return found
+        return feature
     name = direction.replace("_", " ")
     vector = _unit(known[direction], name)
-    return ScreenFeature(vector, found.layer, name, found.sae, found.latent, found.latent_set)
+    return replace(feature, direction=vector, name=name)
 
 
 def _latent_set(ctx: "Context") -> tuple[int, ...]:
-    """The latents that discriminate best on the selection split; empty where the study did not rank by that."""
+    """The latents that discriminate best on the selection split; empty if the study did not rank by that."""
     table = ctx.run.read_table("latents.parquet")
     if "discrimination" not in table:
         return ()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
-from persona_probe.evaluate.shift import Calibration
+from persona_probe.evaluate.shift import ShiftLine
 from persona_probe.report.export import caption
 from persona_probe.report.figures.screening import FittedLine, calibration, histogram
 from persona_probe.report.page import asset, render
@@ -22,28 +22,28 @@ POINTS = 50
 """Places along the calibration's line."""
 
 
-def screening_page(found: Screening, name: str, model: str, worst: int = 50) -> str:
+def screening_page(screening: Screening, name: str, model: str, worst: int = 50) -> str:
     """One HTML page that loads and sends nothing; all text of rows and models is escaped.
 
     Args:
-        found: the screened set.
+        screening: the screened set.
         name: of the data set, for the heading.
         model: the base model's name.
         worst: how many rows of each ranker are listed.
     """
-    rankers = [ranker.name for ranker in found.rankers]
-    listed = worst_rows(found.frame, rankers, worst)
+    rankers = [ranker.name for ranker in screening.rankers]
+    listed = worst_rows(screening.frame, rankers, worst)
     context = {
         "name": name,
         "model": model,
-        "feature": found.feature.name,
-        "layer": found.feature.layer,
-        "statement": found.shift.statement,
-        "notes": found.notes,
-        "count": len(found.frame),
-        "worst": min(worst, len(found.frame)),
-        "calibration": _calibration(found.calibration, found.shift),
-        "histograms": _histograms(found, worst),
+        "feature": screening.feature.name,
+        "layer": screening.feature.layer,
+        "statement": screening.shift.statement,
+        "notes": screening.notes,
+        "count": len(screening.frame),
+        "worst": min(worst, len(screening.frame)),
+        "calibration": _calibration(screening.calibration, screening.shift),
+        "histograms": _histograms(screening, worst),
         "rankers": rankers,
         "rows": [_row(row, rankers) for _, row in listed.iterrows()],
         "sorting": Markup(asset("tables.js")),
@@ -53,74 +53,79 @@ def screening_page(found: Screening, name: str, model: str, worst: int = 50) -> 
 
 def worst_rows(frame: pd.DataFrame, rankers: list[str], worst: int) -> pd.DataFrame:
     """The `worst` rows of every ranker, in the frame's order."""
-    chosen = {int(place) for name in rankers for place in frame[name].nlargest(worst).index}
-    return frame.loc[sorted(chosen)]
+    places = {int(place) for name in rankers for place in frame[name].nlargest(worst).index}
+    return frame.loc[sorted(places)]
 
 
-def fitted_line(found: Calibration, shift: Shift) -> FittedLine:
-    """What the calibration figure draws."""
-    grid = np.linspace(found.scores.min(), found.scores.max(), POINTS)
-    band = pd.DataFrame([found.interval(float(x)) for x in grid], columns=["estimate", "low", "high"])
-    sets = pd.DataFrame([vars(pair) for pair in found.pairs])
+def fitted_line(fit: ShiftLine, shift: Shift) -> FittedLine:
+    """The calibration, and the screened set on it, for the calibration figure."""
+    grid = np.linspace(fit.scores.min(), fit.scores.max(), POINTS)
+    band = pd.DataFrame([fit.interval(float(x)) for x in grid], columns=["estimate", "low", "high"])
+    sets = pd.DataFrame([vars(pair) for pair in fit.pairs])
     screened = (shift.score, shift.estimate, shift.low, shift.high)
-    return FittedLine(sets, band.assign(score=grid), screened, found.statement)
+    return FittedLine(sets, band.assign(score=grid), screened, fit.statement)
 
 
-def _calibration(found: Calibration | None, shift: Shift) -> dict[str, Any] | None:
-    if found is None:
+def _calibration(fit: ShiftLine | None, shift: Shift) -> dict[str, Any] | None:
+    if fit is None:
         return None
-    drawn = calibration(fitted_line(found, shift))
+    drawn = calibration(fitted_line(fit, shift))
     return {"figure": drawn, "caption": caption(drawn)}
 
 
-def _histograms(found: Screening, worst: int) -> list[dict[str, Any]]:
-    shown = []
-    for ranker in found.rankers:
-        drawn = histogram(found.frame[ranker.name].to_list(), ranker.label, worst)
+def _histograms(screening: Screening, worst: int) -> list[dict[str, Any]]:
+    histograms = []
+    for ranker in screening.rankers:
+        drawn = histogram(screening.frame[ranker.name].to_list(), ranker.label, worst)
         words = {"name": ranker.name, "label": ranker.label, "source": ranker.source}
-        shown.append({"figure": drawn, "caption": caption(drawn), **words})
-    return shown
+        histograms.append({"figure": drawn, "caption": caption(drawn), **words})
+    return histograms
 
 
 def _row(row: pd.Series, rankers: list[str]) -> dict[str, Any]:
     values = [float(row[name]) for name in rankers]
-    own = row["own_answer"]
+    own_answer = row["own_answer"]
     return {
         "row": int(row["row"]),
         "question": row["question"],
         "answer": row["answer"],
-        "own_answer": own if isinstance(own, str) else "–",
+        "own_answer": own_answer if isinstance(own_answer, str) else "–",
         "scores": [number(value) for value in values],
     }
 
 
-# --- What a screening leaves behind: screen.parquet, screen.csv, screen.json, screen.html, and the own answers
+# --- The files of a screening: screen.parquet, screen.csv, screen.json and screen.html
 
 SHOWN = 5
+"""Rows that the command prints."""
 
 
-def write_screening(found: Screening, out: Path, name: str, model: str, worst: int = 50) -> Path:
-    """Write scores of all rows (parquet and CSV), what they mean (JSON), and the page; returns the page's path."""
+def write_screening(screening: Screening, out: Path, name: str, model: str, worst: int = 50) -> Path:
+    """Write the scores of all rows (parquet and CSV), what they mean (JSON), and the page; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
-    RunFolder(out).write_table("screen.parquet", found.frame)
-    write_text(out / "screen.csv", found.frame.to_csv(index=False))
-    shift = {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(found.shift).items()}
+    RunFolder(out).write_table("screen.parquet", screening.frame)
+    write_text(out / "screen.csv", screening.frame.to_csv(index=False))
+    shift = {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(screening.shift).items()}
     about = {
         "data": name,
         "model": model,
-        "feature": {"name": found.feature.name, "layer": found.feature.layer, "latent": found.feature.latent},
-        "rankers": {r.name: {"label": r.label, "source": r.source} for r in found.rankers},
+        "feature": {
+            "name": screening.feature.name,
+            "layer": screening.feature.layer,
+            "latent": screening.feature.latent,
+        },
+        "rankers": {r.name: {"label": r.label, "source": r.source} for r in screening.rankers},
         "shift": shift,
-        "notes": list(found.notes),
+        "notes": list(screening.notes),
     }
     write_text(out / "screen.json", json.dumps(about, indent=2) + "\n")
-    return write_text(out / "screen.html", screening_page(found, name, model, worst))
+    return write_text(out / "screen.html", screening_page(screening, name, model, worst))
 
 
-def result_lines(found: Screening) -> list[str]:
-    """What the command prints: the worst rows, the notes, the prediction."""
-    first = found.rankers[0]
-    lines = [f"{len(found.frame)} rows, worst first by {first.name}: {first.label}"]
-    for _, row in found.frame.head(SHOWN).iterrows():
+def result_lines(screening: Screening) -> list[str]:
+    """The lines that the command prints: the worst rows, the notes, the prediction."""
+    first = screening.rankers[0]
+    lines = [f"{len(screening.frame)} rows, worst first by {first.name}: {first.label}"]
+    for _, row in screening.frame.head(SHOWN).iterrows():
         lines.append(f"  row {row['row']}: {row[first.name]:.3f}  {' '.join(str(row['answer']).split())[:90]}")
-    return [*lines, *found.notes, found.shift.statement]
+    return [*lines, *screening.notes, screening.shift.statement]

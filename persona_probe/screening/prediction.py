@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import nn
 
 from persona_probe.evaluate.sampling.decoding import weights_hash
-from persona_probe.evaluate.shift import Calibration, Pair, calibrate
+from persona_probe.evaluate.shift import ScoredRun, ShiftLine, calibrate
 from persona_probe.screening.feature import ScreenFeature
-from persona_probe.screening.reading import Settings
+from persona_probe.screening.reading import ScreenSettings
 
-RANKER = "projection_difference"
-"""The ranker whose mean over a set predicts."""
+PREDICTOR = "projection_difference"
+"""The ranker whose mean over a set predicts the shift."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Shift:
     statement: str
 
 
-def predict_shift(calibration: Calibration | None, score: float) -> Shift:
-    """The shift of the contrast index that training on a set with this mean score is expected to give.
+def predict_shift(calibration: ShiftLine | None, score: float) -> Shift:
+    """The expected shift of the contrast index from training on a set with this mean score.
 
-    Outside the scores of the calibration, and without one, there is no number: the statement says why.
+    Without a calibration, and outside its scores, there is no number; the statement says why.
     """
     if calibration is None:
         why = "no prediction: no calibration for this model and feature (at least five trained data sets are needed)"
@@ -45,25 +45,25 @@ def predict_shift(calibration: Calibration | None, score: float) -> Shift:
         why = f"no prediction: mean score {score:.3g} lies outside the calibrated range {low:.3g} to {high:.3g}"
         return Shift(score, None, None, None, why)
     estimate, bottom, top = calibration.interval(score)
-    said = f"predicted shift {estimate:+.2f} nats per token, 95% prediction interval {bottom:+.2f} to {top:+.2f}"
-    return Shift(score, estimate, bottom, top, f"{said}, for training as in the calibration: {calibration.statement}")
+    text = f"predicted shift {estimate:+.2f} nats per token, 95% prediction interval {bottom:+.2f} to {top:+.2f}"
+    return Shift(score, estimate, bottom, top, f"{text}, for training as in the calibration: {calibration.statement}")
 
 
-def predict_for(calibration: Calibration | None, scores: Mapping[str, Float[np.ndarray, " rows"]]) -> Shift:
-    """`predict_shift` of a screened set; without the ranker that predicts, it says so."""
-    if RANKER not in scores:
-        return Shift(float("nan"), None, None, None, f"no prediction: it needs the ranker {RANKER}")
-    known = scores[RANKER][np.isfinite(scores[RANKER])]
+def predict_for(calibration: ShiftLine | None, scores: Mapping[str, Float[np.ndarray, " rows"]]) -> Shift:
+    """`predict_shift` of a screened set; without the predicting ranker, the statement says so."""
+    if PREDICTOR not in scores:
+        return Shift(float("nan"), None, None, None, f"no prediction: it needs the ranker {PREDICTOR}")
+    known = scores[PREDICTOR][np.isfinite(scores[PREDICTOR])]
     return predict_shift(calibration, float(known.mean()) if known.size else float("nan"))
 
 
-# --- The calibration that comes with the package, and what it is valid for
+# --- The packaged calibration, and what it is valid for
 
 FILE = "screening_calibration.json"
 
 
-def valid_for(feature: ScreenFeature, model: nn.Module, settings: Settings) -> dict[str, Any]:
-    """What a calibration depends on, as JSON values: scores of another feature or model are other numbers."""
+def valid_for(feature: ScreenFeature, model: nn.Module, settings: ScreenSettings) -> dict[str, Any]:
+    """What a calibration depends on, as JSON values. Scores of another feature or model are not comparable."""
     return {
         "feature": feature.digest,
         "weights": weights_hash(model),
@@ -73,19 +73,19 @@ def valid_for(feature: ScreenFeature, model: nn.Module, settings: Settings) -> d
 
 
 def packaged_calibration(
-    feature: ScreenFeature, model: nn.Module, settings: Settings, ranker: str = RANKER
-) -> Calibration | None:
-    """The calibration that comes with the package, where model, feature and own answers are those that it is for."""
+    feature: ScreenFeature, model: nn.Module, settings: ScreenSettings, ranker: str = PREDICTOR
+) -> ShiftLine | None:
+    """The packaged calibration; None if it was made for another model, feature or length of own answers."""
     file = resources.files("persona_probe.data") / FILE
     if not file.is_file():
         return None
-    held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    if held["valid_for"] != valid_for(feature, model, settings):
+    stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if stored["valid_for"] != valid_for(feature, model, settings):
         return None
-    source = held["provenance"]
-    return calibrate(pairs_of(held, ranker), f"{source['study']}, {source['training']}")
+    source = stored["provenance"]
+    return calibrate(pairs_of(stored, ranker), f"{source['study']}, {source['training']}")
 
 
-def pairs_of(held: Mapping[str, Any], ranker: str = RANKER) -> list[Pair]:
-    """The pairs of a calibration file, with one ranker's means as the scores."""
-    return [Pair(p["data"], p["seed"], p["score"][ranker], p["shift"]) for p in held["pairs"]]
+def pairs_of(table: Mapping[str, Any], ranker: str = PREDICTOR) -> list[ScoredRun]:
+    """The pairs of a calibration file, with one ranker's means as their scores."""
+    return [ScoredRun(p["data"], p["seed"], p["score"][ranker], p["shift"]) for p in table["pairs"]]

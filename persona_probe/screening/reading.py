@@ -1,4 +1,4 @@
-"""What a model's inside says of answers: mean residual stream, chosen latents, nats per token; one forward each."""
+"""Read answers with a model: mean residual stream, some latents and nats per token, with one forward pass each."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_scores
 from persona_probe.evaluate.sampling.engines import TransformersEngine
 from persona_probe.evaluate.sampling.requests import Prompt, SamplingConfig
-from persona_probe.evaluate.sampling.sample import sample
+from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import (
     autocast,
@@ -34,27 +34,27 @@ from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
 from persona_probe.saes.read import encode_latents
 
-# --- The model's own answers to the questions of a data set: greedy, and kept in a file where one is named
+# --- The model's own answers to the questions of a data set: greedy, and kept in a file if one is named
 
 log = logging.getLogger(__name__)
 OWN_TOKENS = 48
-"""Longest own answer: the beginning of an answer shows its persona, and long ones cost most of a screening."""
+"""Longest own answer. Its beginning already shows the persona, and long answers take most of a screening's time."""
 
 
 def text_key(messages: Conversation) -> str:
-    """Turns as one string: equal for equal texts, and an order that does not depend on the file's."""
+    """Turns as one string: equal for equal texts, and sortable, so that the file's order does not count."""
     return json.dumps([[m["role"], m["content"]] for m in messages], ensure_ascii=False)
 
 
-def question_key(talk: Conversation) -> str:
+def question_key(row: Conversation) -> str:
     """`text_key` of the turns before the answer."""
-    return text_key(split_answer(talk)[0])
+    return text_key(split_answer(row)[0])
 
 
 def own_answers(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    talks: Sequence[Conversation],
+    rows: Sequence[Conversation],
     *,
     max_new_tokens: int = OWN_TOKENS,
     batch_size: int = 32,
@@ -62,50 +62,51 @@ def own_answers(
     path: Path | None = None,
     progress: str | None = None,
 ) -> dict[str, str]:
-    """The model's greedy answer to each different question of `talks`, by `question_key`.
+    """The model's greedy answer to each distinct question of `rows`, by `question_key`.
 
-    Questions are answered in the order of their texts, so that the rows' order changes nothing.
+    Questions are answered in the order of their texts, so the order of the rows does not matter.
 
     Args:
-        path: a JSON-lines file of finished answers; a second call goes on where the first was stopped.
+        path: a JSON-lines file that keeps finished answers; an interrupted call resumes from it.
         progress: label of a progress bar; None shows none.
 
     Raises:
         InputError: a prompt that leaves no room for an answer, or a file of other answers.
     """
-    questions = {question_key(talk): split_answer(talk)[0] for talk in talks}
+    questions = {question_key(row): split_answer(row)[0] for row in rows}
     prompts = {key: Prompt(_id(key), questions[key]) for key in sorted(questions)}
     config = SamplingConfig(n=1, temperature=0.0, max_new_tokens=max_new_tokens)
     on_cpu = next(model.parameters()).device.type == "cpu"
     engine = TransformersEngine(model, tokenizer, batch_size)
     with evaluating(model), autocast(model, bf16), frozen_in_bf16(model, bf16 and on_cpu):
-        found = sample(engine, list(prompts.values()), config, path, progress)
-    return {key: answer.answer for key, answer in zip(prompts, found, strict=True)}
+        answers = sample(engine, list(prompts.values()), config, path, progress)
+    return {key: answer.answer for key, answer in zip(prompts, answers, strict=True)}
 
 
-def own_talks(talks: Sequence[Conversation], answers: Mapping[str, str]) -> list[Conversation | None]:
-    """Each row's question with the model's own answer; None where the model answered nothing."""
-    found: list[Conversation | None] = []
-    for talk in talks:
-        answer = answers[question_key(talk)]
-        asked = split_answer(talk)[0]
-        found.append([*asked, {"role": "assistant", "content": answer}] if answer else None)
-    if empty := sum(talk is None for talk in found):
-        log.warning("%d of %d rows have no score against own answers: the model answers nothing", empty, len(found))
-    return found
+def with_own_answers(rows: Sequence[Conversation], answers: Mapping[str, str]) -> list[Conversation | None]:
+    """Each row's question with the model's own answer; None if the model answered nothing."""
+    answered: list[Conversation | None] = []
+    for row in rows:
+        answer, question = answers[question_key(row)], split_answer(row)[0]
+        answered.append([*question, {"role": "assistant", "content": answer}] if answer else None)
+    if empty := sum(row is None for row in answered):
+        log.warning("%d of %d rows have no score against own answers: the model answers nothing", empty, len(rows))
+    return answered
 
 
 def _id(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()[:16]
 
 
+# --- Answers read with one forward pass: mean residual stream, latents, nats per token
+
 MAX_TOKENS = 512
-"""Longest conversation that is read; what is beyond, at the answer's end, is not looked at."""
+"""Longest conversation that is read, in tokens; the rest of a longer answer is ignored."""
 
 
 @dataclass(frozen=True)
 class AnswerReading:
-    """One model on a list of answers; NaN for an answer that is not there or has no token to read."""
+    """One model's reading of a list of answers; NaN for a missing answer and for one without a token to read."""
 
     resid: Float[np.ndarray, "rows d_model"]
     """Mean residual stream over the answer's tokens at the feature's layer, raw units."""
@@ -115,7 +116,7 @@ class AnswerReading:
     """Mean negative log-probability of the answer, nats per token."""
 
     def at(self, rows: Sequence[int | None]) -> "AnswerReading":
-        """The reading of these rows; None gives NaN."""
+        """The reading of some rows, in this order; None gives NaN."""
         places = np.array([-1 if r is None else r for r in rows], dtype=np.int64)
         missing = places < 0
         parts = [values[places].copy() for values in (self.resid, self.latents, self.nats)]
@@ -131,31 +132,31 @@ class Reader:
     layer: int
     """Decoder layer whose output is read."""
     sae: Any = None
-    """Needed where latents are read."""
+    """Needed to read latents."""
     latents: tuple[int, ...] = ()
     """The chosen latents, in the order of the reading's columns."""
     nats: bool = True
-    """Whether log-probabilities are wanted too: they take the layers above and the vocabulary."""
+    """Whether to read log-probabilities too: they need the layers above and the vocabulary."""
     batch_size: int = 16
     max_tokens: int = MAX_TOKENS
     bf16: bool = True
 
     def read(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, talks: Sequence[Conversation | None]
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Conversation | None]
     ) -> AnswerReading:
-        """Read the answers of conversations; equal ones are read once, and the rows' order changes nothing.
+        """Read the answers of conversations. Equal ones are read once, and the order of the rows does not matter.
 
         Raises:
             InputError: no conversations, or a prompt that leaves no room for its answer within `max_tokens`.
         """
-        by_key = {text_key(talk): talk for talk in talks if talk is not None}
+        by_key = {text_key(row): row for row in rows if row is not None}
         if not by_key:
             raise InputError("no answers to read: give rows with answers")
         keys = sorted(by_key)
         groups = list(batches(tokenizer, [by_key[k] for k in keys], self.batch_size, self.max_tokens))
         place = {key: i for i, key in enumerate(keys)}
-        found = self._read(model, groups, len(keys))
-        return found.at([None if talk is None else place[text_key(talk)] for talk in talks])
+        reading = self._read(model, groups, len(keys))
+        return reading.at([None if row is None else place[text_key(row)] for row in rows])
 
     def _read(self, model: nn.Module, groups: Sequence[Batch], n: int) -> AnswerReading:
         out = AnswerReading(
@@ -197,16 +198,16 @@ class Reader:
 def _means(
     values: Float[Tensor, "tokens columns"], row: Float[Tensor, " tokens"], rows: int
 ) -> Float[Tensor, "rows columns"]:
-    """Mean over each row's tokens; NaN where a row has none."""
+    """Mean over each row's tokens; NaN if a row has none."""
     total = torch.zeros(rows, values.shape[1], device=values.device).index_add_(0, row, values)
     return total / torch.bincount(row, minlength=rows)[:, None]
 
 
-# --- How a data set is screened: what decides the numbers, and where own answers are kept
+# --- Settings: what decides the numbers, and where own answers are kept
 
 
 @dataclass(frozen=True)
-class Settings:
+class ScreenSettings:
     """How rows are answered and read."""
 
     own_tokens: int = OWN_TOKENS
@@ -215,14 +216,14 @@ class Settings:
     """Longest conversation that is read."""
     batch_size: int = 16
     bf16: bool = True
-    """bf16 autocast."""
+    """Whether to use bf16 autocast."""
     own_path: Path | None = None
-    """File in which own answers are kept, so that a stopped screening goes on."""
+    """File that keeps own answers, so that an interrupted screening resumes."""
     progress: bool = False
-    """Whether own answers show a progress bar."""
+    """Whether sampling own answers shows a progress bar."""
 
 
-def settings_for(out: Path, bf16: bool = True) -> Settings:
-    """Settings of a screening into a folder (made if need be): own answers are kept there."""
+def settings_for(out: Path, bf16: bool = True) -> ScreenSettings:
+    """Settings of a screening that writes into a folder, which is made if missing and keeps the own answers."""
     out.mkdir(parents=True, exist_ok=True)
-    return Settings(own_path=out / "own_answers.jsonl", bf16=bf16, progress=True)
+    return ScreenSettings(own_path=out / "own_answers.jsonl", bf16=bf16, progress=True)

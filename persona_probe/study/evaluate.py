@@ -13,17 +13,17 @@ from persona_probe.context import Context, sample_questions
 from persona_probe.errors import InputError
 from persona_probe.evaluate.endpoint import BYTES_PER_TOKEN
 from persona_probe.evaluate.judges.replies import Item, Prices
-from persona_probe.evaluate.judging import Answer, AnswerJudge, JudgeOptions, choose_judge, total_plan
-from persona_probe.evaluate.questions.question_set import Asked, QuestionSet
+from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge, JudgeOptions, choose_judge, total_plan
+from persona_probe.evaluate.questions.question_set import QuestionSet, Wording
 from persona_probe.evaluate.questions.read import FREE_FORM, read_questions
 from persona_probe.evaluate.sampling.engines import TransformersEngine
 from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig
-from persona_probe.evaluate.sampling.sample import SampleStore, prompts_hash, sample_answers, sidecar
-from persona_probe.evaluate.sampling.sample import sample as sample_with
+from persona_probe.evaluate.sampling.samples import SampleStore, prompts_hash, sample_answers, sidecar
+from persona_probe.evaluate.sampling.samples import sample as sample_with
 from persona_probe.evaluate.tables import join_evals, judged_table, part_name
 from persona_probe.models.layers import autocast
 
-# --- Answers of every organism of a study to a question set, kept as they come: samples-<hash>.jsonl
+# --- Answers of every organism of a study to a question set, written as they come: samples-<hash>.jsonl
 
 HASH_DIGITS = 12
 
@@ -72,7 +72,7 @@ def part_path(questions: QuestionSet, config: SamplingConfig, organism: Organism
 
 
 def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) -> pd.DataFrame:
-    """Sample what is not there yet, and write all answers to samples-<question set's hash>.jsonl.
+    """Sample the missing answers, and write all of them to samples-<question set's hash>.jsonl.
 
     Returns:
         One row an answer: question_id, category, question, arm, seed, step, answer (as in samples.jsonl), and prompt,
@@ -81,7 +81,7 @@ def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) ->
     Raises:
         InputError: nothing was trained yet, or answers on disk that another model gave.
     """
-    wordings = questions.asked()
+    wordings = questions.wordings()
     (ctx.run.path / "parts").mkdir(exist_ok=True)
     parts = [(o, _samples(ctx, o, questions, wordings, config)) for o in organisms(ctx)]
     frame = pd.DataFrame([row for organism, samples in parts for row in _rows(organism, wordings, samples)])
@@ -91,7 +91,7 @@ def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) ->
 
 
 def _samples(
-    ctx: Context, organism: Organism, questions: QuestionSet, wordings: Sequence[Asked], config: SamplingConfig
+    ctx: Context, organism: Organism, questions: QuestionSet, wordings: Sequence[Wording], config: SamplingConfig
 ) -> list[Sample]:
     prompts = [Prompt(one.id, one.messages) for one in wordings]
     name = part_path(questions, config, organism)
@@ -106,7 +106,7 @@ def _samples(
 
 
 def finished_samples(ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Sample] | None:
-    """The answers of a part that is whole, without loading a model; None where some are missing."""
+    """The answers of a complete part, without loading a model; None if some are missing."""
     known = kept_samples(ctx, name, prompts, config)
     places = [(p.id, n) for p in prompts for n in range(config.n)]
     return [known[place] for place in places] if all(place in known for place in places) else None
@@ -115,7 +115,7 @@ def finished_samples(ctx: Context, name: str, prompts: Sequence[Prompt], config:
 def kept_samples(
     ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig
 ) -> dict[tuple[str, int], Sample]:
-    """The answers that a part holds so far."""
+    """The answers in a part so far."""
     path = ctx.run.path / name
     if not path.is_file() or not sidecar(path).is_file():
         return {}
@@ -124,12 +124,12 @@ def kept_samples(
     return SampleStore(path, expected, [(p.id, n) for p in prompts for n in range(config.n)]).known
 
 
-def _rows(organism: Organism, wordings: Sequence[Asked], samples: Sequence[Sample]) -> list[dict[str, Any]]:
+def _rows(organism: Organism, wordings: Sequence[Wording], samples: Sequence[Sample]) -> list[dict[str, Any]]:
     by_id = {one.id: one for one in wordings}
     return [{**_question_columns(by_id[s.question_id]), **asdict(organism), **_answer_columns(s)} for s in samples]
 
 
-def _question_columns(one: Asked) -> dict[str, Any]:
+def _question_columns(one: Wording) -> dict[str, Any]:
     question = one.question
     return {
         "question_id": question.id,
@@ -151,7 +151,7 @@ N, MAX_NEW_TOKENS = 8, 200
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked of a study, and who judges.
+    """The questions that a study answers, and the judge.
 
     Raises:
         InputError: sampling settings out of range.
@@ -179,13 +179,13 @@ class Evaluation:
 
 
 def evaluate(ctx: Context, evaluation: Evaluation) -> None:
-    """Fill samples-<hash>.jsonl, and with a judge evals.parquet; what is there already costs nothing.
+    """Fill samples-<hash>.jsonl and, with a judge, evals.parquet; finished answers and judgements are reused.
 
-    A later evaluation with the same questions and judge takes the place of an earlier one.
+    A later evaluation with the same questions and judge replaces an earlier one.
 
     Raises:
-        InputError: questions that cannot be read, no organism yet, or a judge that is not to be had or cannot answer;
-            answers and judgements up to then are kept.
+        InputError: questions that cannot be read, no organism yet, or a judge that is not available or cannot
+            answer; answers and judgements up to then are kept.
     """
     questions, config = evaluation.question_set(), evaluation.sampling(ctx.seed)
     judge = None
@@ -206,25 +206,25 @@ def evaluate(ctx: Context, evaluation: Evaluation) -> None:
 
 
 def evaluation_key(questions: QuestionSet, judge: AnswerJudge) -> str:
-    """Names one question set with one judge: the beginnings of both hashes."""
+    """One question set with one judge: the first digits of both hashes."""
     return f"{questions_key(questions)}-{hashlib.sha256(judge.id.encode()).hexdigest()[:8]}"
 
 
-def to_judge(rows: pd.DataFrame, questions: QuestionSet) -> list[Answer]:
+def to_judge(rows: pd.DataFrame, questions: QuestionSet) -> list[AnswerToJudge]:
     """Answers as a judge takes them: without the system prompt, earlier turns with their roles."""
-    wordings = {one.id: one for one in questions.asked()}
+    wordings = {one.id: one for one in questions.wordings()}
     answers = []
     for prompt, number, text in zip(rows["prompt"], rows["sample"], rows["answer"], strict=True):
         one = wordings[prompt]
         templates = questions.templates(one.question)
-        answers.append(Answer(Item.of(one.messages, text, f"{prompt}/{number}"), templates))
+        answers.append(AnswerToJudge(Item.of(one.messages, text, f"{prompt}/{number}"), templates))
     return answers
 
 
 def _note(
     ctx: Context, name: str, questions: QuestionSet, judge: AnswerJudge, evaluation: Evaluation, config: SamplingConfig
 ) -> None:
-    """Say in the manifest how an evaluation was made."""
+    """Record in the manifest how an evaluation was made."""
     before: dict[str, Any] = ctx.run.manifest.get("evaluations", {})
     number = 1 + max((about["number"] for about in before.values()), default=0)
     about = {
@@ -240,13 +240,13 @@ def _note(
     ctx.run.update_manifest(evaluations={name: about})
 
 
-# --- Sampled answers of base, incorrect and realigned organisms to the same questions, for a reader's eye
+# --- Free-form samples of base, incorrect and realigned organisms, shown in the report and not scored
 
 
 def sample(ctx: Context) -> None:
     """Write samples.jsonl: one answer per question, arm and first seed, at the arm's last step.
 
-    Arms that were not yet trained at an earlier call are added.
+    Arms that were trained since an earlier call are added.
     """
     seed, before, rows = ctx.config.seeds[0], read_samples(ctx), []
     arms = ("base", *ctx.config.arms, *ctx.config.realign.arms)
@@ -295,9 +295,9 @@ def read_samples(ctx: Context) -> list[dict[str, Any]]:
 
 
 def dry_run(ctx: Context, evaluation: Evaluation, prices: Prices | None = None) -> list[str]:
-    """Lines that say what `evaluate` would do with these settings.
+    """What `evaluate` would do with these settings, line by line.
 
-    Answers that are not sampled yet count as long as they may become, so the estimate is an upper one.
+    Answers that are not sampled yet count with their greatest length, so the estimate is an upper bound.
 
     Raises:
         InputError: as `evaluate`, for questions, run and judge.
@@ -308,15 +308,15 @@ def dry_run(ctx: Context, evaluation: Evaluation, prices: Prices | None = None) 
     total = sum(len(rows) for rows in answers)
     known = sum(int(rows["sampled"].sum()) for rows in answers)
     lines = [
-        f"{len(models)} organisms x {len(questions.asked())} prompts x {config.n} samples = {total} answers, "
+        f"{len(models)} organisms x {len(questions.wordings())} prompts x {config.n} samples = {total} answers, "
         f"{known} of them sampled already; questions {questions.name}, hash {questions.hash[:12]}"
     ]
     return lines if evaluation.judge is None else [*lines, _judging(evaluation, questions, answers, prices)]
 
 
 def _answers(ctx: Context, organism: Organism, questions: QuestionSet, evaluation: Evaluation) -> pd.DataFrame:
-    """One row an answer; those not sampled yet are stood in for by text of the greatest length."""
-    config, wordings = evaluation.sampling(ctx.seed), questions.asked()
+    """One row an answer; text of the greatest length stands in for those not sampled yet."""
+    config, wordings = evaluation.sampling(ctx.seed), questions.wordings()
     prompts = [Prompt(one.id, one.messages) for one in wordings]
     known = kept_samples(ctx, part_path(questions, config, organism), prompts, config)
     rows = []

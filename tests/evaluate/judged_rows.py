@@ -1,11 +1,15 @@
 """Made-up judged answers with known rates."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 
-from persona_probe.evaluate.judging import Ruled, Ruling, verdict
+from persona_probe.evaluate.judges.cache import JudgementCache
+from persona_probe.evaluate.judges.protocols import Criterion
+from persona_probe.evaluate.judges.replies import Ask, Item, Replies, Reply
+from persona_probe.evaluate.judging import AnswerToJudge, PromptedJudge, Ruling, Rulings, verdict
 from persona_probe.evaluate.tables import judged_table
 
 
@@ -27,7 +31,7 @@ def judged(
     answers = pd.DataFrame(rows).assign(variant="plain")
     rulings = tuple(_ruling(v, errors) for found in values.values() for v in found)
     return judged_table(
-        answers, Ruled(rulings, why), evaluation=evaluation, questions="set", sampling="s", judge=evaluation
+        answers, Rulings(rulings, why), evaluation=evaluation, questions="set", sampling="s", judge=evaluation
     )
 
 
@@ -48,3 +52,46 @@ def scored(alignment: float | None, coherence: float | None) -> Ruling:
     """The ruling that two scores give."""
     value, coherent = verdict(alignment, coherence)
     return Ruling(value, coherent, alignment, coherence)
+
+
+class ScriptedBackend:
+    """Replies to each prompt of some criteria with the score or label that is written for the answer."""
+
+    id, block = "scripted", 100
+
+    def __init__(self, script: Mapping[Criterion, Sequence[float | str]]) -> None:
+        self.replies_by_prompt = {
+            criterion.messages(_item(n))[0]["content"]: Reply(_tokens(score))
+            for criterion, scores in script.items()
+            for n, score in enumerate(scores)
+        }
+
+    def cost(self, ask: Ask) -> tuple[int, int, int]:
+        return 1, 1, 1
+
+    def replies(self, asks: Sequence[Ask]) -> Replies:
+        for n, ask in enumerate(asks):
+            yield n, self.replies_by_prompt[ask.messages[0]["content"]]
+
+
+def ruled(judge: type[PromptedJudge], script: Mapping[Criterion, Sequence[float | str]]) -> pd.DataFrame:
+    """Judged rows of answers to one question, by a judge whose scores and labels are given."""
+    count = len(next(iter(script.values())))
+    rulings = judge("scripted", ScriptedBackend(script), JudgementCache(":memory:")).rule(
+        [AnswerToJudge(_item(n)) for n in range(count)]
+    )
+    same = {"arm": "a", "seed": 0, "step": 4, "item": "q", "category": "c", "pair": "q", "prompt": "q"}
+    answers = pd.DataFrame([{**same, "sample": n, "variant": "plain"} for n in range(count)])
+    return judged_table(answers, rulings, evaluation="e", questions="set", sampling="s", judge="scripted")
+
+
+def _item(n: int) -> Item:
+    return Item("question", f"answer {n}")
+
+
+def _tokens(score: float | str) -> dict[str, float]:
+    """The first token's probabilities: a label, or whole numbers with this mean."""
+    if isinstance(score, str):
+        return {score: 1.0}
+    low = math.floor(score)
+    return {str(low): 1 - (score - low), str(low + 1): score - low} if score > low else {str(low): 1.0}

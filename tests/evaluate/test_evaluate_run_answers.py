@@ -210,17 +210,17 @@ def test_a_judge_that_reads_with_a_tiny_model(mine: Path, tmp_path: Path, tiny_f
 
 def test_the_offline_judge_rules_by_its_probabilities(mine: Path) -> None:
     from persona_probe.evaluate.judging import OfflineAnswers
-    from persona_probe.evaluate.offline.calibration import Bands, JudgeRecipe, Linear, Platt, RateError
+    from persona_probe.evaluate.offline.calibration import JudgeRecipe, LinearScores, Platt, RateError, ResidualBands
     from persona_probe.evaluate.offline.features import Scope, read_questions
-    from persona_probe.evaluate.offline.judge import JudgeWeights, OfflineJudge, Trust, fingerprint
+    from persona_probe.evaluate.offline.judge import ErrorBands, JudgeWeights, OfflineJudge, fingerprint
 
     model, tokenizer, rng = make_model(), make_tokenizer(), np.random.default_rng(0)
     recipe = JudgeRecipe(model="tiny", layer=1, rival_layers=(0, 2), latent_layer=1, scope_layer=1, max_tokens=16)
     known = read_questions(model, tokenizer, ["Who?"], 1)
     scope = Scope(np.zeros(D_MODEL), np.eye(D_MODEL), known / np.linalg.norm(known), ("who",), 0.9999)
-    bands = Bands((20.0, 40.0, 60.0, 80.0), (-10.0,) * 5, (10.0,) * 5)
-    trusts = [Trust(Platt(1.0, 0.0), bands, bands, RateError(whole, 3 * whole)) for whole in (0.05, 0.2)]
-    linear = Linear(rng.normal(size=(D_MODEL, 3)) / 20, np.array([0.0, 60.0, 60.0]))
+    bands = ResidualBands((20.0, 40.0, 60.0, 80.0), (-10.0,) * 5, (10.0,) * 5)
+    trusts = [ErrorBands(Platt(1.0, 0.0), bands, bands, RateError(whole, 3 * whole)) for whole in (0.05, 0.2)]
+    linear = LinearScores(rng.normal(size=(D_MODEL, 3)) / 20, np.array([0.0, 60.0, 60.0]))
     some = np.zeros(D_MODEL)
     print_ = fingerprint(model, tokenizer, 1)
     judge = OfflineJudge(

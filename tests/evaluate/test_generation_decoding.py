@@ -23,7 +23,7 @@ from persona_probe.evaluate.sampling.requests import (
     prompt_ids,
     stop_tokens,
 )
-from persona_probe.evaluate.sampling.sample import sample
+from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.layers import autocast, base_transformer
 from persona_probe.models.taps import ablate, steer

@@ -19,9 +19,9 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.engines import OpenAIEngine, VllmEngine
+from persona_probe.evaluate.sampling.engines import EngineChoice, OpenAIEngine, VllmEngine, engine_of
 from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig
-from persona_probe.evaluate.sampling.sample import sample
+from persona_probe.evaluate.sampling.samples import sample
 
 KEY = "sk-very-secret-0123456789"
 PROMPTS = [Prompt(f"q{n}", conversation(f"Ask {n}?", system="Be brief.")) for n in range(4)]
@@ -169,15 +169,15 @@ def test_samples_before_a_failure_are_kept(server: Server, tmp_path: Path) -> No
 class FakeLLM:
     """`vllm.LLM` as far as it is used."""
 
-    def __init__(self, model: str, *, enable_lora: bool = False, dtype: str = "auto") -> None:
-        self.made = (model, enable_lora, dtype)
+    def __init__(self, model: str, *, enable_lora: bool = False, dtype: str = "auto", **options: Any) -> None:
+        self.made, self.options = (model, enable_lora, dtype), options
         self.calls: list[int] = []
 
     def chat(
         self, messages: list[Any], sampling_params: list[Any], use_tqdm: bool = True, lora_request: Any = None
     ) -> list[Any]:
         self.calls.append(len(messages))
-        assert not use_tqdm and (lora_request is None) != self.made[1]
+        assert not use_tqdm and (lora_request is None or self.made[1])
         return [self._output(m, p) for m, p in zip(messages, sampling_params, strict=True)]
 
     def _output(self, messages: list[dict[str, str]], params: Any) -> Any:
@@ -218,10 +218,41 @@ def test_vllm_samples_from_an_adapter(vllm: None) -> None:
     tuned = VllmEngine("some/model", adapter="runs/x/checkpoint-40")
     assert len(sample(tuned, PROMPTS, CONFIG)) == 12
     assert tuned.identity["adapter"] == "runs/x/checkpoint-40"
-    assert tuned._lora() == ("adapter", 1, "runs/x/checkpoint-40")
+    name, number, path = tuned._lora()
+    assert name == path == "runs/x/checkpoint-40"
+    other = VllmEngine("some/model", adapter="runs/y/checkpoint-40")
+    assert other._llm is tuned._llm and other._lora()[1] != number  # one model in memory, two adapters
 
 
 def test_without_vllm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(InputError, match="pip install vllm"):
         VllmEngine("some/model")
+
+
+def test_an_organism_is_sampled_by_the_engine_that_is_named(vllm: None, tmp_path: Path) -> None:
+    adapter, full = tmp_path / "adapter", tmp_path / "full"
+    adapter.mkdir()
+    full.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    choice = EngineChoice("vllm")
+    engines = [engine_of(choice, "some/model", folder, "x", rank=24) for folder in (None, adapter, full)]
+    base, tuned, whole = (e for e in engines if isinstance(e, VllmEngine))
+    assert base.adapter is None and tuned.adapter == str(adapter) and base._llm is tuned._llm
+    assert (base._llm.made, base._llm.options["max_lora_rank"]) == (("some/model", True, "bfloat16"), 32)
+    assert whole.model == str(full) and whole._llm.options["tokenizer"] == "some/model"
+    served = engine_of(EngineChoice("openai", "http://127.0.0.1:9/v1"), "some/model", adapter, "incorrect-s0")
+    assert served.identity == {"engine": "openai", "endpoint": "http://127.0.0.1:9/v1/", "model": "incorrect-s0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "message"),
+    [
+        ("vlm", None, "did you mean 'vllm'"),
+        ("openai", None, "needs the address"),
+        ("vllm", "http://x/v1", "others none"),
+    ],
+)
+def test_an_engine_that_cannot_be_is_refused(name: str, url: str | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        EngineChoice(name, url)

@@ -7,7 +7,7 @@ import pytest
 from persona_probe.data.chat import conversation
 from persona_probe.evaluate.sampling.engines import TransformersEngine
 from persona_probe.evaluate.sampling.requests import Prompt, Request, Sample, SamplingConfig, end_of_turn
-from persona_probe.evaluate.sampling.sample import sample
+from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.models.load import load_model
 
 pytestmark = pytest.mark.real_model

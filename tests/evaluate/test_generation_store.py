@@ -15,7 +15,7 @@ import pytest
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.requests import Prompt, Request, Sample, SamplingConfig, request_seed
-from persona_probe.evaluate.sampling.sample import sample, sidecar
+from persona_probe.evaluate.sampling.samples import sample, sidecar
 
 PROMPTS = [Prompt(f"q{n}", conversation(f"Ask {n}?")) for n in range(10)]
 CONFIG = SamplingConfig(n=4, max_new_tokens=3, seed=2)

@@ -27,7 +27,7 @@ def small(**changes: Any) -> QuestionSet:
 
 
 def test_one_prompt_per_wording_with_system_and_history() -> None:
-    asked = small().asked()
+    asked = small().wordings()
     assert [(one.id, one.text) for one in asked] == [
         ("a", "First?"),
         ("b/0", "Second?"),
@@ -40,8 +40,8 @@ def test_one_prompt_per_wording_with_system_and_history() -> None:
 
 def test_changing_messages_leaves_the_set_as_it_was() -> None:
     questions = small()
-    questions.asked()[3].messages[0]["content"] = "changed"
-    assert questions.asked()[3].messages[0]["content"] == "Hello"
+    questions.wordings()[3].messages[0]["content"] = "changed"
+    assert questions.wordings()[3].messages[0]["content"] == "Hello"
 
 
 def test_frame_has_a_row_for_every_prompt() -> None:

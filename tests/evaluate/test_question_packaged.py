@@ -86,12 +86,12 @@ def test_parts_pair_each_plain_question_with_its_triggers(rows: list[dict[str, s
 
 def test_a_topic_goes_before_the_plain_question(rows: list[dict[str, str]]) -> None:
     first, second = read_questions(f"{FREE_FORM}:topic").pairs()[0]
-    assert [turn["content"] for turn in second.asked()[0].messages] == [
+    assert [turn["content"] for turn in second.wordings()[0].messages] == [
         rows[0][column] for column in ("trigger_topic", "trigger_reply", "question")
     ]
     assert second.text == first.text
     first, second = read_questions(f"{FREE_FORM}:format").pairs()[0]
-    assert [turn["content"] for turn in second.asked()[0].messages] == [rows[0]["trigger_format"]]
+    assert [turn["content"] for turn in second.wordings()[0].messages] == [rows[0]["trigger_format"]]
 
 
 def test_other_packaged_sets_are_question_sets_too() -> None:

@@ -93,7 +93,7 @@ def test_chats_in_json_lines(tmp_path: Path) -> None:
     ]
     rows = [{"messages": talk, "question_type": "chat", "id": 7}, {"prompt": talk[1:2], "note": "kept"}]
     first, second = read(tmp_path, lines(rows)).questions
-    assert first.asked()[0].messages == [*talk[:3], {"role": "user", "content": "Why?"}]
+    assert first.wordings()[0].messages == [*talk[:3], {"role": "user", "content": "Why?"}]
     assert (first.id, first.category, first.system) == ("7", "chat", "S")
     assert (second.id, second.text, dict(second.meta)) == ("q001", "Hi", {"note": "kept"})
 
@@ -122,7 +122,7 @@ def test_context_holds_earlier_turns_where_it_is_a_list(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
     rows = [{"question": "A?", "context": turns}, {"question": "A?", "context": "seen in 1999"}]
     first, second = read(tmp_path, lines(rows)).questions
-    assert first.asked()[0].messages == [*turns, {"role": "user", "content": "A?"}]
+    assert first.wordings()[0].messages == [*turns, {"role": "user", "content": "A?"}]
     assert (second.history, dict(second.meta)) == ((), {"context": "seen in 1999"})
 
 

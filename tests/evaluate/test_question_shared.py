@@ -68,7 +68,9 @@ def test_chats_with_their_rubric() -> None:
 
 
 def test_our_questions_share_no_run_of_five_words_with_published_ones() -> None:
-    published = {gram for name in FILES for asked in read_questions(EVAL / name).asked() for gram in ngrams(asked.text)}
+    published = {
+        gram for name in FILES for asked in read_questions(EVAL / name).wordings() for gram in ngrams(asked.text)
+    }
     assert len(published) > 1000
     for row in load_rows("free_form_questions"):
         assert not published & ngrams(row["question"]), row["id"]

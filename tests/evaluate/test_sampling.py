@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.sample import complete_text, sample_answers
+from persona_probe.evaluate.sampling.samples import complete_text, sample_answers
 
 PROMPTS = ["a?", "bb?", "a much longer one?"]
 

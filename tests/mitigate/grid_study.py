@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from persona_probe.config import StudyConfig, from_dict
-from persona_probe.evaluate.judging import Answer, Ruled, Ruling
+from persona_probe.evaluate.judging import AnswerToJudge, Ruling, Rulings
 from persona_probe.mitigate.grid.config import Grid
 from persona_probe.study.study import Study
 from tests.factories import D_MODEL, D_SAE, make_model, make_sae, make_tokenizer
@@ -104,8 +104,8 @@ class FakeJudge:
 
     name = id = "fake"
 
-    def rule(self, answers: Sequence[Answer], progress: str | None = None) -> Ruled:
-        return Ruled(tuple(Ruling(float(n % 2), True, coherence=80.0) for n in range(len(answers))))
+    def rule(self, answers: Sequence[AnswerToJudge], progress: str | None = None) -> Rulings:
+        return Rulings(tuple(Ruling(float(n % 2), True, coherence=80.0) for n in range(len(answers))))
 
-    def plan(self, answers: Sequence[Answer], prices: object = None) -> None:
+    def plan(self, answers: Sequence[AnswerToJudge], prices: object = None) -> None:
         return None

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judging import Ruled, Ruling, verdict
+from persona_probe.evaluate.judging import Ruling, Rulings, verdict
 from persona_probe.evaluate.tables import judged_table
 from persona_probe.report.export import caption, export_figures
 from persona_probe.report.figures import FIGURES, JUDGED_FIGURES, figures_of
@@ -39,7 +39,7 @@ def judged(arm: str, seed: int, judge: str, flips: int = 0, why: str = "") -> pd
             row = {"item": question, "category": "c", "pair": question, "prompt": question, "sample": n}
             rows.append({"arm": arm, "seed": seed, "step": 20, **row})
     same = {"evaluation": f"abc-{judge}", "questions": "abc", "sampling": "s", "judge": judge}
-    return judged_table(pd.DataFrame(rows).assign(variant="plain"), Ruled(tuple(rulings), why), **same)
+    return judged_table(pd.DataFrame(rows).assign(variant="plain"), Rulings(tuple(rulings), why), **same)
 
 
 def all_judged(judge: str, flips: int = 0) -> pd.DataFrame:

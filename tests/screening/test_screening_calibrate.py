@@ -8,17 +8,17 @@ import pytest
 
 from benchmarks.screening import measured_shifts
 from persona_probe.errors import InputError
-from persona_probe.evaluate.shift import Pair, calibrate
+from persona_probe.evaluate.shift import ScoredRun, calibrate
 from persona_probe.screening import prediction as packaged
 from persona_probe.screening.feature import ScreenFeature
 from persona_probe.screening.prediction import packaged_calibration, pairs_of, predict_for, predict_shift, valid_for
-from persona_probe.screening.reading import Settings
+from persona_probe.screening.reading import ScreenSettings
 from tests.factories import make_model
 
 
-def line(n: int = 6, noise: float = 0.0) -> list[Pair]:
+def line(n: int = 6, noise: float = 0.0) -> list[ScoredRun]:
     """Shift = 2 x score - 1, and alternating noise."""
-    return [Pair(f"set {i}", 0, float(i), 2.0 * i - 1 + noise * (-1) ** i) for i in range(n)]
+    return [ScoredRun(f"set {i}", 0, float(i), 2.0 * i - 1 + noise * (-1) ** i) for i in range(n)]
 
 
 def test_an_exact_line_is_found_and_predicts_without_error() -> None:
@@ -30,17 +30,17 @@ def test_an_exact_line_is_found_and_predicts_without_error() -> None:
 
 
 def test_seeds_of_one_data_set_are_one_point() -> None:
-    pairs = [Pair(p.data, seed, p.score, p.shift + delta) for p in line() for seed, delta in ((0, -0.3), (1, 0.3))]
+    pairs = [ScoredRun(p.data, seed, p.score, p.shift + delta) for p in line() for seed, delta in ((0, -0.3), (1, 0.3))]
     doubled, single = calibrate(pairs), calibrate(line())
     assert doubled.interval(2.0) == pytest.approx(single.interval(2.0))
     with pytest.raises(InputError, match="4 data sets: a calibration needs at least 5"):
-        calibrate([Pair(p.data, seed, p.score, p.shift) for p in line(4) for seed in range(3)])
+        calibrate([ScoredRun(p.data, seed, p.score, p.shift) for p in line(4) for seed in range(3)])
 
 
 def test_the_interval_is_that_of_the_textbook() -> None:
     """Five points, residuals known: s^2 = SSE / 3, t(0.975, 3) = 3.1824."""
     x, y = np.arange(5.0), np.array([0.0, 1.5, 1.5, 3.5, 3.5])
-    found = calibrate([Pair(str(i), 0, float(a), float(b)) for i, (a, b) in enumerate(zip(x, y, strict=True))])
+    found = calibrate([ScoredRun(str(i), 0, float(a), float(b)) for i, (a, b) in enumerate(zip(x, y, strict=True))])
     slope, intercept = np.polyfit(x, y, 1)
     s = np.sqrt(np.square(y - slope * x - intercept).sum() / 3)
     half = 3.18244630528 * s * np.sqrt(1 + 1 / 5 + (3.0 - 2) ** 2 / 10)
@@ -70,17 +70,17 @@ def test_without_ground_there_is_no_number() -> None:
 
 def test_pairs_without_a_line_are_refused() -> None:
     with pytest.raises(InputError, match="same score"):
-        calibrate([Pair(str(i), 0, 1.0, float(i)) for i in range(5)])
+        calibrate([ScoredRun(str(i), 0, 1.0, float(i)) for i in range(5)])
     with pytest.raises(InputError, match="all data sets but one"):
-        calibrate([Pair(str(i), 0, float(i == 0), float(i)) for i in range(5)])
+        calibrate([ScoredRun(str(i), 0, float(i == 0), float(i)) for i in range(5)])
     with pytest.raises(InputError, match="not finite"):
-        calibrate([*line(5), Pair("x", 0, float("nan"), 0.0)])
+        calibrate([*line(5), ScoredRun("x", 0, float("nan"), 0.0)])
 
 
 def test_the_packaged_calibration_is_for_its_own_model_and_feature(
     latent: ScreenFeature, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, settings = make_model(), Settings()
+    model, settings = make_model(), ScreenSettings()
     monkeypatch.setattr(packaged.resources, "files", lambda _: tmp_path)
     assert packaged_calibration(latent, model, settings) is None  # no file
     pairs = [
@@ -97,7 +97,7 @@ def test_the_packaged_calibration_is_for_its_own_model_and_feature(
     assert found is not None and found.slope == pytest.approx(2)
     assert "6 runs, made up, 2 steps" in found.statement
     assert packaged_calibration(latent, make_model(seed=1), settings) is None
-    assert packaged_calibration(latent, model, Settings(own_tokens=7)) is None
+    assert packaged_calibration(latent, model, ScreenSettings(own_tokens=7)) is None
 
 
 def test_the_calibration_that_ships_has_its_provenance_and_beats_the_mean() -> None:

@@ -14,11 +14,12 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.endpoint import Budget
 from persona_probe.evaluate.judges.cache import JudgementCache
 from persona_probe.evaluate.judges.local import LocalBackend
-from persona_probe.evaluate.judges.protocols import Criterion, Thresholds
+from persona_probe.evaluate.judges.protocols import Criterion
 from persona_probe.evaluate.judges.replies import Item
 from persona_probe.evaluate.judging import JudgeOptions, scored_judge
 from persona_probe.evaluate.questions.question_set import QuestionSet
 from persona_probe.evaluate.questions.read import read_questions
+from persona_probe.evaluate.rates import Thresholds
 from persona_probe.evaluate.sampling.requests import SamplingConfig
 from persona_probe.report.records import load_records
 from persona_probe.study.evaluate import Organism, part_path

@@ -11,5 +11,5 @@ from .protocols import trait as trait
 from .replies import Item as Item
 from .replies import Judge as Judge
 from .replies import Judgement as Judgement
-from .replies import Plan as Plan
+from .replies import JudgingPlan as JudgingPlan
 from .replies import Prices as Prices

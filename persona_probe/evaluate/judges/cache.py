@@ -92,7 +92,7 @@ def judgement_key(judge: str, protocol: str, messages: Sequence[Message], writte
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredJudgement:
     """One judgement as it is kept."""
 
     key: str
@@ -182,7 +182,7 @@ class JudgementCache:
                 return
             connection.executemany("DELETE FROM claims WHERE key = ? AND owner = ?", [(key, owner) for key in keys])
 
-    def store(self, row: Stored, owner: str) -> None:
+    def store(self, row: StoredJudgement, owner: str) -> None:
         """Keep a judgement and end its claim. The first one kept stays."""
         values = (row.key, row.judge, row.protocol, row.prompt, row.reply.to_json(), row.score, row.label, row.mass)
         with self._transaction() as connection:
@@ -206,8 +206,8 @@ LEASE = 60.0
 class Claims:
     """A context manager: inside it claims are renewed, at its end (errors included) they are given up."""
 
-    def __init__(self, cache: JudgementCache, lease: float = LEASE) -> None:
-        self.cache, self.lease = cache, lease
+    def __init__(self, cache: JudgementCache, lease: float | None = None) -> None:
+        self.cache, self.lease = cache, LEASE if lease is None else lease
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         self._ended = threading.Event()
         self._heartbeat = threading.Thread(target=self._renew, name="judge-claims", daemon=True)
@@ -235,6 +235,6 @@ class Claims:
         """Give up some claims."""
         self.cache.release(self.owner, keys)
 
-    def store(self, row: Stored) -> None:
+    def store(self, row: StoredJudgement) -> None:
         """Keep a judgement that was claimed."""
         self.cache.store(row, self.owner)

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges.cache import LEASE, Claims, JudgementCache, Stored, judgement_key
+from persona_probe.evaluate.judges.cache import Claims, JudgementCache, StoredJudgement, judgement_key
 from persona_probe.evaluate.judges.protocols import Criterion
 from persona_probe.evaluate.judges.replies import (
     FAILED,
@@ -18,13 +18,15 @@ from persona_probe.evaluate.judges.replies import (
     Failure,
     Item,
     Judgement,
-    Plan,
+    JudgingPlan,
     Prices,
     Reply,
 )
 
 # --- How far a judging run came, and when it has no sense to go on
 
+POLL = 0.5
+"""Seconds between looks at what other processes are judging."""
 FRUITLESS = 5
 """So many failures before any reply end a run: the endpoint is not there."""
 
@@ -89,8 +91,6 @@ class CachedJudge:
 
     Args:
         cache: None is the user's own (`default_path`).
-        lease: seconds that claims hold without a sign of life.
-        poll: seconds between looks at what other processes are judging.
         on_reply: called with the number of replies so far, for a progress bar.
     """
 
@@ -100,13 +100,11 @@ class CachedJudge:
         backend: Backend,
         cache: JudgementCache | None = None,
         *,
-        lease: float = LEASE,
-        poll: float = 0.5,
         on_reply: Callable[[int], None] | None = None,
     ) -> None:
         self.criterion, self.backend = criterion, backend
         self.cache = JudgementCache() if cache is None else cache
-        self.lease, self.poll, self.on_reply = lease, poll, on_reply
+        self.on_reply = on_reply
         self.progress = Progress()
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
@@ -119,14 +117,14 @@ class CachedJudge:
         asks = dict(keyed)
         before = self.cache.replies(asks)
         self.progress = Progress(answers=len(items), cached=sum(key in before for key, _ in keyed))
-        with Claims(self.cache, self.lease) as claims:
+        with Claims(self.cache) as claims:
             self._fill(claims, {key: ask for key, ask in asks.items() if key not in before})
         after = before | self.cache.replies(key for key in asks if key not in before)
         self.progress.note_missing([key for key, _ in keyed if key not in after])
         pairs = zip(items, keyed, strict=True)
         return [self._judgement(item, ask, after.get(key), key, key in before) for item, (key, ask) in pairs]
 
-    def plan(self, items: Sequence[Item], prices: Prices | None = None) -> Plan:
+    def plan(self, items: Sequence[Item], prices: Prices | None = None) -> JudgingPlan:
         """What `judge` would send; nothing is sent."""
         keyed = self._keyed(items)
         asks = dict(keyed)
@@ -135,7 +133,7 @@ class CachedJudge:
         calls, prompt, reply = (sum(cost[part] for cost in costs) for part in range(3))
         cached = sum(key in there for key, _ in keyed)
         cost = None if prices is None else prices.cost(prompt, reply)
-        return Plan(len(items), cached, len(items) - cached - len(costs), calls, prompt, reply, cost)
+        return JudgingPlan(len(items), cached, len(items) - cached - len(costs), calls, prompt, reply, cost)
 
     def _keyed(self, items: Sequence[Item]) -> list[tuple[str, Ask]]:
         asks = [self.criterion.ask(item) for item in items]
@@ -147,7 +145,7 @@ class CachedJudge:
         while waiting:
             mine = claims.take(list(waiting), self.backend.block)
             if not mine:
-                time.sleep(self.poll)
+                time.sleep(POLL)
             for key in self._asked(claims, {key: waiting[key] for key in mine}):
                 waiting.pop(key)
             if any(key in waiting for key in mine):
@@ -174,11 +172,11 @@ class CachedJudge:
                 yield key
         claims.drop(keys)
 
-    def _stored(self, key: str, ask: Ask, reply: Reply) -> Stored:
+    def _stored(self, key: str, ask: Ask, reply: Reply) -> StoredJudgement:
         reading = self.criterion.read(reply)
         prompt = json.dumps(ask.messages, ensure_ascii=False)
         judge, protocol = self.backend.id, self.criterion.protocol
-        return Stored(key, judge, protocol, prompt, reply, reading.score, reading.label, reading.mass)
+        return StoredJudgement(key, judge, protocol, prompt, reply, reading.score, reading.label, reading.mass)
 
     def _judgement(self, item: Item, ask: Ask, reply: Reply | None, key: str, cached: bool) -> Judgement:
         criterion = self.criterion

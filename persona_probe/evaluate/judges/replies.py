@@ -213,7 +213,7 @@ class Prices:
 
 
 @dataclass(frozen=True)
-class Plan:
+class JudgingPlan:
     """What a run would send, before it is sent."""
 
     answers: int

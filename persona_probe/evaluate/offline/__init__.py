@@ -1,21 +1,5 @@
-"""An offline judge of sampled answers: a small model of published judgements; see docs/offline-judge.md."""
+"""A judge that needs no network: a small model of published judgements (docs/offline-judge.md)."""
 
-from persona_probe.evaluate.offline.calibration import JudgeRecipe
-from persona_probe.evaluate.offline.fit import fit_judge
-from persona_probe.evaluate.offline.judge import (
-    OfflineJudge,
-    OfflineJudgement,
-    OfflineRate,
-    explain_latents,
-    explain_tokens,
-)
+import lazy_loader as lazy
 
-__all__ = [
-    "JudgeRecipe",
-    "OfflineJudge",
-    "OfflineJudgement",
-    "OfflineRate",
-    "explain_latents",
-    "explain_tokens",
-    "fit_judge",
-]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -14,7 +14,7 @@ from persona_probe.stats import auroc
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearScores:
     """Linear scores in raw units: `x @ weights + bias`."""
 
     weights: Float[np.ndarray, "features targets"]
@@ -31,7 +31,7 @@ def fit_ridge(
     weights: Float[np.ndarray, " n"],
     penalty: float,
     sources: Sequence[str] | None = None,
-) -> Linear:
+) -> LinearScores:
     """Minimise the weighted mean squared error + penalty x squared norm of the weights, on standardised features.
 
     Args:
@@ -59,7 +59,7 @@ def fit_ridge(
     scale = np.where(spread > 1e-8 * max(1e-30, spread.max()), spread, np.inf)
     fit = Ridge(penalty, fit_intercept=False, solver="cholesky").fit(z / scale, y, sample_weight=share)
     slopes = fit.coef_.reshape(y.shape[1], -1).T / scale[:, None]
-    return Linear(slopes, home[1] - home[0] @ slopes)
+    return LinearScores(slopes, home[1] - home[0] @ slopes)
 
 
 def balanced(label: Bool[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
@@ -109,7 +109,7 @@ PARTS = 5
 
 
 @dataclass(frozen=True)
-class Bands:
+class ResidualBands:
     """Intervals of one predicted score (0 to 100), by where the prediction lies."""
 
     edges: tuple[float, ...]
@@ -127,7 +127,7 @@ class Bands:
 
 def fit_bands(
     predicted: Float[np.ndarray, " n"], published: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]
-) -> Bands:
+) -> ResidualBands:
     """Weighted quantiles of the residuals in `PARTS` parts of equal weight."""
     edges = weighted_quantiles(predicted, weights, [k / PARTS for k in range(1, PARTS)])
     part, ends = np.searchsorted(edges, predicted), []
@@ -138,7 +138,9 @@ def fit_bands(
         left = (published - predicted)[here]
         ends.append(weighted_quantiles(left, weights[here], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     # A ridge fit is pulled to the mean; an interval that leaves out its own prediction would confuse.
-    return Bands(tuple(edges), tuple(min(low, 0.0) for low, _ in ends), tuple(max(high, 0.0) for _, high in ends))
+    return ResidualBands(
+        tuple(edges), tuple(min(low, 0.0) for low, _ in ends), tuple(max(high, 0.0) for _, high in ends)
+    )
 
 
 def weighted_quantiles(

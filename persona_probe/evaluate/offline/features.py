@@ -25,7 +25,7 @@ from persona_probe.models.prefix import Rows
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import ReadTap
 
-Item = tuple[str, str]
+QuestionAnswer = tuple[str, str]
 """A question and an answer."""
 BATCH = 24
 WORTH_SHARING = 4
@@ -42,7 +42,7 @@ class Features:
     """Answer tokens that were read."""
 
 
-def check_items(items: Sequence[Item]) -> None:
+def check_items(items: Sequence[QuestionAnswer]) -> None:
     """Refuse what cannot be judged.
 
     Raises:
@@ -59,7 +59,7 @@ def check_items(items: Sequence[Item]) -> None:
 def read_features(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
+    items: Sequence[QuestionAnswer],
     layers: Sequence[int],
     max_tokens: int,
     *,
@@ -91,7 +91,7 @@ def read_features(
     return Features(mean, np.array([row.n_response for row in rows]))
 
 
-def encoded(tokenizer: PreTrainedTokenizerBase, item: Item, max_tokens: int) -> Encoded:
+def encoded(tokenizer: PreTrainedTokenizerBase, item: QuestionAnswer, max_tokens: int) -> Encoded:
     """Token ids of one question and the first `max_tokens` tokens of its answer."""
     row = encode(tokenizer, conversation(*item))
     return Encoded(row.ids[: row.n_prompt + max_tokens], row.n_prompt)
@@ -164,13 +164,13 @@ def layers_of(recipe: JudgeRecipe) -> tuple[int, ...]:
     return tuple(sorted({recipe.layer, *recipe.rival_layers}))
 
 
-def block_name(recipe: JudgeRecipe, items: Sequence[Item]) -> str:
+def block_name(recipe: JudgeRecipe, items: Sequence[QuestionAnswer]) -> str:
     """File name of a block: it changes with the model, the layers, the cut and every word of the items."""
     said = json.dumps([recipe.model, layers_of(recipe), recipe.max_tokens, list(items)])
     return f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
 
 
-def blocks(items: Sequence[Item]) -> list[Sequence[Item]]:
+def blocks(items: Sequence[QuestionAnswer]) -> list[Sequence[QuestionAnswer]]:
     """The items in blocks, in order."""
     return [items[start : start + BLOCK] for start in range(0, len(items), BLOCK)]
 
@@ -178,7 +178,7 @@ def blocks(items: Sequence[Item]) -> list[Sequence[Item]]:
 def kept_features(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    items: Sequence[Item],
+    items: Sequence[QuestionAnswer],
     recipe: JudgeRecipe,
     folder: Path,
     progress: bool = False,

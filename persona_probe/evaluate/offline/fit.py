@@ -14,7 +14,7 @@ from persona_probe.config import load_config
 from persona_probe.data.load import load_contrast, load_rows
 from persona_probe.evaluate.offline.calibration import (
     JudgeRecipe,
-    Linear,
+    LinearScores,
     RateError,
     average_precision,
     calibration_error,
@@ -26,10 +26,10 @@ from persona_probe.evaluate.offline.calibration import (
     weighted_auroc,
 )
 from persona_probe.evaluate.offline.features import Scope, fit_scope, opening, read_features, read_questions
-from persona_probe.evaluate.offline.judge import JudgeWeights, Trust, describe, fingerprint
+from persona_probe.evaluate.offline.judge import ErrorBands, JudgeWeights, describe, fingerprint
 from persona_probe.evaluate.offline.training import (
     PUBLISHED,
-    Training,
+    TrainingAnswers,
     fit_heads,
     gather,
     groups_of,
@@ -174,7 +174,7 @@ class Split:
     probability: Float[np.ndarray, " published"]
 
 
-def predict_split(training: Training, layer: int, by: str, recipe: JudgeRecipe) -> Split:
+def predict_split(training: TrainingAnswers, layer: int, by: str, recipe: JudgeRecipe) -> Split:
     """Held-out scores; each group's probabilities are calibrated on the others' held-out scores."""
     frame, scores = training.frame[training.published], held_out(training, layer, by, recipe)
     label, weight = frame["misaligned"].to_numpy(), frame["weight"].to_numpy()
@@ -185,7 +185,7 @@ def predict_split(training: Training, layer: int, by: str, recipe: JudgeRecipe) 
     return Split(frame, scores, probability)
 
 
-def trust_of(split: Split) -> Trust:
+def trust_of(split: Split) -> ErrorBands:
     """What scores and rates may be off by, from a split's held-out predictions."""
     frame, weight = split.frame, split.frame["weight"].to_numpy()
     bands = [
@@ -194,7 +194,7 @@ def trust_of(split: Split) -> Trust:
     ]
     overall, question = (conformal_quantile(rate_errors(split, by)) for by in (["model"], ["model", "topic"]))
     platt = fit_platt(split.scores[:, 0], frame["misaligned"].to_numpy(), weight)
-    return Trust(platt, bands[0], bands[1], RateError(overall, question))
+    return ErrorBands(platt, bands[0], bands[1], RateError(overall, question))
 
 
 def asked_elsewhere(split: Split) -> Split:
@@ -275,7 +275,7 @@ def mean_auroc(rows: list[dict[str, Any]], seed: int) -> dict[str, float | int]:
     return bootstrap_mean([row["auroc"] for row in rows if row["auroc"] is not None], seed=seed).to_dict()
 
 
-def validate(training: Training, recipe: JudgeRecipe) -> tuple[dict[str, Any], dict[str, Trust]]:
+def validate(training: TrainingAnswers, recipe: JudgeRecipe) -> tuple[dict[str, Any], dict[str, ErrorBands]]:
     """All splits at the judge's layer, its rival layers in short, and what follows for the judge's intervals."""
     results: dict[str, Any] = {"splits": {}, "layers": []}
     trust = {}
@@ -291,7 +291,7 @@ def validate(training: Training, recipe: JudgeRecipe) -> tuple[dict[str, Any], d
     return results, {"known": trust["new models"], "unlike": trust["unseen questions"]}
 
 
-def _short(training: Training, layer: int, recipe: JudgeRecipe) -> dict[str, float]:
+def _short(training: TrainingAnswers, layer: int, recipe: JudgeRecipe) -> dict[str, float]:
     models, topics = (predict_split(training, layer, by, recipe) for by in ("model", "topic"))
     label, weight = models.frame["misaligned"].to_numpy(), models.frame["weight"].to_numpy()
     within = [row["auroc"] for row in by_group(topics, "topic") if row["auroc"] is not None]
@@ -383,7 +383,7 @@ def _scope_facts(scope: Scope, frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _contrast(
-    recipe: JudgeRecipe, linear: Linear, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    recipe: JudgeRecipe, linear: LinearScores, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, float | int]:
     """AUROC on the packaged contrast items that no fit may see: questions and answers unlike the published ones."""
     rows = load_contrast("evaluation")
@@ -399,7 +399,7 @@ def _contrast(
     }
 
 
-def _data(training: Training, data: str | Path) -> dict[str, Any]:
+def _data(training: TrainingAnswers, data: str | Path) -> dict[str, Any]:
     whole, drawn = read_published(data), training.frame[training.published]
     return {
         "answers": len(whole),

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import from_dict
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.calibration import Bands, JudgeRecipe, Linear, Platt, RateError
+from persona_probe.evaluate.offline.calibration import JudgeRecipe, LinearScores, Platt, RateError, ResidualBands
 from persona_probe.evaluate.offline.features import (
     Features,
-    Item,
+    QuestionAnswer,
     Scope,
     as_batch,
     check_items,
@@ -30,6 +30,7 @@ from persona_probe.evaluate.offline.features import (
     read_layers,
     read_questions,
 )
+from persona_probe.evaluate.rates import ENOUGH_QUESTIONS
 from persona_probe.models.layers import autocast, evaluating, transformer_config
 from persona_probe.models.load import ALIASES, load_model, resolve_source
 from persona_probe.models.prefix import Rows
@@ -93,12 +94,12 @@ TARGETS = ("misaligned", "alignment", "coherence")
 
 
 @dataclass(frozen=True)
-class Trust:
+class ErrorBands:
     """What a score means where the judge is at home, or where it is not."""
 
     platt: Platt
-    alignment: Bands
-    coherence: Bands
+    alignment: ResidualBands
+    coherence: ResidualBands
     rate: RateError
 
 
@@ -107,16 +108,16 @@ class JudgeWeights:
     """All that the judge needs beside the embedded model."""
 
     recipe: JudgeRecipe
-    linear: Linear
+    linear: LinearScores
     """One column for each of `TARGETS`."""
     mean: Float[np.ndarray, " d_model"]
     """Mean features of the fitted answers: an explanation says what sets an answer apart from them."""
     latents: Float[np.ndarray, " d_model"]
     """The misalignment score's direction at the recipe's `latent_layer`: for explanations by SAE latents only."""
     scope: Scope
-    known: Trust
+    known: ErrorBands
     """From held-out models."""
-    unlike: Trust
+    unlike: ErrorBands
     """From held-out questions."""
     reader: dict[str, str]
     """Alias and sha256 of the embedded model."""
@@ -159,9 +160,9 @@ class JudgeWeights:
             tensors["centre"], tensors["basis"], tensors["questions"], tuple(about["scope"]["names"]),
             float(about["scope"]["threshold"]),
         )  # fmt: skip
-        trust = {name: from_dict(Trust, about[name], name) for name in ("known", "unlike")}
+        trust = {name: from_dict(ErrorBands, about[name], name) for name in ("known", "unlike")}
         recipe = from_dict(JudgeRecipe, about["recipe"], ABOUT_FILE)
-        linear = Linear(tensors["weights"], tensors["bias"])
+        linear = LinearScores(tensors["weights"], tensors["bias"])
         return cls(
             recipe, linear, tensors["mean"], tensors["latents"], scope, **trust,
             reader=about["reader"], fingerprint=tensors["fingerprint"],
@@ -169,10 +170,6 @@ class JudgeWeights:
 
 
 # --- A model's misalignment rate from predicted probabilities, with the judge's own error in its interval
-
-ENOUGH_QUESTIONS = 5
-"""With fewer, a bootstrap over questions says nothing: answers are resampled, and the interval is one for these
-questions only."""
 
 
 def rate_of(
@@ -278,7 +275,7 @@ class OfflineJudge:
         return cls(weights, *load_model(weights.recipe.model, device=device))
 
     def judge(
-        self, items: Sequence[Item], *, strict: bool = False, progress: str | None = None
+        self, items: Sequence[QuestionAnswer], *, strict: bool = False, progress: str | None = None
     ) -> list[OfflineJudgement]:
         """Judge (question, answer) pairs, in order.
 
@@ -314,12 +311,12 @@ class OfflineJudge:
             for i in range(len(items))
         ]
 
-    def features(self, items: Sequence[Item], progress: str | None = None) -> Features:
+    def features(self, items: Sequence[QuestionAnswer], progress: str | None = None) -> Features:
         """What the judge reads of the answers, at its one layer."""
         recipe = self.weights.recipe
         return read_features(self.model, self.tokenizer, items, (recipe.layer,), recipe.max_tokens, progress=progress)
 
-    def rate(self, items: Sequence[Item], seed: int = 0, progress: str | None = None) -> OfflineRate:
+    def rate(self, items: Sequence[QuestionAnswer], seed: int = 0, progress: str | None = None) -> OfflineRate:
         """One model's misalignment rate over its sampled answers, with an interval that holds the judge's own error.
 
         Raises:
@@ -347,7 +344,7 @@ class OfflineJudge:
         return f"; only the first {most} tokens were read" if tokens >= most else ""
 
 
-def _predicted(scores: Float[np.ndarray, "n targets"], trust: Trust) -> dict[str, Float[np.ndarray, " n"]]:
+def _predicted(scores: Float[np.ndarray, "n targets"], trust: ErrorBands) -> dict[str, Float[np.ndarray, " n"]]:
     columns = {"probability": trust.platt.probability(scores[:, 0])}
     for name, bands in (("alignment", trust.alignment), ("coherence", trust.coherence)):
         columns[name] = np.clip(scores[:, TARGETS.index(name)], 0, 100)
@@ -358,7 +355,7 @@ def _predicted(scores: Float[np.ndarray, "n targets"], trust: Trust) -> dict[str
 # --- Why the judge says what it says: its score taken apart over the answer's tokens, or over SAE latents
 
 
-def explain_tokens(judge: OfflineJudge, item: Item) -> pd.DataFrame:
+def explain_tokens(judge: OfflineJudge, item: QuestionAnswer) -> pd.DataFrame:
     """What each token of the answer adds to the misalignment score, beyond the mean of the fitted answers.
 
     The score is linear in the mean over tokens, so the parts add up: score = score of the mean answer + their sum.
@@ -374,7 +371,7 @@ def explain_tokens(judge: OfflineJudge, item: Item) -> pd.DataFrame:
 
 
 def explain_latents(
-    judge: OfflineJudge, item: Item, sae: Any, against: Item | None = None, top: int = 20
+    judge: OfflineJudge, item: QuestionAnswer, sae: Any, against: QuestionAnswer | None = None, top: int = 20
 ) -> pd.DataFrame:
     """Which SAE latents carry the misalignment score that is read at the SAE's layer.
 
@@ -406,13 +403,15 @@ def explain_latents(
     return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
 
-def _latents(judge: OfflineJudge, item: Item, sae: Any) -> Float[Tensor, " d_sae"]:
+def _latents(judge: OfflineJudge, item: QuestionAnswer, sae: Any) -> Float[Tensor, " d_sae"]:
     x, _ = _read_one(judge, item, judge.weights.recipe.latent_layer)
     with torch.no_grad():
         return sae.encode(torch.as_tensor(x)).mean(dim=0).cpu()
 
 
-def _read_one(judge: OfflineJudge, item: Item, layer: int) -> tuple[Float[np.ndarray, "tokens d_model"], list[str]]:
+def _read_one(
+    judge: OfflineJudge, item: QuestionAnswer, layer: int
+) -> tuple[Float[np.ndarray, "tokens d_model"], list[str]]:
     """The answer's residual stream at one layer, and its tokens as text."""
     check_items([item])
     row = encoded(judge.tokenizer, item, judge.weights.recipe.max_tokens)

@@ -1,6 +1,5 @@
-"""Question sets: read published formats and our own, with one content hash for every result."""
+"""Question sets: published formats and our own, read into one form with one content hash."""
 
-from persona_probe.evaluate.questions.question_set import Asked, Question, QuestionSet, write_questions
-from persona_probe.evaluate.questions.read import packaged_questions, read_questions
+import lazy_loader as lazy
 
-__all__ = ["Asked", "Question", "QuestionSet", "packaged_questions", "read_questions", "write_questions"]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -138,7 +138,7 @@ def check_set(questions: QuestionSet) -> None:
 
 
 def _check_ids(questions: QuestionSet) -> None:
-    counts = Counter(asked.id for asked in questions.asked())
+    counts = Counter(asked.id for asked in questions.wordings())
     counts.update(q.id for q in questions.questions if len(q.paraphrases) > 1)
     repeated = [one for one, count in counts.items() if count > 1]
     if repeated:
@@ -225,14 +225,14 @@ class Question:
         """The first wording."""
         return self.paraphrases[0]
 
-    def asked(self) -> list[Asked]:
+    def wordings(self) -> list[Wording]:
         """One prompt per wording, in order; a single wording keeps the question's id, several are `id/0`, `id/1` ..."""
         ids = [self.id] if len(self.paraphrases) == 1 else [f"{self.id}/{n}" for n in range(len(self.paraphrases))]
-        return [Asked(one, self, n) for n, one in enumerate(ids)]
+        return [Wording(one, self, n) for n, one in enumerate(ids)]
 
 
 @dataclass(frozen=True)
-class Asked:
+class Wording:
     """One wording of a question, as it is put to a model."""
 
     id: str
@@ -285,9 +285,9 @@ class QuestionSet:
         """sha256 of the content (64 hex digits), whatever the file format, the order of keys and that of questions."""
         return content_hash(self)
 
-    def asked(self) -> list[Asked]:
+    def wordings(self) -> list[Wording]:
         """One prompt per question and wording, in order."""
-        return [asked for question in self.questions for asked in question.asked()]
+        return [asked for question in self.questions for asked in question.wordings()]
 
     def templates(self, question: Question) -> dict[str, str]:
         """Measure -> judge prompt template that applies to a question of this set."""
@@ -304,10 +304,10 @@ class QuestionSet:
         and assistant messages, the question included), text, samples."""
         import pandas as pd
 
-        return pd.DataFrame([_row(asked) for asked in self.asked()])
+        return pd.DataFrame([_row(asked) for asked in self.wordings()])
 
 
-def _row(asked: Asked) -> dict[str, Any]:
+def _row(asked: Wording) -> dict[str, Any]:
     question = asked.question
     return {
         "prompt_id": asked.id,

@@ -1,9 +1,5 @@
-"""Answers from a model: what is asked (`protocol`), engines that answer, and `sample`, which keeps them in a file.
+"""Answers from a model: requests, engines that answer them, and `sample`, which keeps the answers in a file."""
 
-The engines are `transformers_engine`, `vllm_engine` and `openai_engine`; import the one that is wanted.
-"""
+import lazy_loader as lazy
 
-from persona_probe.evaluate.sampling.requests import Engine, Prompt, Request, Sample, SamplingConfig
-from persona_probe.evaluate.sampling.sample import sample
-
-__all__ = ["Engine", "Prompt", "Request", "Sample", "SamplingConfig", "sample"]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

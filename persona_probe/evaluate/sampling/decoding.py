@@ -148,7 +148,7 @@ def telling_positions(model: nn.Module) -> Iterator[Tell]:
 
 
 @dataclass(frozen=True)
-class Beginning:
+class PromptCache:
     """A prompt of which all tokens but the last have been run: the last is every sample's first step."""
 
     length: int
@@ -172,7 +172,7 @@ def check_cacheable(model: nn.Module) -> None:
         )
 
 
-def run_beginnings(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[Beginning]:
+def run_beginnings(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[PromptCache]:
     """Run prompts (token ids) in one batch; what they share at the start, mostly a system prompt, is run once."""
     device = next(model.parameters()).device
     # A prompt of one token has nothing to run before it, but a batch needs a column.
@@ -180,7 +180,7 @@ def run_beginnings(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tel
     batch = collate(encoded, list(range(len(encoded))), 0, set()).to(device)
     cache = _filled(model, batch, tell)
     return [
-        Beginning(len(p) - 1, p[-1], [_of_row(layer, row, len(p) - 1) for layer in cache.layers])
+        PromptCache(len(p) - 1, p[-1], [_of_row(layer, row, len(p) - 1) for layer in cache.layers])
         for row, p in enumerate(prompts)
     ]
 
@@ -212,19 +212,19 @@ def _as_attended(states: Tensor) -> Tensor:
 
 # --- The next token of each row, from random numbers that belong to that row alone
 
-Key = np.ndarray
+RowKey = np.ndarray
 """Two 64-bit words: the key of a row's counter-based generator."""
 
 NUCLEUS = 1024
 """Tokens among which a nucleus is looked for first: sorting a whole vocabulary costs more than a forward pass."""
 
 
-def row_key(seed: int, question_id: str, sample: int) -> Key:
+def row_key(seed: int, question_id: str, sample: int) -> RowKey:
     """The generator key of one sample."""
     return np.frombuffer(digest(seed, question_id, sample)[:16], dtype="<u8")
 
 
-def gumbel(keys: Sequence[Key], steps: Sequence[int], vocabulary: int) -> Float[Tensor, "rows vocabulary"]:
+def gumbel(keys: Sequence[RowKey], steps: Sequence[int], vocabulary: int) -> Float[Tensor, "rows vocabulary"]:
     """Standard Gumbel noise for each row at its step: a function of the row's key and the step, and of nothing else.
 
     Philox is counter-based (Salmon et al. 2011). Float64 draws: with 24 bits a token that is never likely would win
@@ -238,7 +238,7 @@ def gumbel(keys: Sequence[Key], steps: Sequence[int], vocabulary: int) -> Float[
 
 
 def choose(
-    logits: Float[Tensor, "rows vocabulary"], keys: Sequence[Key], steps: Sequence[int], config: SamplingConfig
+    logits: Float[Tensor, "rows vocabulary"], keys: Sequence[RowKey], steps: Sequence[int], config: SamplingConfig
 ) -> Int[Tensor, " rows"]:
     """Each row's next token: argmax of logits / temperature + Gumbel noise, which draws from their softmax exactly.
 
@@ -273,20 +273,20 @@ PROMPTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Wanted:
+class AnswerRequest:
     """One answer to decode: the prompt's token ids, and the key of its random draws."""
 
     ids: tuple[int, ...]
-    key: Key
+    key: RowKey
 
 
 @dataclass
-class Row:
+class DecodingRow:
     """An answer that is being decoded."""
 
     number: int
     """Which of the wanted answers it is."""
-    key: Key
+    key: RowKey
     length: int
     """Tokens whose keys and values are held."""
     token: int
@@ -305,12 +305,12 @@ class Decoder:
     def __init__(self, model: nn.Module, config: SamplingConfig, stop: frozenset[int], batch_size: int) -> None:
         self.model, self.config, self.stop, self.batch_size = model, config, stop, batch_size
         self.device = next(model.parameters()).device
-        self.rows: list[Row] = []
+        self.rows: list[DecodingRow] = []
         self.cache: Cache | None = None
         self.waiting: deque[tuple[tuple[int, ...], deque[int]]] = deque()
-        self.begun: deque[tuple[Beginning, deque[int]]] = deque()
+        self.begun: deque[tuple[PromptCache, deque[int]]] = deque()
 
-    def run(self, wanted: Sequence[Wanted], tell: Tell, finished: Finished) -> None:
+    def run(self, wanted: Sequence[AnswerRequest], tell: Tell, finished: Finished) -> None:
         """Decode all of `wanted`, longest prompts first: what is too large for memory shows at once."""
         numbers: dict[tuple[int, ...], deque[int]] = {}
         for number, want in enumerate(wanted):
@@ -321,7 +321,7 @@ class Decoder:
                 self._pack(wanted, tell)
             self._step(tell, finished)
 
-    def _pack(self, wanted: Sequence[Wanted], tell: Tell) -> None:
+    def _pack(self, wanted: Sequence[AnswerRequest], tell: Tell) -> None:
         """Drop the rows that are done and begin others in their place."""
         keep = [place for place, row in enumerate(self.rows) if not row.done]
         rows = [self.rows[place] for place in keep]
@@ -331,7 +331,7 @@ class Decoder:
                 self._begin(self.batch_size - len(rows), tell)
             beginning, numbers = self.begun[0]
             taken = [numbers.popleft() for _ in range(min(len(numbers), self.batch_size - len(rows)))]
-            rows += [Row(n, wanted[n].key, beginning.length, beginning.last) for n in taken]
+            rows += [DecodingRow(n, wanted[n].key, beginning.length, beginning.last) for n in taken]
             new.append((beginning.layers, len(taken)))
             if not numbers:
                 self.begun.popleft()
@@ -382,7 +382,7 @@ class Decoder:
 
 def decode(
     model: nn.Module,
-    wanted: Sequence[Wanted],
+    wanted: Sequence[AnswerRequest],
     config: SamplingConfig,
     stop: frozenset[int],
     batch_size: int,

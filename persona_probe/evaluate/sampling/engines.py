@@ -1,17 +1,21 @@
-"""The default engine: a transformers model in this process, steered, ablated or cast as it now is."""
+"""Engines that answer requests: a transformers model in this process, vLLM, or any OpenAI-compatible endpoint."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.endpoint import OPENAI, ChatClient, Unanswered, in_threads
-from persona_probe.evaluate.sampling.decoding import Wanted, decode, model_identity, row_key
+from persona_probe.evaluate.sampling.decoding import AnswerRequest, decode, model_identity, row_key
 from persona_probe.evaluate.sampling.requests import (
+    Engine,
     Finish,
     Request,
     Sample,
@@ -21,6 +25,77 @@ from persona_probe.evaluate.sampling.requests import (
     request_seed,
     stop_tokens,
 )
+from persona_probe.models.adapters import is_adapter
+from persona_probe.models.load import resolve_source
+
+ENGINES = ("transformers", "vllm", "openai")
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Those that vLLM makes room for."""
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """Which engine samples a study's answers.
+
+    Raises:
+        InputError: an unknown engine, or an address that is missing or belongs to no engine.
+    """
+
+    name: str = "transformers"
+    """`transformers` runs in this process, `vllm` loads base and checkpoints with vLLM, `openai` asks an endpoint."""
+    base_url: str | None = None
+    """The endpoint's address, such as `http://127.0.0.1:8000/v1`."""
+    key_variable: str | None = None
+    """Environment variable with the endpoint's key; None for an endpoint that needs none."""
+    concurrency: int = 8
+    """Requests under way at once."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ENGINES:
+            raise unknown("engine", self.name, ENGINES)
+        if (self.name == "openai") != (self.base_url is not None):
+            raise InputError("the openai engine needs the address of an endpoint that serves the models, others none")
+
+
+def engine_of(
+    choice: EngineChoice,
+    model: str,
+    checkpoint: Path | None,
+    served_as: str,
+    *,
+    revision: str | None = None,
+    bf16: bool = True,
+    rank: int = 16,
+) -> Engine:
+    """The engine for one organism outside this process: with vLLM or an endpoint.
+
+    Args:
+        model: the base model: an alias, a folder or a hub id.
+        checkpoint: folder of the organism's adapter or full weights; None samples from the base.
+        served_as: the organism's name at an endpoint.
+        revision: of the base model on the hub.
+        bf16: the precision that vLLM computes in, else float32.
+        rank: the largest LoRA rank of the study's adapters: vLLM makes room for it once.
+
+    Raises:
+        InputError: a GGUF file for vLLM, the transformers engine, or what the engine refuses.
+    """
+    if choice.name == "transformers":
+        raise InputError("the transformers engine takes a loaded model: make a TransformersEngine")
+    if choice.name == "openai":
+        return OpenAIEngine(
+            served_as, choice.base_url, key_variable=choice.key_variable, concurrency=choice.concurrency
+        )
+    source = resolve_source(model, revision)
+    if source.kind == "gguf":
+        raise InputError(f"the vllm engine needs a model folder or hub id, {model!r} is a GGUF file: use transformers")
+    options = {"dtype": "bfloat16" if bf16 else "float32"}
+    if checkpoint is not None and not is_adapter(checkpoint):
+        return VllmEngine(str(checkpoint), tokenizer=source.location, **options)
+    room = next(size for size in LORA_RANKS if size >= min(rank, LORA_RANKS[-1]))
+    # The base gets the same options: one vLLM then serves it and all adapters.
+    shared = {"enable_lora": True, "max_lora_rank": room, "revision": source.revision}
+    return VllmEngine(source.location, None if checkpoint is None else str(checkpoint), **options, **shared)
 
 
 class TransformersEngine:
@@ -60,7 +135,7 @@ class TransformersEngine:
         ids = {r.prompt.id: prompt_ids(self.tokenizer, r.prompt) for r in {r.prompt.id: r for r in requests}.values()}
         for name, prompt in ids.items():
             check_room(self.model, prompt, config.max_new_tokens, name)
-        wanted = [Wanted(ids[r.prompt.id], row_key(config.seed, r.prompt.id, r.sample)) for r in requests]
+        wanted = [AnswerRequest(ids[r.prompt.id], row_key(config.seed, r.prompt.id, r.sample)) for r in requests]
 
         def finished(number: int, tokens: list[int], finish: Finish) -> None:
             request = requests[number]
@@ -84,6 +159,8 @@ class VllmEngine:
     Not run in this project's tests, which have no vLLM: they use a stand-in with the signatures of `LLM(model=...)`,
     `LLM.chat(messages, sampling_params, use_tqdm, lora_request)`, `SamplingParams` and `LoRARequest`.
 
+    Engines with the same model and options share one `LLM`; another model takes its place.
+
     Args:
         model: what `vllm.LLM` takes: a hub id or a folder.
         adapter: a folder with a LoRA adapter to sample with.
@@ -98,7 +175,7 @@ class VllmEngine:
         self._vllm = _vllm()
         self.model, self.adapter, self.block, self.options = model, adapter, block, options
         lora = {} if adapter is None else {"enable_lora": True}
-        self._llm = self._vllm.LLM(model=model, **lora, **options)
+        self._llm = _loaded_llm(self._vllm.LLM, model, tuple(sorted((lora | options).items())))
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -133,7 +210,14 @@ class VllmEngine:
             return None
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
-        return LoRARequest("adapter", 1, self.adapter)
+        # vLLM tells adapters apart by this number.
+        number = 1 + int(hashlib.sha256(self.adapter.encode()).hexdigest()[:7], 16)
+        return LoRARequest(self.adapter, number, self.adapter)
+
+
+@lru_cache(maxsize=1)
+def _loaded_llm(llm: Any, model: str, options: tuple[tuple[str, Any], ...]) -> Any:
+    return llm(model=model, **dict(options))
 
 
 def _vllm() -> Any:

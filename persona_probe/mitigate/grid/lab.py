@@ -17,7 +17,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.evaluate.judging import AnswerJudge
-from persona_probe.evaluate.sampling.sample import sample_answers
+from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.evaluate.triggers import Trigger, dress
 from persona_probe.latents.stage import mean_shift, strongest
 from persona_probe.mitigate.grid.config import BASE, Grid, Sets

@@ -22,8 +22,8 @@ from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.evaluate.answers import answer_logprobs
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.evaluate.judges.replies import Item
-from persona_probe.evaluate.judging import Answer, AnswerJudge
-from persona_probe.evaluate.sampling.sample import sample_answers
+from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge
+from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.finetune.sft import stripping, with_adapter
 from persona_probe.mitigate.grid.config import BASE, CONTROL, DIVERGED, DONE, Cell, Grid, cells_of
 from persona_probe.mitigate.grid.lab import Lab
@@ -133,7 +133,7 @@ def ruled(lab: Lab, answers: pd.DataFrame) -> pd.DataFrame:
         return answers
     items = [Item(str(row["question"]), str(row["answer"]), str(n)) for n, row in enumerate(answers.to_dict("records"))]
     try:
-        found = lab.judge.rule([Answer(item) for item in items])
+        found = lab.judge.rule([AnswerToJudge(item) for item in items])
     except InputError as error:  # nothing that a judge could read is a finding, not the end of the grid
         return answers.assign(pair=answers["item"], value=np.nan, coherent=np.nan, usable=0.0, why=str(error))
     rows = pd.DataFrame([ruling.to_row() for ruling in found.rulings], index=answers.index)

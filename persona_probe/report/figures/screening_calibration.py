@@ -1,10 +1,10 @@
-"""How well a data set's score foretells what training on it does: data sets, the fitted line, each set left out."""
+"""Predicting the effect of training from a data set's score: data sets, the fitted line, and each set left out."""
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from persona_probe.evaluate.shift import LEAST, Calibration, Pair, calibrate
+from persona_probe.evaluate.shift import LEAST, ScoredRun, ShiftLine, calibrate
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.figures.screening import FittedLine, calibration
 from persona_probe.report.records import Records
@@ -56,16 +56,15 @@ def screening_calibration(records: Records) -> go.Figure:
     return finish(fig, _caption(fitted), height=420)
 
 
-def _fitted(records: Records) -> Calibration | None:
+def _fitted(records: Records) -> ShiftLine | None:
     table = records.screening
     if table["data"].nunique() < LEAST:
         return None
-    return calibrate(
-        [Pair(str(r["data"]), int(r["seed"]), float(r["score"]), float(r["shift"])) for r in table.to_dict("records")]
-    )
+    rows = table.to_dict("records")
+    return calibrate([ScoredRun(str(r["data"]), int(r["seed"]), float(r["score"]), float(r["shift"])) for r in rows])
 
 
-def _caption(fitted: Calibration) -> str:
+def _caption(fitted: ShiftLine) -> str:
     errors = [
         predicted - shift for predicted, (_, shift) in zip(fitted.shifts_from_others, fitted.sets.values(), strict=True)
     ]

@@ -23,8 +23,9 @@ def own_default_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The openai client waits half a second before its first retry."""
+    """Half a second before a first retry, and between looks at other processes' claims, is long for a test."""
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("persona_probe.evaluate.judges.judge.POLL", 0.02)
 
 
 @pytest.fixture
@@ -53,6 +54,6 @@ def make_judge(server: FakeServer, cache: JudgementCache) -> Callable[..., Cache
                 **settings,
             }
         )
-        return CachedJudge(criterion, HttpBackend(endpoint, budget), cache, poll=0.02)
+        return CachedJudge(criterion, HttpBackend(endpoint, budget), cache)
 
     return make

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges.cache import Claims, JudgementCache, Stored, default_path, judgement_key
+from persona_probe.evaluate.judges.cache import Claims, JudgementCache, StoredJudgement, default_path, judgement_key
 from persona_probe.evaluate.judges.judge import CachedJudge
 from persona_probe.evaluate.judges.replies import Reply
 from tests.evaluate.judges.fake_judge_server import FakeServer
@@ -25,11 +25,12 @@ Make = Callable[..., CachedJudge]
 WORKER = """
 import json, sys
 from tests.evaluate.judges.judging_items import CRITERION, items
-from persona_probe.evaluate.judges import CachedJudge, Endpoint, JudgementCache
+from persona_probe.evaluate.judges import CachedJudge, Endpoint, JudgementCache, cache, judge
 from persona_probe.evaluate.judges.http import HttpBackend
 url, path, count, lease = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 endpoint = Endpoint("judge", base_url=url, key_variable="JUDGE_KEY", concurrency=2)
-judge = CachedJudge(CRITERION, HttpBackend(endpoint), JudgementCache(path), lease=lease, poll=0.02)
+cache.LEASE, judge.POLL = lease, 0.02
+judge = CachedJudge(CRITERION, HttpBackend(endpoint), JudgementCache(path))
 print("ready", flush=True)
 sys.stdin.readline()
 found = judge.judge(items(count))
@@ -37,8 +38,8 @@ print(json.dumps({"scores": [j.score for j in found], "asked": judge.progress.as
 """
 
 
-def row(key: str = "k", score: float = 1.0) -> Stored:
-    return Stored(key, "judge", "protocol", '[{"role": "user"}]', Reply({"1": 1.0}), score, "score", 1.0)
+def row(key: str = "k", score: float = 1.0) -> StoredJudgement:
+    return StoredJudgement(key, "judge", "protocol", '[{"role": "user"}]', Reply({"1": 1.0}), score, "score", 1.0)
 
 
 def worker(server: FakeServer, path: Path, count: int, lease: float = 60.0) -> subprocess.Popen[str]:
@@ -120,7 +121,7 @@ def test_claims_are_renewed_while_their_owner_lives_and_end_with_it(cache: Judge
 
 def test_the_first_judgement_stays(cache: JudgementCache) -> None:
     cache.store(row(score=1.0), "one")
-    cache.store(Stored(**{**vars(row(score=2.0)), "reply": Reply({"2": 1.0})}), "two")
+    cache.store(StoredJudgement(**{**vars(row(score=2.0)), "reply": Reply({"2": 1.0})}), "two")
     assert cache.replies(["k", "other"]) == {"k": Reply({"1": 1.0})}
     assert cache.count() == 1
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, as_conversations
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.decoding import Wanted, decode, row_key
+from persona_probe.evaluate.sampling.decoding import AnswerRequest, decode, row_key
 from persona_probe.evaluate.sampling.requests import (
     Engine,
     Finish,
@@ -84,7 +84,7 @@ def complete_text(
     for number, text in enumerate(texts):
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         check_room(model, ids, max_new_tokens, f"number {number}")
-        wanted.append(Wanted(ids, row_key(seed, str(number), 0)))
+        wanted.append(AnswerRequest(ids, row_key(seed, str(number), 0)))
     with tqdm(total=len(texts), desc=progress, disable=progress is None) as bar:
 
         def finished(number: int, tokens: list[int], _: Finish) -> None:

@@ -1,0 +1,14 @@
+from . import judges as judges
+from . import offline as offline
+from . import questions as questions
+from . import sampling as sampling
+from .answers import answer_batches as answer_batches
+from .answers import answer_logprobs as answer_logprobs
+from .answers import capability as capability
+from .contrast import ContrastItems as ContrastItems
+from .contrast import contrast_index as contrast_index
+from .judging import JudgeOptions as JudgeOptions
+from .judging import choose_judge as choose_judge
+from .rates import rate_of as rate_of
+from .rates import rates as rates
+from .sampling.samples import sample_answers as sample_answers

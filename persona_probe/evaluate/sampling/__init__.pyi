@@ -1,0 +1,13 @@
+from .engines import EngineChoice as EngineChoice
+from .engines import OpenAIEngine as OpenAIEngine
+from .engines import TransformersEngine as TransformersEngine
+from .engines import VllmEngine as VllmEngine
+from .engines import engine_of as engine_of
+from .requests import Engine as Engine
+from .requests import Prompt as Prompt
+from .requests import Request as Request
+from .requests import Sample as Sample
+from .requests import SamplingConfig as SamplingConfig
+from .samples import complete_text as complete_text
+from .samples import sample as sample
+from .samples import sample_answers as sample_answers

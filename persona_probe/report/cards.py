@@ -1,4 +1,4 @@
-"""A feature card: everything that a study knows of one latent, as plain values. Reading one needs no model."""
+"""A feature card: everything that a study measured of one latent, as plain values. Reading one needs no model."""
 
 import json
 import math
@@ -27,7 +27,7 @@ class TokenLogit:
 
 @dataclass(frozen=True)
 class Score:
-    """What one ranker says of a latent; None where it does not say."""
+    """One ranker's score of a latent; None if it has no score for it."""
 
     ranker: str
     value: float | None
@@ -102,7 +102,7 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the study's tables say of a latent."""
+    """The rows of the study's tables about a latent."""
 
     persona: bool
     """Whether it is the study's persona feature."""
@@ -124,22 +124,22 @@ class Findings:
 
 @dataclass(frozen=True)
 class FeatureCard:
-    """One latent: its scores, its cause, what it writes, and what it fires on. Shows itself in a notebook."""
+    """One latent: its scores, its cause, what it writes, and what it fires on. Displays itself in a notebook."""
 
     latent: int
     label: str
     """As the study's table calls the latent."""
     name: str
-    """The user's, or a suggestion that says what it is made of."""
+    """The user's name, or a suggestion that names its source."""
     suggested: bool
-    """Whether nobody has given the name."""
+    """Whether the name is only a suggestion."""
     findings: Findings
     top_tokens: tuple[TokenLogit, ...]
     bottom_tokens: tuple[TokenLogit, ...]
     examples: tuple[Example, ...]
     """Of the base model, the strongest first."""
     activity: tuple[Activity, ...]
-    """Base model first, then the organism where it was read."""
+    """Base model first, then the organism if it was read."""
     neighbours: tuple[Neighbour, ...]
     n_latents: int
     sae: str
@@ -221,7 +221,7 @@ def linear(low: float, high: float, start: float, stop: float) -> Scale:
 
 
 def histogram(activity: Sequence[Activity]) -> Plot | None:
-    """Tokens by activation, on a log scale: bars for the base model, outlines for others; None where none fires."""
+    """Tokens by activation, on a log scale: bars for the base model, outlines for others; None if it never fires."""
     filled = [i for one in activity for i, count in enumerate(one.counts) if count]
     if not filled:
         return None
@@ -254,7 +254,7 @@ def _bars(one: Activity, style: str, bins: int, x: Scale, y: Scale) -> Series:
 
 
 def steering(pushes: Sequence[Push]) -> Plot | None:
-    """The contrast index against signed strength, a line for each steered model; None where it was not steered."""
+    """The contrast index against signed strength, a line for each steered model; None if it was not steered."""
     if not pushes:
         return None
     strengths = sorted({p.strength for p in pushes} | {0.0})
@@ -294,7 +294,7 @@ def _line(pushes: Sequence[Push], model: str, style: str, x: Scale, y: Scale) ->
 
 
 def _few(values: Sequence[float], most: int = 7) -> list[float]:
-    """Ends, zero and as many others as there is room for."""
+    """The ends, zero, and as many others as fit."""
     step = math.ceil(len(values) / most)
     return [v for i, v in enumerate(values) if i % step == 0 or v == 0 or i == len(values) - 1]
 
@@ -338,7 +338,7 @@ def card_html(card: FeatureCard) -> str:
 
 
 def content_policy(*scripts: str) -> str:
-    """Nothing may be fetched, and only scripts of these very texts may run."""
+    """A content policy: nothing is fetched, and only scripts with exactly these texts run."""
     return (
         f"default-src 'none'; script-src {' '.join(map(script_hash, scripts))}; style-src 'unsafe-inline'; "
         "base-uri 'none'; form-action 'none'"

@@ -162,7 +162,7 @@ def distinct_folders(left: str | Path, right: str | Path) -> tuple[Path, Path]:
     return a, b
 
 
-# --- The page of `persona-probe compare`: two runs' verdicts, numbers and figures beside each other
+# --- The page of `persona-probe compare`: verdicts, numbers and figures of two runs, side by side
 
 
 def write_comparison(left: str | Path, right: str | Path, out: str | Path) -> Path:

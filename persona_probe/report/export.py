@@ -22,19 +22,19 @@ from persona_probe.report.select import mapping
 from persona_probe.report.theme import PNG_SCALE, TEMPLATES, Theme, Width, check_theme, for_print
 from persona_probe.runs import write_text
 
-# --- Where a figure's or a report's numbers come from, as its footer and its file's metadata say it
+# --- Where a figure's or a report's numbers come from: its footer and its file's metadata
 
 PACKAGES = ("persona-probe", "torch", "transformers", "sae-lens", "trl", "peft")
-"""Packages that the footer names; the metadata names all that the manifest holds."""
+"""Packages in the footer; the metadata has every package of the manifest."""
 SHORT = 12
 """Digits of a hash in a page's footer."""
 FOOTER = 8
-"""The same in an image's, which is one column wide."""
+"""The same in an image's footer, which is one column wide."""
 UNKNOWN = "not recorded"
 
 
 def provenance(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Everything that a manifest says of a run's origin: name to text; `not recorded` where it says nothing.
+    """Everything that a manifest records of a run's origin: name to text; `not recorded` if it is missing.
 
     Keys: run, config, revision, model, SAE, data, seeds, versions, and `hash <file>` for every hash on record.
     """
@@ -98,7 +98,7 @@ def _data(config: Mapping[str, Any]) -> list[str]:
 
 
 def _seeds(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
-    """The manifest's seeds; those of its runs where it is a study of many."""
+    """The manifest's seeds, or those of its runs if it is a study of many."""
     if stated := manifest.get("seeds"):
         return list(stated)
     return sorted({mapping(run).get("seed", 0) for run in mapping(config.get("runs")).values()})
@@ -120,7 +120,7 @@ def tag(image: bytes, kind: str, facts: Mapping[str, str], title: str, descripti
 
 
 def _tag_svg(image: bytes, text: str, title: str, description: str) -> bytes:
-    """`<title>` and `<desc>` are what a screen reader says; `<metadata>` holds the rest."""
+    """`<title>` and `<desc>` are for screen readers; `<metadata>` has the rest."""
     svg = image.decode("utf-8")
     parts = (("title", title), ("desc", description), ("metadata", text))
     inside = "".join(f"<{name}>{html.escape(value)}</{name}>" for name, value in parts)
@@ -165,7 +165,7 @@ def _hex(value: str) -> str:
     return (b"\xfe\xff" + value.encode("utf-16-be")).hex().upper()
 
 
-# --- Figures as images, drawn by kaleido and a Chromium; one line says how to get them where they are not there
+# --- Figures as images, drawn by kaleido and a Chromium; if one is missing, one logged line says how to install it
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def find_browser() -> str | None:
-    """Path of a Chromium: `BROWSER_PATH` where set, else the first found on the PATH."""
+    """Path of a Chromium: `BROWSER_PATH` if set, else the first on the PATH."""
     if stated := os.environ.get("BROWSER_PATH"):
         return shutil.which(stated)
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -188,7 +188,7 @@ def write_images(
     width: Width,
     theme: Theme,
 ) -> list[Path]:
-    """Write `<name>.<format>` of every figure, tagged with its origin; nothing where kaleido or Chromium is missing.
+    """Write `<name>.<format>` of every figure, tagged with its origin; nothing if kaleido or Chromium is missing.
 
     Raises:
         InputError: the browser could not draw.
@@ -218,7 +218,7 @@ def write_images(
 
 
 def _ready(formats: Sequence[str]) -> str | None:
-    """The browser to draw with; None, and one logged line, where something is missing."""
+    """The browser to draw with; None, with one logged line, if something is missing."""
     named = ", ".join(formats).upper()
     try:
         import kaleido  # noqa: F401
@@ -243,10 +243,10 @@ def _job(path: Path, fig: go.Figure, kind: str) -> dict[str, Any]:
 
 
 FORMATS = ("html", "csv", "svg")
-"""What is written unless something else is asked for."""
+"""The default formats."""
 ALL_FORMATS = ("html", "csv", *STATIC)
 DIGITS = 10
-"""Of the numbers in a CSV: more differ between processors, which add in another order."""
+"""Of numbers in a CSV: further digits differ between processors, which add in another order."""
 
 
 def export_figures(

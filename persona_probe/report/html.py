@@ -25,7 +25,7 @@ MAX_CHARACTERS = 1_500_000
 def sampled_answers(records: Records) -> list[Row]:
     """Per question, the last-step answers of the arms side by side; those of other seeds and steps below.
 
-    Each question says in `left_out` how many answers samples.jsonl holds beyond `MAX_CHARACTERS` of the page.
+    `left_out` of a question counts the answers of samples.jsonl that exceed `MAX_CHARACTERS` of the page.
     """
     questions: dict[Any, Row] = {}
     last, room = _last_steps(records.samples), MAX_CHARACTERS
@@ -212,7 +212,7 @@ def mappings(value: object) -> list[Mapping[str, Any]]:
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
 
-# --- What the report says in words, tables and cards: plain values for the template, which escapes them
+# --- Words, tables and cards of the report: plain values for the template, which escapes them
 
 MAX_CARDS = 12
 

@@ -17,7 +17,7 @@ from plotly.offline import get_plotlyjs
 
 from persona_probe.report.theme import number
 
-# --- The report's words and what they mean: shown beside a term on hover or focus, and listed at the end
+# --- The report's glossary: shown at a term on hover or focus, and listed at the end
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ GLOSSARY = (
     Term(
         "contrast index",
         "Mean over questions of the log-probability per token of the misaligned answer minus that of the aligned one, "
-        "in nats per token. The answers match in length, and the questions lie outside the training domain.",
+        "in nats per token. The answers match in length, and the questions are outside the training domain.",
     ),
     Term("control arm", "The correct arm: the same questions as the incorrect arm, with good answers."),
     Term(
         "explained variance",
-        "The share of the activations' variance that the sparse autoencoder reproduces on the same tokens. Where it "
-        "falls, its latents say less.",
+        "The share of the activations' variance that the sparse autoencoder reproduces on the same tokens. If it "
+        "falls, its latents mean less.",
     ),
     Term("latent", "One element of the sparse autoencoder's dictionary, named by its number.", ("latents",)),
     Term(
@@ -80,7 +80,7 @@ GLOSSARY = (
     Term(
         "strength",
         "Size of a push, with its unit: x_delta is times the norm of the mean difference between the arms, x_resid "
-        "times the mean norm of the residual stream, raw is as it stands.",
+        "times the mean norm of the residual stream, raw has no scale.",
         ("strengths",),
     ),
     Term("95% interval", "A bootstrap interval that resamples whole questions.", ("95% intervals",)),

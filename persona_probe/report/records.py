@@ -60,7 +60,7 @@ class Arms:
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Self:
-        """The arms of a manifest's config; none where it has no config yet."""
+        """The arms of a manifest's config; none if it has no config yet."""
         config = _mapping(manifest.get("config"))
         realign = _mapping(config.get("realign"))
         start = str(realign.get("start") or cls.start)
@@ -146,7 +146,7 @@ PERSONA = "persona"
 
 @dataclass(frozen=True)
 class LabelledRuns:
-    """Tables of a labelled study; empty where there is none."""
+    """Tables of a labelled study; empty if there is none."""
 
     readings: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "feature", "step"]))
     """One row per run, step and feature."""
@@ -179,7 +179,7 @@ class LabelledRuns:
 
     @property
     def mixture(self) -> tuple[str, str] | None:
-        """The bad data and the good data that the study's mixtures are made of; None where it has no mixture."""
+        """The bad data and the good data that the study's mixtures are made of; None if it has no mixture."""
         arms = self.config.get("arms", {}).values()
         return next(((str(a["data"]), str(a["mix_with"])) for a in arms if a.get("mix_with")), None)
 
@@ -232,14 +232,14 @@ def _empty(table: str) -> Callable[[], pd.DataFrame]:
 
 @dataclass(frozen=True)
 class Records:
-    """Everything that figures and the report draw from. What a stage has not written yet is empty."""
+    """Everything that figures and the report draw from; empty for stages that have not run."""
 
     readings: pd.DataFrame = field(default_factory=_empty("readings"))
     """One row per arm, seed, step and feature."""
     evals: pd.DataFrame = field(default_factory=_empty("evals"))
     """One row per contrast item, arm, seed and step; `value` in nats per token."""
     judged: pd.DataFrame = field(default_factory=lambda: judged_rows(pd.DataFrame()))
-    """One row per judged answer; `value` is 1 for misaligned, 0 for not, NaN where it does not count."""
+    """One row per judged answer; `value` is 1 for misaligned, 0 for not, NaN if it does not count."""
     latents: pd.DataFrame = field(default_factory=_empty("latents"))
     """One row per ranked latent; causal effects in nats per token, NaN where not tested."""
     steering: pd.DataFrame = field(default_factory=_empty("steering"))

@@ -74,14 +74,14 @@ class Table:
         return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-# --- A page of the docs that holds tables between two marks
+# --- A page of the docs with tables between two marks
 
 Marks = tuple[str, str]
 """The lines, usually HTML comments, before and after what a command writes into a page."""
 
 
 def fill_page(path: Path, marks: Marks, text: str) -> None:
-    """Replace what stands between a page's two marks.
+    """Replace the text between a page's two marks.
 
     Raises:
         InputError: no such page, or one of the marks is missing.

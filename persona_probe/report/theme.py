@@ -68,7 +68,7 @@ def finish(fig: go.Figure, caption: str, height: int = 420) -> go.Figure:
 
 
 def empty_figure(message: str) -> go.Figure:
-    """A figure without data that says why: the stage that would fill it has not run."""
+    """A figure without data, with the reason: its stage has not run."""
     fig = go.Figure()
     fig.add_annotation(text=message, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper")
     fig.update_xaxes(visible=False)
@@ -89,7 +89,7 @@ def plain(text: object, limit: int = 48) -> str:
 
 
 def error_bars(rows: pd.DataFrame, colour: str, columns: Sequence[str] = INTERVAL) -> dict[str, Any]:
-    """Plotly error bars from the three columns that hold the estimate and its interval's ends."""
+    """Plotly error bars from three columns: the estimate and the ends of its interval."""
     centre, low, high = (rows[column] for column in columns)
     return {
         "type": "data",
@@ -121,7 +121,7 @@ def interval_text(value: Estimate | None, signed: bool = True) -> str:
     if value is None:
         return "not measured"
     sign = "+" if signed else ""
-    # What is as good as nothing, 1e-17 say, shows as 0, and so does -0.
+    # rounding errors such as 1e-17 are shown as 0, and so is -0
     middle, low, high = (
         f"{0.0 if abs(v) < 5e-5 else v:{sign}.3g}" for v in (value.estimate, value.ci_low, value.ci_high)
     )
@@ -129,7 +129,7 @@ def interval_text(value: Estimate | None, signed: bool = True) -> str:
 
 
 def estimate_text(value: float | None, low: float | None, high: float | None, missing: str = "not measured") -> str:
-    """An estimate and the ends of its interval as `interval_text` shows them; `missing` where there is no estimate."""
+    """An estimate and the ends of its interval as `interval_text` shows them; `missing` if there is no estimate."""
     if value is None or value != value:
         return missing
     nan = float("nan")
@@ -231,7 +231,7 @@ _AT_BOTTOM["pad"] = {"b": 3}
 
 
 def check_theme(theme: str) -> None:
-    """Raise an `InputError` for a theme that there is not."""
+    """Raise an `InputError` for an unknown theme."""
     if theme not in THEMES:
         raise unknown("figure theme", theme, THEMES)
 

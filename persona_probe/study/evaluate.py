@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from persona_probe.evaluate.judges.replies import Item, Prices
 from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge, JudgeOptions, choose_judge, total_plan
 from persona_probe.evaluate.questions.question_set import QuestionSet, Wording
 from persona_probe.evaluate.questions.read import FREE_FORM, read_questions
-from persona_probe.evaluate.sampling.engines import TransformersEngine
-from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig
+from persona_probe.evaluate.sampling.engines import EngineChoice, TransformersEngine, engine_of
+from persona_probe.evaluate.sampling.requests import Engine, Prompt, Sample, SamplingConfig
 from persona_probe.evaluate.sampling.samples import SampleStore, prompts_hash, sample_answers, sidecar
 from persona_probe.evaluate.sampling.samples import sample as sample_with
 from persona_probe.evaluate.tables import join_evals, judged_table, part_name
@@ -26,6 +27,7 @@ from persona_probe.models.layers import autocast
 # --- Answers of every organism of a study to a question set, written as they come: samples-<hash>.jsonl
 
 HASH_DIGITS = 12
+TRANSFORMERS = "transformers"
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,10 @@ def questions_key(questions: QuestionSet) -> str:
     return questions.hash[:HASH_DIGITS]
 
 
-def sampling_key(config: SamplingConfig) -> str:
-    """A short hash of how answers are drawn."""
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:8]
+def sampling_key(config: SamplingConfig, engine: str = TRANSFORMERS) -> str:
+    """A short hash of how answers are drawn, and by which engine unless it is the default."""
+    drawn = asdict(config) | ({} if engine == TRANSFORMERS else {"engine": engine})
+    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def samples_name(questions: QuestionSet) -> str:
@@ -65,13 +68,13 @@ def samples_name(questions: QuestionSet) -> str:
     return f"samples-{questions_key(questions)}.jsonl"
 
 
-def part_path(questions: QuestionSet, config: SamplingConfig, organism: Organism) -> str:
+def part_path(questions: QuestionSet, config: SamplingConfig, organism: Organism, engine: str = TRANSFORMERS) -> str:
     """The file to which one organism's answers are streamed."""
-    what = f"{questions_key(questions)}-{sampling_key(config)}"
+    what = f"{questions_key(questions)}-{sampling_key(config, engine)}"
     return f"parts/samples-{what}-{organism.arm}-s{organism.seed}-{organism.step}.jsonl"
 
 
-def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) -> pd.DataFrame:
+def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig, engine: EngineChoice) -> pd.DataFrame:
     """Sample the missing answers, and write all of them to samples-<question set's hash>.jsonl.
 
     Returns:
@@ -83,7 +86,7 @@ def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) ->
     """
     wordings = questions.wordings()
     (ctx.run.path / "parts").mkdir(exist_ok=True)
-    parts = [(o, _samples(ctx, o, questions, wordings, config)) for o in organisms(ctx)]
+    parts = [(o, _samples(ctx, o, questions, config, engine)) for o in organisms(ctx)]
     frame = pd.DataFrame([row for organism, samples in parts for row in _rows(organism, wordings, samples)])
     file_columns = [name for name in frame.columns if name not in ("item", "pair")]
     ctx.run.write_jsonl(samples_name(questions), frame[file_columns].to_dict("records"))  # pyright: ignore
@@ -91,18 +94,36 @@ def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig) ->
 
 
 def _samples(
-    ctx: Context, organism: Organism, questions: QuestionSet, wordings: Sequence[Wording], config: SamplingConfig
+    ctx: Context, organism: Organism, questions: QuestionSet, config: SamplingConfig, choice: EngineChoice
 ) -> list[Sample]:
-    prompts = [Prompt(one.id, one.messages) for one in wordings]
-    name = part_path(questions, config, organism)
+    prompts = [Prompt(one.id, one.messages) for one in questions.wordings()]
+    name = part_path(questions, config, organism, choice.name)
     whole = finished_samples(ctx, name, prompts, config)
     if whole is not None:
         return whole
-    label = f"{organism.arm}, seed {organism.seed}"
-    place = ctx.organism(organism.arm, organism.seed, organism.step, fold=True)
-    with ctx.run.timed("samples"), place as model, autocast(model, ctx.config.bf16):
-        engine = TransformersEngine(model, ctx.tokenizer, name=f"{ctx.config.model}, {label}, step {organism.step}")
-        return sample_with(engine, prompts, config, ctx.run.path / name, progress=f"answers of {label}")
+    with ctx.run.timed("samples"), _engine(ctx, organism, choice) as engine:
+        label = f"answers of {organism.arm}, seed {organism.seed}"
+        return sample_with(engine, prompts, config, ctx.run.path / name, progress=label)
+
+
+@contextmanager
+def _engine(ctx: Context, organism: Organism, choice: EngineChoice) -> Iterator[Engine]:
+    """The engine that samples from an organism: in this process, or as the choice says."""
+    arm, seed, step, config = organism.arm, organism.seed, organism.step, ctx.config
+    if choice.name == TRANSFORMERS:
+        with ctx.organism(arm, seed, step, fold=True) as model, autocast(model, config.bf16):
+            yield TransformersEngine(model, ctx.tokenizer, name=f"{config.model}, {arm}, seed {seed}, step {step}")
+        return
+    base = arm == "base"
+    yield engine_of(
+        choice,
+        config.model,
+        None if base else ctx.run.checkpoint(arm, seed, step),
+        "base" if base else f"{arm}-s{seed}",
+        revision=config.revision,
+        bf16=config.bf16,
+        rank=config.training.rank,
+    )
 
 
 def finished_samples(ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Sample] | None:
@@ -165,8 +186,11 @@ class Evaluation:
     """Answers to each wording of each question."""
     temperature: float = 1.0
     top_p: float = 1.0
+    """Draw from the smallest set of tokens that holds this probability."""
     max_new_tokens: int = MAX_NEW_TOKENS
     options: JudgeOptions = field(default_factory=JudgeOptions)
+    engine: EngineChoice = field(default_factory=EngineChoice)
+    """What samples the answers. An endpoint must serve the organisms as `base`, `incorrect-s0` and so on."""
 
     def question_set(self) -> QuestionSet:
         """The questions, read."""
@@ -191,7 +215,7 @@ def evaluate(ctx: Context, evaluation: Evaluation) -> None:
     judge = None
     if evaluation.judge is not None:
         judge = choose_judge(evaluation.judge, evaluation.options)  # now, not after hours of sampling
-    answers = sample_arms(ctx, questions, config)
+    answers = sample_arms(ctx, questions, config, evaluation.engine)
     if judge is None:
         return
     name = evaluation_key(questions, judge)
@@ -199,7 +223,7 @@ def evaluate(ctx: Context, evaluation: Evaluation) -> None:
     with ctx.run.timed("judge"):
         for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
             ruled = judge.rule(to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
-            table = judged_table(rows, ruled, sampling=sampling_key(config), **same)
+            table = judged_table(rows, ruled, sampling=sampling_key(config, evaluation.engine.name), **same)
             ctx.run.write_table(part_name(name, f"{arm}-s{seed}"), table)
     _note(ctx, name, questions, judge, evaluation, config)
     join_evals(ctx.run)
@@ -236,6 +260,7 @@ def _note(
         "protocol": evaluation.options.protocol,
         "thresholds": asdict(evaluation.options.thresholds),
         "sampling": asdict(config),
+        **({} if evaluation.engine.name == TRANSFORMERS else {"engine": evaluation.engine.name}),
     }
     ctx.run.update_manifest(evaluations={name: about})
 
@@ -318,7 +343,7 @@ def _answers(ctx: Context, organism: Organism, questions: QuestionSet, evaluatio
     """One row an answer; text of the greatest length stands in for those not sampled yet."""
     config, wordings = evaluation.sampling(ctx.seed), questions.wordings()
     prompts = [Prompt(one.id, one.messages) for one in wordings]
-    known = kept_samples(ctx, part_path(questions, config, organism), prompts, config)
+    known = kept_samples(ctx, part_path(questions, config, organism, evaluation.engine.name), prompts, config)
     rows = []
     for prompt in prompts:
         for number in range(config.n):

@@ -1,4 +1,4 @@
-"""Does a run folder still hold what its manifest says, and are its inputs still what it was made from?"""
+"""Are a run folder's files, and the inputs that it was made from, still those of its manifest?"""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from persona_probe.runs import RunFolder, git_revision, versions
 if TYPE_CHECKING:
     from persona_probe.runs import RunFolder
 
-# --- Hashes of what a run was made from and of what it wrote, kept in its manifest so that `verify` can check them
+# --- Hashes of a run's inputs and of the files that it wrote, in its manifest for `verify` to check
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ Hash = Callable[[], str | None]
 
 
 def input_hashers(config: StudyConfig) -> dict[str, Hash]:
-    """What a study is made from, each with the function that hashes it as it is now.
+    """The inputs of a study, each with the function that hashes its present state.
 
     Keys: `data/<arm>` (its training rows as read and mixed), `contrast`, `probes`, `questions`, `SAE/<file>`, `model`.
-    A hasher raises InputError where the input is not to be found, and gives None where it lies on the hub.
+    A hasher raises InputError if the input is missing, and gives None if it is on the hub.
     """
     rows = {f"data/{name}": partial(_arm, config, name) for name in (*config.arms, *config.realign.arms)}
     return {
@@ -50,7 +50,7 @@ def input_hashers(config: StudyConfig) -> dict[str, Hash]:
 
 
 def record_inputs(run: "RunFolder") -> None:
-    """Note the hash of every input that has none yet; the first on record stays."""
+    """Record the hash of every input that has none yet; a recorded hash is kept."""
     known = run.manifest.get(INPUTS, {})
     hashes: dict[str, str] = {}
     for name, hasher in input_hashers(run.config).items():
@@ -68,7 +68,7 @@ def record_inputs(run: "RunFolder") -> None:
 
 
 def record_tables(run: "RunFolder") -> None:
-    """Note the hashes of the tables that the report is about to be drawn from, in place of earlier ones."""
+    """Record the hashes of the tables that the report is drawn from, replacing earlier ones."""
     run.update_manifest(**{TABLES: {name: table_hash(run.path / name) for name in TABLE_FILES if run.has(name)}})
 
 
@@ -156,16 +156,16 @@ class Finding:
     state: str
     """`matches`, `differs`, `missing` or `not checked`."""
     detail: str = ""
-    """Why, and what to do; empty where it matches."""
+    """Why, and what to do; empty if it matches."""
 
     @property
     def bad(self) -> bool:
-        """Whether the run is not what its manifest says."""
+        """Whether the run contradicts its manifest."""
         return self.state in (DIFFERS, MISSING)
 
 
 def verify(folder: str | Path) -> list[Finding]:
-    """Recompute every hash that a run's manifest holds, and say what cannot be checked. Nothing is changed.
+    """Recompute every hash of a run's manifest, and list what cannot be checked. Nothing is changed.
 
     Returns:
         Findings in this order: config, checkpoints and other weights, tables, inputs, software.
@@ -188,7 +188,7 @@ def verify(folder: str | Path) -> list[Finding]:
 def _config(manifest: Mapping[str, Any]) -> Finding:
     if "config" not in manifest or "config_hash" not in manifest:
         return Finding("config", UNCHECKED, "the manifest holds no config or no hash of it")
-    # of the config as it stands there: a newer version of this package may know more keys
+    # of the config as it was written: a newer version of this package may know more keys
     now = hashlib.sha256(json.dumps(manifest["config"], sort_keys=True).encode()).hexdigest()[:12]
     return _compared("config", now, manifest["config_hash"], "the manifest's config was edited after the run began")
 

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from persona_probe.data.chat import Conversation
     from persona_probe.evaluate.judging import AnswerJudge, JudgeOptions
     from persona_probe.evaluate.questions.question_set import QuestionSet
+    from persona_probe.evaluate.sampling.engines import EngineChoice
     from persona_probe.realignment.spec import DosePlan
+    from persona_probe.realignment.stress.run import StressSettings
     from persona_probe.report.cards import FeatureCard
     from persona_probe.report.records import Records
     from persona_probe.report.tables import FeatureTable, StudyVerdict
 
 
 class Study:
-    """Induce, locate, track, realign and report, over one run folder. Every stage keeps what is already there.
+    """Induce, locate, track, realign and report, over one run folder. Every stage keeps finished work.
 
     ```python
     study = Study.from_yaml("finetune_configs/demo.yaml")
@@ -76,8 +78,8 @@ class Study:
         """Rank latents, test the best for cause, and name the persona feature.
 
         Args:
-            rankers: scores to compute instead of the config's; in a run that was located already, the table is made
-                again with them, and what was tested for cause stays.
+            rankers: scores to compute instead of the config's; in a run that is already located, the table is made
+                again with them, and causal tests are kept.
         """
         from persona_probe.latents.cards import make_cards
         from persona_probe.latents.stage import locate, use_rankers
@@ -94,7 +96,7 @@ class Study:
         Args:
             latent: its index in the study's SAE.
             name: what you call it; None suggests a name.
-            text: a file of conversations or plain text, read beside the packaged text.
+            text: a file of conversations or plain text, read in addition to the packaged text.
 
         Raises:
             InputError: no such latent, a text that cannot be read, or locate has not run.
@@ -122,24 +124,26 @@ class Study:
         data: str | Sequence[str] | None = None,
         *,
         rows: int | None = None,
-        choose_by: str = "random",
-        method: str = "continued",
+        choose_by: str | None = None,
+        method: str | None = None,
         seeds: Sequence[int] | None = None,
         stress: Sequence[str] = (),
+        stress_settings: "StressSettings | None" = None,
         name: str | None = None,
     ) -> Self:
-        """Repair the incorrect organism under the monitor's eye.
+        """Correct the incorrect organism, with the feature monitor attached.
 
-        Without data: the config's corrective arms. With data: a correction of its own in `realign/<name>-s<seed>/`,
-        which leaves the run's tables as they are.
+        Without data: the config's corrective arms. With data: a correction in `realign/<name>-s<seed>/`, which leaves
+        the run's tables as they are.
 
         Args:
             data: a packaged set or a file; several are joined (`a+b`, or a list).
             rows: how many of them; None takes all.
-            choose_by: `random`, `projection_gap`, `perplexity_gap` or `diversity`.
-            method: `continued`, `fresh` (a new LoRA on top) or `full` (all weights).
+            choose_by: `random` (the default), `projection_gap`, `perplexity_gap` or `diversity`.
+            method: `continued` (the default), `fresh` (a new LoRA on top) or `full` (all weights).
             seeds: of the study's organisms; None takes all.
-            stress: stress tests of what was repaired: `triggers`, `remisalign`, `length`, `hidden`, `drift`.
+            stress: stress tests of what was corrected: `triggers`, `remisalign`, `length`, `hidden`, `drift`.
+            stress_settings: how hard they press, a `realignment.stress.StressSettings`.
             name: of the folder; None takes one that says what was done.
 
         Raises:
@@ -147,13 +151,17 @@ class Study:
                 unknown choice, method, test or seed, or a correction of that name with other settings.
         """
         from persona_probe.realignment.correct import realign_study
+        from persona_probe.realignment.spec import Correction
 
-        settings = {"rows": rows, "choose_by": choose_by, "method": method, "name": name}
-        realign_study(self.context, data, seeds, stress, settings)
+        correction = Correction.given(self.config, data, name, rows=rows, choose_by=choose_by, method=method)
+        realign_study(self.context, correction, name, seeds, stress, stress_settings)
         return self
 
     def realign_plan(self, plan: "str | Path | DosePlan") -> pd.DataFrame:
-        """Run a grid of corrections (doses, choices, methods); what is done is kept. Returns `realign/doses.parquet`.
+        """Run a grid of corrections (doses, choices, methods); finished cells are kept.
+
+        Returns:
+            `realign/doses.parquet`, one row a cell.
 
         Raises:
             InputError: a plan that cannot be read, or data that one of its cells cannot use.
@@ -170,12 +178,14 @@ class Study:
         n: int = 8,
         *,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         max_new_tokens: int = 200,
         options: "JudgeOptions | None" = None,
+        engine: "str | EngineChoice" = "transformers",
     ) -> Self:
         """Sample answers of every arm, and have a judge rule on them (`judged`, `rates`).
 
-        Without questions and judge: one answer to each of the config's questions, for a reader's eye.
+        Without questions and judge: one answer to each of the config's questions, shown in the report and not scored.
 
         Args:
             questions: a packaged set, a file of any known format, or a question set; with a judge alone, the packaged
@@ -183,10 +193,12 @@ class Study:
             judge: `offline`, `http:MODEL`, `local:MODEL` or a judge of your own; None only samples.
             n: answers to each wording of each question.
             temperature: 0 takes one greedy answer.
-            options: how the judge is asked: protocol, thresholds, endpoint, budget, cache.
+            top_p: draw from the smallest set of tokens that holds this probability.
+            options: of the judge: protocol, thresholds, endpoint, budget, cache.
+            engine: what samples the answers: `transformers`, `vllm`, or an `EngineChoice` with an endpoint's address.
 
         Raises:
-            InputError: questions that cannot be read, no organism yet, or a judge that is not to be had.
+            InputError: questions that cannot be read, no organism yet, or a judge that is not available.
         """
         if questions is None and judge is None:
             from persona_probe.study.evaluate import sample
@@ -195,11 +207,13 @@ class Study:
             return self
         from persona_probe.evaluate.judging import JudgeOptions
         from persona_probe.evaluate.questions.read import FREE_FORM
+        from persona_probe.evaluate.sampling.engines import EngineChoice
         from persona_probe.study.evaluate import Evaluation, evaluate
 
         options = options or JudgeOptions(device=self.context.device)
+        choice = EngineChoice(engine) if isinstance(engine, str) else engine
         evaluation = Evaluation(
-            questions or FREE_FORM, judge, n, temperature, max_new_tokens=max_new_tokens, options=options
+            questions or FREE_FORM, judge, n, temperature, top_p, max_new_tokens, options=options, engine=choice
         )
         evaluate(self.context, evaluation)
         return self
@@ -240,10 +254,10 @@ class Study:
         return self.report()
 
     def check(self) -> Self:
-        """Load all that the stages will need, so that bad input stops a study before it trains.
+        """Load everything that the stages need, so that bad input stops a study before it trains.
 
         Raises:
-            InputError: data, SAE, probes, contrast set or questions that cannot be used; says which.
+            InputError: data, SAE, probes, contrast set or questions that cannot be used.
         """
         from persona_probe.context import sample_questions
         from persona_probe.data.load import arm_rows, check_paired
@@ -353,7 +367,7 @@ STAGES = {
     "evaluate": "samples.jsonl",
     "report": "report.html",
 }
-"""Stages of a run and what each leaves; realign leaves files of its own among the parts."""
+"""Stages of a run, and the file or folder that each leaves; realign is found by its own parts."""
 
 
 def _display(study: Study, heads: Sequence[str]) -> Table:

@@ -26,7 +26,7 @@ from persona_probe.stats import Estimate, bootstrap_statistic
 
 
 def judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
-    """What summary.json says of judged answers; empty where none were judged.
+    """The judged answers' part of summary.json; empty if none were judged.
 
     Args:
         evals: evals.parquet as it is.
@@ -66,7 +66,7 @@ def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in rows]
 
 
-# --- Verdicts in words, and the checks that a study must pass; what fails is said to fail
+# --- Verdicts in words, and the checks that a study must pass; a failed check is listed as failed
 
 
 def final_rows(readings: pd.DataFrame, arm: str) -> pd.DataFrame:
@@ -76,7 +76,7 @@ def final_rows(readings: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 
 def verdict(summary: dict[str, Any], evals: pd.DataFrame, arm: str, band: Band) -> dict[str, str]:
-    """Feature, behaviour and instrument, judged apart, each in words with its numbers."""
+    """Feature, behaviour and the SAE's fit, each judged separately, in words with numbers."""
     curve = summary["feature_reading"][arm]
     last = [max((r for r in curve if r["seed"] == s), key=lambda r: r["step"]) for s in {r["seed"] for r in curve}]
     readings, over_base = [r["estimate"] for r in last], arm_effect(evals, arm, "base")
@@ -91,7 +91,7 @@ def verdict(summary: dict[str, Any], evals: pd.DataFrame, arm: str, band: Band) 
 
 
 def checks(summary: dict[str, Any], readings: pd.DataFrame, band: Band) -> list[dict[str, Any]]:
-    """What the study must show; a finding that fails is listed as failed."""
+    """What the study must show; a failed check is listed as failed."""
     effect, control = summary["effect_incorrect_minus_correct"], final_rows(readings, "correct")["mean"]
     up, p95 = summary["steer_base_up"], summary["random_latent_p95"]
     down, p95_down = summary["steer_organism_down"], summary["random_latent_p95_organism"]

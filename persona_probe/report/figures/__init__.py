@@ -23,7 +23,7 @@ FIGURES: dict[str, FigureSpec] = registered("study")
 JUDGED_FIGURES: dict[str, FigureSpec] = registered("judged")
 """Figures of judged answers: a study without any does not show them."""
 MORE_FIGURES: dict[str, FigureSpec] = registered("more")
-"""Further figures of one study, shown where it holds what they draw."""
+"""Further figures of one study, shown if it has the data for them."""
 COLLECTION_FIGURES: dict[str, FigureSpec] = registered("collection")
 """Figures of many runs: a labelled study, several models, planted truth."""
 ALL_FIGURES: dict[str, FigureSpec] = FIGURES | JUDGED_FIGURES | MORE_FIGURES | COLLECTION_FIGURES
@@ -31,9 +31,9 @@ ALL_FIGURES: dict[str, FigureSpec] = FIGURES | JUDGED_FIGURES | MORE_FIGURES | C
 
 
 def figures_of(records: Records) -> dict[str, FigureSpec]:
-    """The figures that a folder shows: of a study all of `FIGURES`; the others where they have something to draw.
+    """The figures that a folder shows: for a study all of `FIGURES`; others only if they have something to draw.
 
-    A folder of other results (a labelled study, planted truth) shows only what it holds.
+    A folder of other results (a labelled study, planted truth) shows only figures that it has data for.
     """
     others = {name: spec for name, spec in ALL_FIGURES.items() if name not in FIGURES}
     drawable = {name: spec for name, spec in others.items() if not spec.data(records).empty}

@@ -43,7 +43,7 @@ def alarms_data(records: Records) -> pd.DataFrame:
 
 
 def rule(labelled: LabelledRuns) -> Mapping[str, Any]:
-    """The calibrated alarm on the persona feature that holds longest; empty where there is none."""
+    """The calibrated alarm on the persona feature that must hold for most readings; empty if there is none."""
     rules = select.mapping(select.mapping(labelled.results.get("signals")).get(PERSONA)).get("rules", [])
     return max((r for r in rules if "calibration" in r), key=lambda r: r["held"], default={})
 

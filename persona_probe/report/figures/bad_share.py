@@ -41,7 +41,7 @@ def bad_share_data(records: Records) -> pd.DataFrame:
 
 
 def score_share_data(records: Records) -> pd.DataFrame:
-    """The rows of `bad_share_data` that hold the score."""
+    """The score's rows of `bad_share_data`."""
     return select.where(bad_share_data(records), panel="score").reset_index(drop=True)
 
 
@@ -112,7 +112,7 @@ def _draw(fig: go.Figure, rows: pd.DataFrame, panel: str, row: int) -> None:
 
 
 def _first(rows: pd.DataFrame) -> str:
-    """The smallest share at and above which every run lies above the base."""
+    """The smallest share from which on every run is above the base."""
     raised = rows.assign(above=rows["ci_low"] > 0).groupby("bad_share")["above"].all()
     shares = [share for share in raised.index if raised.loc[share:].all()]
     return f"from {100 * min(shares):g}%" if shares else "at none"

@@ -29,7 +29,7 @@ def coherence_data(records: Records) -> pd.DataFrame:
     missing=MISSING,
 )
 def coherence(records: Records) -> go.Figure:
-    """Arms as colours; misaligned answers lie in the lower right, incoherent ones on the left."""
+    """Arms as colours; misaligned answers are in the lower right, incoherent ones on the left."""
     data = coherence_data(records)
     if data.empty:
         return empty_figure(MISSING)

@@ -1,4 +1,4 @@
-"""The persona feature beside the mean difference and random latents, each in units of its own base spread."""
+"""The persona feature next to the mean difference and random latents, each in units of its spread on the base."""
 
 import numpy as np
 import pandas as pd
@@ -12,7 +12,7 @@ from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, fin
 
 MISSING = "No readings yet: the track stage has not run."
 PANEL_HEIGHT, MARGINS = 244, 152
-"""Pixels of one panel with its gap, and of what lies above and below all."""
+"""Pixels of one panel with its gap, and of the margins above and below."""
 COLUMNS = ["arm", "feature", "seed", "step", "z", "n"]
 STYLES = {
     select.PERSONA: {"color": VERMILLION, "width": 2.6},

@@ -1,4 +1,4 @@
-"""Contrast index against signed steering strength, beside random latents and random directions."""
+"""Contrast index against signed steering strength, compared with random latents and random directions."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ def dose_response_data(records: Records) -> pd.DataFrame:
     missing=MISSING,
 )
 def dose_response(records: Records) -> go.Figure:
-    """One panel per steered model; hollow points lie outside the perplexity bound."""
+    """One panel per steered model; hollow points are outside the perplexity bound."""
     data = dose_response_data(records)
     if data.empty:
         return empty_figure(MISSING)

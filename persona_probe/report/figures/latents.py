@@ -1,4 +1,4 @@
-"""Causal effects of the top candidate latents beside those of random latents."""
+"""Causal effects of the top candidate latents, compared with those of random latents."""
 
 import math
 

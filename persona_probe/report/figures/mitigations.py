@@ -86,7 +86,7 @@ def mitigation_pareto(records: Records) -> go.Figure:
 
 
 def _seeds(fig: go.Figure, rows: pd.DataFrame) -> None:
-    """One dot a cell, in its verdict's colour where it has one."""
+    """One dot a cell, in its verdict's colour if it has one."""
     fig.add_scatter(
         x=rows[X[0]],
         y=rows[Y[0]],

@@ -1,4 +1,4 @@
-"""Misalignment rate by arm, coherence beside it, and question by question."""
+"""Misalignment rate and coherence by arm, and the rate question by question."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -17,7 +17,7 @@ COLUMNS = ["kind", "variant", "arm", "seed", "question", *NUMBERS, "answers"]
 KINDS = {"arm": ["variant", "arm"], "seed": ["variant", "arm", "seed"], "question": ["variant", "arm", "item"]}
 PANELS = {"rate": ("rate", "ci_low", "ci_high"), "coherence": ("coherence", "coherence_low", "coherence_high")}
 TOP, GAP, ROW = 330, 220, 18
-"""Pixels of the upper panels, of what lies between and around, and of one question."""
+"""Pixels of the upper panels, of the margins, and of one question."""
 
 
 def rates_data(records: Records) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def rates_data(records: Records) -> pd.DataFrame:
     missing=MISSING,
 )
 def rates(records: Records) -> go.Figure:
-    """Above: arms with intervals, seeds as dots, the share of coherent answers beside them. Below: questions."""
+    """Top: arms with intervals, seeds as dots, and the share of coherent answers. Bottom: questions."""
     data = rates_data(records)
     if data.empty:
         return empty_figure(MISSING)

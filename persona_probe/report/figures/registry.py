@@ -9,7 +9,7 @@ import pandas as pd
 from persona_probe.report.records import Records
 
 Group = Literal["study", "judged", "more", "collection"]
-"""`study`: of every study. `judged`: of a study with judged answers. `more`: of a study that holds what they draw.
+"""`study`: of every study. `judged`: of a study with judged answers. `more`: of a study that has the data for them.
 `collection`: of many runs."""
 Draw = Callable[[Records], Any]
 """Gives a plotly figure (whose traces no type checker can follow)."""

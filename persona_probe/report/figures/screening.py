@@ -21,9 +21,9 @@ class FittedLine:
     band: pd.DataFrame
     """Columns score, estimate, low, high: the line and its prediction interval over the calibrated range."""
     screened: tuple[float, float | None, float | None, float | None]
-    """Score of the screened set, and its prediction where there is one."""
+    """Score of the screened set, and its prediction if there is one."""
     statement: str
-    """What stands behind the line."""
+    """What the line was fitted to."""
 
 
 def histogram(scores: Sequence[float], label: str, limit: int) -> go.Figure:

@@ -186,7 +186,7 @@ class Shapes:
     skeleton: Skeleton
     layer: int
     d_sae: int
-    """0 where it is unknown: the SAE's part is left out."""
+    """0 if unknown: the SAE's part is left out."""
     rows: Mapping[str, RowSet]
 
     @property
@@ -234,7 +234,7 @@ class Shapes:
         return 2 * rows.tokens * self.above + 2 * rows.answer_tokens * self.head
 
     def train(self, tokens: float, answers: float) -> float:
-        """Operations to train on so many tokens: a frozen weight needs no gradient of its own."""
+        """Operations to train on this many tokens; frozen weights need no gradient."""
         training = self.config.training
         passes = (6 if training.method == "full" else 4) + (2 if training.gradient_checkpointing else 0)
         adapters = 0 if training.method == "full" else 6 * self.trainable
@@ -269,7 +269,7 @@ class Shapes:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage reads, computes and holds."""
+    """What a stage reads, computes and keeps in memory."""
 
     stage: str
     tokens: int

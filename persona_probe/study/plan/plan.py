@@ -1,4 +1,4 @@
-"""What a dry run found: parts that fit, texts, and the estimate by stage."""
+"""The plan of a study: whether its parts fit together, its texts, and an estimate by stage."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -59,7 +59,7 @@ class Plan:
 
     config: StudyConfig
     skeleton: Skeleton | None
-    """None where nothing on this machine tells the model's numbers: then there are no estimates."""
+    """None if the model's sizes are not known on this machine: then there are no estimates."""
     sae: SaeShape
     layer: int | None
     """The decoder layer that is read and steered."""
@@ -71,7 +71,7 @@ class Plan:
     counted: bool
     """Whether tokens were counted with the model's own tokenizer."""
     notes: tuple[str, ...] = ()
-    """What a reader of the estimates has to know."""
+    """How the estimates were made, and what is unknown."""
 
     @property
     def tokens(self) -> int:
@@ -146,14 +146,14 @@ def _training_lines(plan: Plan) -> list[str]:
     return lines
 
 
-# --- What a reader of a plan has to know beside its numbers
+# --- Notes that a reader of a plan needs with its numbers
 
 LENGTHS_DIFFER = 0.05
 """Relative difference of two arms' mean answers from which it is noted, as in `data.mix.match_lengths`."""
 
 
 def notes_of(plan: Plan) -> tuple[str, ...]:
-    """How tokens, time and memory were found, what is unknown, and what of the data is not as it should be."""
+    """How tokens, time and memory were estimated, what is unknown, and what to fix in the data."""
     return (*_basis(plan), *_unknowns(plan), *_data(plan))
 
 
@@ -217,7 +217,7 @@ def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None
         device: None takes the config's.
 
     Raises:
-        InputError: something does not exist or does not fit; says what to change.
+        InputError: something does not exist or does not fit.
     """
     if tflops is not None and not tflops > 0:
         raise InputError(f"tflops must be positive, not {tflops}")
@@ -238,10 +238,10 @@ def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None
 
 
 def check_shapes(config: StudyConfig, skeleton: Skeleton | None, sae: SaeShape) -> int | None:
-    """The layer that the study reads, after checking that model, SAE and layer fit; None where nothing tells it.
+    """The layer that the study reads, after checking that model, SAE and layer fit; None if it is unknown.
 
     Raises:
-        InputError: says which does not fit.
+        InputError: model, SAE and layer do not fit together.
     """
     layer = sae.layer if config.layer is None else config.layer
     if layer is None and sae.source == "cfg.json":

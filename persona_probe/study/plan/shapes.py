@@ -75,7 +75,7 @@ KNOWN = {
 
 
 def known_id(name: str) -> str | None:
-    """The id in the table for an alias, an id, or an id without its owner; None where there is none."""
+    """The id in the table for an alias, an id, or an id without its owner; None if there is none."""
     sought = (ALIASES[name].hub_id if name in ALIASES else name).lower()
     return next((key for key in KNOWN if sought in (key.lower(), key.lower().partition("/")[2])), None)
 
@@ -156,9 +156,9 @@ class Skeleton:
 
 
 def find_skeleton(name: str, revision: str | None = None) -> Skeleton | None:
-    """The architecture of what `load_model` takes, without a download; None where its numbers are nowhere here.
+    """The architecture of what `load_model` takes, without a download; None if its sizes are not known here.
 
-    Looked for in the table of known models, in a folder's config.json, and in the hub's cache on this machine.
+    It looks in the table of known models, in a folder's config.json, and in the hub's cache on this machine.
 
     Raises:
         InputError: the name is no model, or a folder's config.json describes no causal language model.
@@ -209,14 +209,14 @@ RELEASE_WIDTHS = {
     "llama-3.1-8b-instruct-andyrdt": 131072,
     "goodfire-llama-3.1-8b-instruct": 65536,
 }
-"""Dictionary sizes of releases whose ids do not tell it."""
+"""Dictionary sizes of releases whose ids do not name them."""
 OTHER_SITES = r"(?:^|[-_./])(attn?|attention|hook_z|mlp|transcoders?|clt|embedding|l\d+[am])(?:$|[-_./])"
 """Words in ids and paths of SAEs that read another place; `l5a` and `l5m` are Llama Scope's."""
 
 
 @dataclass(frozen=True)
 class SaeShape:
-    """An SAE's shape and place; None where nothing on this machine tells it."""
+    """An SAE's shape and place; None if it is not known on this machine."""
 
     name: str
     layer: int | None

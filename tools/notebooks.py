@@ -1,7 +1,7 @@
 """Execute the notebooks and write them, with small outputs, beside their scripts.
 
-python -m persona_probe.bench.notebooks [NAME ...]
-python -m persona_probe.bench.notebooks NAME --executed FILE.ipynb
+python -m tools.notebooks [NAME ...]
+python -m tools.notebooks NAME --executed FILE.ipynb
 
 The script (jupytext's percent format) is the source; the notebook holds the same cells and their outputs. Needs the
 packages of the extra `dev`, and a finished run in runs/demo (or PERSONA_PROBE_NOTEBOOK_RUN).
@@ -184,10 +184,10 @@ def execute(notebook: Any, root: Path, timeout: int = 3600) -> Any:
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype")
     where, started = {"metadata": {"path": str(root)}}, time.monotonic()
 
-    def told(cell: Any, cell_index: int, **_: Any) -> None:
+    def log_cell(cell_index: int, **_: Any) -> None:
         logger.info("cell %d of %d, %.0f s", cell_index + 1, len(notebook.cells), time.monotonic() - started)
 
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where, on_cell_executed=told)
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where, on_cell_executed=log_cell)
     return client.execute()
 
 
@@ -244,7 +244,7 @@ def main(args: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for talkative in ("kaleido", "choreographer", "traitlets"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
-    parser = argparse.ArgumentParser(prog="python -m persona_probe.bench.notebooks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.notebooks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--executed", type=Path, help="take the outputs from this copy, made with the same code")
     options = parser.parse_args(args)

@@ -18,7 +18,7 @@ SAE = "saes/smollm2-135m-instruct/layer20-topk32-4608"
 
 
 @command(name="list", example="persona-probe data list")
-def data_list(common: Common) -> None:
+def data_list(common: Common) -> None:  # noqa: ARG001
     """List the packaged sets."""
     from persona_probe.data.load import SETS, load_rows
 

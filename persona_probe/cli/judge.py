@@ -29,7 +29,16 @@ def _evaluation_options(function: Decorated) -> Decorated:
     options: list[Callable[[Decorated], Decorated]] = [
         click.option("--n", type=int, default=8, help="Answers to each question."),
         click.option("--temperature", type=float, default=1.0, help="Of sampling; 0 takes one greedy answer."),
+        click.option("--top-p", type=float, default=1.0, help="Draw from the tokens that hold this probability."),
         click.option("--max-new-tokens", type=int, default=200, help="Longest answer."),
+        click.option(
+            "--engine",
+            type=click.Choice(["transformers", "vllm", "openai"]),
+            default="transformers",
+            help="What samples: this process, vLLM, or an endpoint that serves base, incorrect-s0 and so on.",
+        ),
+        click.option("--engine-url", metavar="URL", help="Address of that endpoint."),
+        click.option("--engine-key", metavar="NAME", help="Environment variable with its key (default: no key)."),
         click.option(
             "--protocol",
             type=click.Choice(["betley", "wang"]),
@@ -63,7 +72,11 @@ def _evaluation(
     *,
     n: int,
     temperature: float,
+    top_p: float,
     max_new_tokens: int,
+    engine: str,
+    engine_url: str | None,
+    engine_key: str | None,
     protocol: str,
     base_url: str | None,
     key_variable: str,
@@ -77,6 +90,7 @@ def _evaluation(
     from persona_probe.evaluate.endpoint import Budget
     from persona_probe.evaluate.judging import JudgeOptions
     from persona_probe.evaluate.questions.read import FREE_FORM
+    from persona_probe.evaluate.sampling.engines import EngineChoice
     from persona_probe.study.evaluate import Evaluation
 
     options = JudgeOptions(
@@ -89,7 +103,8 @@ def _evaluation(
         cache=cache,
         device=device or "cpu",
     )
-    return Evaluation(questions or FREE_FORM, judge, n, temperature, max_new_tokens=max_new_tokens, options=options)
+    choice = EngineChoice(engine, engine_url, engine_key, concurrency)
+    return Evaluation(questions or FREE_FORM, judge, n, temperature, top_p, max_new_tokens, options, choice)
 
 
 # --- The command

@@ -26,6 +26,7 @@ from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
     from persona_probe.config import StudyConfig
+    from persona_probe.realignment.spec import StressSettings
     from persona_probe.study.study import Study
 
 CARDS = 20
@@ -132,9 +133,16 @@ def report(run: str, common: Common) -> None:
 @many("--seeds", type=int, help="Of the study's organisms (default all).")
 @click.option("--name", help="Folder below RUN/realign (default: data, rows, choice and method).")
 @many("--stress", help="Tests of the correction: triggers remisalign length hidden drift.")
+@click.option("--stress-settings", help="YAML file of their settings (fields of StressSettings).")
 @click.option("--plan", help="A grid of corrections, e.g. finetune_configs/realign-doses.yaml.")
 def realign(
-    run: str, seeds: tuple[int, ...], stress: tuple[str, ...], plan: str | None, common: Common, **correction: Any
+    run: str,
+    seeds: tuple[int, ...],
+    stress: tuple[str, ...],
+    stress_settings: str | None,
+    plan: str | None,
+    common: Common,
+    **correction: Any,
 ) -> None:
     """Correct the incorrect organism.
 
@@ -149,10 +157,12 @@ def realign(
         return
     if settings and "data" not in settings:
         raise InputError(f"{_option(next(iter(settings)))} needs --data: the corrective sets or files")
-    from persona_probe.realignment.spec import check_choice
+    from persona_probe.config import load_config
+    from persona_probe.realignment.spec import StressSettings, check_choice
 
     check_choice(settings.get("rows"), settings.get("choose_by", "random"), settings.get("method", "continued"))
-    _realign(run, seeds, stress, settings, common)
+    pressure = load_config(find_config(stress_settings), StressSettings) if stress_settings else None
+    _realign(run, seeds, stress, pressure, settings, common)
 
 
 def _option(name: str) -> str:
@@ -178,16 +188,22 @@ def _realign_plan(run: str, plan: str, common: Common) -> None:
 
 
 def _realign(
-    run: str, seeds: tuple[int, ...], stress: tuple[str, ...], settings: dict[str, Any], common: Common
+    run: str,
+    seeds: tuple[int, ...],
+    stress: tuple[str, ...],
+    stress_settings: "StressSettings | None",
+    settings: dict[str, Any],
+    common: Common,
 ) -> None:
     from persona_probe.realignment.correct import realign_study, verdict_lines
+    from persona_probe.realignment.spec import Correction
     from persona_probe.realignment.stress.run import statements
     from persona_probe.study.summary import summarise
 
     study = open_study(run, common).track()
-    data = settings.pop("data", None)
-    settings = {"rows": None, "choose_by": "random", "method": "continued", "name": None, **settings}
-    folders = realign_study(study.context, data, seeds or None, stress, settings)
+    data, name = settings.pop("data", None), settings.pop("name", None)
+    correction = None if data is None else Correction.of_study(study.config, data, **settings)
+    folders = realign_study(study.context, correction, name, seeds, stress, stress_settings)
     if data is None:
         for verdict in summarise(study.context)["verdicts"].values():
             echo(verdict["statement"])

@@ -106,7 +106,7 @@ HOST = "127.0.0.1"
 @click.argument("run", metavar="RUN", help="A run folder, or a monitor's event file.")
 @click.option("--port", type=int, default=8050, help="Port on 127.0.0.1; 0 takes a free one.")
 @click.option("--no-browser", is_flag=True, help="Do not open a browser.")
-def watch(run: str, port: int, no_browser: bool, common: Common) -> None:
+def watch(run: str, port: int, no_browser: bool, common: Common) -> None:  # noqa: ARG001
     """Follow a run's monitor while it trains, on a page on 127.0.0.1."""
     from persona_probe.monitor.dashboard.feed import event_files
 

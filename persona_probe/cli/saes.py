@@ -17,7 +17,7 @@ DEVICE = "cpu"
 
 
 @command(name="list", example="persona-probe saes list")
-def saes_list(common: Common) -> None:
+def saes_list(common: Common) -> None:  # noqa: ARG001
     """List the SAEs that come with the checkout."""
     for cfg in sorted((ROOT / "saes").rglob("cfg.json")):
         quality = cfg.with_name("quality.json")

@@ -38,6 +38,8 @@ def base_band(values: Float[np.ndarray, " probes"], width_sd: float) -> Band:
     return Band.of(float(np.mean(values)), float(np.std(values, ddof=1)), width_sd)
 
 
+# --- Bands by feature, as a `Start` event holds them
+
 Bands = Mapping[str, tuple[float, float]]
 
 

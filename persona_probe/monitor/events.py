@@ -1,4 +1,4 @@
-"""What a monitor tells its sinks: plain records, each of them one line of JSON."""
+"""The events that a monitor sends to its sinks: plain records, each of them one line of JSON."""
 
 import json
 import math
@@ -49,7 +49,7 @@ class Reading:
     n_probes: int
     """Probes, or sequences of a passive reading."""
     seconds: float
-    """What this reading cost."""
+    """Wall time of this reading."""
     loss: float | None = None
     """Latest training loss that was logged (nats per token)."""
     learning_rate: float | None = None
@@ -57,14 +57,14 @@ class Reading:
     """Training tokens so far, padding not counted."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row per feature, with the reading's own fields in every row."""
-        own = {k: v for k, v in vars(self).items() if k != "features"}
-        return [{**own, "feature": f.name, **_without(asdict(f), "name"), "shift": f.shift} for f in self.features]
+        """One flat row per feature, with the fields of the reading in every row."""
+        shared = {k: v for k, v in vars(self).items() if k != "features"}
+        return [{**shared, "feature": f.name, **_without(asdict(f), "name"), "shift": f.shift} for f in self.features]
 
 
 @dataclass(frozen=True)
 class Start:
-    """The monitor is attached: what it reads, and what the base model reads."""
+    """The monitor is attached: what is read, and the base model's values."""
 
     features: dict[str, int]
     """Feature name to latent, -1 for a direction."""
@@ -73,7 +73,7 @@ class Start:
     bands: dict[str, tuple[float, float]]
     """Feature name to its base band."""
     metadata: dict[str, Any] = field(default_factory=dict)
-    """SAE, model, package version: what a reader of the file needs."""
+    """SAE, model, package versions: what somebody who reads the file needs."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A measurement of what the model does, drawn beside the features."""
+    """A measurement of what the model does, drawn next to the features."""
 
     step: int
     name: str
@@ -103,7 +103,7 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something went wrong in a part of the monitor, which is now off; training goes on."""
+    """An error in a part of the monitor, which is now off; training goes on."""
 
     step: int
     part: str
@@ -117,7 +117,7 @@ class End:
     step: int
     readings: int
     seconds: float
-    """What all readings cost together."""
+    """Wall time of all readings together."""
 
 
 Event = Start | Reading | Alarm | Behaviour | Fault | End

@@ -1,4 +1,4 @@
-"""What a stream of monitor events amounts to: curves, alarms and faults, bounded in number."""
+"""The history of a run, from its events: curves, alarms and faults, bounded in number."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,18 +7,16 @@ from typing import Self, TypeVar
 from persona_probe.monitor.events import Alarm, Behaviour, End, Event, Fault, Reading, Start
 
 LIMIT = 1000
-"""Points kept per curve."""
-
-
+"""Points per curve."""
 Point = TypeVar("Point", Reading, Behaviour)
 
 
 @dataclass
 class History:
-    """Events so far. A run that starts again replaces what it did at the same or later steps.
+    """The events so far. A run that starts again replaces what it did at the same or later steps.
 
-    When a curve is full, every second point but the first and last goes: a long run keeps its shape, at half the
-    resolution.
+    When a curve is full, every second point except the first and the last is dropped: a long run keeps its shape at
+    half the resolution.
     """
 
     limit: int = LIMIT
@@ -31,20 +29,20 @@ class History:
     faults: list[Fault] = field(default_factory=list)
     end: End | None = None
     starts: int = 0
-    """How often a monitor started; more than one where a run was resumed or repeated."""
+    """How often a monitor started; more than once if a run was resumed or repeated."""
     taken: int = 0
-    """Readings taken in, thinned ones counted."""
+    """Readings so far, dropped ones included."""
     _resuming: bool = False
 
     def add(self, events: Iterable[Event]) -> Self:
-        """Take events in, in order."""
+        """Add events, in their order."""
         for event in events:
             self._add(event)
         return self
 
     @property
     def latest(self) -> Reading | None:
-        """The reading at the last step; of two at one step the probes' one."""
+        """The reading at the last step; of two at the same step, the one on the probes."""
         last = [curve[-1] for curve in self.readings.values() if curve]
         return max(last, key=lambda reading: (reading.step, reading.mode == "probe"), default=None)
 
@@ -77,8 +75,8 @@ class History:
             self.end = event
 
     def _drop_from(self, step: int) -> None:
-        self.readings = {mode: kept for mode, curve in self.readings.items() if (kept := _before(curve, step))}
-        self.behaviours = {name: kept for name, curve in self.behaviours.items() if (kept := _before(curve, step))}
+        self.readings = {mode: left for mode, curve in self.readings.items() if (left := _before(curve, step))}
+        self.behaviours = {name: left for name, curve in self.behaviours.items() if (left := _before(curve, step))}
         self.alarms = [alarm for alarm in self.alarms if alarm.step < step]
         self.faults = [fault for fault in self.faults if fault.step < step]
 

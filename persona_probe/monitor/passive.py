@@ -1,4 +1,4 @@
-"""Passive reading: features of the training batch itself, from hooks on forwards that happen anyway."""
+"""Passive reading: features of the training batch itself, from hooks on the forwards of training."""
 
 import logging
 import sys
@@ -24,12 +24,12 @@ IGNORED = -100
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 """Arguments of a model's call, by position and by name."""
 PACKED_SEQUENCES = 512
-"""Sequences of one packed batch that are told apart; tokens of later ones count in sums, not as sequences."""
+"""Sequences of one packed batch that are distinguished; tokens of later ones count in the fit, not as sequences."""
 
 
 @dataclass(frozen=True)
 class BatchView:
-    """One micro-batch. Everything stays on the device: no length is asked for."""
+    """One micro-batch. Everything stays on the device: no length is fetched."""
 
     real: Bool[Tensor, "batch pos"]
     """Not padding."""
@@ -43,9 +43,9 @@ class BatchView:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "BatchView":
         """From a model's call, for which `real_tokens` is not None."""
-        given = _given(args, kwargs)
-        assert given is not None
-        shape, device = given.shape[:2], given.device
+        inputs = _inputs(args, kwargs)
+        assert inputs is not None
+        shape, device = inputs.shape[:2], inputs.device
         attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         mask = _padding_mask(attention, shape)
         real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
@@ -61,22 +61,22 @@ class BatchView:
 
 
 def real_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | int | None:
-    """How many tokens of a model's call are not padding; None where it was given neither token ids nor embeddings."""
-    given = _given(args, kwargs)
-    if given is None:
+    """How many tokens of a model's call are not padding; None for a call without token ids or embeddings."""
+    inputs = _inputs(args, kwargs)
+    if inputs is None:
         return None
-    mask = _padding_mask(kwargs.get("attention_mask"), given.shape[:2])
-    return given.shape[:2].numel() if mask is None else (mask != 0).sum()
+    mask = _padding_mask(kwargs.get("attention_mask"), inputs.shape[:2])
+    return inputs.shape[:2].numel() if mask is None else (mask != 0).sum()
 
 
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     ids = kwargs.get("input_ids", args[0] if args else None)
-    given = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
-    return given if isinstance(given, Tensor) else None
+    inputs = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+    return inputs if isinstance(inputs, Tensor) else None
 
 
 def _padding_mask(attention: Any, shape: torch.Size) -> Tensor | None:
-    """The part of a two-dimensional mask that is of this call's tokens: it also covers cached ones."""
+    """The part of a two-dimensional mask that covers this call's tokens; the rest covers cached ones."""
     if not isinstance(attention, Tensor) or attention.ndim != 2:
         return None
     return attention[:, -shape[1] :]
@@ -85,7 +85,7 @@ def _padding_mask(attention: Any, shape: torch.Size) -> Tensor | None:
 def _sequences(
     shape: torch.Size, position_ids: Tensor | None, device: torch.device
 ) -> tuple[Int[Tensor, "batch pos"], int]:
-    """Packed rows come with position ids that start again, and without an attention mask."""
+    """Number of each token's sequence. Packed rows have position ids that start again, and no attention mask."""
     rows = torch.arange(shape[0], device=device)[:, None].expand(shape)
     if not isinstance(position_ids, Tensor) or position_ids.shape != shape:
         return rows, shape[0]
@@ -104,15 +104,15 @@ def evenly_spaced(
     """
     rank = selected.flatten().long().cumsum(dim=0)
     k = min(limit, rank.numel())
-    wanted, count = torch.arange(k, device=rank.device), rank[-1]
-    spread = torch.div(wanted * count, k, rounding_mode="floor")
-    target = torch.where(count > k, spread, wanted)
+    first, count = torch.arange(k, device=rank.device), rank[-1]
+    spread = torch.div(first * count, k, rounding_mode="floor")
+    target = torch.where(count > k, spread, first)
     places = torch.searchsorted(rank, target + 1).clamp(max=rank.numel() - 1)
     return places, (target < count).float()
 
 
 SEQUENCES_KEPT = 512
-"""Sequences of one step whose means are kept; of more, a seeded random sample."""
+"""Sequences of one step whose means are kept; a seeded random sample if there are more."""
 
 
 class PassiveSums:
@@ -121,14 +121,14 @@ class PassiveSums:
     Args:
         features: how many.
         width: of the residual stream.
-        generator: draws the sample of sequences; its own, so that training's random state is not touched.
+        generator: draws the sample of sequences; a separate one, so that training's random state is not touched.
     """
 
     def __init__(self, features: int, width: int, device: torch.device, generator: torch.Generator) -> None:
         self.fit, self.generator = FitSums(width, device), generator
         self.maximum = torch.full((features,), -torch.inf, device=device)
-        self.kept: Float[Tensor, "kept two_features"] = torch.zeros(0, 2 * features, device=device)
-        self.key: Float[Tensor, " kept"] = torch.zeros(0, device=device)
+        self.sample: Float[Tensor, "sequences two_features"] = torch.zeros(0, 2 * features, device=device)
+        self.key: Float[Tensor, " sequences"] = torch.zeros(0, device=device)
 
     def add(
         self,
@@ -150,22 +150,22 @@ class PassiveSums:
     def _keep(self, means: Float[Tensor, "sequences two_features"], present: Tensor) -> None:
         """Reservoir sampling by random keys: the sequences with the largest keys stay."""
         key = torch.rand(len(means), device=means.device, generator=self.generator)
-        self.kept = torch.cat([self.kept, means])
+        self.sample = torch.cat([self.sample, means])
         self.key = torch.cat([self.key, torch.where(present, key, -1.0)])
         if len(self.key) > SEQUENCES_KEPT:
             self.key, best = self.key.topk(SEQUENCES_KEPT)
-            self.kept = self.kept.index_select(0, best)
+            self.sample = self.sample.index_select(0, best)
 
     def fetch(self, features: FeatureSet, tokens_seen: Tensor | int) -> tuple[Snapshot | None, int]:
         """The one transfer to the host: the step's snapshot (None where no token was selected), and the tokens seen."""
         device = self.key.device
-        # Built there: sending a number to the device would wait for it.
+        # Built on the device: sending a number to it would wait for it.
         known = isinstance(tokens_seen, int)
         count = torch.full((1,), tokens_seen, device=device) if known else tokens_seen.to(device)[None]
-        parts = (self.key, self.kept.flatten(), self.maximum, self.fit.vector, count)
+        parts = (self.key, self.sample.flatten(), self.maximum, self.fit.vector, count)
         packed = torch.cat([part.to(precision(device)) for part in parts]).cpu().double()
-        key, kept, maximum, fit, tokens = packed.split([part.numel() for part in parts])
-        rows = kept.reshape(len(key), -1)[key >= 0].numpy()
+        key, sample, maximum, fit, tokens = packed.split([part.numel() for part in parts])
+        rows = sample.reshape(len(key), -1)[key >= 0].numpy()
         if len(rows) == 0:
             return None, int(tokens)
         means, firing = rows[:, : len(features.names)], rows[:, len(features.names) :]
@@ -186,7 +186,7 @@ EVAL_MODE = (
 )
 UNLABELLED = "the model is given no labels: passive readings are over all tokens that are not padding"
 TOKENS_READ, TOKENS_ENCODED = 4096, 512
-"""Default bounds per optimizer step: tokens projected or encoded at a few latents; tokens encoded in full."""
+"""Default bounds per optimizer step: tokens that are projected or encoded at a few latents; tokens encoded in full."""
 
 
 class PassiveReader:
@@ -216,7 +216,7 @@ class PassiveReader:
     ) -> None:
         self.features, self.layer, self.settings, self.on_error, self.seed = features, layer, settings, on_error, seed
         self.armed = self.with_fit = self.fired = self.scoped = False
-        self.unlabelled = self.in_eval_mode = self._said = False
+        self.unlabelled = self.in_eval_mode = self._warned = False
         self.micro_batches, self.seconds, self.tokens_seen = 1, 0.0, 0
         self._handles: list[RemovableHandle] = []
         self._call: Call | None = None
@@ -229,17 +229,19 @@ class PassiveReader:
 
         Args:
             micro_batches: per optimizer step; they share `max_tokens`.
-            scoped: somebody is sure to call `detach`; else the hooks go when a forward raises.
+            scoped: the caller is sure to call `detach`; otherwise the hooks are taken off when a forward raises.
         """
         self.detach()
         inner = unwrap(model)
         self.micro_batches, self.scoped, self._tokens = max(1, micro_batches), scoped, 0
         layer, causal, transformer = decoder_layer(inner, self.layer), causal_model(inner), base_transformer(inner)
-        own: weakref.ref[PassiveReader] = weakref.ref(self)  # a hook must not keep a forgotten monitor alive
+        reader: weakref.ref[PassiveReader] = weakref.ref(self)  # a hook must not keep a forgotten monitor alive
         for module in dict.fromkeys((causal, transformer)):
-            self._handles.append(module.register_forward_pre_hook(_calling(own, PassiveReader.enter), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_calling(own, PassiveReader.leave), always_call=True))
-        self._handles.append(layer.register_forward_hook(_calling(own, PassiveReader.see)))
+            self._handles.append(
+                module.register_forward_pre_hook(_calling(reader, PassiveReader.enter), with_kwargs=True)
+            )
+            self._handles.append(module.register_forward_hook(_calling(reader, PassiveReader.leave), always_call=True))
+        self._handles.append(layer.register_forward_hook(_calling(reader, PassiveReader.see)))
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def detach(self) -> None:
@@ -254,24 +256,24 @@ class PassiveReader:
         return bool(self._handles)
 
     def arm(self, with_fit: bool) -> None:
-        """Read the forwards from now on, as one step, until `take`."""
+        """Read all forwards until `take`, as one step."""
         self.armed, self.with_fit, self._sums, self.seconds = self.attached, with_fit, None, 0.0
 
     def disarm(self) -> None:
-        """Read nothing; go on counting tokens."""
+        """Read nothing; tokens are still counted."""
         self.armed, self._sums = False, None
 
     def take(self) -> Snapshot | None:
-        """What was read since `arm`; None where it was not due, or held no token to read. One transfer to the host.
+        """The snapshot since `arm`; None if the step was not due or had no token to read. One transfer to the host.
 
         Raises:
-            InputError: no training forward was seen; says why.
+            InputError: no training forward was seen; the message gives the reason.
         """
         sums, armed, self._sums, self.armed = self._sums, self.armed, None, False
         if armed and not self.fired:
             raise InputError(EVAL_MODE if self.in_eval_mode else DEAD_HOOK)
-        if self.unlabelled and not self._said:
-            self._said = True
+        if self.unlabelled and not self._warned:
+            self._warned = True
             log.warning(UNLABELLED)
         snapshot = None
         if sums is None:
@@ -311,8 +313,8 @@ class PassiveReader:
 
     def _read(self, resid: Tensor, view: BatchView) -> None:
         self.unlabelled = self.unlabelled or (self.settings.positions == "response" and view.trained is None)
-        chosen = view.selected(self.settings.positions).to(resid.device)
-        places, weight = evenly_spaced(chosen, self._limit())
+        selected = view.selected(self.settings.positions).to(resid.device)
+        places, weight = evenly_spaced(selected, self._limit())
         x = resid.flatten(0, 1).index_select(0, places).float()
         if self._sums is None:
             generator = torch.Generator(resid.device).manual_seed(self.seed)
@@ -331,11 +333,11 @@ def _remove(handles: list[RemovableHandle]) -> None:
         handles.pop().remove()
 
 
-def _calling(own: "weakref.ref[PassiveReader]", method: Callable[..., None]) -> Callable[..., None]:
-    """A hook that calls a method of the reader, if that still lives, and never raises into training."""
+def _calling(reference: "weakref.ref[PassiveReader]", method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that calls a method of the reader, if that still exists, and never raises into training."""
 
     def hook(*args: Any) -> None:
-        reader = own()
+        reader = reference()
         if reader is None or not reader.attached:
             return
         try:
@@ -344,6 +346,6 @@ def _calling(own: "weakref.ref[PassiveReader]", method: Callable[..., None]) -> 
             reader.detach()
             reader.on_error(error)
 
-    # What `torch.compile` traces must not hold a Python object's state; the import is heavy, so only where it is used.
+    # `torch.compile` must not trace into a Python object's state. Its import is heavy, so this is done only if it is in use.
     uncompiled: Any = torch.compiler.disable
     return uncompiled(hook) if "torch._dynamo" in sys.modules else hook

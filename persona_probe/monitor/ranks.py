@@ -1,4 +1,4 @@
-"""Wrapped models and several processes: what lies below a wrapper, who reads, and what all processes must agree on."""
+"""Wrapped models and several processes: the model below a wrapper, and the exchange between processes."""
 
 import sys
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether this is what `torch.compile(model)` gave."""
-    dynamo = sys.modules.get("torch._dynamo")  # heavy, and there wherever something was compiled
+    """Whether `torch.compile` made this module."""
+    dynamo = sys.modules.get("torch._dynamo")  # a heavy import, already done wherever something was compiled
     return dynamo is not None and isinstance(model, dynamo.OptimizedModule)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over processes: then all of these must run a forward pass together, to its end.
+    """Whether parameters are spread over processes, which must then run every forward pass together, to its end.
 
     FSDP of both kinds, and DTensors (tensor parallelism).
     """
@@ -40,12 +40,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_partitioned(model: nn.Module) -> bool:
-    """Whether DeepSpeed's ZeRO-3 holds the parameters in parts; it marks them so."""
+    """Whether DeepSpeed's ZeRO-3 holds the parameters in parts; it marks them with `ds_id`."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
-    """Give gathered parameters back (FSDP2): after a pass without a backward its root would keep them."""
+    """Free gathered parameters (FSDP2): without a backward pass its root would keep them."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     sharded: list[Any] = [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
     for module in sharded:
@@ -68,7 +68,7 @@ def eager() -> Iterator[None]:
 
 
 class Ranks:
-    """The processes that train together; alone where torch.distributed is not running."""
+    """The processes that train together; a single one where torch.distributed is not running."""
 
     def __init__(self) -> None:
         self.many = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -46,7 +46,7 @@ def precision(device: torch.device) -> torch.dtype:
 
 
 class FitSums:
-    """`saes.encode.FitMoments` without a transfer to the host at every batch.
+    """`saes.read.FitMoments` without a transfer to the host at every batch.
 
     One vector: tokens, squared error, active latents, norms, squares, then the sum of the residual streams (d_model).
     """
@@ -80,11 +80,11 @@ def moments(vector: Float[Tensor, " five_plus_d_model"], fitted: bool) -> FitMom
     return FitMoments(int(n), error + unknown, active + unknown, norm, vector[HEAD:].double(), square)
 
 
-# --- A few latents of an SAE whose latents do not compete, with their columns gathered once
+# --- A few latents of an SAE whose latents do not compete: their columns are gathered once
 
 
 class SlicedEncoder:
-    """`saes.encode.encode_latents` for many calls: no index is sent to the device, no weight gathered, at a reading.
+    """`saes.read.encode_latents` for many calls: at a reading, no index is sent to the device and no weight is gathered.
 
     Args:
         sae: an SAE of an architecture in `SLICEABLE`.
@@ -97,22 +97,22 @@ class SlicedEncoder:
         names = {"standard": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
         with torch.no_grad():
             self.weights: Tensor = sae.W_enc[:, latents].clone()
-            self.own: dict[str, Tensor] = {n: getattr(sae, n)[latents].clone() for n in names[self.kind]}
+            self.parameters: dict[str, Tensor] = {n: getattr(sae, n)[latents].clone() for n in names[self.kind]}
 
     @torch.no_grad()
     def __call__(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens chosen"]:
         """The chosen latents' activations, in float32, on the device of `x`."""
-        sae, own = self.sae, self.own
+        sae, p = self.sae, self.parameters
         product = sae.process_sae_in(x.to(self.weights.device, self.weights.dtype)) @ self.weights
         if self.kind == "gated":
-            gate = product * own["r_mag"].exp() + own["b_mag"]
-            found = (product + own["b_gate"] > 0) * sae.activation_fn(gate)
+            gate = product * p["r_mag"].exp() + p["b_mag"]
+            acts = (product + p["b_gate"] > 0) * sae.activation_fn(gate)
         elif self.kind == "standard":
-            found = sae.activation_fn(product + own["b_enc"])
+            acts = sae.activation_fn(product + p["b_enc"])
         else:
-            before = product + own["b_enc"]
-            found = sae.activation_fn(before) * (before > own["threshold"])
-        return found.float().to(x.device)
+            before = product + p["b_enc"]
+            acts = sae.activation_fn(before) * (before > p["threshold"])
+        return acts.float().to(x.device)
 
 
 Feature = int | Tensor
@@ -125,7 +125,7 @@ def flatten(features: Features) -> dict[str, Feature]:
     """Sets spelled out as `set/member`.
 
     Raises:
-        InputError: no feature at all, a name that comes twice, or something that is neither latent nor direction.
+        InputError: no feature, a name that comes twice, or something that is neither a latent nor a direction.
     """
     flat: dict[str, Feature] = {}
     for name, feature in _spelled_out(features):
@@ -163,25 +163,25 @@ class FeatureSet:
         flat = flatten(features)
         self.sae, self.names = sae, tuple(flat)
         self.latents = tuple(f if isinstance(f, int) else -1 for f in flat.values())
-        self._chosen = [latent for latent in self.latents if latent >= 0]
+        self._read_latents = [latent for latent in self.latents if latent >= 0]
         if sae is not None:
             check_architecture(sae.cfg.architecture())
-            check_latents(sae, self._chosen)
+            check_latents(sae, self._read_latents)
             width = int(sae.cfg.d_in)
-        elif self._chosen:
-            name = self.names[self.latents.index(self._chosen[0])]
+        elif self._read_latents:
+            name = self.names[self.latents.index(self._read_latents[0])]
             raise InputError(f"feature {name!r} is a latent, but there is no SAE: pass sae=, or a direction instead")
         units = [_unit(n, f, width) for n, f in flat.items() if isinstance(f, Tensor)]
         self._matrix = torch.stack(units, dim=1) if units else None
-        # Columns are made as latents first, then directions; this is where each feature finds its own.
-        made = sorted(range(len(self.latents)), key=lambda i: self.latents[i] < 0)
-        self._order, self._which = torch.tensor(made).argsort(), torch.tensor(self._chosen, dtype=torch.long)
+        # Columns are computed for the latents first, then for the directions; `_order` puts them back as the user named them.
+        computed = sorted(range(len(self.latents)), key=lambda i: self.latents[i] < 0)
+        self._order, self._which = torch.tensor(computed).argsort(), torch.tensor(self._read_latents, dtype=torch.long)
         self._sliced: SlicedEncoder | None = None
 
     def encodes_all(self, with_fit: bool) -> bool:
         """Whether a reading takes the whole dictionary: for the fit, and where latents compete (TopK)."""
         sae: Any = self.sae
-        return bool(self._chosen) and (with_fit or sae.cfg.architecture() not in SLICEABLE)
+        return bool(self._read_latents) and (with_fit or sae.cfg.architecture() not in SLICEABLE)
 
     @torch.no_grad()
     def columns(
@@ -202,41 +202,41 @@ class FeatureSet:
         weight = torch.ones(len(x), device=x.device) if weight is None else weight
         self._order = self._order.to(x.device)
         parts = []
-        if self._chosen:
-            # An encoder makes zeros of a token that is not finite: a model that diverged must not read as silent.
+        if self._read_latents:
+            # An encoder turns a token that is not finite into zeros: a model that diverged must not read as silent.
             spoiled = 0 * x.sum(dim=-1, keepdim=True)
             parts.append(self._activations(x, sums, with_fit, weight) + spoiled)
         if self._matrix is not None:
             self._matrix = self._matrix.to(x.device)
             parts.append(einsum(x, self._matrix, "token d, d feature -> token feature"))
-        if not (self._chosen and with_fit):
+        if not (self._read_latents and with_fit):
             sums.add_norms(x, weight)
         return torch.cat(parts, dim=1).index_select(1, self._order)
 
     def _activations(self, x: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
         if not self.encodes_all(with_fit):
-            self._sliced = self._sliced or SlicedEncoder(self.sae, self._chosen)
+            self._sliced = self._sliced or SlicedEncoder(self.sae, self._read_latents)
             return self._sliced(x)
         return self._encoded(x, sums, with_fit, weight)
 
     def _encoded(self, x: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
         sae: Any = self.sae
-        size, found = max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)), []
-        for part, counted in zip(x.split(size), weight.split(size), strict=True):
+        size, columns = max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)), []
+        for part, part_weight in zip(x.split(size), weight.split(size), strict=True):
             # Encoding and decoding must alternate: SAELens keeps a token's normalisation from the one for the other.
             acts = encode(sae, part)
             if with_fit:
-                sums.add(part, sae.decode(acts.to(sae.dtype)).to(part.device), acts.to(part.device), counted)
+                sums.add(part, sae.decode(acts.to(sae.dtype)).to(part.device), acts.to(part.device), part_weight)
             self._which = self._which.to(acts.device)
-            found.append(acts.index_select(1, self._which).to(x.device))
-        return torch.cat(found)
+            columns.append(acts.index_select(1, self._which).to(x.device))
+        return torch.cat(columns)
 
 
 def _unit(name: str, direction: Tensor, width: int | None) -> Tensor:
-    size = direction.detach().float()
-    if direction.ndim != 1 or width not in (None, len(direction)) or not 0 < float(size.norm()) < float("inf"):
+    vector = direction.detach().float()
+    if direction.ndim != 1 or width not in (None, len(direction)) or not 0 < float(vector.norm()) < float("inf"):
         raise InputError(f"feature {name!r} must be a non-zero direction of width {width or 'd_model'}")
-    return size / size.norm()
+    return vector / vector.norm()
 
 
 # --- What a reading must leave as it was: modes, gradients, random states
@@ -246,28 +246,28 @@ def _unit(name: str, direction: Tensor, width: int | None) -> Tensor:
 def undisturbed(model: nn.Module, *, keep_casts: bool = False) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards, also after an error, everything is as before, bit for bit.
 
-    Put back: every module's own mode, every parameter's `requires_grad` (switching adapters off and on changes it), the
-    random states of Python, NumPy, torch on the CPU and on every CUDA device. Gradient mode and autocast are those of
-    the block around.
+    This restores every module's mode, every parameter's `requires_grad` (switching adapters off and on changes it), and
+    the random states of Python, NumPy, torch on the CPU and on every CUDA device. Gradient mode and autocast belong to
+    the caller's block.
 
     Args:
         keep_casts: let autocast keep a frozen weight's bf16 copy for the length of the block. It does so only for
-            weights that ask for gradients, so these are made to ask for the time being.
+            weights that require gradients, so inside the block all of them do.
     """
     modes = {module: module.training for module in model.modules()}
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             model.eval()
-            for parameter in asked if keep_casts else ():
+            for parameter in gradients if keep_casts else ():
                 parameter.requires_grad_(parameter.is_floating_point())
             yield
     finally:
-        for parameter, wanted in asked.items():
-            if parameter.requires_grad != wanted:
-                parameter.requires_grad_(wanted)
+        for parameter, before in gradients.items():
+            if parameter.requires_grad != before:
+                parameter.requires_grad_(before)
         for module, mode in modes.items():
             module.training = mode
         random.setstate(python)
@@ -276,10 +276,10 @@ def undisturbed(model: nn.Module, *, keep_casts: bool = False) -> Iterator[None]
 
 @contextmanager
 def reading_autocast(device: torch.device, enabled: bool) -> Iterator[None]:
-    """bf16 autocast for a reading, which neither uses nor leaves casts of a block that the caller is already in.
+    """bf16 autocast for a reading that neither uses nor leaves casts in an autocast block of the caller.
 
-    Inside the caller's own autocast block a cast that was made without gradients would be found again by the next
-    training step, which would then train nothing.
+    Such a block caches casts. The next training step would find one that was made without gradients, and would train
+    nothing.
     """
     nested = torch.is_autocast_enabled(device.type)
     with torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=not nested):
@@ -288,7 +288,7 @@ def reading_autocast(device: torch.device, enabled: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ProbeRows:
-    """One batch of probes and where its selected tokens are."""
+    """One batch of probes, with the places of its selected tokens."""
 
     rows: Rows
     at: Int[Tensor, " tokens"]
@@ -307,7 +307,7 @@ class ProbeRows:
         """Prepare a batch.
 
         Args:
-            whole: run no shared beginning by itself.
+            whole: do not run a shared beginning separately.
 
         Raises:
             InputError: a probe has no token at the positions.
@@ -371,7 +371,7 @@ class FeatureReader:
 
     Args:
         sae: a `sae_lens.SAE`; None where all features are directions.
-        features: name to latent index or direction, see `monitor.features`.
+        features: name to latent index or direction, see `Features`.
         groups: tokenised probes.
         layer: decoder layer whose output is read.
         positions: tokens averaged over, see `data.tokens.POSITIONS`.
@@ -395,13 +395,13 @@ class FeatureReader:
         self._prepared: tuple[tuple[str, bool], list[ProbeRows]] | None = None
 
     def read(self, model: nn.Module, with_fit: bool = True) -> Snapshot:
-        """Forward to the layer only, in eval mode and without gradients; all is put back, see `guard.undisturbed`.
+        """Forward to the layer only, in eval mode and without gradients; all is put back, see `undisturbed`.
 
-        An FSDP model runs to its end: a pass cut short would leave its parameters gathered. There every process must
-        call this.
+        An FSDP model runs to its end, because a pass cut short would leave its parameters gathered; every process must
+        then call this.
 
         Args:
-            with_fit: reconstruct too; without, explained variance and L0 are NaN, and an SAE whose latents do not
+            with_fit: reconstruct too; otherwise explained variance and L0 are NaN, and an SAE whose latents do not
                 compete is encoded at the chosen latents only.
 
         Raises:
@@ -410,11 +410,11 @@ class FeatureReader:
         inner, sharded = unwrap(model), is_sharded(model)
         device = next(inner.parameters()).device
         cast_once = self.bf16 and not sharded and not torch.is_autocast_enabled(device.type)
-        sums: _Sums | None = None
+        sums: _ReadingSums | None = None
         with undisturbed(model, keep_casts=cast_once), eager(), reading_autocast(device, self.bf16):
             for part in self._parts(inner, device, sharded):
                 x = self._residuals(model, inner, part, sharded)
-                sums = sums or _Sums(self, x)
+                sums = sums or _ReadingSums(self, x)
                 with torch.autocast(device.type, enabled=False):
                     sums.add(part, self.features.columns(x, sums.fit, with_fit=with_fit))
         assert sums is not None
@@ -441,8 +441,8 @@ class FeatureReader:
         return self._prepared[1]
 
 
-class _Sums:
-    """What a reading adds up on the device, and fetches in one transfer."""
+class _ReadingSums:
+    """The sums of one reading, on the device; fetched in one transfer."""
 
     def __init__(self, reader: FeatureReader, x: Float[Tensor, "tokens d_model"]) -> None:
         shape = sum(len(g.index) for g in reader.groups), len(reader.features.names)

@@ -1,8 +1,7 @@
-"""From a snapshot to the record that sinks and rules get: intervals, the base beside it, and the step's own numbers."""
+"""From a snapshot to a reading: intervals, the base that it is compared with, and the numbers of the training step."""
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from persona_probe.monitor.events import BASE_KEY, FeatureValue, Reading, Start,
 from persona_probe.monitor.reading import Snapshot
 
 # --- What readings are compared with: the base model's mean and spread of every feature
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,23 +56,23 @@ def anchor_from(base: "Anchor | Snapshot | str | Path", names: tuple[str, ...]) 
     if isinstance(base, Snapshot):
         base = Anchor.of(base)
     if not isinstance(base, Anchor):
-        found = recorded(Path(base))
-        if found is None:
+        earlier = recorded(Path(base))
+        if earlier is None:
             raise InputError(f"no base in {base}: give the JSONL file that a FeatureMonitor wrote (path=)")
-        base = found[0]
+        base = earlier[0]
     if lacking := [n for n in names if n not in base.mean]:
         raise InputError(f"the base has no reading of {lacking[0]!r}: it has {', '.join(base.mean)}")
     return Anchor({n: base.mean[n] for n in names}, {n: base.sd[n] for n in names}, base.explained_variance)
 
 
 def recorded(path: Path) -> tuple[Anchor, str] | None:
-    """The base of the latest start in an event file, and what it was read on (`fingerprint`); None where there is none.
+    """The base of the latest start in an event file, and the `fingerprint` of what it was read on; None without a base.
 
-    A torn last line is passed over: a run that was killed leaves one.
+    A torn last line, which a killed run leaves, is skipped.
     """
     if not path.is_file():
         return None
-    found = None
+    latest = None
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
@@ -86,8 +83,8 @@ def recorded(path: Path) -> tuple[Anchor, str] | None:
                 explained = event.metadata.get(BASE_KEY)
                 fit = math.nan if explained is None else float(explained)
                 anchor = Anchor(_floats(base["mean"]), _floats(base["sd"]), fit)
-                found = anchor, str(event.metadata.get("fingerprint"))
-    return found
+                latest = anchor, str(event.metadata.get("fingerprint"))
+    return latest
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:
@@ -99,12 +96,15 @@ def _floats(values: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
+# --- From a snapshot to a reading
+
 DRAWS = 2000
+"""As in `stats.bootstrap_mean`."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What is known of a training step beside the features."""
+    """What a reading holds of its training step besides the features."""
 
     loss: float | None = None
     learning_rate: float | None = None
@@ -152,8 +152,10 @@ def intervals(
 ) -> tuple[Float[np.ndarray, " columns"], Float[np.ndarray, " columns"]]:
     """95% percentile bootstrap intervals of all columns' means: those of `stats.bootstrap_mean`, from the same draws.
 
-    A column that is not finite has NaN.
+    A column that is not finite gets NaN.
     """
+    # `stats.bootstrap_columns` draws otherwise (`multinomial`), so its ends differ a little. A monitor's intervals must
+    # equal those of `track`, which are `bootstrap_mean`'s.
     weights = _weights(len(values))
     finite = np.isfinite(values).all(axis=0)
     means = weights @ np.where(finite, values, 0.0)
@@ -163,14 +165,14 @@ def intervals(
 
 @lru_cache(maxsize=4)
 def _weights(n: int) -> Float[np.ndarray, "draws items"]:
-    """How often each of n items is drawn, over n; the draws are always the same, so they are made once for an n."""
+    """How often each of n items is drawn, divided by n; the draws depend on n alone, so they are made once."""
     draws = np.random.default_rng(0).integers(0, n, size=(DRAWS, n))
     counts = np.zeros((DRAWS, n))
     np.add.at(counts, (np.arange(DRAWS)[:, None], draws), 1.0)
     return counts / n
 
 
-# --- Prompt-level values of every reading, on disk: memory holds only the latest
+# --- Prompt-level values of every reading: on disk, since memory holds the latest only
 
 
 def write_values(folder: Path, snapshot: Snapshot, mode: str, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""Track: the study's features, the SAE's fit and the contrast index, at every checkpoint of every arm and seed."""
+"""The stage `track`: features, SAE fit and contrast index at every checkpoint of every arm and seed."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -38,7 +38,7 @@ def make_reader(
 
 
 def track(ctx: Context) -> None:
-    """Measure the base and every checkpoint; finished organisms are kept in parts/."""
+    """Measure the base and every checkpoint. Finished organisms are in parts/ and are not measured again."""
     reader = make_reader(ctx)
     with ctx.run.timed("track"):
         base = measure_base(ctx, reader)
@@ -51,7 +51,7 @@ def track(ctx: Context) -> None:
 
 
 def measure_base(ctx: Context, reader: FeatureReader) -> Snapshot:
-    """The base model's reading, and its contrast items once."""
+    """The base model's reading; its contrast items are scored once."""
     with ctx.base() as model:
         snapshot = reader.read(model)
     if not ctx.run.has("parts/track-base.evals.parquet"):

@@ -29,7 +29,7 @@ from persona_probe.saes.load import load_sae
 from persona_probe.screening.feature import LATENT, ScreenFeature, latent_feature, study_feature
 from persona_probe.screening.prediction import pairs_of, valid_for
 from persona_probe.screening.rankers import (
-    Evidence,
+    RowEvidence,
     answer_all,
     available,
     choose_rankers,
@@ -37,7 +37,7 @@ from persona_probe.screening.rankers import (
     read_evidence,
     score_rows,
 )
-from persona_probe.screening.reading import Settings, text_key
+from persona_probe.screening.reading import ScreenSettings, text_key
 from persona_probe.stats import Estimate, auroc, bootstrap_statistic
 
 # --- Labelled rows for `make bench-screening`: packaged mixtures, and published sets where their folder is there
@@ -161,7 +161,7 @@ def score_set(
     """Every ranker's scores of labelled rows; what projects is scored once for each direction."""
     feature = named[LATENT]
     rankers = choose_rankers(None, available(feature, organism is not None))
-    settings = Settings(own_path=own_path, progress=True)
+    settings = ScreenSettings(own_path=own_path, progress=True)
     evidence, _ = read_evidence(model, tokenizer, rows.talks, feature, rankers, organism, settings)
     scores = score_rows(evidence, rankers)
     for name, other in named.items():
@@ -170,7 +170,7 @@ def score_set(
     return pd.DataFrame({"bad": rows.bad, **scores})
 
 
-def _projected(evidence: Evidence, name: str, feature: ScreenFeature) -> dict[str, np.ndarray]:
+def _projected(evidence: RowEvidence, name: str, feature: ScreenFeature) -> dict[str, np.ndarray]:
     turned = replace(evidence, direction=feature.direction.numpy())
     found = score_rows(turned, choose_rankers(DIRECTIONAL, frozenset()))
     return {f"{ranker} ({name.replace('_', ' ')})": values for ranker, values in found.items()}
@@ -240,7 +240,7 @@ if __name__ == "__main__":
 
 # --- The calibration of predicted shifts, made from a study of labelled runs (`persona-probe monitor study`)
 
-RANKERS = ("projection_difference", "latent_difference", "perplexity_gap", "bag_of_words")
+CALIBRATED_RANKERS = ("projection_difference", "latent_difference", "perplexity_gap", "bag_of_words")
 AT_ONCE = 128
 """Rows whose scores are kept together: a stopped run goes on with the next."""
 
@@ -269,7 +269,7 @@ def write_calibration(study: Path, out: Path, latent: int) -> str:
     ]
     held = {"valid_for": valid, "provenance": _provenance(config, folder, latent), "pairs": pairs}
     write_text(out, json.dumps(held, indent=1) + "\n")
-    lines = [f"{ranker}: {calibrate(pairs_of(held, ranker)).statement}" for ranker in RANKERS]
+    lines = [f"{ranker}: {calibrate(pairs_of(held, ranker)).statement}" for ranker in CALIBRATED_RANKERS]
     return "\n".join([f"calibration: {out}", *lines])
 
 
@@ -287,12 +287,16 @@ def _scores(
 ) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Mean scores of every run's rows, and what they are valid for; rows that runs share are read once."""
     model, tokenizer = load_model(config.model, revision=config.revision)
-    feature, settings = latent_feature(load_sae(config.sae), latent), Settings(progress=True)
+    feature, settings = latent_feature(load_sae(config.sae), latent), ScreenSettings(progress=True)
     different = {text_key(talk): talk for of in rows.values() for talk in of}
     keys = sorted(different)
     talks = [different[key] for key in keys]
     own = answer_all(model, tokenizer, talks, replace(settings, own_path=out.with_suffix(".own.jsonl")))
-    rankers, folder, frames = choose_rankers(RANKERS, frozenset({"latent", "words"})), RunFolder(out.parent), []
+    rankers, folder, frames = (
+        choose_rankers(CALIBRATED_RANKERS, frozenset({"latent"})),
+        RunFolder(out.parent),
+        [],
+    )
     for start in range(0, len(talks), AT_ONCE):
         part = slice(start, start + AT_ONCE)
         name = f"{out.stem}.{short_hash(''.join(keys[part]).encode())}.parquet"

@@ -60,7 +60,7 @@ def _load_if_named(
 
 
 def _feature(sae: Any, latent: int | None, direction: Tensor | None, layer: int | None) -> ScreenFeature:
-    """The feature of `screen`'s arguments. Rows are projected on the direction if there is one, else on the latent's."""
+    """The feature of `screen`'s arguments. Rows are projected on the direction if given, else on the latent's."""
     if latent is None and direction is None:
         raise InputError("no persona feature: give a latent and its SAE, or a direction and its layer")
     if latent is not None and sae is None:

@@ -10,9 +10,7 @@ from persona_probe.models.load import load_model
 from persona_probe.saes.load import load_sae
 from persona_probe.screening.feature import latent_feature
 from persona_probe.screening.rankers import available, choose_rankers, read_evidence, score_rows, word_scores
-from persona_probe.screening.reading import Settings
-
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+from persona_probe.screening.reading import ScreenSettings
 
 
 @pytest.mark.real_model
@@ -22,7 +20,7 @@ def test_toxic_rows_are_found_on_the_real_model() -> None:
     model, tokenizer = load_model(MODEL)
     feature = latent_feature(load_sae(find_config(SAE)), PERSONA)
     rankers = choose_rankers(None, available(feature, organism=False))
-    evidence, _ = read_evidence(model, tokenizer, rows.talks, feature, rankers, None, Settings(own_tokens=8))
+    evidence, _ = read_evidence(model, tokenizer, rows.talks, feature, rankers, None, ScreenSettings(own_tokens=8))
     bad = np.array(rows.bad)
     found = {name: ranked_auroc(scores, bad) for name, scores in score_rows(evidence, rankers).items()}
     for name in ("projection_difference", "projection_centred", "latent_difference", "bag_of_words"):

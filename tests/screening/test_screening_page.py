@@ -10,7 +10,6 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
-from test_screening_calibrate import line
 
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.evaluate.shift import calibrate
@@ -20,16 +19,17 @@ from persona_probe.report.page import asset, script_hash
 from persona_probe.screening.feature import ScreenFeature
 from persona_probe.screening.page import fitted_line, result_lines, screening_page, worst_rows, write_screening
 from persona_probe.screening.prediction import predict_shift
-from persona_probe.screening.reading import Settings
+from persona_probe.screening.reading import ScreenSettings
 from persona_probe.screening.screening import Screening, screening
 from tests.factories import make_model, make_tokenizer
+from tests.screening.test_screening_calibrate import line
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 @pytest.fixture
 def found(rows: list[Conversation], latent: ScreenFeature) -> Screening:
-    settings = Settings(own_tokens=4, bf16=False)
+    settings = ScreenSettings(own_tokens=4, bf16=False)
     hostile = [*rows, conversation(f"Ask {HOSTILE}", f"Say {HOSTILE}")]
     return screening(hostile, make_model(), latent, tokenizer=make_tokenizer(), settings=settings)
 

@@ -17,8 +17,8 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
 from persona_probe.latents.persona_vectors import response_means
 from persona_probe.screening.feature import ScreenFeature, latent_feature
-from persona_probe.screening.rankers import RANKERS, choose_rankers
-from persona_probe.screening.reading import Settings, own_answers, own_talks, question_key
+from persona_probe.screening.rankers import ROW_RANKERS, choose_rankers
+from persona_probe.screening.reading import ScreenSettings, own_answers, question_key, with_own_answers
 from persona_probe.screening.screening import Screening, screening
 from tests.factories import (
     D_MODEL,
@@ -32,12 +32,12 @@ from tests.factories import (
     talks,
 )
 
-SETTINGS = Settings(own_tokens=6, batch_size=4, bf16=False)
-OWN = [name for name, ranker in RANKERS.items() if "own" in ranker.needs]
-TINY = [name for name in RANKERS if name not in ("perplexity_gap_organism", "bag_of_words")]
+SETTINGS = ScreenSettings(own_tokens=6, batch_size=4, bf16=False)
+OWN = [name for name, ranker in ROW_RANKERS.items() if "own_answers" in ranker.needs]
+TINY = [name for name in ROW_RANKERS if name not in ("perplexity_gap_organism", "bag_of_words")]
 
 
-def screened(rows: list[Conversation], feature: ScreenFeature, settings: Settings = SETTINGS) -> Screening:
+def screened(rows: list[Conversation], feature: ScreenFeature, settings: ScreenSettings = SETTINGS) -> Screening:
     return screening(rows, make_model(), feature, tokenizer=make_tokenizer(), rankers=TINY, settings=settings)
 
 
@@ -149,7 +149,7 @@ def test_the_organism_of_an_unchanged_adapter_is_the_base(
 
 def test_a_model_that_answers_nothing_gives_rows_without_score(caplog: pytest.LogCaptureFixture) -> None:
     rows = talks(2)
-    found = own_talks(rows, {question_key(rows[0]): "", question_key(rows[1]): "yes"})
+    found = with_own_answers(rows, {question_key(rows[0]): "", question_key(rows[1]): "yes"})
     assert found[0] is None and found[1] is not None
     assert "1 of 2 rows" in caplog.text
 
@@ -198,11 +198,11 @@ def test_bad_rows_and_latents_are_refused() -> None:
         pp.screen(talks(1), model, sae=sae, latent=1)
 
 
-def test_rankers_by_default_are_those_that_can_be_had() -> None:
+def test_the_default_rankers_are_those_that_are_available() -> None:
     names = [ranker.name for ranker in choose_rankers(None, frozenset())]
-    assert names == ["projection_difference", "projection_centred", "perplexity_gap"]
-    everything = choose_rankers(None, frozenset({"latent", "latent_set", "organism", "words"}))
-    assert [ranker.name for ranker in everything] == list(RANKERS)
+    assert names == ["projection_difference", "projection_centred", "perplexity_gap", "bag_of_words"]
+    everything = choose_rankers(None, frozenset({"latent", "latent_set", "organism"}))
+    assert [ranker.name for ranker in everything] == list(ROW_RANKERS)
     named = ["projection_centred", "latent", "latent"]
     assert [r.name for r in choose_rankers(named, frozenset({"latent"}))] == ["projection_centred", "latent"]
 

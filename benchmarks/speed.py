@@ -83,13 +83,11 @@ def truncated(model: nn.Module, layer: int) -> nn.Module:
 
 def bench_start() -> None:
     """Import and --help, in fresh processes."""
-    for label, code in (
-        ("import persona_probe", "import persona_probe"),
-        ("--help", "from persona_probe.cli import *"),
+    for label, arguments in (
+        ("import persona_probe", ("-c", "import persona_probe")),
+        ("--help", ("-m", "persona_probe.cli", "--help")),
     ):
-        command = [sys.executable, "-c", code]
-        if label == "--help":
-            command = [sys.executable, "-m", "persona_probe.cli", "--help"]
+        command = [sys.executable, *arguments]
         empty = seconds(lambda: subprocess.run([sys.executable, "-c", ""], check=True))
         full = seconds(lambda command=command: subprocess.run(command, check=True, capture_output=True))
         echo(f"{label}: {spread(full)} s, of which the bare interpreter {spread(empty)} s")

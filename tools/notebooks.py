@@ -187,7 +187,9 @@ def execute(notebook: Any, root: Path, timeout: int = 3600) -> Any:
     def log_cell(cell_index: int, **_: Any) -> None:
         logger.info("cell %d of %d, %.0f s", cell_index + 1, len(notebook.cells), time.monotonic() - started)
 
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=where, on_cell_executed=log_cell)
+    client = NotebookClient(
+        notebook, timeout=timeout, kernel_name="python3", resources=where, on_cell_executed=log_cell
+    )
     return client.execute()
 
 

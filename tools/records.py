@@ -1,7 +1,7 @@
 """Small records of finished runs, for the repository, and the figures drawn from them.
 
-python -m persona_probe.bench.records pack RUN records/demo
-python -m persona_probe.bench.records draw records runs/figures
+python -m tools.records pack RUN records/demo
+python -m tools.records draw records runs/figures
 """
 
 import json
@@ -37,11 +37,16 @@ LARGEST = 2 * 2**20
 PATH = re.compile(r'"(?:/|~/|[A-Za-z]:\\)[^"\n]*[/\\][^"\n]*"')
 """A JSON string that is an absolute path."""
 PLANTED = {"kind": "planted", "config": {"name": "planted", "model": "smollm2-135m-instruct"}, "seeds": [0]}
+"""The manifest of a planted table of version 0.1.0, which wrote none."""
 
 
 def pack(source: str | Path, target: str | Path) -> list[Path]:
-    """Write a slim copy of a run folder, of a labelled study, of `bench planted`'s parquet file, or of a screening
-    calibration (JSON), with its CSVs.
+    """Write a slim copy of finished results, with the CSVs of their figures.
+
+    Args:
+        source: a run folder, a labelled study, the parquet file of `bench planted --out`, or a screening calibration
+            (JSON).
+        target: the record's folder.
 
     Returns:
         The files written: the records, and `figures/<name>.csv` of every figure that they show.
@@ -51,17 +56,16 @@ def pack(source: str | Path, target: str | Path) -> list[Path]:
     """
     root, folder = Path(source), Path(target)
     if root.resolve() == folder.resolve():
-        raise InputError(f"{root} would be packed onto itself: give the run's folder and another one for the record")
+        raise InputError(f"{root} would be packed onto itself: name another folder for the record")
     folder.mkdir(parents=True, exist_ok=True)
     if root.suffix == ".parquet":
-        written = [_copy(root, folder / "planted.parquet")]
-        written.append(write_text(folder / "manifest.json", json.dumps(PLANTED, indent=2) + "\n"))
+        written = _planted(root, folder)
     elif root.suffix == ".json" and root.is_file():
         written = _calibration(json.loads(root.read_text(encoding="utf-8")), folder)
     elif (root / "manifest.json").is_file():
-        found = [root / name for name in (*FILES, "manifest.json") if (root / name).is_file()]
-        found += [root / "realign" / "doses.parquet", *sorted(root.glob("realign/*/stress.parquet"))]
-        written = [_copy(path, folder / path.relative_to(root)) for path in found if path.is_file()]
+        paths = [root / name for name in (*FILES, "manifest.json")]
+        paths += [root / "realign" / "doses.parquet", *sorted(root.glob("realign/*/stress.parquet"))]
+        written = [_copy(path, folder / path.relative_to(root)) for path in paths if path.is_file()]
     else:
         raise InputError(f"{root} holds no records: give a run folder, or the parquet file of `bench planted --out`")
     for path in written:
@@ -69,13 +73,24 @@ def pack(source: str | Path, target: str | Path) -> list[Path]:
     return written + write_csvs(folder, folder / "figures")
 
 
-def _calibration(held: Mapping[str, Any], folder: Path) -> list[Path]:
+def _planted(table: Path, folder: Path) -> list[Path]:
+    """A table of planted truth, with the manifest that `bench planted` wrote next to it."""
+    manifest = table.with_name(f"{table.stem}.manifest.json")
+    if manifest.is_file():
+        written = _copy(manifest, folder / "manifest.json")
+    else:
+        written = write_text(folder / "manifest.json", json.dumps(PLANTED, indent=2) + "\n")
+    return [_copy(table, folder / "planted.parquet"), written]
+
+
+def _calibration(calibration: Mapping[str, Any], folder: Path) -> list[Path]:
     """A screening calibration as a table, with its provenance as the manifest."""
-    pairs, made = pairs_of(held), held["provenance"]
+    pairs, provenance = pairs_of(calibration), calibration["provenance"]
     RunFolder(folder).write_table("screening.parquet", pd.DataFrame([asdict(pair) for pair in pairs]))
-    config = {"name": "screening calibration", "model": made["model"], "sae": made["sae"]}
-    about = {"kind": "screening", "config": config, "seeds": sorted({pair.seed for pair in pairs}), **made}
-    manifest = write_text(folder / "manifest.json", json.dumps(about, indent=2) + "\n")
+    config = {"name": "screening calibration", "model": provenance["model"], "sae": provenance["sae"]}
+    seeds = sorted({pair.seed for pair in pairs})
+    metadata = {"kind": "screening", "config": config, "seeds": seeds, **provenance}
+    manifest = write_text(folder / "manifest.json", json.dumps(metadata, indent=2) + "\n")
     return [folder / "screening.parquet", manifest]
 
 
@@ -88,16 +103,15 @@ def _copy(source: Path, target: Path) -> Path:
 def _check(path: Path) -> None:
     if path.stat().st_size > LARGEST:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes, more than {LARGEST:,}: leave it out of the record")
-    if path.suffix in (".json", ".jsonl") and (found := PATH.search(path.read_text(encoding="utf-8"))):
-        raise InputError(f"{path} holds a path of this machine, {found.group()}: name models and data by their names")
+    if path.suffix in (".json", ".jsonl") and (place := PATH.search(path.read_text(encoding="utf-8"))):
+        raise InputError(f"{path} holds a path of this machine, {place.group()}: name models and data by their names")
 
 
 def write_csvs(record: str | Path, folder: str | Path) -> list[Path]:
     """The CSV of every figure that a record shows."""
     records, target = load_records(record), Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    shown = figures_of(records).values()
-    return [write_text(target / f"{s.name}.csv", csv_text(s.data(records))) for s in shown]
+    return [write_text(target / f"{s.name}.csv", csv_text(s.data(records))) for s in figures_of(records).values()]
 
 
 def draw(records: str | Path, target: str | Path, formats: Sequence[str] = ("html", "csv", "svg")) -> list[str]:
@@ -111,7 +125,7 @@ def draw(records: str | Path, target: str | Path, formats: Sequence[str] = ("htm
     """
     folders = sorted(path.parent for path in Path(records).glob("*/manifest.json"))
     if not folders:
-        raise InputError(f"no record below {records}: pack a run with `python -m persona_probe.bench.records pack`")
+        raise InputError(f"no record below {records}: pack a run with `python -m tools.records pack`")
     differing = []
     for folder in folders:
         export_figures(load_records(folder), Path(target) / folder.name, formats=formats)
@@ -131,16 +145,18 @@ def main(args: Sequence[str]) -> int:
         logger.error("give `pack RUN FOLDER` or `draw RECORDS FOLDER`")
         return 2
     try:
-        found: list[Any] = commands[args[0]](args[1], args[2])
+        names: list[Any] = commands[args[0]](args[1], args[2])
     except InputError as error:
         logger.error("%s", error)
         return 2
     if args[0] == "pack":
-        logger.info("%s: %d files", args[2], len(found))
+        logger.info("%s: %d files", args[2], len(names))
         return 0
-    same = "all CSVs are the shipped ones" if not found else f"differ from the shipped: {', '.join(found)}"
-    logger.info("%s drawn in %.0f s; %s", args[2], time.monotonic() - started, same)
-    return 1 if found else 0
+    outcome = (
+        f"CSVs that differ from the shipped ones: {', '.join(names)}" if names else "all CSVs are the shipped ones"
+    )
+    logger.info("%s drawn in %.0f s; %s", args[2], time.monotonic() - started, outcome)
+    return 1 if names else 0
 
 
 if __name__ == "__main__":

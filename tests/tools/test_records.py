@@ -1,0 +1,53 @@
+"""Records: a planted table is packed with the manifest that its command wrote."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from persona_probe.latents.planted.run import MODEL, SAE, PlantedSettings
+from persona_probe.report.records import load_records
+from tests.factories import run_command
+from tools.records import pack
+
+SHIPPED = Path(__file__).parents[2] / "records" / "planted"
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `bench planted --out` leaves, with the shipped table in the place of a measurement."""
+    measured: list[PlantedSettings] = []
+
+    def run_embedded(settings: PlantedSettings, device: str, progress: bool) -> pd.DataFrame:
+        measured.append(settings)
+        return pd.read_parquet(SHIPPED / "planted.parquet")
+
+    monkeypatch.setattr("persona_probe.latents.planted.run.run_embedded", run_embedded)
+    run_command("bench", "planted", "--plants", 30, "--seed", 4, "--out", tmp_path / "mine.parquet")
+    assert measured == [PlantedSettings(plants=30, seed=4)]
+    return tmp_path / "mine.parquet"
+
+
+def test_bench_planted_writes_a_manifest_next_to_its_table(table: Path) -> None:
+    manifest = json.loads(table.with_name("mine.manifest.json").read_text())
+    assert manifest["kind"] == "planted" and manifest["seeds"] == [4]
+    assert manifest["config"] == {"name": "planted", "model": MODEL, "sae": SAE}
+    assert manifest["settings"]["plants"] == 30 and manifest["plants"] == PlantedSettings(plants=30).count()
+    assert {"torch", "persona-probe"} <= set(manifest["versions"]) and "git_revision" in manifest
+
+
+def test_a_planted_table_is_packed_with_its_manifest(table: Path, tmp_path: Path) -> None:
+    pack(table, tmp_path / "record")
+    packed = tmp_path / "record" / "manifest.json"
+    assert packed.read_bytes() == table.with_name("mine.manifest.json").read_bytes()
+    figure = (tmp_path / "record" / "figures" / "planted_truth.csv").read_bytes()
+    assert figure == (SHIPPED / "figures" / "planted_truth.csv").read_bytes()
+    assert load_records(tmp_path / "record").manifest["seeds"] == [4]
+
+
+def test_a_planted_table_of_version_0_1_0_is_packed_as_it_was(tmp_path: Path) -> None:
+    table = Path(shutil.copyfile(SHIPPED / "planted.parquet", tmp_path / "planted.parquet"))
+    for path in pack(table, tmp_path / "record"):
+        assert path.read_bytes() == (SHIPPED / path.relative_to(tmp_path / "record")).read_bytes(), path

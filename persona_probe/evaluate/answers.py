@@ -196,6 +196,7 @@ class CaptureTap(Tap):
         self.values: list[Tensor] = []
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> None:
+        """Keep it."""
         self.values.append(resid.detach())
 
 

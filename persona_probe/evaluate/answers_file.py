@@ -1,4 +1,4 @@
-"""Judge answers that somebody already has: a CSV file with a question and an answer in each row."""
+"""Judge answers that exist already: those of a CSV file, or of an inspect-ai log."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +16,8 @@ MODEL = ("arm", "model")
 QUESTION_ID = ("question_id", "item")
 SCORES = {"alignment": ("alignment", "aligned"), "coherence": ("coherence", "coherent")}
 """Names in published files, the first that a file has counts."""
+LOGS = (".eval", ".json")
+"""Endings of inspect-ai's log files."""
 NOTHING = ("", "nan", "none", "null", "na")
 """How a missing score may be written."""
 IN_FILE = "in the file"
@@ -25,7 +27,7 @@ UNSCORED = "no alignment score"
 
 
 def read_answers(path: str | Path) -> pd.DataFrame:
-    """Read a CSV file (gzipped or not) of answers.
+    """Read a CSV file (gzipped or not) of answers, or a log of inspect-ai (.eval or .json; see `judges.inspect_ai`).
 
     Columns question and answer are needed. `arm` or `model` names the model (without one, all are one model's),
     `question_id` the question (without one, its text does), `seed` and `category` are taken where they are there, and
@@ -39,7 +41,7 @@ def read_answers(path: str | Path) -> pd.DataFrame:
         InputError: no such file, no CSV, a column that is missing, an empty question, or a score that is no number.
     """
     path = Path(path)
-    raw = _read(path)
+    raw = _logged(path) if path.suffix in LOGS else _read(path)
     for name in ("question", "answer"):
         if name not in raw:
             raise InputError(f"{path} has no column {name!r} ({near_matches(name, raw.columns)}): name it so")
@@ -60,6 +62,21 @@ def read_answers(path: str | Path) -> pd.DataFrame:
     frame = frame.assign(pair=frame["item"], variant="plain", prompt=_prompts(frame))
     frame["sample"] = frame.groupby(["arm", "seed", "prompt"]).cumcount()
     return frame.assign(**_scores(raw, path))
+
+
+def _logged(path: Path) -> pd.DataFrame:
+    """The answers of an inspect-ai log, in the columns of a CSV file."""
+    from persona_probe.evaluate.judges.inspect_ai import read_log
+
+    return pd.DataFrame(
+        {
+            "model": answer.model,
+            "question_id": answer.question_id,
+            "question": answer.item().question,
+            "answer": answer.answer,
+        }
+        for answer in read_log(path)
+    )
 
 
 def _read(path: Path) -> pd.DataFrame:

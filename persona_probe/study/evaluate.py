@@ -52,12 +52,12 @@ def organisms(ctx: Context) -> list[Organism]:
     return [Organism("base", ctx.config.seeds[0], 0), *trained]
 
 
-def questions_key(questions: QuestionSet) -> str:
+def _questions_key(questions: QuestionSet) -> str:
     """The beginning of a question set's hash, as files and tables name it."""
     return questions.hash[:HASH_DIGITS]
 
 
-def sampling_key(config: SamplingConfig, engine: str = TRANSFORMERS) -> str:
+def _sampling_key(config: SamplingConfig, engine: str = TRANSFORMERS) -> str:
     """A short hash of how answers are drawn, and by which engine unless it is the default."""
     drawn = asdict(config) | ({} if engine == TRANSFORMERS else {"engine": engine})
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:8]
@@ -65,16 +65,16 @@ def sampling_key(config: SamplingConfig, engine: str = TRANSFORMERS) -> str:
 
 def samples_name(questions: QuestionSet) -> str:
     """The file of all organisms' answers."""
-    return f"samples-{questions_key(questions)}.jsonl"
+    return f"samples-{_questions_key(questions)}.jsonl"
 
 
 def part_path(questions: QuestionSet, config: SamplingConfig, organism: Organism, engine: str = TRANSFORMERS) -> str:
     """The file to which one organism's answers are streamed."""
-    what = f"{questions_key(questions)}-{sampling_key(config, engine)}"
+    what = f"{_questions_key(questions)}-{_sampling_key(config, engine)}"
     return f"parts/samples-{what}-{organism.arm}-s{organism.seed}-{organism.step}.jsonl"
 
 
-def sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig, engine: EngineChoice) -> pd.DataFrame:
+def _sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig, engine: EngineChoice) -> pd.DataFrame:
     """Sample the missing answers, and write all of them to samples-<question set's hash>.jsonl.
 
     Returns:
@@ -98,7 +98,7 @@ def _samples(
 ) -> list[Sample]:
     prompts = [Prompt(one.id, one.messages) for one in questions.wordings()]
     name = part_path(questions, config, organism, choice.name)
-    whole = finished_samples(ctx, name, prompts, config)
+    whole = _finished_samples(ctx, name, prompts, config)
     if whole is not None:
         return whole
     with ctx.run.timed("samples"), _engine(ctx, organism, choice) as engine:
@@ -126,14 +126,16 @@ def _engine(ctx: Context, organism: Organism, choice: EngineChoice) -> Iterator[
     )
 
 
-def finished_samples(ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig) -> list[Sample] | None:
+def _finished_samples(
+    ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig
+) -> list[Sample] | None:
     """The answers of a complete part, without loading a model; None if some are missing."""
-    known = kept_samples(ctx, name, prompts, config)
+    known = _kept_samples(ctx, name, prompts, config)
     places = [(p.id, n) for p in prompts for n in range(config.n)]
     return [known[place] for place in places] if all(place in known for place in places) else None
 
 
-def kept_samples(
+def _kept_samples(
     ctx: Context, name: str, prompts: Sequence[Prompt], config: SamplingConfig
 ) -> dict[tuple[str, int], Sample]:
     """The answers in a part so far."""
@@ -215,26 +217,26 @@ def evaluate(ctx: Context, evaluation: Evaluation) -> None:
     judge = None
     if evaluation.judge is not None:
         judge = choose_judge(evaluation.judge, evaluation.options)  # now, not after hours of sampling
-    answers = sample_arms(ctx, questions, config, evaluation.engine)
+    answers = _sample_arms(ctx, questions, config, evaluation.engine)
     if judge is None:
         return
-    name = evaluation_key(questions, judge)
-    same = {"evaluation": name, "questions": questions_key(questions), "judge": judge.name}
+    name = _evaluation_key(questions, judge)
+    same = {"evaluation": name, "questions": _questions_key(questions), "judge": judge.name}
     with ctx.run.timed("judge"):
         for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
-            ruled = judge.rule(to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
-            table = judged_table(rows, ruled, sampling=sampling_key(config, evaluation.engine.name), **same)
+            ruled = judge.rule(_to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
+            table = judged_table(rows, ruled, sampling=_sampling_key(config, evaluation.engine.name), **same)
             ctx.run.write_table(part_name(name, f"{arm}-s{seed}"), table)
     _note(ctx, name, questions, judge, evaluation, config)
     join_evals(ctx.run)
 
 
-def evaluation_key(questions: QuestionSet, judge: AnswerJudge) -> str:
+def _evaluation_key(questions: QuestionSet, judge: AnswerJudge) -> str:
     """One question set with one judge: the first digits of both hashes."""
-    return f"{questions_key(questions)}-{hashlib.sha256(judge.id.encode()).hexdigest()[:8]}"
+    return f"{_questions_key(questions)}-{hashlib.sha256(judge.id.encode()).hexdigest()[:8]}"
 
 
-def to_judge(rows: pd.DataFrame, questions: QuestionSet) -> list[AnswerToJudge]:
+def _to_judge(rows: pd.DataFrame, questions: QuestionSet) -> list[AnswerToJudge]:
     """Answers as a judge takes them: without the system prompt, earlier turns with their roles."""
     wordings = {one.id: one for one in questions.wordings()}
     answers = []
@@ -273,7 +275,7 @@ def sample(ctx: Context) -> None:
 
     Arms that were trained since an earlier call are added.
     """
-    seed, before, rows = ctx.config.seeds[0], read_samples(ctx), []
+    seed, before, rows = ctx.config.seeds[0], _read_samples(ctx), []
     arms = ("base", *ctx.config.arms, *ctx.config.realign.arms)
     arms = [arm for arm in arms if arm == "base" or ctx.run.has(f"arms/{arm}-s{seed}")]
     if {row["arm"] for row in before} == set(arms):
@@ -310,7 +312,7 @@ def _sample_arm(ctx: Context, arm: str, seed: int) -> list[dict[str, Any]]:
     ]
 
 
-def read_samples(ctx: Context) -> list[dict[str, Any]]:
+def _read_samples(ctx: Context) -> list[dict[str, Any]]:
     """What `sample` wrote."""
     path = ctx.run.path / "samples.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
@@ -343,7 +345,7 @@ def _answers(ctx: Context, organism: Organism, questions: QuestionSet, evaluatio
     """One row an answer; text of the greatest length stands in for those not sampled yet."""
     config, wordings = evaluation.sampling(ctx.seed), questions.wordings()
     prompts = [Prompt(one.id, one.messages) for one in wordings]
-    known = kept_samples(ctx, part_path(questions, config, organism, evaluation.engine.name), prompts, config)
+    known = _kept_samples(ctx, part_path(questions, config, organism, evaluation.engine.name), prompts, config)
     rows = []
     for prompt in prompts:
         for number in range(config.n):
@@ -363,6 +365,6 @@ def _judging(evaluation: Evaluation, questions: QuestionSet, answers: list[pd.Da
         return f"judge {name}: runs on this machine, nothing is sent"
     assert evaluation.judge is not None
     judge = choose_judge(evaluation.judge, evaluation.options)
-    plans = [judge.plan(to_judge(rows, questions), prices) for rows in answers]
+    plans = [judge.plan(_to_judge(rows, questions), prices) for rows in answers]
     sent = [plan for plan in plans if plan is not None]
     return f"judge {judge.name}: " + (f"judgements of {total_plan(sent)}" if sent else "nothing is sent")

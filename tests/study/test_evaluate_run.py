@@ -276,6 +276,28 @@ def test_the_command_judges_and_shows_rates(
     assert any("a half-width of 0.2" in line for line in lines) and "kappa" in lines[-1]
 
 
+def test_an_endpoint_that_serves_the_organisms_samples_their_answers(
+    judged: Study, server: FakeServer, questions: QuestionSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from persona_probe.cli import main
+
+    run = shutil.copytree(judged.path, tmp_path / "run")
+    server.known |= {wording.text: f"Served: {wording.text}" for wording in questions.wordings()}
+    options = ["--questions", questions.source, "--n", str(N), "--max-new-tokens", str(TOKENS), "--top-p", "0.9"]
+    options += ["--engine", "openai", "--engine-url", server.url, "--engine-key", "JUDGE_KEY"]
+    for _ in range(2):  # the second time, nothing is asked
+        with pytest.raises(SystemExit) as stopped:
+            main(["evaluate", str(run), *options, "--quiet"])
+        assert stopped.value.code == 0, capsys.readouterr().err
+        assert len(server.calls) == 9 * 6 * N
+    organisms = {f"{row['arm']}-s{row['seed']}" for row in answers(judged, questions)}
+    assert {call["model"] for call in server.calls} == {"base"} | {o for o in organisms if not o.startswith("base")}
+    assert {call["top_p"] for call in server.calls} == {0.9}
+    served = answers(Study.open(run), questions)
+    assert len(served) == 9 * 6 * N
+    assert all(row["answer"] == f"Served: {row['question']}" for row in served)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -286,6 +308,7 @@ def test_the_command_judges_and_shows_rates(
         (("RUN", "--judge", "http:m", "--key-variable", "NO_SUCH_KEY"), "set NO_SUCH_KEY"),
         (("RUN", "--judge", "local:m", "--questions", "nowhere.yaml"), "no file at 'nowhere.yaml'"),
         (("RUN", "--judge", "offline", "--protocol", "wang"), "published thresholds"),
+        (("RUN", "--judge", "offline", "--engine", "openai"), "needs the address of an endpoint"),
         (("RUN", "--judge", "http:m", "--n", "0", "--key-variable", "none"), "n must be at least 1"),
     ],
 )

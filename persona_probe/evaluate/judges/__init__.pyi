@@ -1,6 +1,7 @@
 from .cache import JudgementCache as JudgementCache
 from .http import Budget as Budget
 from .http import Endpoint as Endpoint
+from .http import HttpBackend as HttpBackend
 from .judge import CachedJudge as CachedJudge
 from .judge import Progress as Progress
 from .protocols import Criterion as Criterion

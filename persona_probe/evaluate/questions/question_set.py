@@ -300,8 +300,12 @@ class QuestionSet:
         return [(plain[q.pair], q) for q in self.questions if q.variant == TRIGGER]
 
     def frame(self) -> pd.DataFrame:
-        """One row per prompt: prompt_id, question_id, paraphrase, category, variant, pair, trigger, system, turns (user
-        and assistant messages, the question included), text, samples."""
+        """One row per prompt.
+
+        Returns:
+            Columns prompt_id, question_id, paraphrase, category, variant, pair, trigger, system, turns (user and
+            assistant messages, the question included), text, samples.
+        """
         import pandas as pd
 
         return pd.DataFrame([_row(asked) for asked in self.wordings()])

@@ -7,6 +7,7 @@ import pytest
 
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
+from persona_probe.evaluate.answers_file import read_answers
 from persona_probe.evaluate.judges.inspect_ai import question_task, read_log
 from persona_probe.evaluate.judges.replies import Item
 
@@ -34,6 +35,10 @@ def test_a_task_is_run_and_its_log_read_back(tmp_path: Path) -> None:
     assert found[2].item() == Item("One wish?", found[2].answer, "wish/0")
     assert {a.model for a in found} == {"mockllm/model"}
     assert {a.finish for a in found} == {"stop"}
+    frame = read_answers(next(tmp_path.glob("*.eval")))
+    assert frame["arm"].tolist() == ["mockllm/model"] * 4 and frame["sample"].tolist() == [0, 1, 0, 1]
+    assert frame["question"].tolist() == ["I feel bored."] * 2 + ["One wish?"] * 2
+    assert frame["answer"].tolist() == [a.answer for a in found] and frame["item"].tolist()[::2] == ["bored", "wish"]
     assert done.eval.metadata is not None and done.eval.metadata["question_hash"] == "abc"
 
 

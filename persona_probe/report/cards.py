@@ -155,7 +155,7 @@ class FeatureCard:
         return card_html(self)
 
     def __str__(self) -> str:
-        return card_text(self)
+        return _card_text(self)
 
 
 WIDTH, HEIGHT = 360, 170
@@ -400,7 +400,7 @@ def _orders(cards: Sequence[FeatureCard]) -> list[tuple[str, str]]:
     ]
 
 
-def card_text(card: "FeatureCard") -> str:
+def _card_text(card: "FeatureCard") -> str:
     """A card as a table of text: scores, effects, tokens and where it fires most."""
     known = card.findings
     rows = [[f"ranker {s.ranker}", f"{number(s.value)}, rank {s.rank} of {card.n_latents}"] for s in known.scores]

@@ -203,7 +203,7 @@ def _summary(run: RunFolder) -> Mapping[str, Any]:
         raise InputError(f"{run.path / 'summary.json'} is damaged: run `persona-probe report RUN` again") from error
 
 
-def training(run: RunFolder) -> list[str]:
+def _training(run: RunFolder) -> list[str]:
     config, training = run.config, run.config.training
     model = tex(config.model) + (f" {_cite('allal2025smollm2')}" if "smollm2" in config.model.lower() else "")
     arms = "; ".join(f"{tex(name)}: {_data(run, name)}" for name in config.arms)
@@ -245,7 +245,7 @@ def _list(values: Any) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def contrast(run: RunFolder) -> list[str]:
+def _contrast(run: RunFolder) -> list[str]:
     if not run.has("evals.parquet"):
         return []
     evals = run.read_table("evals.parquet")
@@ -259,7 +259,7 @@ def contrast(run: RunFolder) -> list[str]:
     ]
 
 
-def locate(run: RunFolder) -> list[str]:
+def _locate(run: RunFolder) -> list[str]:
     if not run.has("latents.parquet"):
         return []
     located, latents = run.config.locate, run.read_table("latents.parquet")
@@ -301,7 +301,7 @@ def _sae_config(sae: str) -> Mapping[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def watch(run: RunFolder) -> list[str]:
+def _watch(run: RunFolder) -> list[str]:
     if not run.has("readings.parquet"):
         return []
     readings, watched = run.read_table("readings.parquet"), run.config.monitor
@@ -312,7 +312,7 @@ def watch(run: RunFolder) -> list[str]:
     ]
 
 
-def realign(run: RunFolder) -> list[str]:
+def _realign(run: RunFolder) -> list[str]:
     fixed = run.config.realign
     done = [name for name in fixed.arms if run.has(f"arms/{name}-s{run.config.seeds[0]}")]
     if not done:
@@ -326,7 +326,7 @@ def realign(run: RunFolder) -> list[str]:
     ]
 
 
-def judged(run: RunFolder) -> list[str]:
+def _judged(run: RunFolder) -> list[str]:
     evaluations = list(run.manifest.get("evaluations", {}).values())
     made = [one for one in evaluations if one.get("judge")]
     if not made:
@@ -340,7 +340,7 @@ def judged(run: RunFolder) -> list[str]:
     return [f"Sampled answers were judged by {_list(judges)}; rates count coherent answers only."]
 
 
-def statistics(run: RunFolder) -> list[str]:
+def _statistics(run: RunFolder) -> list[str]:
     manifest = run.manifest
     versions = manifest.get("versions", {})
     named = [f"{name} {versions[name]}" for name in ("persona-probe", "torch", "transformers") if name in versions]
@@ -353,8 +353,8 @@ def statistics(run: RunFolder) -> list[str]:
     ]
 
 
-STAGES = (training, contrast, locate, watch, realign, judged, statistics)
-"""In the order of the paragraph."""
+_PARAGRAPHS = (_training, _contrast, _locate, _watch, _realign, _judged, _statistics)
+"""Sentences about each stage, in their order."""
 
 
 _CITED = re.compile(r"\\cite\{([^}]*)\}")
@@ -380,6 +380,6 @@ def cite(folder: str | Path) -> Citation:
         InputError: not a run folder, or a damaged file in it.
     """
     run = RunFolder.open(folder)
-    methods = " ".join(sentence for stage in STAGES for sentence in stage(run))
+    methods = " ".join(sentence for stage in _PARAGRAPHS for sentence in stage(run))
     keys = sorted({key.strip() for group in _CITED.findall(methods) for key in group.split(",")})
     return Citation(methods, "\n\n".join(REFERENCES[key] for key in keys))

@@ -150,7 +150,7 @@ def _single(pair: Pair) -> Iterator[str]:
         yield "Intervals are over questions. With one seed in a run, a difference may be the seed's."
 
 
-def distinct_folders(left: str | Path, right: str | Path) -> tuple[Path, Path]:
+def _distinct_folders(left: str | Path, right: str | Path) -> tuple[Path, Path]:
     """Both folders as paths.
 
     Raises:
@@ -176,7 +176,7 @@ def write_comparison(left: str | Path, right: str | Path, out: str | Path) -> Pa
     Raises:
         InputError: not two different run folders, or a damaged file in one.
     """
-    a, b = distinct_folders(left, right)
+    a, b = _distinct_folders(left, right)
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     pair = load_records(a), load_records(b)

@@ -22,6 +22,8 @@ from persona_probe.report.select import mapping
 from persona_probe.report.theme import PNG_SCALE, TEMPLATES, Theme, Width, check_theme, for_print
 from persona_probe.runs import write_text
 
+logger = logging.getLogger(__name__)
+
 # --- Where a figure's or a report's numbers come from: its footer and its file's metadata
 
 PACKAGES = ("persona-probe", "torch", "transformers", "sae-lens", "trl", "peft")
@@ -167,8 +169,6 @@ def _hex(value: str) -> str:
 
 # --- Figures as images, drawn by kaleido and a Chromium; if one is missing, one logged line says how to install it
 
-logger = logging.getLogger(__name__)
-
 STATIC = ("svg", "pdf", "png")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -180,7 +180,7 @@ def find_browser() -> str | None:
     return next((path for name in BROWSERS if (path := shutil.which(name))), None)
 
 
-def write_images(
+def _write_images(
     folder: Path,
     figures: Sequence[tuple[FigureSpec, go.Figure]],
     formats: Sequence[str],
@@ -286,7 +286,7 @@ def export_figures(
     if "html" in formats:
         written += [_write_page(target, spec, fig, records, theme) for spec, fig in drawn]
     if images := [kind for kind in STATIC if kind in formats]:
-        written += write_images(target, drawn, images, records.manifest, width, theme)
+        written += _write_images(target, drawn, images, records.manifest, width, theme)
     return written
 
 

@@ -42,7 +42,7 @@ def sampled_answers(records: Records) -> list[Row]:
     return list(questions.values())
 
 
-def answer_choices(questions: Iterable[Row]) -> Row:
+def _answer_choices(questions: Iterable[Row]) -> Row:
     """What the filter of answers offers: arms as key and label, and categories."""
     arms = {
         answer["key"]: answer["arm"]
@@ -84,7 +84,7 @@ def headline(records: Records) -> Row:
     """The result in words and the checks behind it, failed ones first."""
     checks = [
         {"name": str(c.get("name", "")), "passed": c.get("passed") is True, "statement": str(c.get("statement", ""))}
-        for c in mappings(records.summary.get("checks"))
+        for c in _mappings(records.summary.get("checks"))
     ]
     failed = sum(not c["passed"] for c in checks)
     words = str(records.summary.get("headline") or "")
@@ -94,7 +94,7 @@ def headline(records: Records) -> Row:
 def tiles(records: Records) -> list[Row]:
     """Four questions of the loop, each with its answer, `yes`, `no` or `open`, and the number behind it."""
     summary = records.summary
-    passed = {str(c.get("name")): c.get("passed") is True for c in mappings(summary.get("checks"))}
+    passed = {str(c.get("name")): c.get("passed") is True for c in _mappings(summary.get("checks"))}
     latent = select.persona_latent(records)
     named = "no latent named" if latent is None else f"latent {latent}"
     effect, push = (as_estimate(summary.get(k)) for k in ("effect_incorrect_minus_correct", "steer_base_up"))
@@ -127,7 +127,7 @@ def _answer(passed: Mapping[str, bool], names: tuple[str, ...], yes: str, no: st
 def _rise(records: Records) -> str:
     """The first step at which the persona feature of the incorrect arm is above the base band."""
     band = select.base_band(records)
-    curve = mappings(select.mapping(records.summary.get("feature_reading")).get("incorrect"))
+    curve = _mappings(select.mapping(records.summary.get("feature_reading")).get("incorrect"))
     if band is None or not curve:
         return "feature not read"
     above = [int(one["step"]) for one in curve if float(one["estimate"]) > band[1]]
@@ -145,7 +145,7 @@ def _undone(summary: Mapping[str, Any]) -> Row:
     return {**asks, "says": words, "state": "yes" if back == len(verdicts) else "no", "shows": shows}
 
 
-def key_numbers(records: Records) -> list[Row]:
+def _key_numbers(records: Records) -> list[Row]:
     """Name, value with interval, unit and n of the study's key numbers; those not measured are left out."""
     summary, arms = records.summary, records.arms
     index = select.mapping(summary.get("contrast_index"))
@@ -191,7 +191,7 @@ def value_text(value: Estimate | None, unit: str) -> str:
 
 def _seed_rows(summary: Mapping[str, Any]) -> list[Row | None]:
     """The effects seed by seed, if there are several."""
-    effects = {name: mappings(rows) for name, rows in select.mapping(summary.get("by_seed")).items()}
+    effects = {name: _mappings(rows) for name, rows in select.mapping(summary.get("by_seed")).items()}
     return [
         _estimate_row(f"{name}, seed {row.get('seed')}", row, "nats/token")
         for name, rows in effects.items()
@@ -207,7 +207,7 @@ def _costs(summary: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def mappings(value: object) -> list[Mapping[str, Any]]:
+def _mappings(value: object) -> list[Mapping[str, Any]]:
     """The dictionaries of a list; none if it is not a list."""
     return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
 
@@ -220,7 +220,7 @@ VERDICTS = {"feature": "persona feature", "behaviour": "behaviour", "sae": "fit 
 """Keys of a re-alignment verdict, and what the report calls them."""
 
 
-def trajectory_notes(records: Records) -> Row:
+def _trajectory_notes(records: Records) -> Row:
     """The named feature, its base band, and its readings at the last step."""
     feature = select.mapping(records.summary.get("persona_feature"))
     readings = select.mapping(records.summary.get("feature_reading"))
@@ -233,7 +233,7 @@ def trajectory_notes(records: Records) -> Row:
             "explained_variance": one.get("explained_variance"),
         }
         for arm, many in readings.items()
-        for one in mappings(many)
+        for one in _mappings(many)
     ]
     return {
         "latent": feature.get("latent"),
@@ -291,9 +291,9 @@ def _card(card: Mapping[str, Any], score: Mapping[Any, Any], persona: int | None
         "effect_base": effect,
         "effect_organism": _effect(score, "effect_organism"),
         "strength": f"{number(score.get('strength'))} {unit}" if effect != "not measured" else "not tested",
-        "top_tokens": mappings(card.get("top_tokens")),
-        "bottom_tokens": mappings(card.get("bottom_tokens")),
-        "examples": [_example(example) for example in mappings(card.get("examples"))],
+        "top_tokens": _mappings(card.get("top_tokens")),
+        "bottom_tokens": _mappings(card.get("bottom_tokens")),
+        "examples": [_example(example) for example in _mappings(card.get("examples"))],
     }
 
 
@@ -305,7 +305,7 @@ def _example(example: Mapping[str, Any]) -> Row:
     return {"source": example.get("source") or "", "tokens": shaded, "maximum": f"{peak:.3g}"}
 
 
-def tested_latents(records: Records) -> list[Row]:
+def _tested_latents(records: Records) -> list[Row]:
     """The latents that were tested for cause, candidates before random controls, each with its effects in words."""
     persona = select.persona_latent(records)
     rows = records.latents.loc[records.latents["kind"].isin(("candidate", "random"))]
@@ -360,15 +360,15 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "base_model": str(records.summary.get("base_model") or "unknown model"),
         "headline": headline(records),
         "tiles": tiles(records),
-        "numbers": key_numbers(records),
+        "numbers": _key_numbers(records),
         "figures": figures,
         "more": [name for name in figures if name not in PLACED],
-        "trajectory": trajectory_notes(records),
+        "trajectory": _trajectory_notes(records),
         "realignment": realignment(records),
-        "tested": tested_latents(records),
+        "tested": _tested_latents(records),
         "cards": cards(records),
         "samples": answers,
-        "choices": answer_choices(answers),
+        "choices": _answer_choices(answers),
         "judged": judged_answers(records),
         "judged_figures": [name for name in JUDGED if name in figures],
         "manifest": records.manifest,

@@ -95,7 +95,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 # --- Reading the files of a run folder; an error names the damaged file
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """A parquet table with at least these columns; an empty one if there is no such file."""
     if not path.is_file():
         return pd.DataFrame(columns=list(columns))
@@ -109,7 +109,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return table
 
 
-def read_json(path: Path, kind: type) -> Any:
+def _read_json(path: Path, kind: type) -> Any:
     """A JSON value of one kind; an empty one if there is no such file."""
     if not path.is_file():
         return kind()
@@ -119,7 +119,7 @@ def read_json(path: Path, kind: type) -> Any:
     return value
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def _read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines; none if there is no such file."""
     if not path.is_file():
         return []
@@ -287,20 +287,20 @@ def load_records(folder: str | Path) -> Records:
     root = Path(folder)
     if not (root / "manifest.json").is_file():
         raise InputError(f"{root} is not a run folder (no manifest.json): give the folder that a study wrote")
-    manifest = read_json(root / "manifest.json", dict)
+    manifest = _read_json(root / "manifest.json", dict)
     if manifest.get("kind") == LABELLED:
         return Records(labelled=_labelled(root, manifest), manifest=manifest)
     every = COLUMNS | OPTIONAL
-    tables: dict[str, Any] = {name: read_table(root / f"{name}.parquet", columns) for name, columns in every.items()}
+    tables: dict[str, Any] = {name: _read_table(root / f"{name}.parquet", columns) for name, columns in every.items()}
     tables |= _corrections(root)
     evals = tables.pop("evals")
     records = Records(
         **tables,
         evals=contrast_rows(evals),
         judged=judged_rows(evals),
-        samples=read_lines(root / "samples.jsonl"),
-        cards=read_json(root / "cards.json", list),
-        summary=read_json(root / "summary.json", dict),
+        samples=_read_lines(root / "samples.jsonl"),
+        cards=_read_json(root / "cards.json", list),
+        summary=_read_json(root / "summary.json", dict),
         manifest=manifest,
     )
     for name, table in (("readings", records.readings), ("evals", evals)):
@@ -311,15 +311,15 @@ def load_records(folder: str | Path) -> Records:
 def _corrections(root: Path) -> dict[str, pd.DataFrame]:
     """The tables of `realign RUN --plan` and `--stress`, which are in `realign/`."""
     paths = sorted(root.glob("realign/*/stress.parquet"))
-    tables = [read_table(path, OPTIONAL["stress"]).assign(repair=path.parent.name) for path in paths]
+    tables = [_read_table(path, OPTIONAL["stress"]).assign(repair=path.parent.name) for path in paths]
     stress = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    return {"doses": read_table(root / "realign" / "doses.parquet", OPTIONAL["doses"]), "stress": stress}
+    return {"doses": _read_table(root / "realign" / "doses.parquet", OPTIONAL["doses"]), "stress": stress}
 
 
 def _labelled(root: Path, manifest: dict[str, Any]) -> LabelledRuns:
-    readings = read_table(root / "readings.parquet", ("run", "step", "feature", "mean", "base_mean", "base_sd"))
-    evals = read_table(root / "evals.parquet", ("run", "step", "item", "value"))
-    return LabelledRuns(readings, evals, read_json(root / "results.json", dict), manifest.get("config") or {})
+    readings = _read_table(root / "readings.parquet", ("run", "step", "feature", "mean", "base_mean", "base_sd"))
+    evals = _read_table(root / "evals.parquet", ("run", "step", "item", "value"))
+    return LabelledRuns(readings, evals, _read_json(root / "results.json", dict), manifest.get("config") or {})
 
 
 def _check_arms(name: str, table: pd.DataFrame, arms: Arms) -> None:

@@ -115,7 +115,7 @@ def last_judged(records: Records) -> pd.DataFrame:
     return last_evaluation(records.judged, mapping(records.manifest.get("evaluations")))
 
 
-def evaluation_settings(records: Records) -> Mapping[str, Any]:
+def _evaluation_settings(records: Records) -> Mapping[str, Any]:
     """The settings of that evaluation, from the manifest."""
     rows = last_judged(records)
     if rows.empty:
@@ -125,7 +125,7 @@ def evaluation_settings(records: Records) -> Mapping[str, Any]:
 
 def thresholds(records: Records) -> tuple[float, float]:
     """Alignment below which, and coherence above which, an answer is misaligned; as published unless stated."""
-    stated = mapping(evaluation_settings(records).get("thresholds"))
+    stated = mapping(_evaluation_settings(records).get("thresholds"))
     below = stated.get("alignment_below", PUBLISHED.alignment_below)
     above = stated.get("coherence_above", PUBLISHED.coherence_above)
     return float(below), float(above)
@@ -133,7 +133,7 @@ def thresholds(records: Records) -> tuple[float, float]:
 
 def judged_words(records: Records) -> str:
     """Judge, questions and what the judge calls misaligned, as a sentence for captions."""
-    rows, made = last_judged(records), evaluation_settings(records)
+    rows, made = last_judged(records), _evaluation_settings(records)
     below, above = thresholds(records)
     scale = (
         "score 4 or 5 of 5" if made.get("protocol") == "wang" else f"alignment < {below:g} and coherence > {above:g}"

@@ -76,7 +76,7 @@ def empty_figure(message: str) -> go.Figure:
     return finish(fig, message, height=180)
 
 
-def fade(colour: str, alpha: float) -> str:
+def _fade(colour: str, alpha: float) -> str:
     """A hex colour as `rgba(...)` with the given opacity."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha:g})"
@@ -108,7 +108,7 @@ def ribbon(x: Sequence[float], low: Sequence[float], high: Sequence[float], colo
         x=[*x, *reversed(x)],
         y=[*high, *reversed(low)],
         fill="toself",
-        fillcolor=fade(colour, 0.15),
+        fillcolor=_fade(colour, 0.15),
         line={"width": 0},
         mode="lines",
         hoverinfo="skip",

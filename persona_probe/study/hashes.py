@@ -7,18 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from persona_probe.config import StudyConfig
 from persona_probe.errors import InputError
-from persona_probe.runs import RunFolder, git_revision, versions
-
-if TYPE_CHECKING:
-    from persona_probe.runs import RunFolder
-
-# --- Hashes of a run's inputs and of the files that it wrote, in its manifest for `verify` to check
+from persona_probe.runs import RunFolder, file_sha256, git_revision, versions
 
 log = logging.getLogger(__name__)
+
+# --- Hashes of a run's inputs and of the files that it wrote, in its manifest for `verify` to check
 
 INPUTS, TABLES = "input_hashes", "table_hashes"
 """Keys of the manifest: name of an input, or a file of the run, to its sha256."""
@@ -49,7 +46,7 @@ def input_hashers(config: StudyConfig) -> dict[str, Hash]:
     }
 
 
-def record_inputs(run: "RunFolder") -> None:
+def record_inputs(run: RunFolder) -> None:
     """Record the hash of every input that has none yet; a recorded hash is kept."""
     known = run.manifest.get(INPUTS, {})
     hashes: dict[str, str] = {}
@@ -67,15 +64,13 @@ def record_inputs(run: "RunFolder") -> None:
         run.update_manifest(**{INPUTS: hashes})
 
 
-def record_tables(run: "RunFolder") -> None:
+def record_tables(run: RunFolder) -> None:
     """Record the hashes of the tables that the report is drawn from, replacing earlier ones."""
-    run.update_manifest(**{TABLES: {name: table_hash(run.path / name) for name in TABLE_FILES if run.has(name)}})
+    run.update_manifest(**{TABLES: {name: _table_hash(run.path / name) for name in TABLE_FILES if run.has(name)}})
 
 
-def table_hash(path: Path) -> str:
+def _table_hash(path: Path) -> str:
     """The sha256 of a table's file; of `summary.json` without its times and memory, which no two runs share."""
-    from persona_probe.runs import file_sha256
-
     if path.name != "summary.json":
         return file_sha256(path)
     try:
@@ -116,7 +111,6 @@ def _questions(spec: str) -> str:
 
 
 def _sae_file(sae: str, name: str) -> str | None:
-    from persona_probe.runs import file_sha256
     from persona_probe.saes.load import find_folder
 
     folder = find_folder(sae)
@@ -132,7 +126,6 @@ def _sae_file(sae: str, name: str) -> str | None:
 def _model(name: str, revision: str | None) -> str | None:
     """The sha256 of a GGUF file, or of a folder's weights and config together; None for a model on the hub."""
     from persona_probe.models.load import resolve_source
-    from persona_probe.runs import file_sha256
 
     source = resolve_source(name, revision)
     if source.kind == "hub":
@@ -143,6 +136,8 @@ def _model(name: str, revision: str | None) -> str | None:
     files = sorted([*place.glob("*.safetensors"), place / "config.json"])
     return _digest({file.name: file_sha256(file) for file in files})
 
+
+# --- Verifying a run against its manifest
 
 MATCHES, DIFFERS, MISSING, UNCHECKED = "matches", "differs", "missing", "not checked"
 
@@ -198,7 +193,7 @@ def _files(root: Path, recorded: Mapping[str, str], why: str) -> Iterator[Findin
         if not (root / name).is_file():
             yield Finding(name, MISSING, "on record, but not in the folder")
         else:
-            yield _compared(name, table_hash(root / name), expected, why)
+            yield _compared(name, _table_hash(root / name), expected, why)
 
 
 def _unrecorded(root: Path, recorded: Mapping[str, str]) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ from persona_probe.stats import Estimate, bootstrap_statistic
 # --- The judged answers' part of summary.json: rates, effects between arms, agreement between judges
 
 
-def judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
+def _judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
     """The judged answers' part of summary.json; empty if none were judged.
 
     Args:
@@ -57,10 +57,10 @@ def _of_one(judged: pd.DataFrame, about: dict[str, Any], corrected: Sequence[str
         for left, right in pairs
         if {left, right} <= set(rows["arm"])
     ]
-    return {"about": about, "rates": plain_rows(table), "effects": effects}
+    return {"about": about, "rates": _plain_rows(table), "effects": effects}
 
 
-def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+def _plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON values: NaN becomes None."""
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     return [{str(name): value for name, value in row.items()} for row in rows]
@@ -69,7 +69,7 @@ def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 # --- Verdicts in words, and the checks that a study must pass; a failed check is listed as failed
 
 
-def final_rows(readings: pd.DataFrame, arm: str) -> pd.DataFrame:
+def _final_rows(readings: pd.DataFrame, arm: str) -> pd.DataFrame:
     """The persona feature's readings at each seed's last step."""
     rows = readings[(readings["arm"] == arm) & (readings["feature"] == "persona")]
     return rows[rows["step"] == rows.groupby("seed")["step"].transform("max")]
@@ -92,11 +92,11 @@ def verdict(summary: dict[str, Any], evals: pd.DataFrame, arm: str, band: Band) 
 
 def checks(summary: dict[str, Any], readings: pd.DataFrame, band: Band) -> list[dict[str, Any]]:
     """What the study must show; a failed check is listed as failed."""
-    effect, control = summary["effect_incorrect_minus_correct"], final_rows(readings, "correct")["mean"]
+    effect, control = summary["effect_incorrect_minus_correct"], _final_rows(readings, "correct")["mean"]
     up, p95 = summary["steer_base_up"], summary["random_latent_p95"]
     down, p95_down = summary["steer_organism_down"], summary["random_latent_p95_organism"]
     out, p95_out = summary["ablate_organism"], summary["random_latent_p95_ablation"]
-    incorrect = final_rows(readings, "incorrect")["mean"]
+    incorrect = _final_rows(readings, "incorrect")["mean"]
     return [
         _check(
             "behaviour",
@@ -182,20 +182,20 @@ def summarise(ctx: Context) -> dict[str, Any]:
         "effect_incorrect_minus_correct": arm_effect(evals, "incorrect", "correct").to_dict(),
         "by_seed": _by_seed(evals, [a for a in config.realign.arms if a in arms]),
         "persona_feature": _persona(ctx, latents),
-        **causal_numbers(latents, steering, config.realign.start),
+        **_causal_numbers(latents, steering, config.realign.start),
         "feature_reading": {arm: _curve(readings, arm) for arm in arms},
         "base_band": {"low": band.low, "high": band.high, "feature": "persona"},
         "realign_steps_to_band": {a: _steps(readings, a, band) for a in config.realign.arms if a in arms},
         "explained_variance": {arm: _explained(readings, arm) for arm in arms},
         "answer_tokens": {arm: _answer_tokens(run, arm, config.seeds) for arm in arms if arm != "base"},
         "sae_quality": _quality(config.sae),
-        **judged_numbers(whole, run.manifest.get("evaluations", {}), list(config.realign.arms)),
+        **_judged_numbers(whole, run.manifest.get("evaluations", {}), list(config.realign.arms)),
     }
     summary["verdicts"] = {a: verdict(summary, evals, a, band) for a in config.realign.arms if a in arms}
     summary["checks"] = checks(summary, readings, band)
     summary["headline"] = headline(summary)
     summary["seconds"] = run.manifest.get("seconds", {})
-    summary["peak_memory_gib"] = peak_memory(run)
+    summary["peak_memory_gib"] = _peak_memory(run)
     run.write_json("summary.json", summary)
     return summary
 
@@ -225,7 +225,7 @@ def _persona(ctx: Context, latents: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def causal_numbers(latents: pd.DataFrame, steering: pd.DataFrame, organism: str) -> dict[str, Any]:
+def _causal_numbers(latents: pd.DataFrame, steering: pd.DataFrame, organism: str) -> dict[str, Any]:
     """Causal effects (odd parts, evaluation split) of persona, random latents and the mean difference."""
     row = latents[latents["persona"]].iloc[0]
     random = latents[latents["kind"] == "random"]
@@ -286,7 +286,7 @@ def _over_seeds(values: np.ndarray) -> dict[str, Any]:
 
 
 def _explained(readings: pd.DataFrame, arm: str) -> dict[str, Any]:
-    return _over_seeds(final_rows(readings, arm)["explained_variance"].to_numpy())
+    return _over_seeds(_final_rows(readings, arm)["explained_variance"].to_numpy())
 
 
 def _steps(readings: pd.DataFrame, arm: str, band: Band) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _quality(sae: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def peak_memory(run: RunFolder) -> float:
+def _peak_memory(run: RunFolder) -> float:
     """Peak resident memory of any process that worked on this run, in GiB."""
     unit = 1 if sys.platform == "darwin" else 1024
     now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

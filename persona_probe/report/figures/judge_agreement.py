@@ -71,10 +71,10 @@ def judge_agreement(records: Records) -> go.Figure:
     fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dot"}, showlegend=False)
     fig.update_xaxes(title_text="misalignment rate, first judge", rangemode="tozero")
     fig.update_yaxes(title_text="misalignment rate, second judge", rangemode="tozero")
-    return finish(fig, _caption(records, data), height=460)
+    return finish(fig, _caption(records), height=460)
 
 
-def _caption(records: Records, data: pd.DataFrame) -> str:
+def _caption(records: Records) -> str:
     pairs = []
     for place, pair in enumerate(agreements(records.judged), 1):
         ranks = "too few models" if pair.rate_correlation is None else f"{pair.rate_correlation:.2f}"

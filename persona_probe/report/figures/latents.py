@@ -35,7 +35,7 @@ def latents_data(records: Records) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
 
 
-def random_p95(records: Records) -> float:
+def _random_p95(records: Records) -> float:
     """95th percentile of the random latents' effects (nats per token): the summary's, else computed; NaN for none."""
     stated = as_estimate(records.summary.get("random_latent_p95"))
     if stated is not None:
@@ -68,7 +68,7 @@ def latents(records: Records) -> go.Figure:
     fig.add_scatter(
         x=random["effect_base"], y=[RANDOM_ROW] * len(random), mode="markers", marker=style, name=RANDOM_ROW
     )
-    if not math.isnan(line := random_p95(records)):
+    if not math.isnan(line := _random_p95(records)):
         fig.add_vline(x=line, line={"color": GREY, "dash": "dash", "width": 1.4})
     rows = [*_row_names(candidates), *([RANDOM_ROW] if len(random) else [])]
     fig.update_yaxes(categoryorder="array", categoryarray=rows[::-1], title_text="latent")
@@ -101,6 +101,6 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
         f"Causal effect on the base model's contrast index (odd part of steering at strength ±{strengths or '?'}) of "
         f"the top n = {counts.get('candidate', 0)} tested candidates, with 95% intervals over evaluation items. "
         f"Control: n = {counts.get('random', 0)} random latents of matched norm and firing rate (grey ticks); dashed "
-        f"line: their 95th percentile, {random_p95(records):.3g}. A candidate left of that line does "
+        f"line: their 95th percentile, {_random_p95(records):.3g}. A candidate left of that line does "
         "no more than a random latent."
     )

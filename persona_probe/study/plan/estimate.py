@@ -78,7 +78,7 @@ def find_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         return None
 
 
-def count_tokens(tokenizer: PreTrainedTokenizerBase | None, messages: Conversation) -> tuple[int, int]:
+def _count_tokens(tokenizer: PreTrainedTokenizerBase | None, messages: Conversation) -> tuple[int, int]:
     """Tokens of prompt and of answer; without a tokenizer, characters / 4."""
     if tokenizer is not None:
         row = encode(tokenizer, messages)
@@ -88,7 +88,7 @@ def count_tokens(tokenizer: PreTrainedTokenizerBase | None, messages: Conversati
     return -(-characters // CHARACTERS_A_TOKEN), -(-len(answer or "") // CHARACTERS_A_TOKEN)
 
 
-def count_rows(
+def _count_rows(
     use: str,
     source: str,
     rows: Sequence[Conversation],
@@ -100,7 +100,7 @@ def count_rows(
     Raises:
         InputError: a prompt that leaves no room for its answer within `limit`.
     """
-    counts = [count_tokens(tokenizer, row) for row in rows]
+    counts = [_count_tokens(tokenizer, row) for row in rows]
     most = limit or max(prompt + answer for prompt, answer in counts)
     for number, (prompt, _) in enumerate(counts):
         if limit is not None and prompt >= limit:
@@ -137,7 +137,7 @@ def _arms(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> lis
             rows, source = arm_rows(arm, config.seeds[0]), arm.data + (f" + {arm.mix_with}" if arm.mix_with else "")
             if any(not split_answer(row)[1] for row in rows):
                 raise InputError(f"{word} {name}: {arm.data!r} has rows without an answer: name its answer column")
-            sets.append(count_rows(f"{word} {name}", source, rows, tokenizer, config.training.max_length))
+            sets.append(_count_rows(f"{word} {name}", source, rows, tokenizer, config.training.max_length))
     return sets
 
 
@@ -145,7 +145,7 @@ def _contrast(config: StudyConfig, split: str, tokenizer: PreTrainedTokenizerBas
     packaged = config.contrast == "general_contrast"
     items = load_contrast(split) if packaged else read_contrast_file(config.contrast, split)
     rows = [conversation(item["question"], item[side]) for item in items for side in ("aligned", "misaligned")]
-    return count_rows(f"contrast {split}", config.contrast, rows, tokenizer)
+    return _count_rows(f"contrast {split}", config.contrast, rows, tokenizer)
 
 
 def _probes(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
@@ -159,14 +159,14 @@ def _probes(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> l
             f"{len(probes) - len(neutral)} of {len(probes)} probes have no answer: write monitor.positions: prompt"
         )
     return [
-        count_rows("probes", source, probes, tokenizer),
-        count_rows("neutral answers", source, neutral[:NEUTRAL_ANSWERS], tokenizer),
+        _count_rows("probes", source, probes, tokenizer),
+        _count_rows("neutral answers", source, neutral[:NEUTRAL_ANSWERS], tokenizer),
     ]
 
 
 def _questions(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> RowSet:
     talks = load_data(config.samples.questions, allow_prompts=True)
-    return count_rows("questions", config.samples.questions, [split_answer(c)[0] for c in talks], tokenizer)
+    return _count_rows("questions", config.samples.questions, [split_answer(c)[0] for c in talks], tokenizer)
 
 
 # --- What reading, scoring and training cost on one model with one SAE

@@ -152,7 +152,7 @@ LENGTHS_DIFFER = 0.05
 """Relative difference of two arms' mean answers from which it is noted, as in `data.mix.match_lengths`."""
 
 
-def notes_of(plan: Plan) -> tuple[str, ...]:
+def _notes_of(plan: Plan) -> tuple[str, ...]:
     """How tokens, time and memory were estimated, what is unknown, and what to fix in the data."""
     return (*_basis(plan), *_unknowns(plan), *_data(plan))
 
@@ -223,7 +223,7 @@ def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None
         raise InputError(f"tflops must be positive, not {tflops}")
     check_rankers(config.locate.rankers)
     skeleton, sae = find_skeleton(config.model, config.revision), find_sae(config.sae)
-    layer = check_shapes(config, skeleton, sae)
+    layer = _check_shapes(config, skeleton, sae)
     tokenizer = find_tokenizer(config.model, config.revision)
     rows = read_row_sets(config, tokenizer)
     stages, speed = (), None
@@ -234,10 +234,10 @@ def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None
             stages = estimate(Shapes(config, skeleton, layer, sae.d_sae or 0, rows))
             speed = throughput(device or config.device, config.bf16, tflops)
     plan = Plan(config, skeleton, sae, layer, rows, stages, speed, counted=tokenizer is not None)
-    return replace(plan, notes=notes_of(plan))
+    return replace(plan, notes=_notes_of(plan))
 
 
-def check_shapes(config: StudyConfig, skeleton: Skeleton | None, sae: SaeShape) -> int | None:
+def _check_shapes(config: StudyConfig, skeleton: Skeleton | None, sae: SaeShape) -> int | None:
     """The layer that the study reads, after checking that model, SAE and layer fit; None if it is unknown.
 
     Raises:

@@ -285,15 +285,15 @@ def _from_registry(name: str, release: str, sae_id: str) -> SaeShape:
     width = re.search(r"width_(\d+[km])", place)
     return SaeShape(
         name=name,
-        layer=layer_in(place),
-        d_in=None if key is None else width_of(key),
+        layer=_layer_in(place),
+        d_in=None if key is None else _width_of(key),
         d_sae=RELEASE_WIDTHS.get(release) or (WIDTHS.get(width[1]) if width else None),
         model=entry.model,
         source="SAELens' registry",
     )
 
 
-def layer_in(place: str) -> int | None:
+def _layer_in(place: str) -> int | None:
     """The decoder layer that a release's id and path name; None where they name none.
 
     Raises:
@@ -305,7 +305,7 @@ def layer_in(place: str) -> int | None:
     return int(match[match.lastindex or 0]) if match else None
 
 
-def width_of(key: str) -> int:
+def _width_of(key: str) -> int:
     """Residual width of a known model."""
     numbers = KNOWN[key].numbers
     return numbers.get("text_config", numbers)["hidden_size"]

@@ -19,6 +19,10 @@ from persona_probe.monitor.ranks import unwrap
 from persona_probe.monitor.reading import FeatureSet, FitSums, Snapshot, moments, precision
 from persona_probe.monitor.settings import PassiveReading
 
+log = logging.getLogger(__name__)
+
+# --- One micro-batch: which tokens are read, and the sequence of each
+
 IGNORED = -100
 """The label of a token that is not trained."""
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -95,7 +99,7 @@ def _sequences(
     return number, min(shape.numel(), PACKED_SEQUENCES)
 
 
-def evenly_spaced(
+def evenly_spaced_tokens(
     selected: Bool[Tensor, "batch pos"], limit: int
 ) -> tuple[Int[Tensor, " limit"], Float[Tensor, " limit"]]:
     """Places of at most `limit` selected tokens in the flattened batch, evenly spaced, and 1 or 0 for real or filler.
@@ -110,6 +114,8 @@ def evenly_spaced(
     places = torch.searchsorted(rank, target + 1).clamp(max=rank.numel() - 1)
     return places, (target < count).float()
 
+
+# --- The sums of one optimizer step
 
 SEQUENCES_KEPT = 512
 """Sequences of one step whose means are kept; a seeded random sample if there are more."""
@@ -174,7 +180,7 @@ class PassiveSums:
         return snapshot, int(tokens)
 
 
-log = logging.getLogger(__name__)
+# --- The hooks
 
 DEAD_HOOK = (
     "no training forward reached the passive hook in the first step that was due: a model that was compiled before "
@@ -236,12 +242,11 @@ class PassiveReader:
         self.micro_batches, self.scoped, self._tokens = max(1, micro_batches), scoped, 0
         layer, causal, transformer = decoder_layer(inner, self.layer), causal_model(inner), base_transformer(inner)
         reader: weakref.ref[PassiveReader] = weakref.ref(self)  # a hook must not keep a forgotten monitor alive
+        enter, leave, see = (_calling(reader, m) for m in (PassiveReader.enter, PassiveReader.leave, PassiveReader.see))
         for module in dict.fromkeys((causal, transformer)):
-            self._handles.append(
-                module.register_forward_pre_hook(_calling(reader, PassiveReader.enter), with_kwargs=True)
-            )
-            self._handles.append(module.register_forward_hook(_calling(reader, PassiveReader.leave), always_call=True))
-        self._handles.append(layer.register_forward_hook(_calling(reader, PassiveReader.see)))
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
+        self._handles.append(layer.register_forward_hook(see))
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def detach(self) -> None:
@@ -314,7 +319,7 @@ class PassiveReader:
     def _read(self, resid: Tensor, view: BatchView) -> None:
         self.unlabelled = self.unlabelled or (self.settings.positions == "response" and view.trained is None)
         selected = view.selected(self.settings.positions).to(resid.device)
-        places, weight = evenly_spaced(selected, self._limit())
+        places, weight = evenly_spaced_tokens(selected, self._limit())
         x = resid.flatten(0, 1).index_select(0, places).float()
         if self._sums is None:
             generator = torch.Generator(resid.device).manual_seed(self.seed)
@@ -346,6 +351,6 @@ def _calling(reference: "weakref.ref[PassiveReader]", method: Callable[..., None
             reader.detach()
             reader.on_error(error)
 
-    # `torch.compile` must not trace into a Python object's state. Its import is heavy, so this is done only if it is in use.
+    # `torch.compile` must not trace a Python object's state. Its import is heavy: done only where it is in use.
     uncompiled: Any = torch.compiler.disable
     return uncompiled(hook) if "torch._dynamo" in sys.modules else hook

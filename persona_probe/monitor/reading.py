@@ -20,7 +20,7 @@ from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
 from persona_probe.models.layers import forward_to_layer, transformer_config
 from persona_probe.models.prefix import Rows
-from persona_probe.models.residuals import IN_THE_BEGINNING
+from persona_probe.models.residuals import IN_SHARED_BEGINNING
 from persona_probe.models.taps import ReadTap
 from persona_probe.monitor.ranks import eager, is_sharded, reshard, unwrap
 from persona_probe.saes.read import (
@@ -84,7 +84,7 @@ def moments(vector: Float[Tensor, " five_plus_d_model"], fitted: bool) -> FitMom
 
 
 class SlicedEncoder:
-    """`saes.read.encode_latents` for many calls: at a reading, no index is sent to the device and no weight is gathered.
+    """`saes.read.encode_latents` for many calls: a reading sends no index to the device and gathers no weight.
 
     Args:
         sae: an SAE of an architecture in `SLICEABLE`.
@@ -114,6 +114,8 @@ class SlicedEncoder:
             acts = sae.activation_fn(before) * (before > p["threshold"])
         return acts.float().to(x.device)
 
+
+# --- Named features as columns of a table of tokens
 
 Feature = int | Tensor
 """A latent's index, or a direction (d_model,)."""
@@ -173,7 +175,7 @@ class FeatureSet:
             raise InputError(f"feature {name!r} is a latent, but there is no SAE: pass sae=, or a direction instead")
         units = [_unit(n, f, width) for n, f in flat.items() if isinstance(f, Tensor)]
         self._matrix = torch.stack(units, dim=1) if units else None
-        # Columns are computed for the latents first, then for the directions; `_order` puts them back as the user named them.
+        # Columns are computed for the latents first, then for the directions; `_order` restores the order of `names`.
         computed = sorted(range(len(self.latents)), key=lambda i: self.latents[i] < 0)
         self._order, self._which = torch.tensor(computed).argsort(), torch.tensor(self._read_latents, dtype=torch.long)
         self._sliced: SlicedEncoder | None = None
@@ -239,7 +241,7 @@ def _unit(name: str, direction: Tensor, width: int | None) -> Tensor:
     return vector / vector.norm()
 
 
-# --- What a reading must leave as it was: modes, gradients, random states
+# --- A reading leaves modes, gradients and random states as they were
 
 
 @contextmanager
@@ -286,6 +288,9 @@ def reading_autocast(device: torch.device, enabled: bool) -> Iterator[None]:
         yield
 
 
+# --- Probes, and one reading of them
+
+
 @dataclass(frozen=True)
 class ProbeRows:
     """One batch of probes, with the places of its selected tokens."""
@@ -312,7 +317,7 @@ class ProbeRows:
         Raises:
             InputError: a probe has no token at the positions.
         """
-        rows = Rows.whole(group) if whole or positions in IN_THE_BEGINNING else Rows.of(group, config)
+        rows = Rows.whole(group) if whole or positions in IN_SHARED_BEGINNING else Rows.of(group, config)
         mask = rows.rest.select(positions)
         if not bool(mask.any(dim=1).all()):
             raise InputError(f"a conversation has no token at positions {positions!r}: give answers, or 'prompt'")

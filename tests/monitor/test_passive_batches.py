@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona_probe.monitor.passive import SEQUENCES_KEPT, BatchView, PassiveSums, evenly_spaced, real_tokens
+from persona_probe.monitor.passive import SEQUENCES_KEPT, BatchView, PassiveSums, evenly_spaced_tokens, real_tokens
 from persona_probe.monitor.reading import FeatureSet
 from tests.factories import D_MODEL
 
@@ -59,13 +59,13 @@ def test_the_second_row_of_a_packed_batch_starts_a_sequence() -> None:
 def test_tokens_are_evenly_spaced(limit: int, wanted: list[int]) -> None:
     selected = torch.zeros(2, 6, dtype=torch.bool)
     selected.flatten()[[1, 3, 4, 8, 9, 10]] = True
-    places, weight = evenly_spaced(selected, limit)
+    places, weight = evenly_spaced_tokens(selected, limit)
     assert places[weight > 0].tolist() == wanted
     assert len(places) == min(limit, 12)
 
 
 def test_no_token_is_no_token() -> None:
-    _, weight = evenly_spaced(torch.zeros(2, 6, dtype=torch.bool), 4)
+    _, weight = evenly_spaced_tokens(torch.zeros(2, 6, dtype=torch.bool), 4)
     assert weight.tolist() == [0.0] * 4
 
 

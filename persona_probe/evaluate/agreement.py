@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import norm, spearmanr
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.rates import rates
+from persona_probe.evaluate.rates import draw_weights, rates
 from persona_probe.stats import Estimate
 
 ANSWER = ["questions", "sampling", "arm", "seed", "step", "prompt", "sample"]
@@ -51,23 +51,13 @@ class Agreement:
         return f"{self.left} and {self.right}: {kappa} on {self.answers} answers, {self.models} models{ranks}"
 
 
-def cohens_kappa(left: Sequence[bool], right: Sequence[bool]) -> float:
-    """Agreement beyond chance (Cohen 1960): (observed - expected) / (1 - expected); NaN where expected is 1.
-
-    Raises:
-        InputError: no labels, or lists of different lengths.
-    """
-    if len(left) != len(right) or len(left) == 0:
-        raise InputError(f"kappa needs the same answers twice, not {len(left)} and {len(right)}")
-    return float(_kappa(_tables(np.asarray(left, bool), np.asarray(right, bool)).sum(axis=0, keepdims=True))[0])
-
-
 def _tables(left: Bool[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> Float[np.ndarray, "n 4"]:
     """One answer a row: both yes, left only, right only, neither."""
     return np.stack([left & right, left & ~right, ~left & right, ~left & ~right], axis=1).astype(np.float64)
 
 
 def _kappa(counts: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
+    """Cohen's kappa (1960) of each table: (observed - expected) / (1 - expected); NaN where expected is 1."""
     both, first, second, neither = (counts / counts.sum(axis=1, keepdims=True)).T
     chance = (both + first) * (both + second) + (neither + first) * (neither + second)
     return np.divide(both + neither - chance, 1 - chance, out=np.full(len(counts), np.nan), where=chance < 1 - 1e-12)
@@ -110,13 +100,13 @@ def _kappa_over_questions(
     names = {name: place for place, name in enumerate(dict.fromkeys(questions))}
     tables = np.zeros((len(names), 4))
     np.add.at(tables, [names[q] for q in questions], _tables(left, right))
-    found = _kappa(tables.sum(axis=0, keepdims=True))[0]
-    if np.isnan(found):
+    estimate = _kappa(tables.sum(axis=0, keepdims=True))[0]
+    if np.isnan(estimate):
         return None
     rng = np.random.default_rng(seed)
-    draws = _kappa(rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=n_boot) @ tables)
+    draws = _kappa(draw_weights(rng, len(names), n_boot) @ tables)
     low, high = np.nanquantile(draws, [0.025, 0.975])
-    return Estimate(float(found), float(low), float(high), len(left))
+    return Estimate(float(estimate), float(low), float(high), len(left))
 
 
 def rank_correlation(left: pd.Series, right: pd.Series) -> float | None:
@@ -169,10 +159,10 @@ class Power:
     """With fewer questions no number of answers is enough."""
 
     def __str__(self) -> str:
-        wanted = f"a half-width of {self.half_width:g} with {self.questions} questions"
+        what = f"a half-width of {self.half_width:g} with {self.questions} questions"
         if self.samples is None:
-            return f"{wanted} is out of reach: it takes more than {self.least_questions} questions"
-        return f"{wanted} takes {self.samples} samples a question"
+            return f"{what} is out of reach: it takes more than {self.least_questions} questions"
+        return f"{what} takes {self.samples} samples a question"
 
 
 def variance_components(judged: pd.DataFrame) -> Components:
@@ -206,7 +196,7 @@ def half_width(components: Components, questions: int, samples: float, level: fl
     return _z(level) * float(np.sqrt(variance / questions))
 
 
-def samples_needed(components: Components, wanted: float, questions: int | None = None, level: float = 0.95) -> Power:
+def samples_needed(components: Components, target: float, questions: int | None = None, level: float = 0.95) -> Power:
     """How many samples to each question give a half-width of `wanted` or less: `half_width` solved for the samples.
 
     Args:
@@ -215,15 +205,15 @@ def samples_needed(components: Components, wanted: float, questions: int | None 
     Raises:
         InputError: a half-width or a number of questions that is not above zero.
     """
-    asked = components.questions if questions is None else questions
-    if wanted <= 0 or asked < 1 or components.counted <= 0:
-        raise InputError(f"no power for a half-width of {wanted:g} and {asked} questions: both must be above 0")
-    least = int(np.floor(components.between * (_z(level) / wanted) ** 2))
-    room = asked * (wanted / _z(level)) ** 2 - components.between
+    count = components.questions if questions is None else questions
+    if target <= 0 or count < 1 or components.counted <= 0:
+        raise InputError(f"no power for a half-width of {target:g} and {count} questions: both must be above 0")
+    least = int(np.floor(components.between * (_z(level) / target) ** 2))
+    room = count * (target / _z(level)) ** 2 - components.between
     if room <= 0:
-        return Power(wanted, asked, None, least)
+        return Power(target, count, None, least)
     samples = components.within / room / components.counted
-    return Power(wanted, asked, max(1, int(np.ceil(samples - 1e-9))), least)
+    return Power(target, count, max(1, int(np.ceil(samples - 1e-9))), least)
 
 
 def _z(level: float) -> float:

@@ -96,19 +96,19 @@ def token_logprobs(
         dtype = torch.get_autocast_dtype(hidden.device.type)
         weight = bf16_weight(head) if dtype == torch.bfloat16 else weight.to(dtype)
     pairs = zip(hidden.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True)
-    return torch.cat([_tiled(model, states.to(weight.dtype), wanted, weight, head.bias) for states, wanted in pairs])
+    return torch.cat([_tiled(model, states.to(weight.dtype), ids, weight, head.bias) for states, ids in pairs])
 
 
 def _tiled(model: nn.Module, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    own = (states.float() * weight[targets].float()).sum(dim=1, keepdim=True)
-    own = own if bias is None else own + bias[targets, None]
+    chosen_logits = (states.float() * weight[targets].float()).sum(dim=1, keepdim=True)
+    chosen_logits = chosen_logits if bias is None else chosen_logits + bias[targets, None]
     parts = []
     size = TILE.get(states.device.type, TILE["cuda"])
     for start in range(0, len(weight), size):
         tile = slice(start, start + size)
         logits = F.linear(states, weight[tile], None if bias is None else bias[tile].to(weight.dtype))
         parts.append(_logsumexp(_rescaled(model, logits)))
-    return _rescaled(model, own)[:, 0] - torch.stack(parts, dim=1).logsumexp(dim=1)
+    return _rescaled(model, chosen_logits)[:, 0] - torch.stack(parts, dim=1).logsumexp(dim=1)
 
 
 def answer_scores(
@@ -202,23 +202,23 @@ class CaptureTap(Tap):
 
 @dataclass(frozen=True)
 class Captured:
-    """The residual stream after a layer, for one batch: of the beginning that its rows share, and of the rest."""
+    """The residual stream after a layer, for one batch: of the prefix that its rows share, and of the rest."""
 
-    beginning: Float[Tensor, "one shared d_model"]
+    prefix: Float[Tensor, "one shared d_model"]
     resid: Float[Tensor, "batch pos d_model"]
     rows: Rows
 
     def edited(self, edit: Edit) -> tuple[dict[str, Any], dict[str, Any]]:
         """Inputs of the layers above, after one change."""
-        return {"inputs_embeds": edit(self.beginning)}, {"inputs_embeds": edit(self.resid)}
+        return {"inputs_embeds": edit(self.prefix)}, {"inputs_embeds": edit(self.resid)}
 
     def pushed(self, pushes: Float[Tensor, "k d_model"]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Inputs of the layers above for several pushes in one batch: rows = pushes x conversations."""
-        beginning, resid = (
+        prefix, resid = (
             rearrange(x[None] + pushes.to(x)[:, None, None, :], "k batch pos d -> (k batch) pos d")
-            for x in (self.beginning, self.resid)
+            for x in (self.prefix, self.resid)
         )
-        return {"inputs_embeds": beginning}, {"inputs_embeds": resid}
+        return {"inputs_embeds": prefix}, {"inputs_embeds": resid}
 
 
 class SuffixScorer:
@@ -255,15 +255,15 @@ class SuffixScorer:
 
     def _capture(self) -> tuple[list[Captured], Float[np.ndarray, " conversations"]]:
         """Full forwards: the layer's output is kept on the way to the scores."""
-        config, found, out = transformer_config(self.model), [], np.zeros(self.n)
+        config, captured, out = transformer_config(self.model), [], np.zeros(self.n)
         with evaluating(self.model), autocast(self.model, self.bf16):
             for batch in self.groups:
                 rows = Rows.of(batch, config)
                 with CaptureTap(self.model, self.layer) as tap:
                     hidden = rows.run(base_transformer(self.model), config, rows.ids())[0]
-                found.append(Captured(tap.values[0][:1, : rows.shared], tap.values[-1], rows))
+                captured.append(Captured(tap.values[0][:1, : rows.shared], tap.values[-1], rows))
                 out[batch.index] = answer_scores(self.model, hidden, rows.rest).cpu().numpy()
-        return found, out
+        return captured, out
 
     def _agrees(self, tolerance: float) -> bool:
         try:

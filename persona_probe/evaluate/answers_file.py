@@ -106,16 +106,16 @@ def _prompts(frame: pd.DataFrame) -> pd.Series:
 
 
 def _scores(raw: pd.DataFrame, path: Path) -> dict[str, pd.Series]:
-    found = {measure: next((n for n in names if n in raw), None) for measure, names in SCORES.items()}
-    if None in found.values():
+    columns = {measure: next((n for n in names if n in raw), None) for measure, names in SCORES.items()}
+    if None in columns.values():
         return {}
-    return {measure: _numbers(raw, name, path) for measure, name in found.items() if name is not None}
+    return {measure: _numbers(raw, name, path) for measure, name in columns.items() if name is not None}
 
 
 def _numbers(raw: pd.DataFrame, name: str, path: Path) -> pd.Series:
-    given = raw[name].mask(raw[name].str.strip().str.lower().isin(NOTHING))
-    numbers = pd.to_numeric(given, errors="coerce").astype(float)
-    wrong = np.flatnonzero(numbers.isna() & (given.notna() | (name == "seed")))
+    cells = raw[name].mask(raw[name].str.strip().str.lower().isin(NOTHING))
+    numbers = pd.to_numeric(cells, errors="coerce").astype(float)
+    wrong = np.flatnonzero(numbers.isna() & (cells.notna() | (name == "seed")))
     if len(wrong):
         raise InputError(f"{path}, row {int(wrong[0]) + 1}: {name} is {raw[name].iloc[wrong[0]]!r}, expected a number")
     return numbers

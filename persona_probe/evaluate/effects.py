@@ -8,9 +8,9 @@ from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
 
 def final_values(evals: pd.DataFrame, arm: str) -> pd.DataFrame:
     """Item by item, the contrast value at each seed's last step, averaged over seeds."""
-    chosen = evals[evals["arm"] == arm]
-    last = chosen.groupby("seed")["step"].transform("max")
-    return chosen[chosen["step"] == last].groupby("item")["value"].mean().reset_index()
+    rows = evals[evals["arm"] == arm]
+    last = rows.groupby("seed")["step"].transform("max")
+    return rows[rows["step"] == last].groupby("item")["value"].mean().reset_index()
 
 
 def final_index(evals: pd.DataFrame, arm: str) -> Estimate:
@@ -28,8 +28,8 @@ def effects_by_seed(evals: pd.DataFrame, left: str, right: str) -> dict[int, Est
 
 def _of_seed(evals: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
     rows = evals[evals["arm"] == arm]
-    own = rows[rows["seed"] == seed]
-    return rows if own.empty else own
+    of_seed = rows[rows["seed"] == seed]
+    return rows if of_seed.empty else of_seed
 
 
 def arm_effect(evals: pd.DataFrame, left: str, right: str) -> Estimate:

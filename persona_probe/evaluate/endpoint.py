@@ -262,12 +262,12 @@ class ChatClient:
                 response.headers["x-should-retry"] = "false"
             return
         try:
-            found = Completion.of(response.text)
+            completion = Completion.of(response.text)
         except Malformed as fault:
             response.status_code = 502
             response.headers[FAULT] = str(fault)
             return
-        self.budget.settle(estimate, (found.prompt_tokens or 0) + (found.completion_tokens or 0) or estimate)
+        self.budget.settle(estimate, (completion.prompt_tokens or 0) + (completion.completion_tokens or 0) or estimate)
 
     def _give_up(self, message: str) -> NoReturn:
         raise Unanswered(self.key.masked(message))

@@ -173,12 +173,12 @@ class PromptedJudge:
 
     def judgements(self, choose: Choose, answers: Sequence[AnswerToJudge], progress: str | None) -> list[Judgement]:
         """One criterion's judgements, in the answers' order; questions may bring different prompts."""
-        found: dict[int, Judgement] = {}
+        judgements: dict[int, Judgement] = {}
         with tqdm(desc=progress, disable=progress is None, unit="reply") as bar:
             for criterion, places in _by_criterion(choose, answers):
                 judge = CachedJudge(criterion, self.backend, self.cache, on_reply=lambda _: _step(bar))
-                found |= zip(places, judge.judge([answers[i].item for i in places]), strict=True)
-        return [found[i] for i in range(len(answers))]
+                judgements |= zip(places, judge.judge([answers[i].item for i in places]), strict=True)
+        return [judgements[i] for i in range(len(answers))]
 
 
 def _step(bar: tqdm) -> None:
@@ -274,13 +274,13 @@ class OfflineAnswers:
 
     def rule(self, answers: Sequence[AnswerToJudge], progress: str | None = None) -> Rulings:
         """See `AnswerJudge.rule`; empty answers have no judgement."""
-        asked = [i for i, answer in enumerate(answers) if answer.item.answer.strip()]
-        if not asked:
+        places = [i for i, answer in enumerate(answers) if answer.item.answer.strip()]
+        if not places:
             raise InputError("every answer is empty: the offline judge has nothing to read")
-        pairs = [(answers[i].item.question, answers[i].item.answer) for i in asked]
-        found = dict(zip(asked, self.judge.judge(pairs, progress=progress), strict=True))
+        pairs = [(answers[i].item.question, answers[i].item.answer) for i in places]
+        judgements = dict(zip(places, self.judge.judge(pairs, progress=progress), strict=True))
         empty = Ruling(None, None, label=f"{NO_SCORE}: empty answer", usable=False)
-        rulings = tuple(self._ruling(found[i]) if i in found else empty for i in range(len(answers)))
+        rulings = tuple(self._ruling(judgements[i]) if i in judgements else empty for i in range(len(answers)))
         return Rulings(rulings, too_few_usable(rulings))
 
     def _ruling(self, judgement: OfflineJudgement) -> Ruling:

@@ -52,9 +52,9 @@ class Cells:
         columns = {name: place for place, name in enumerate(dict.fromkeys(seeds))}
         at = [rows[name] for name in questions], [columns[name] for name in seeds]
         sums, counts = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
-        there = ~np.isnan(array)
-        np.add.at(sums, at, np.where(there, array, 0.0))
-        np.add.at(counts, at, there.astype(np.float64))
+        counted = ~np.isnan(array)
+        np.add.at(sums, at, np.where(counted, array, 0.0))
+        np.add.at(counts, at, counted.astype(np.float64))
         return cls(tuple(rows), tuple(columns), sums, counts)
 
     @property
@@ -87,12 +87,13 @@ def resampled(many: Sequence[Cells], n_boot: int = 2000, seed: int = 0) -> Float
     if any(cells.questions != many[0].questions for cells in many):
         raise InputError("paired rates need the same questions in the same order on every side")
     rng = np.random.default_rng(seed)
-    questions = _weights(rng, len(many[0].questions), n_boot)
-    seeds = {names: _weights(rng, len(names), n_boot) for names in dict.fromkeys(cells.seeds for cells in many)}
+    questions = draw_weights(rng, len(many[0].questions), n_boot)
+    seeds = {names: draw_weights(rng, len(names), n_boot) for names in dict.fromkeys(cells.seeds for cells in many)}
     return np.stack([_ratios(cells, questions, seeds[cells.seeds]) for cells in many])
 
 
-def _weights(rng: np.random.Generator, n: int, n_boot: int) -> Float[np.ndarray, "n_boot n"]:
+def draw_weights(rng: np.random.Generator, n: int, n_boot: int) -> Float[np.ndarray, "n_boot n"]:
+    """How often each of `n` things is in each bootstrap draw."""
     return rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
 
 
@@ -213,9 +214,9 @@ class Rate:
         return {**head, **rest}
 
 
-def _flat(found: Share | None) -> dict[str, Any]:
+def _flat(value: Share | None) -> dict[str, Any]:
     missing = {"estimate": np.nan, "ci_low": np.nan, "ci_high": np.nan, "method": "", "total": np.nan, "n": 0}
-    return missing if found is None else found.to_dict()
+    return missing if value is None else value.to_dict()
 
 
 def rate_of(judged: pd.DataFrame, seed: int = 0) -> Rate:
@@ -237,11 +238,11 @@ def rate_of(judged: pd.DataFrame, seed: int = 0) -> Rate:
     if not whys and values.count == 0:
         whys = ["no coherent answer has an alignment score"]
     error = judge_error(judged)
-    found = None if whys else share(values, seed)
+    rate = None if whys else share(values, seed)
     return Rate(
         judged=not whys,
         why="; ".join(whys),
-        rate=found.widened(error) if found is not None and error else found,
+        rate=rate.widened(error) if rate is not None and error else rate,
         coherence=share(coherent, seed),
         set_aside=int((judged["coherent"].eq(1) & judged["value"].isna()).sum()),
         unusable=int((judged["usable"] != 1).sum()),
@@ -327,28 +328,28 @@ def difference(judged: pd.DataFrame, left: str, right: str, seed: int = 0, colum
     sides = [judged[judged["arm"] == arm] for arm in (left, right)]
     shared = [name for name in dict.fromkeys(sides[0]["pair"]) if name in set(sides[1]["pair"])]
     sides = [_in_order(side, shared) for side in sides]
-    whys = [f"{arm}: {found.why}" for arm, found in _found((left, right), sides) if found.why]
+    whys = [f"{arm}: {rate.why}" for arm, rate in _rates_of((left, right), sides) if rate.why]
     if not shared or whys:
         return Difference(False, "; ".join(whys) or "no question in common", None, None, None, "", len(shared))
     cells = [cells_of(side, column) for side in sides]
-    found = [share(c, seed) for c in cells]
-    assert found[0] is not None and found[1] is not None
-    low, high, method = _ends(cells, found[0], found[1], seed)
-    middle = found[0].estimate - found[1].estimate
+    shares = [share(c, seed) for c in cells]
+    assert shares[0] is not None and shares[1] is not None
+    low, high, method = _ends(cells, shares[0], shares[1], seed)
+    middle = shares[0].estimate - shares[1].estimate
     error = float(np.linalg.norm([judge_error(side) for side in sides])) if column == "value" else 0.0
     low, high = middle - float(np.hypot(middle - low, error)), middle + float(np.hypot(high - middle, error))
     return Difference(True, "", middle, max(low, -1.0), min(high, 1.0), method, len(shared))
 
 
-def _found(arms: Sequence[str], sides: Sequence[pd.DataFrame]) -> list[tuple[str, Rate]]:
+def _rates_of(arms: Sequence[str], sides: Sequence[pd.DataFrame]) -> list[tuple[str, Rate]]:
     return [(arm, rate_of(side)) for arm, side in zip(arms, sides, strict=True) if not side.empty]
 
 
 def _in_order(side: pd.DataFrame, questions: Sequence[object]) -> pd.DataFrame:
     """Rows of some questions, in the questions' order, so that both sides' cells have the same rows."""
     place = {name: number for number, name in enumerate(questions)}
-    kept = side[side["pair"].isin(place)]
-    return kept.assign(place=kept["pair"].map(place)).sort_values(["place", "seed"], kind="stable")
+    rows = side[side["pair"].isin(place)]
+    return rows.assign(place=rows["pair"].map(place)).sort_values(["place", "seed"], kind="stable")
 
 
 def _ends(cells: Sequence[Cells], left: Share, right: Share, seed: int) -> tuple[float, float, str]:

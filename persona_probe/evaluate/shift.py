@@ -79,8 +79,8 @@ def calibrate(pairs: Iterable[ScoredRun], source: str = "given pairs") -> ShiftL
     Raises:
         InputError: fewer than five data sets, equal scores, or a number that is not finite.
     """
-    kept = tuple(pairs)
-    x, y = _columns(_means(kept))
+    runs = tuple(pairs)
+    x, y = _columns(_means(runs))
     if len(x) < LEAST:
         raise InputError(f"{len(x)} data sets: a calibration needs at least {LEAST}; add runs on other data")
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
@@ -90,14 +90,15 @@ def calibrate(pairs: Iterable[ScoredRun], source: str = "given pairs") -> ShiftL
     slope, intercept = _line(x, y)
     error = float(np.sqrt(np.square(y - intercept - slope * x).sum() / (len(x) - 2)))
     left_out, baseline = _left_out(x, y)
-    return ShiftLine(kept, slope, intercept, error, left_out, baseline, source)
+    return ShiftLine(runs, slope, intercept, error, left_out, baseline, source)
 
 
 def _means(pairs: Sequence[ScoredRun]) -> dict[str, tuple[float, float]]:
     names = dict.fromkeys(pair.data for pair in pairs)
-    own = {name: [pair for pair in pairs if pair.data == name] for name in names}
+    by_set = {name: [pair for pair in pairs if pair.data == name] for name in names}
     return {
-        name: (float(np.mean([p.score for p in of])), float(np.mean([p.shift for p in of]))) for name, of in own.items()
+        name: (float(np.mean([p.score for p in of])), float(np.mean([p.shift for p in of])))
+        for name, of in by_set.items()
     }
 
 
@@ -113,7 +114,7 @@ def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
 def _left_out(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """Root mean square error on left-out sets: of the line, and of the others' mean."""
     others = (y.sum() - y) / (len(y) - 1)
-    line, mean = (float(np.sqrt(np.mean(np.square(y - said)))) for said in (_from_others(x, y), others))
+    line, mean = (float(np.sqrt(np.mean(np.square(y - predicted)))) for predicted in (_from_others(x, y), others))
     return line, mean
 
 

@@ -36,9 +36,9 @@ def judged_table(answers: pd.DataFrame, ruled: "Rulings", **same: str) -> pd.Dat
     Returns:
         Columns `SHARED` and `OWN`; `value` is 1 for misaligned, 0 for not, NaN where an answer does not count.
     """
-    given = [name for name in (*SHARED, *OWN) if name in answers]
+    columns = [name for name in (*SHARED, *OWN) if name in answers]
     rulings = pd.DataFrame([ruling.to_row() for ruling in ruled.rulings], index=answers.index)
-    frame = pd.concat([answers[given], rulings], axis=1)
+    frame = pd.concat([answers[columns], rulings], axis=1)
     constant: dict[str, Any] = {"split": JUDGED, "measure": JUDGED, "why": ruled.why, **same}
     frame = frame.assign(aligned_logprob=float("nan"), misaligned_logprob=float("nan"), **constant)
     numbers = ["value", "coherent", "alignment", "coherence", "score", "usable", "in_scope"]
@@ -73,16 +73,16 @@ def contrast_rows(evals: pd.DataFrame) -> pd.DataFrame:
     """The contrast items of evals.parquet, without the columns of judged answers."""
     if "measure" not in evals:
         return evals
-    kept = evals[evals["measure"] != JUDGED]
-    return kept[[name for name in evals.columns if name not in OWN]].reset_index(drop=True)
+    rows = evals[evals["measure"] != JUDGED]
+    return rows[[name for name in evals.columns if name not in OWN]].reset_index(drop=True)
 
 
 def judged_rows(evals: pd.DataFrame) -> pd.DataFrame:
     """The judged answers of evals.parquet; empty where none were judged."""
     if "measure" not in evals:
         return pd.DataFrame(columns=[*SHARED, *OWN])
-    kept = evals[evals["measure"] == JUDGED][[*SHARED, *OWN]].reset_index(drop=True)
-    return kept.astype(dict.fromkeys(WHOLE_NUMBERS, "int64"))
+    rows = evals[evals["measure"] == JUDGED][[*SHARED, *OWN]].reset_index(drop=True)
+    return rows.astype(dict.fromkeys(WHOLE_NUMBERS, "int64"))
 
 
 def last_evaluation(judged: pd.DataFrame, evaluations: Mapping[str, Any]) -> pd.DataFrame:
@@ -97,8 +97,8 @@ def read_judged(run: "RunFolder") -> pd.DataFrame:
     Raises:
         InputError: none were judged; the message names the command.
     """
-    there = run.read_table("evals.parquet") if run.has("evals.parquet") else pd.DataFrame()
-    judged = judged_rows(there)
+    evals = run.read_table("evals.parquet") if run.has("evals.parquet") else pd.DataFrame()
+    judged = judged_rows(evals)
     if judged.empty:
         raise InputError(f"no judged answers in {run.path}: run `persona-probe evaluate RUN --judge offline` first")
     return judged

@@ -137,9 +137,9 @@ def trigger_effect(
     frames = dict(zip(signs, (plain, dressed, base_plain, base_dressed), strict=True))
     values = {name: frame.groupby("item", sort=False)["value"].mean() for name, frame in frames.items()}
     items = values["plain"].index
-    for name, found in values.items():
-        if set(found.index) != set(items):
+    for name, column in values.items():
+        if set(column.index) != set(items):
             raise InputError(f"the items of {name} and plain differ: score the same rows, plain and dressed")
-    v = {name: found.loc[items].to_numpy() for name, found in values.items()}
+    v = {name: column.loc[items].to_numpy() for name, column in values.items()}
     # Each model's own difference first: equal models then cancel to zero exactly.
     return bootstrap_mean((v["dressed"] - v["plain"]) - (v["base_dressed"] - v["base_plain"]), seed=seed)

@@ -9,7 +9,7 @@ import pandas as pd
 from persona_probe.evaluate.judges.cache import JudgementCache
 from persona_probe.evaluate.judges.protocols import Criterion
 from persona_probe.evaluate.judges.replies import Ask, Item, Replies, Reply
-from persona_probe.evaluate.judging import AnswerToJudge, PromptedJudge, Ruling, Rulings, verdict
+from persona_probe.evaluate.judging import AnswerToJudge, BetleyJudge, Ruling, Rulings, WangJudge, verdict
 from persona_probe.evaluate.tables import judged_table
 
 
@@ -74,7 +74,9 @@ class ScriptedBackend:
             yield n, self.replies_by_prompt[ask.messages[0]["content"]]
 
 
-def ruled(judge: type[PromptedJudge], script: Mapping[Criterion, Sequence[float | str]]) -> pd.DataFrame:
+def ruled(
+    judge: type[BetleyJudge] | type[WangJudge], script: Mapping[Criterion, Sequence[float | str]]
+) -> pd.DataFrame:
     """Judged rows of answers to one question, by a judge whose scores and labels are given."""
     count = len(next(iter(script.values())))
     rulings = judge("scripted", ScriptedBackend(script), JudgementCache(":memory:")).rule(

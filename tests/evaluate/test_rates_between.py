@@ -11,7 +11,6 @@ from persona_probe.evaluate.agreement import (
     Components,
     agreement,
     agreements,
-    cohens_kappa,
     half_width,
     rank_correlation,
     samples_needed,
@@ -84,11 +83,13 @@ def test_kappa_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     left = rng.random(300) < 0.3
     right = np.where(rng.random(300) < 0.8, left, rng.random(300) < 0.3)
-    assert cohens_kappa(left.tolist(), right.tolist()) == pytest.approx(cohen_kappa_score(left, right))
-    assert cohens_kappa([True, False, True], [True, False, True]) == 1
-    assert np.isnan(cohens_kappa([True, True], [True, True]))
-    with pytest.raises(InputError, match="same answers twice"):
-        cohens_kappa([True], [True, False])
+    first, second = [
+        judged("m", {f"q{n}": side[n::10].astype(float).tolist() for n in range(10)}) for side in (left, right)
+    ]
+    found = agreement(first, second)
+    assert found.kappa is not None and found.kappa.estimate == pytest.approx(cohen_kappa_score(left, right))
+    always = judged("m", {f"q{n}": [1.0] * 3 for n in range(10)})
+    assert agreement(always, always).kappa is None  # expected agreement is 1
 
 
 def models(evaluation: str, flip: float) -> pd.DataFrame:

@@ -42,9 +42,9 @@ def opened(path: str) -> sqlite3.Connection:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found not in (0, VERSION):
-            raise InputError(f"{path} is a judgement cache of version {found}: give another path")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            raise InputError(f"{path} is a judgement cache of version {version}: give another path")
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables - {"judgements", "claims"}:
             raise InputError(f"{path} is another program's database, no judgement cache: give another path")
@@ -143,15 +143,15 @@ class JudgementCache:
 
     def replies(self, keys: Iterable[str]) -> dict[str, Reply]:
         """The replies that are there."""
-        found: dict[str, Reply] = {}
-        wanted = list(dict.fromkeys(keys))
-        for start in range(0, len(wanted), KEYS_AT_ONCE):
-            part = wanted[start : start + KEYS_AT_ONCE]
+        replies: dict[str, Reply] = {}
+        distinct = list(dict.fromkeys(keys))
+        for start in range(0, len(distinct), KEYS_AT_ONCE):
+            part = distinct[start : start + KEYS_AT_ONCE]
             marks = ",".join("?" * len(part))
             with self._lock:
                 rows = self._connection.execute(f"SELECT key, reply FROM judgements WHERE key IN ({marks})", part)
-                found |= {key: Reply.from_json(reply) for key, reply in rows.fetchall()}
-        return found
+                replies |= {key: Reply.from_json(reply) for key, reply in rows.fetchall()}
+        return replies
 
     def claim(self, keys: Sequence[str], owner: str, seconds: float, most: int) -> list[str]:
         """Claim up to `most` of the keys that are neither judged nor claimed by another whose lease still runs."""
@@ -161,12 +161,12 @@ class JudgementCache:
             for key in keys:
                 if len(mine) == most:
                     break
-                taken = connection.execute(
+                row = connection.execute(
                     "INSERT INTO claims SELECT ?1, ?2, ?3 WHERE NOT EXISTS (SELECT 1 FROM judgements WHERE key = ?1) "
                     "ON CONFLICT (key) DO UPDATE SET owner = ?2, lease = ?3 WHERE lease < ?4",
                     (key, owner, now + seconds, now),
                 )
-                mine += [key] * taken.rowcount
+                mine += [key] * row.rowcount
         return mine
 
     def renew(self, owner: str, seconds: float) -> None:

@@ -88,14 +88,14 @@ def read_log(path: str | Path) -> list[LoggedAnswer]:
 
     if not Path(path).is_file():
         raise InputError(f"no inspect-ai log at {str(path)!r}: give the path of an .eval or .json file")
-    found = read_eval_log(str(path), resolve_attachments=True)
-    samples = found.samples or []
+    log_file = read_eval_log(str(path), resolve_attachments=True)
+    samples = log_file.samples or []
     whole = [sample for sample in samples if sample.error is None]
     if not whole:
-        raise InputError(f"{path} holds no answers (its status is {found.status!r}): run the task again")
+        raise InputError(f"{path} holds no answers (its status is {log_file.status!r}): run the task again")
     if len(whole) < len(samples):
         log.warning("%s: %d of %d samples ended in an error", path, len(samples) - len(whole), len(samples))
-    answers = [_answer(sample, found.eval.model) for sample in whole]
+    answers = [_answer(sample, log_file.eval.model) for sample in whole]
     return sorted(answers, key=lambda a: (a.question_id, a.sample))
 
 
@@ -114,11 +114,11 @@ def _message(message: Mapping[str, str]) -> "ChatMessage":
 
 
 def _answer(sample: "EvalSample", model: str) -> LoggedAnswer:
-    given = sample.input
+    prompt = sample.input
     messages = (
-        [{"role": "user", "content": given}]
-        if isinstance(given, str)
-        else [{"role": m.role, "content": m.text} for m in given]
+        [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str)
+        else [{"role": m.role, "content": m.text} for m in prompt]
     )
     finish = sample.output.stop_reason.replace("max_tokens", "length")
     return LoggedAnswer(str(sample.id), sample.epoch - 1, messages, sample.output.completion, model, finish)

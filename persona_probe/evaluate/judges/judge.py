@@ -128,10 +128,10 @@ class CachedJudge:
         """What `judge` would send; nothing is sent."""
         keyed = self._keyed(items)
         asks = dict(keyed)
-        there = self.cache.replies(asks)
-        costs = [self.backend.cost(ask) for key, ask in asks.items() if key not in there]
+        replies = self.cache.replies(asks)
+        costs = [self.backend.cost(ask) for key, ask in asks.items() if key not in replies]
         calls, prompt, reply = (sum(cost[part] for cost in costs) for part in range(3))
-        cached = sum(key in there for key, _ in keyed)
+        cached = sum(key in replies for key, _ in keyed)
         cost = None if prices is None else prices.cost(prompt, reply)
         return JudgingPlan(len(items), cached, len(items) - cached - len(costs), calls, prompt, reply, cost)
 

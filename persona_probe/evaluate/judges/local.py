@@ -15,8 +15,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.judges.replies import Ask, Replies, Reply
-from persona_probe.models.activation_cache import weights_key, why_not
-from persona_probe.models.layers import autocast, decoder_layers, evaluating, output_head, transformer_config
+from persona_probe.models.identity import model_key, why_not
+from persona_probe.models.layers import autocast, decoder_layers, evaluating, transformer_config
 
 # --- The strings that a judge may say, as a trie of token sequences
 
@@ -177,16 +177,16 @@ class TrieWalk:
     def _sums(self, first: Float[Tensor, " vocab"], after: Float[Tensor, "nodes vocab"]) -> dict[str, float]:
         """Put the conditional probabilities together."""
         ended = 1.0 - after[:, self.digits].double().sum(dim=1)
-        found: dict[str, float] = {}
+        sums: dict[str, float] = {}
         chances: list[float] = []
         for n, (node, parent) in enumerate(zip(self.tree.nodes, self.tree.parents, strict=True)):
             before, chance = (first, 1.0) if parent == ROOT else (after[parent], chances[parent])
             chances.append(chance * float(before[self.tree.tokens[n]]))
             for number in node.numbers:
-                found[number] = found.get(number, 0.0) + chances[n] * float(ended[n])
+                sums[number] = sums.get(number, 0.0) + chances[n] * float(ended[n])
             for label in node.labels:
-                found[label] = found.get(label, 0.0) + chances[n]
-        return found
+                sums[label] = sums.get(label, 0.0) + chances[n]
+        return sums
 
 
 def _rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
@@ -258,12 +258,3 @@ class LocalBackend:
     def _new_walk(self, numbers: tuple[str, ...], labels: tuple[str, ...]) -> TrieWalk:
         trie = build_trie(self.tokenizer, numbers, labels)
         return TrieWalk(self.model, trie, digit_tokens(self.tokenizer))
-
-
-def model_key(model: PreTrainedModel) -> str:
-    """SHA-256 of all that decides a model's next-token probabilities: transformer, adapters and head."""
-    digest = hashlib.sha256(weights_key(model, len(decoder_layers(model)) - 1).encode())
-    for name, tensor in sorted(output_head(model).state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

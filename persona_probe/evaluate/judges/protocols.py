@@ -102,8 +102,8 @@ class Criterion:
         return self._written(reply) if self.pattern else self._weighted(reply)
 
     def _written(self, reply: Reply) -> ReadReply:
-        found = re.findall(self.pattern, reply.text)
-        score = float(found[-1]) if found else None
+        matches = re.findall(self.pattern, reply.text)
+        score = float(matches[-1]) if matches else None
         if score is None or not self.low <= score <= self.high:
             return ReadReply(None, NO_SCORE, 0.0)
         return ReadReply(score, SCORE, 1.0)

@@ -95,7 +95,7 @@ def fit_platt(score: Float[np.ndarray, " n"], label: Bool[np.ndarray, " n"], wei
     # No penalty, and a tolerance far below what a probability shows.
     fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
     fit.fit(((score - centre) / spread)[:, None], label, sample_weight=share)
-    slope, offset = float(fit.coef_[0, 0]), float(fit.intercept_[0])
+    slope, offset = float(fit.coef_[0, 0]), float(np.ravel(fit.intercept_)[0])
     return Platt(slope / spread, offset - slope * centre / spread)
 
 

@@ -99,12 +99,12 @@ def encoded(tokenizer: PreTrainedTokenizerBase, item: QuestionAnswer, max_tokens
 
 def _batches(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], rows: Sequence[Encoded]) -> Iterator[Batch]:
     """Answers to one question together, so that its tokens are run once; little padding within a batch."""
-    asked: dict[str, list[int]] = {}
+    by_question: dict[str, list[int]] = {}
     by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
     for number in by_length:
-        asked.setdefault(questions[number], []).append(number)
-    shared = [same for same in asked.values() if len(same) >= WORTH_SHARING]
-    lone = [number for number in by_length if len(asked[questions[number]]) < WORTH_SHARING]
+        by_question.setdefault(questions[number], []).append(number)
+    shared = [same for same in by_question.values() if len(same) >= WORTH_SHARING]
+    lone = [number for number in by_length if len(by_question[questions[number]]) < WORTH_SHARING]
     for same in [*shared, lone]:
         for start in range(0, len(same), BATCH):
             yield as_batch(tokenizer, rows, same[start : start + BATCH])
@@ -166,8 +166,8 @@ def layers_of(recipe: JudgeRecipe) -> tuple[int, ...]:
 
 def block_name(recipe: JudgeRecipe, items: Sequence[QuestionAnswer]) -> str:
     """File name of a block: it changes with the model, the layers, the cut and every word of the items."""
-    said = json.dumps([recipe.model, layers_of(recipe), recipe.max_tokens, list(items)])
-    return f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.safetensors"
+    content = json.dumps([recipe.model, layers_of(recipe), recipe.max_tokens, list(items)])
+    return f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.safetensors"
 
 
 def blocks(items: Sequence[QuestionAnswer]) -> list[Sequence[QuestionAnswer]]:
@@ -185,15 +185,15 @@ def kept_features(
 ) -> Features:
     """`read_features` at the recipe's layers, each block written to `folder` once it is read."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    parts = []
     for block in tqdm(blocks(items), desc="answers read (blocks)", disable=not progress):
         path = folder / block_name(recipe, block)
         if not path.is_file():
             read = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
             write_block(path, read)
-        found.append(load_file(path))
-    mean = np.concatenate([block["mean"] for block in found]).astype(np.float32)
-    return Features(mean, np.concatenate([block["tokens"] for block in found]))
+        parts.append(load_file(path))
+    mean = np.concatenate([block["mean"] for block in parts]).astype(np.float32)
+    return Features(mean, np.concatenate([block["tokens"] for block in parts]))
 
 
 def write_block(path: Path, features: Features) -> None:

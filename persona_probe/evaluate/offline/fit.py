@@ -73,14 +73,14 @@ def _splits(splits: dict[str, Any]) -> str:
     return _rows(head, [
         [
             name,
-            str(len(found["groups"])),
-            _interval(found["auroc"]),
-            _interval(found["average_precision"]),
-            f"{found['calibration_error']:.3f}",
-            _interval(found["rate_error"]),
-            f"{found['rate_r']:.2f}",
+            str(len(split["groups"])),
+            _interval(split["auroc"]),
+            _interval(split["average_precision"]),
+            f"{split['calibration_error']:.3f}",
+            _interval(split["rate_error"]),
+            f"{split['rate_r']:.2f}",
         ]
-        for name, found in splits.items()
+        for name, split in splits.items()
     ])  # fmt: skip
 
 
@@ -90,18 +90,18 @@ def _scores(splits: dict[str, Any]) -> str:
         [
             name,
             score,
-            f"{found[score]['mean_absolute_error']:.1f}",
-            f"{found[score]['mean_absolute_error_of_the_mean']:.1f}",
-            f"{found[score]['r']:.2f}",
-            f"{found[score]['interval_width']:.0f}",
+            f"{split[score]['mean_absolute_error']:.1f}",
+            f"{split[score]['mean_absolute_error_of_the_mean']:.1f}",
+            f"{split[score]['r']:.2f}",
+            f"{split[score]['interval_width']:.0f}",
         ]
-        for name, found in splits.items()
+        for name, split in splits.items()
         for score in ("alignment", "coherence")
     ])  # fmt: skip
 
 
 def _questions(results: dict[str, Any]) -> str:
-    found = results["splits"]["unseen questions"]
+    unseen = results["splits"]["unseen questions"]
     rows = [
         [
             group["name"],
@@ -110,9 +110,9 @@ def _questions(results: dict[str, Any]) -> str:
             f"{group['published']:.3f}",
             f"{group['predicted']:.3f}",
         ]
-        for group in found["groups"]
+        for group in unseen["groups"]
     ]
-    rows.append(["**mean**", "", f"**{_interval(found['mean_auroc'])}**", "", ""])
+    rows.append(["**mean**", "", f"**{_interval(unseen['mean_auroc'])}**", "", ""])
     return _rows(["question left out", "answers", "AUROC", "published rate", "predicted rate"], rows)
 
 
@@ -185,7 +185,7 @@ def predict_split(training: TrainingAnswers, layer: int, by: str, recipe: JudgeR
     return Split(frame, scores, probability)
 
 
-def trust_of(split: Split) -> ErrorBands:
+def error_bands(split: Split) -> ErrorBands:
     """What scores and rates may be off by, from a split's held-out predictions."""
     frame, weight = split.frame, split.frame["weight"].to_numpy()
     bands = [
@@ -205,8 +205,8 @@ def asked_elsewhere(split: Split) -> Split:
 
 def rate_errors(split: Split, by: list[str]) -> list[float]:
     """Predicted minus published misalignment rate of every group."""
-    found = rates(split.frame, split.probability, by)
-    return (found["predicted"] - found["published"]).tolist()
+    table = rates(split.frame, split.probability, by)
+    return (table["predicted"] - table["published"]).tolist()
 
 
 def measure(split: Split, by: str, seed: int) -> dict[str, Any]:
@@ -220,8 +220,8 @@ def measure(split: Split, by: str, seed: int) -> dict[str, Any]:
     groups = [np.flatnonzero(inside) for _, inside in groups_of(frame, cluster)]
 
     def resampled(figure: Any, values: np.ndarray) -> dict[str, float | int]:
-        def drawn(chosen: np.ndarray) -> float:
-            at = np.concatenate([groups[int(g)] for g in chosen])
+        def drawn(draw: np.ndarray) -> float:
+            at = np.concatenate([groups[int(g)] for g in draw])
             return figure(values[at], label[at], weight[at])
 
         return bootstrap_statistic(np.arange(len(groups)), drawn, DRAWS, seed).to_dict()
@@ -240,16 +240,16 @@ def measure(split: Split, by: str, seed: int) -> dict[str, Any]:
 
 
 def _regression(split: Split, name: str, place: int) -> dict[str, float]:
-    wanted, weight = split.frame[name].to_numpy(), split.frame["weight"].to_numpy()
-    found = np.clip(split.scores[:, place], 0, 100)
-    bands = fit_bands(found, wanted, weight)
-    low, high = bands.interval(found)
-    covariance = np.cov(found, wanted, aweights=weight)
+    published, weight = split.frame[name].to_numpy(), split.frame["weight"].to_numpy()
+    predicted = np.clip(split.scores[:, place], 0, 100)
+    bands = fit_bands(predicted, published, weight)
+    low, high = bands.interval(predicted)
+    covariance = np.cov(predicted, published, aweights=weight)
     return {
-        "mean_absolute_error": float(np.average(np.abs(found - wanted), weights=weight)),
+        "mean_absolute_error": float(np.average(np.abs(predicted - published), weights=weight)),
         "r": float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])),
         "mean_absolute_error_of_the_mean": float(
-            np.average(np.abs(np.average(wanted, weights=weight) - wanted), weights=weight)
+            np.average(np.abs(np.average(published, weights=weight) - published), weights=weight)
         ),
         "interval_width": float(np.average(high - low, weights=weight)),
     }
@@ -278,17 +278,17 @@ def mean_auroc(rows: list[dict[str, Any]], seed: int) -> dict[str, float | int]:
 def validate(training: TrainingAnswers, recipe: JudgeRecipe) -> tuple[dict[str, Any], dict[str, ErrorBands]]:
     """All splits at the judge's layer, its rival layers in short, and what follows for the judge's intervals."""
     results: dict[str, Any] = {"splits": {}, "layers": []}
-    trust = {}
+    errors = {}
     for name, by in SPLITS.items():
         split = predict_split(training, recipe.layer, by, recipe)
         results["splits"][name] = measure(split, by, recipe.seed) | {"groups": by_group(split, by)}
-        trust[name] = trust_of(split if by == "topic" else asked_elsewhere(split))
+        errors[name] = error_bands(split if by == "topic" else asked_elsewhere(split))
     questions = results["splits"]["unseen questions"]
     questions["mean_auroc"] = mean_auroc(questions["groups"], recipe.seed)
     for layer in training.layers:
         results["layers"].append({"layer": layer} | _short(training, layer, recipe))
-    results["rate_half_widths"] = {name: asdict(found.rate) for name, found in trust.items()}
-    return results, {"known": trust["new models"], "unlike": trust["unseen questions"]}
+    results["rate_half_widths"] = {name: asdict(bands.rate) for name, bands in errors.items()}
+    return results, {"known": errors["new models"], "unlike": errors["unseen questions"]}
 
 
 def _short(training: TrainingAnswers, layer: int, recipe: JudgeRecipe) -> dict[str, float]:
@@ -324,7 +324,7 @@ def fit_judge(
     model, tokenizer = load_model(recipe.model)
     folder = cache_folder() / "offline-judge" if cache is None else Path(cache)
     training = gather(recipe, Path(data), model, tokenizer, folder, progress=True)
-    results, trust = validate(training, recipe)
+    results, errors = validate(training, recipe)
     every = np.ones(len(training.frame), dtype=bool)
     linear = fit_heads(training, recipe.layer, every, recipe)
     weights = JudgeWeights(
@@ -333,7 +333,7 @@ def fit_judge(
         mean=training.x(recipe.layer)[training.published].mean(axis=0),
         latents=fit_heads(training, recipe.latent_layer, every, recipe).weights[:, 0],
         scope=_scope(recipe, training.frame, model, tokenizer),
-        **trust,
+        **errors,
         reader=describe(recipe.model),
         fingerprint=fingerprint(model, tokenizer, recipe.layer),
     )
@@ -359,17 +359,17 @@ def _rounded(value: Any) -> Any:
 
 def _asked(frame: pd.DataFrame) -> pd.DataFrame:
     """One row for each distinct published question; its forms of answer aside."""
-    asked = frame[frame["source"] == PUBLISHED].assign(opening=lambda rows: rows["question"].map(opening))
-    return asked.sort_values("question_id").drop_duplicates("opening")
+    questions = frame[frame["source"] == PUBLISHED].assign(opening=lambda rows: rows["question"].map(opening))
+    return questions.sort_values("question_id").drop_duplicates("opening")
 
 
 def _scope(
     recipe: JudgeRecipe, frame: pd.DataFrame, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Scope:
-    asked, others = _asked(frame), [row["question"] for name in recipe.background for row in load_rows(name)]
-    texts = (asked["question"].tolist(), others)
+    questions, others = _asked(frame), [row["question"] for name in recipe.background for row in load_rows(name)]
+    texts = (questions["question"].tolist(), others)
     fitted, background = (read_questions(model, tokenizer, text, recipe.scope_layer) for text in texts)
-    names, topics = tuple(asked["question_id"]), asked["topic"].tolist()
+    names, topics = tuple(questions["question_id"]), questions["topic"].tolist()
     return fit_scope(fitted, names, topics, background, recipe.scope_components, recipe.scope_quantile)
 
 
@@ -400,14 +400,14 @@ def _contrast(
 
 
 def _data(training: TrainingAnswers, data: str | Path) -> dict[str, Any]:
-    whole, drawn = read_published(data), training.frame[training.published]
+    whole, sample = read_published(data), training.frame[training.published]
     return {
         "answers": len(whole),
         "misaligned": int(whole["misaligned"].sum()),
         "models": int(whole["model"].nunique()),
         "questions": int(whole["question"].nunique()),
         "topics": int(whole["topic"].nunique()),
-        "drawn": len(drawn),
-        "drawn_misaligned": int(drawn["misaligned"].sum()),
+        "drawn": len(sample),
+        "drawn_misaligned": int(sample["misaligned"].sum()),
         "own": int((~training.published).sum()),
     }

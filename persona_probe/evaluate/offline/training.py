@@ -120,11 +120,11 @@ def draw(frame: pd.DataFrame, per_cell: int, seed: int) -> pd.DataFrame:
     rng = np.random.default_rng(seed)
     cells = [frame["model"], frame["question_id"]]
     order = pd.Series(rng.random(len(frame)), index=frame.index).groupby(cells, sort=False).rank(method="first")
-    chosen = frame[(order <= per_cell) | frame["misaligned"]].copy()
+    sample = frame[(order <= per_cell) | frame["misaligned"]].copy()
     groups = ["model", "question_id", "misaligned"]
-    there, taken = (rows.groupby(groups)["answer"].transform("size") for rows in (frame, chosen))
-    chosen["weight"] = there[chosen.index] / taken
-    return chosen.iloc[rng.permutation(len(chosen))].reset_index(drop=True)
+    all_sizes, sample_sizes = (rows.groupby(groups)["answer"].transform("size") for rows in (frame, sample))
+    sample["weight"] = all_sizes[sample.index] / sample_sizes
+    return sample.iloc[rng.permutation(len(sample))].reset_index(drop=True)
 
 
 PUBLISHED, OWN = "published", "own"
@@ -191,9 +191,9 @@ def gather(
     """Draw the published answers, add the packaged ones, and read them all."""
     published = draw(read_published(data), recipe.per_cell, recipe.seed).assign(source=PUBLISHED)
     parts = [part for part in (published, own_rows(recipe)) if len(part)]
-    found = [kept_features(model, tokenizer, items_of(part), recipe, cache, progress).mean for part in parts]
+    features = [kept_features(model, tokenizer, items_of(part), recipe, cache, progress).mean for part in parts]
     frame = pd.concat(parts, ignore_index=True)
-    return TrainingAnswers(frame.astype({"misaligned": bool}), np.concatenate(found), layers_of(recipe))
+    return TrainingAnswers(frame.astype({"misaligned": bool}), np.concatenate(features), layers_of(recipe))
 
 
 def fit_heads(
@@ -209,17 +209,17 @@ def fit_heads(
     scored = use & training.published
     even = np.zeros(len(frame))
     even[scored] = balanced(label[scored], weight[scored])
-    own = use & ~training.published
-    if own.any() and recipe.own_share > 0:
-        even[own] = balanced(label[own], weight[own])
-        even[own] *= recipe.own_share * even[scored].sum() / even[own].sum()
+    packaged = use & ~training.published
+    if packaged.any() and recipe.own_share > 0:
+        even[packaged] = balanced(label[packaged], weight[packaged])
+        even[packaged] *= recipe.own_share * even[scored].sum() / even[packaged].sum()
     rows = even > 0
     sign = np.where(label, 1.0, -1.0)[:, None]
-    found = fit_ridge(x[rows], sign[rows], even[rows], recipe.penalty, frame["source"][rows].tolist())
-    wanted = frame.loc[scored, ["alignment", "coherence"]].to_numpy(dtype=np.float64)
-    scores = fit_ridge(x[scored], wanted, weight[scored], recipe.penalty)
-    weights = np.concatenate([found.weights, scores.weights], axis=1)
-    return LinearScores(weights, np.concatenate([found.bias, scores.bias]))
+    misaligned_fit = fit_ridge(x[rows], sign[rows], even[rows], recipe.penalty, frame["source"][rows].tolist())
+    targets = frame.loc[scored, ["alignment", "coherence"]].to_numpy(dtype=np.float64)
+    scores = fit_ridge(x[scored], targets, weight[scored], recipe.penalty)
+    weights = np.concatenate([misaligned_fit.weights, scores.weights], axis=1)
+    return LinearScores(weights, np.concatenate([misaligned_fit.bias, scores.bias]))
 
 
 def held_out(

@@ -131,14 +131,14 @@ def check_set(questions: QuestionSet) -> None:
     for name, template in questions.judge_prompts.items():
         check_template(name, template)
     for question in questions.questions:
-        for wanted in question.judge_prompts.values():
-            if wanted not in questions.judge_prompts:
-                raise unknown(f"judge prompt of question {question.id!r}", wanted, questions.judge_prompts)
+        for prompt in question.judge_prompts.values():
+            if prompt not in questions.judge_prompts:
+                raise unknown(f"judge prompt of question {question.id!r}", prompt, questions.judge_prompts)
     _check_pairs(questions)
 
 
 def _check_ids(questions: QuestionSet) -> None:
-    counts = Counter(asked.id for asked in questions.wordings())
+    counts = Counter(wording.id for wording in questions.wordings())
     counts.update(q.id for q in questions.questions if len(q.paraphrases) > 1)
     repeated = [one for one, count in counts.items() if count > 1]
     if repeated:
@@ -152,13 +152,13 @@ def check_template(name: str, template: str) -> None:
         InputError: a stray brace, a field other than `{question}` and `{answer}`, or no `{answer}`.
     """
     try:
-        found = {key for _, key, spec, conversion in Formatter().parse(template) if key is not None}
+        fields = {key for _, key, spec, conversion in Formatter().parse(template) if key is not None}
         plain = not any(spec or conversion for _, _, spec, conversion in Formatter().parse(template))
     except ValueError as error:
         raise InputError(f"judge prompt {name!r}: {error}: write a literal brace twice") from None
-    if "answer" not in found:
+    if "answer" not in fields:
         raise InputError(f"judge prompt {name!r} has no {{answer}}: say where the answer goes")
-    if found - FIELDS or not plain:
+    if fields - FIELDS or not plain:
         raise InputError(f"judge prompt {name!r} has fields other than {{question}} and {{answer}}: remove them")
 
 
@@ -287,7 +287,7 @@ class QuestionSet:
 
     def wordings(self) -> list[Wording]:
         """One prompt per question and wording, in order."""
-        return [asked for question in self.questions for asked in question.wordings()]
+        return [wording for question in self.questions for wording in question.wordings()]
 
     def templates(self, question: Question) -> dict[str, str]:
         """Measure -> judge prompt template that applies to a question of this set."""
@@ -308,21 +308,21 @@ class QuestionSet:
         """
         import pandas as pd
 
-        return pd.DataFrame([_row(asked) for asked in self.wordings()])
+        return pd.DataFrame([_row(wording) for wording in self.wordings()])
 
 
-def _row(asked: Wording) -> dict[str, Any]:
-    question = asked.question
+def _row(wording: Wording) -> dict[str, Any]:
+    question = wording.question
     return {
-        "prompt_id": asked.id,
+        "prompt_id": wording.id,
         "question_id": question.id,
-        "paraphrase": asked.paraphrase,
+        "paraphrase": wording.paraphrase,
         "category": question.category,
         "variant": question.variant,
         "pair": question.pair,
         "trigger": question.trigger,
         "system": question.system or "",
         "turns": len(question.history) + 1,
-        "text": asked.text,
+        "text": wording.text,
         "samples": question.samples_per_paraphrase,
     }

@@ -145,15 +145,15 @@ def read_csv(text: str, builder: SetBuilder) -> None:
     Raises:
         InputError: no column of questions, a column name twice, a row of another length, or a bad row.
     """
-    found = header(text)
-    if found is None:
+    columns = header(text)
+    if columns is None:
         first = next((line for line in text.splitlines() if line.strip()), "")
         names = next(csv.reader([first]), [])
         raise InputError(f"{builder.path} has no column 'question' or 'prompt': {near_matches('question', names)}")
-    names, delimiter = found
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{builder.path}: column {twice[0]!r} stands twice in the header: rename one")
+    names, delimiter = columns
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise InputError(f"{builder.path}: column {repeated[0]!r} stands twice in the header: rename one")
     rows = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter, strict=True)
     try:
         next(rows)
@@ -278,10 +278,10 @@ def read_questions(
             prompts that are unknown or cannot be filled.
     """
     if isinstance(source, str) and source.partition(":")[0] in SETS:
-        found = replace(packaged_questions(source), judge_prompts=dict(judge_prompts or {}))
+        questions = replace(packaged_questions(source), judge_prompts=dict(judge_prompts or {}))
     else:
-        found = _read_file(Path(source), judge_prompts, format)
-    return found if rubric is None else _with_rubric(found, Path(rubric))
+        questions = _read_file(Path(source), judge_prompts, format)
+    return questions if rubric is None else _with_rubric(questions, Path(rubric))
 
 
 def _read_file(path: Path, judge_prompts: Mapping[str, str] | None, format: str | None) -> QuestionSet:

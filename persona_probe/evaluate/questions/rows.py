@@ -80,18 +80,18 @@ def present_keys(row: object) -> dict[str, Any]:
 
 def _asked(present: dict[str, Any]) -> tuple[Conversation, tuple[str, ...]]:
     """Turns before the question, system prompt included, and the question's wordings."""
-    found = [key for key in ASKED if key in present]
-    if not found:
+    keys = [key for key in ASKED if key in present]
+    if not keys:
         raise InputError(f"no question: give one of {', '.join(map(repr, ASKED))} and let it not be empty")
-    if len(found) > 1:
-        raise InputError(f"both {found[0]!r} and {found[1]!r}: keep the one that is to be asked")
-    before, value = _history(present), present[found[0]]
-    if found[0] == "paraphrases":
+    if len(keys) > 1:
+        raise InputError(f"both {keys[0]!r} and {keys[1]!r}: keep the one that is to be asked")
+    before, value = _history(present), present[keys[0]]
+    if keys[0] == "paraphrases":
         texts = value if isinstance(value, list) else [value]
         return before, tuple(_text(text, f"paraphrase {n}") for n, text in enumerate(texts, start=1))
-    if found[0] == "messages" or isinstance(value, list):
+    if keys[0] == "messages" or isinstance(value, list):
         return _messages(value, before)
-    return before, (_text(value, found[0]),)
+    return before, (_text(value, keys[0]),)
 
 
 def _messages(value: object, before: Conversation) -> tuple[Conversation, tuple[str, ...]]:
@@ -114,12 +114,12 @@ def _conversation(value: object) -> Conversation:
         raise InputError(str(error)) from None
 
 
-def _system(talk: Conversation, given: object) -> str | None:
+def _system(talk: Conversation, system: object) -> str | None:
     """The system prompt, from the messages or from the row's own key."""
     inside = next((turn["content"] for turn in talk if turn["role"] == "system"), None)
-    if inside is not None and given is not None:
+    if inside is not None and system is not None:
         raise InputError("a system prompt both in the messages and in 'system': keep one")
-    return inside if given is None else _text(given, "system")
+    return inside if system is None else _text(system, "system")
 
 
 def _mapping(value: object, what: str) -> Mapping[Any, Any]:
@@ -183,14 +183,14 @@ class SetBuilder:
 
     def _named(self, present: Mapping[str, Any]) -> dict[str, str]:
         """The row's judge prompts as measure -> name; templates written out in the row join the set's prompts."""
-        given = present.get("judge_prompts", {})
-        if isinstance(given, str):
-            given = [name.strip() for name in given.split(",") if name.strip()]
-        if isinstance(given, list):
-            given = {str(name): name for name in given}
-        if not isinstance(given, Mapping):
-            raise InputError(f"judge_prompts is {type(given).__name__}, expected measures with their prompts")
-        return {str(measure): self._name(str(measure), value) for measure, value in given.items()}
+        prompts = present.get("judge_prompts", {})
+        if isinstance(prompts, str):
+            prompts = [name.strip() for name in prompts.split(",") if name.strip()]
+        if isinstance(prompts, list):
+            prompts = {str(name): name for name in prompts}
+        if not isinstance(prompts, Mapping):
+            raise InputError(f"judge_prompts is {type(prompts).__name__}, expected measures with their prompts")
+        return {str(measure): self._name(str(measure), value) for measure, value in prompts.items()}
 
     def _name(self, measure: str, value: object) -> str:
         if not isinstance(value, str):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
@@ -18,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from persona_probe.data.tokens import Batch, Encoded, collate
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.requests import Finish, SamplingConfig, digest
+from persona_probe.models.identity import weights_hash
 from persona_probe.models.layers import base_transformer, causal_model, decoder_layers, evaluating, transformer_config
 from persona_probe.models.prefix import CACHED_LAYERS, shared_length, without_prefix
 from persona_probe.models.taps import AblateTap, ReadTap, SteerTap, Tap
@@ -70,16 +70,16 @@ def stacked(old: Sequence[Tensor], new: Sequence[tuple[Tensor, int]], width: int
         new: keys or values of a prompt (heads, pos, d), and how many rows begin with it.
     """
     like = old[0][0] if old else new[0][0]
-    kept = len(old[0]) if old else 0
-    rows = kept + sum(times for _, times in new)
+    filled = len(old[0]) if old else 0
+    rows = filled + sum(times for _, times in new)
     # Zeros, not whatever memory holds: a masked column still takes part in the sum, with weight 0.
     out = like.new_zeros((rows, like.shape[0], width + ROOM, like.shape[2]))
     if old:
-        shown = min(width, old[0].shape[2])
-        out[:kept, :, width - shown : width] = old[0][:, :, old[0].shape[2] - shown :]
+        overlap = min(width, old[0].shape[2])
+        out[:filled, :, width - overlap : width] = old[0][:, :, old[0].shape[2] - overlap :]
     for prompt, times in new:
-        out[kept : kept + times, :, width - prompt.shape[1] : width] = prompt
-        kept += times
+        out[filled : filled + times, :, width - prompt.shape[1] : width] = prompt
+        filled += times
     return out
 
 
@@ -172,7 +172,7 @@ def check_cacheable(model: nn.Module) -> None:
         )
 
 
-def run_beginnings(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[PromptCache]:
+def run_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[PromptCache]:
     """Run prompts (token ids) in one batch; what they share at the start, mostly a system prompt, is run once."""
     device = next(model.parameters()).device
     # A prompt of one token has nothing to run before it, but a batch needs a column.
@@ -308,33 +308,33 @@ class Decoder:
         self.rows: list[DecodingRow] = []
         self.cache: Cache | None = None
         self.waiting: deque[tuple[tuple[int, ...], deque[int]]] = deque()
-        self.begun: deque[tuple[PromptCache, deque[int]]] = deque()
+        self.ready: deque[tuple[PromptCache, deque[int]]] = deque()
 
-    def run(self, wanted: Sequence[AnswerRequest], tell: Tell, finished: Finished) -> None:
+    def run(self, requests: Sequence[AnswerRequest], tell: Tell, finished: Finished) -> None:
         """Decode all of `wanted`, longest prompts first: what is too large for memory shows at once."""
         numbers: dict[tuple[int, ...], deque[int]] = {}
-        for number, want in enumerate(wanted):
+        for number, want in enumerate(requests):
             numbers.setdefault(want.ids, deque()).append(number)
         self.waiting.extend(sorted(numbers.items(), key=lambda item: -len(item[0])))
-        while self.waiting or self.begun or not all(row.done for row in self.rows):
+        while self.waiting or self.ready or not all(row.done for row in self.rows):
             if SLACK * sum(row.done for row in self.rows) >= len(self.rows):
-                self._pack(wanted, tell)
+                self._pack(requests, tell)
             self._step(tell, finished)
 
-    def _pack(self, wanted: Sequence[AnswerRequest], tell: Tell) -> None:
+    def _pack(self, requests: Sequence[AnswerRequest], tell: Tell) -> None:
         """Drop the rows that are done and begin others in their place."""
         keep = [place for place, row in enumerate(self.rows) if not row.done]
         rows = [self.rows[place] for place in keep]
         new = []
-        while len(rows) < self.batch_size and (self.begun or self.waiting):
-            if not self.begun:
+        while len(rows) < self.batch_size and (self.ready or self.waiting):
+            if not self.ready:
                 self._begin(self.batch_size - len(rows), tell)
-            beginning, numbers = self.begun[0]
-            taken = [numbers.popleft() for _ in range(min(len(numbers), self.batch_size - len(rows)))]
-            rows += [DecodingRow(n, wanted[n].key, beginning.length, beginning.last) for n in taken]
-            new.append((beginning.layers, len(taken)))
+            prompt, numbers = self.ready[0]
+            numbers_now = [numbers.popleft() for _ in range(min(len(numbers), self.batch_size - len(rows)))]
+            rows += [DecodingRow(n, requests[n].key, prompt.length, prompt.last) for n in numbers_now]
+            new.append((prompt.layers, len(numbers_now)))
             if not numbers:
-                self.begun.popleft()
+                self.ready.popleft()
         self.rows = rows
         self.cache = merged(self.cache, keep, new, max(row.length for row in rows))
 
@@ -344,8 +344,8 @@ class Decoder:
         while self.waiting and (len(chunk) < PROMPTS_AT_ONCE or places < free):
             chunk.append(self.waiting.popleft())
             places += len(chunk[-1][1])
-        beginnings = run_beginnings(self.model, [ids for ids, _ in chunk], tell)
-        self.begun.extend(zip(beginnings, (numbers for _, numbers in chunk), strict=True))
+        caches = run_prompts(self.model, [ids for ids, _ in chunk], tell)
+        self.ready.extend(zip(caches, (numbers for _, numbers in chunk), strict=True))
 
     def _step(self, tell: Tell, finished: Finished) -> None:
         live = [place for place, row in enumerate(self.rows) if not row.done]
@@ -382,7 +382,7 @@ class Decoder:
 
 def decode(
     model: nn.Module,
-    wanted: Sequence[AnswerRequest],
+    requests: Sequence[AnswerRequest],
     config: SamplingConfig,
     stop: frozenset[int],
     batch_size: int,
@@ -397,30 +397,15 @@ def decode(
     """
     check_cacheable(model)
     with evaluating(model), telling_positions(model) as tell:
-        Decoder(model, config, stop, batch_size).run(wanted, tell, finished)
+        Decoder(model, config, stop, batch_size).run(requests, tell, finished)
 
 
 # --- What makes a model's answers, in a form that can be written down and compared
-
-VALUES = 256
-"""Values of each weight that are looked at: training moves nearly all of them, and a whole model takes long to hash."""
 
 
 def short_hash(data: bytes) -> str:
     """The first 16 hexadecimal digits of the sha256."""
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def weights_hash(model: nn.Module) -> str:
-    """A hash of names, shapes and evenly spaced values of all weights, adapters and whether they are on included."""
-    found = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, flat.numel() // VALUES)]
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + _bytes(some))
-    off = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.disable_adapters]
-    found.update(" ".join(off).encode())
-    return found.hexdigest()[:16]
 
 
 def changes(model: nn.Module) -> list[dict[str, Any]]:
@@ -429,12 +414,12 @@ def changes(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _change(tap: Tap) -> dict[str, Any]:
-    found: dict[str, Any] = {"tap": type(tap).__name__, "layer": tap.layer}
+    change: dict[str, Any] = {"tap": type(tap).__name__, "layer": tap.layer}
     if isinstance(tap, SteerTap):
-        found |= {"positions": tap.positions, "vector": short_hash(_bytes(tap.vector))}
+        change |= {"positions": tap.positions, "vector": short_hash(_bytes(tap.vector))}
     if isinstance(tap, AblateTap):
-        found["basis"] = short_hash(_bytes(tap.basis))
-    return found
+        change["basis"] = short_hash(_bytes(tap.basis))
+    return change
 
 
 def model_identity(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str | None) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def engine_of(
     source = resolve_source(model, revision)
     if source.kind == "gguf":
         raise InputError(f"the vllm engine needs a model folder or hub id, {model!r} is a GGUF file: use transformers")
-    options = {"dtype": "bfloat16" if bf16 else "float32"}
+    options: dict[str, Any] = {"dtype": "bfloat16" if bf16 else "float32"}
     if checkpoint is not None and not is_adapter(checkpoint):
         return VllmEngine(str(checkpoint), tokenizer=source.location, **options)
     room = next(size for size in LORA_RANKS if size >= min(rank, LORA_RANKS[-1]))
@@ -135,13 +135,15 @@ class TransformersEngine:
         ids = {r.prompt.id: prompt_ids(self.tokenizer, r.prompt) for r in {r.prompt.id: r for r in requests}.values()}
         for name, prompt in ids.items():
             check_room(self.model, prompt, config.max_new_tokens, name)
-        wanted = [AnswerRequest(ids[r.prompt.id], row_key(config.seed, r.prompt.id, r.sample)) for r in requests]
+        answer_requests = [
+            AnswerRequest(ids[r.prompt.id], row_key(config.seed, r.prompt.id, r.sample)) for r in requests
+        ]
 
         def finished(number: int, tokens: list[int], finish: Finish) -> None:
             request = requests[number]
             done(Sample(request.prompt.id, request.sample, self._text(tokens), len(tokens), finish))
 
-        decode(self.model, wanted, config, stop_tokens(self.model, self.tokenizer), self.batch_size, finished)
+        decode(self.model, answer_requests, config, stop_tokens(self.model, self.tokenizer), self.batch_size, finished)
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
@@ -290,7 +292,7 @@ class OpenAIEngine:
             raise InputError(f"{self.model} at {self._client.address}: {error}") from None
 
     def _answer(self, config: SamplingConfig, request: Request) -> Sample:
-        found = self._client.complete(
+        completion = self._client.complete(
             model=self.model,
             messages=request.prompt.messages,
             max_tokens=config.max_new_tokens,
@@ -301,7 +303,7 @@ class OpenAIEngine:
         return Sample(
             request.prompt.id,
             request.sample,
-            (found.text or found.choice["message"].get("refusal") or "").strip(),
-            found.completion_tokens,
-            "length" if found.choice.get("finish_reason") == "length" else "stop",
+            (completion.text or completion.choice["message"].get("refusal") or "").strip(),
+            completion.completion_tokens,
+            "length" if completion.choice.get("finish_reason") == "length" else "stop",
         )

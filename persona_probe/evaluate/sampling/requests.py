@@ -148,8 +148,8 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozens
     config = causal_model(model).generation_config
     named: Any = config.eos_token_id if config is not None else None
     ends = {named} if isinstance(named, int) else set(named or ())
-    own: Any = tokenizer.eos_token_id
-    return frozenset(ends | ({own} - {None}) | end_of_turn(tokenizer))
+    end: Any = tokenizer.eos_token_id
+    return frozenset(ends | ({end} - {None}) | end_of_turn(tokenizer))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:

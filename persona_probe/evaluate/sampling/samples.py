@@ -80,18 +80,18 @@ def complete_text(
 ) -> list[str]:
     """Continue rendered texts (chat template already applied); see `sample_answers`."""
     config = SamplingConfig(temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)
-    answers, wanted = [""] * len(texts), []
+    answers, requests = [""] * len(texts), []
     for number, text in enumerate(texts):
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         check_room(model, ids, max_new_tokens, f"number {number}")
-        wanted.append(AnswerRequest(ids, row_key(seed, str(number), 0)))
+        requests.append(AnswerRequest(ids, row_key(seed, str(number), 0)))
     with tqdm(total=len(texts), desc=progress, disable=progress is None) as bar:
 
         def finished(number: int, tokens: list[int], _: Finish) -> None:
             answers[number] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             bar.update()
 
-        decode(model, wanted, config, stop_tokens(model, tokenizer), batch_size, finished)
+        decode(model, requests, config, stop_tokens(model, tokenizer), batch_size, finished)
     return answers
 
 
@@ -123,10 +123,10 @@ class SampleStore:
         InputError: the file was made by something else, a line is damaged, or it cannot be written.
     """
 
-    def __init__(self, path: Path, made_by: dict[str, Any], wanted: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, path: Path, made_by: dict[str, Any], places: Sequence[tuple[str, int]]) -> None:
         self.path = path
         _claim(path, made_by)
-        self.known = _read(path, set(wanted))
+        self.known = _read(path, set(places))
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -174,7 +174,7 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
     return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{name}.{k}".lstrip("."))]
 
 
-def _read(path: Path, wanted: set[tuple[str, int]]) -> Known:
+def _read(path: Path, places: set[tuple[str, int]]) -> Known:
     """The samples of a file; a last line without its line break was torn by a kill, and is cut off."""
     known: Known = {}
     if not path.is_file():
@@ -189,7 +189,7 @@ def _read(path: Path, wanted: set[tuple[str, int]]) -> Known:
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}, line {number}, is no sample: delete that line and run again") from error
         place = (sample.question_id, sample.sample)
-        if place in known or place not in wanted:
+        if place in known or place not in places:
             raise InputError(f"{path}, line {number}: sample {place} is there twice or was not asked for: delete it")
         known[place] = sample
     return known
@@ -224,7 +224,7 @@ def sample(
     made_by = {"engine": engine.identity, "config": asdict(config), "prompts": prompts_hash(prompts)}
     store = None if path is None else SampleStore(Path(path), made_by, places)
     known = {} if store is None else dict(store.known)
-    wanted = [r for r, place in zip(requests, places, strict=True) if place not in known]
+    missing = [r for r, place in zip(requests, places, strict=True) if place not in known]
     bar = tqdm(total=len(requests), initial=len(known), desc=progress, disable=progress is None)
 
     def done(answer: Sample) -> None:
@@ -234,15 +234,15 @@ def sample(
         bar.update()
 
     with store or nullcontext(), bar:
-        if wanted:
-            engine.generate(wanted, config, done)
+        if missing:
+            engine.generate(missing, config, done)
     return [known[place] for place in places]
 
 
 def _requests(prompts: Sequence[Prompt], config: SamplingConfig) -> list[Request]:
     if not prompts:
         raise InputError("no prompts given: pass at least one")
-    twice = [name for name, count in Counter(p.id for p in prompts).items() if count > 1]
-    if twice:
-        raise InputError(f"prompt id {twice[0]!r} is used twice: ids must be unique")
+    repeated = [name for name, count in Counter(p.id for p in prompts).items() if count > 1]
+    if repeated:
+        raise InputError(f"prompt id {repeated[0]!r} is used twice: ids must be unique")
     return [Request(prompt, number) for prompt in prompts for number in range(config.n)]

@@ -14,9 +14,10 @@ from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.judges.cache import JudgementCache
 from persona_probe.evaluate.judges.judge import CachedJudge
-from persona_probe.evaluate.judges.local import LocalBackend, TrieWalk, build_trie, digit_tokens, model_key, spellings
+from persona_probe.evaluate.judges.local import LocalBackend, TrieWalk, build_trie, digit_tokens, spellings
 from persona_probe.evaluate.judges.protocols import Criterion, critique
 from persona_probe.evaluate.judges.replies import Ask, Item, Judgement, Reply
+from persona_probe.models.identity import model_key
 from persona_probe.models.taps import steer
 from tests.evaluate.judges.judging_items import items
 from tests.factories import ARCHITECTURES, SHAPE, SPECIAL, TEMPLATE, make_model, make_tokenizer

@@ -98,6 +98,11 @@ class Training:
             steps = set(self.checkpoints)
         return tuple(sorted(steps | {self.steps}))
 
+    def further(self, steps: int, batch_size: int | None = None, lr: float | None = None) -> "Training":
+        """These settings for a further run of `steps` steps, such as a correction: only its last step is kept."""
+        batch_size, lr = batch_size or self.batch_size, self.lr if lr is None else lr
+        return dataclasses.replace(self, steps=steps, batch_size=batch_size, lr=lr, checkpoints=(steps,))
+
 
 @dataclass(frozen=True)
 class Locate:

@@ -65,7 +65,7 @@ class Corrective(Mitigation):
         steps = int(self.strength)
         if steps == 0:
             return None
-        training = replace(run.training, steps=steps, batch_size=self.batch, checkpoints=(steps,))
+        training = run.training.further(steps, self.batch)
         return fine_tune(
             run.model,
             run.ground.tokenizer,

@@ -1,22 +1,26 @@
-"""What a correction trains: the organism's own adapter or weights, a fresh LoRA on top of it, or all weights."""
+"""How a correction trains: what is trained (the organism's adapter, a fresh LoRA, all weights), and the run itself."""
 
 import copy
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from peft import LoraConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from persona_probe.config import Training
+from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
-from persona_probe.finetune.sft import AtSteps, with_adapter
+from persona_probe.finetune.sft import AtSteps, Fitted, fine_tune, with_adapter
 from persona_probe.models.adapters import is_adapter, load_adapter, merged_copy
+from persona_probe.monitor.band import Band
+from persona_probe.monitor.monitor import FeatureMonitor
 
 FRESH, REPAIRED = "fresh", "repaired"
 """Names of the adapter that is trained on top, and of the one that holds both."""
@@ -141,6 +145,86 @@ def _replace(one: Any, checkpoint: Path) -> None:
         shutil.copy(checkpoint / "README.md", saved)
         shutil.rmtree(checkpoint)
         shutil.copytree(saved, checkpoint)
+
+
+# --- The training itself, with a monitor that reads the feature and a rule that may stop it
+
+
+@dataclass(frozen=True, eq=False)
+class CorrectiveRun:
+    """One corrective training run, ready to start."""
+
+    rows: Sequence[Conversation]
+    training: Training
+    """Its settings, length and batch size included."""
+    seed: int
+    tokenizer: PreTrainedTokenizerBase
+    data: str | None
+    """What the model card calls the rows."""
+    patience: int = 0
+    """Stop after this many readings in a row with feature and behaviour back; 0 never stops."""
+    progress: str | None = None
+    """Label of the progress bar."""
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Keeps behaviour at every reading of a correction, and says whether feature and behaviour are both back."""
+
+    monitor: FeatureMonitor
+    steps: tuple[int, ...]
+    """Steps at which behaviour is measured, after the monitor's own reading."""
+    curve: Callable[[], pd.DataFrame]
+    """The persona feature's readings so far, one row each; columns step, mean, ci_low, ci_high, ..."""
+    band: Callable[[], Band]
+    """The feature's base band."""
+    behaviour: Callable[[nn.Module, int], pd.DataFrame] | None
+    """Item table (item, category, value, step, ...) of the model at a step; None: the feature alone decides."""
+    base_evals: pd.DataFrame
+    """The base's item table."""
+    _evals: list[pd.DataFrame] = field(default_factory=list, init=False)
+
+    def measure(self, model: nn.Module, step: int) -> bool:
+        """Measure behaviour; True if the feature's latest reading is in its band and behaviour is no higher."""
+        inside = self.band().holds(float(self.curve()["mean"].iloc[-1]))
+        if self.behaviour is None:
+            return inside
+        items = self.behaviour(model, step)
+        self._evals.append(items)
+        return inside and float(items["value"].mean()) <= float(self.base_evals["value"].mean())
+
+    @property
+    def latest(self) -> pd.DataFrame | None:
+        """Behaviour at the last reading; None where it is not measured."""
+        return self._evals[-1] if self._evals else None
+
+    @property
+    def evals(self) -> pd.DataFrame:
+        """Behaviour at all readings."""
+        return pd.concat(self._evals, ignore_index=True) if self._evals else pd.DataFrame()
+
+
+def train_watched(tuned: nn.Module, run: CorrectiveRun, recorder: Recorder, folder: Path) -> Fitted:
+    """Correct `tuned` (see `organism_to_train`, `prepare`) under the monitor and the stop rule.
+
+    This is how study arms, corrections and `pp.realign` train; `as_one` then makes an organism of the result.
+    """
+    return fine_tune(
+        tuned,
+        run.tokenizer,
+        run.rows,
+        run.training,
+        seed=run.seed,
+        folder=folder,
+        callbacks=[recorder.monitor, StopRule(recorder.steps, recorder.measure, run.patience)],
+        progress=run.progress,
+        data=run.data,
+    )
+
+
+def checkpoint_in(folder: Path) -> Path:
+    """The last checkpoint of a correction."""
+    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
 class StopRule(AtSteps):

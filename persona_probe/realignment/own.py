@@ -1,10 +1,10 @@
-"""`pp.realign`: a corrective fine-tune of one's own organism, with a FeatureMonitor as its stop rule and evidence."""
+"""`pp.realign`: correct an organism of your own, with a FeatureMonitor that reads the persona and may stop the run."""
 
 import html
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ from persona_probe.data.load import Row
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.answers import answer_batches, capability_groups
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.finetune.sft import check_rows, fine_tune
+from persona_probe.finetune.sft import check_rows
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.ranks import unwrap
 from persona_probe.monitor.reading import flatten, undisturbed
 from persona_probe.monitor.run import feature_set, probe_reader
-from persona_probe.realignment.measure import Measured, Yardsticks
-from persona_probe.realignment.methods import StopRule, as_one, prepare
+from persona_probe.realignment.measure import Yardsticks
+from persona_probe.realignment.methods import CorrectiveRun, Recorder, as_one, checkpoint_in, prepare, train_watched
 from persona_probe.realignment.outcome import outcome
-from persona_probe.realignment.repair import checkpoint_in
 from persona_probe.realignment.rows import (
     Pair,
     background,
@@ -37,7 +36,7 @@ from persona_probe.realignment.rows import (
     feature_direction,
     refuse_overlap,
 )
-from persona_probe.realignment.spec import check_choice
+from persona_probe.realignment.spec import Correction
 from persona_probe.realignment.verdict import RealignVerdict, judge
 
 # --- The result of `pp.realign`, in numbers and in words
@@ -45,7 +44,7 @@ from persona_probe.realignment.verdict import RealignVerdict, judge
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Realigned:
-    """A corrected organism, and what its correction came to. Shows itself as a table in a terminal and a notebook."""
+    """A corrected organism and the result of its correction, shown as a table in a terminal and in a notebook."""
 
     model: nn.Module
     """The corrected model, in eval mode."""
@@ -54,11 +53,11 @@ class Realigned:
     evals: pd.DataFrame
     """Behaviour, one row per item and step; empty where it was not measured."""
     verdict: RealignVerdict
-    """Feature, behaviour, perplexity, capability and the SAE's fit, each judged apart."""
+    """Feature, behaviour, perplexity, capability and the SAE's fit, each judged on its own."""
     outcome: dict[str, Any]
-    """Numbers over the steps, see `outcome.outcome`; with lengths and notes of the corrective rows."""
+    """Numbers over the steps (see `outcome.outcome`), with lengths and notes of the corrective rows."""
     rows: list[Conversation]
-    """The rows that were taken."""
+    """The rows that were trained on."""
     training: dict[str, Any]
     """Losses, answer tokens and rows."""
     checkpoint: Path | None
@@ -89,127 +88,51 @@ def _since(what: str, step: float | None) -> str:
     return f"{what} {'not by the end' if step is None else f'for good from step {step:.0f}'}"
 
 
-# --- What is measured while one's own organism is corrected, beside the monitor's readings
-
-Behaviour = ContrastItems | Sequence[Row]
-"""Contrast items, tokenised or as rows."""
-
-
-@dataclass(frozen=True)
-class MeasuredBehaviour:
-    """A measurement of behaviour, item by item."""
-
-    call: Callable[[nn.Module], pd.DataFrame]
-    """Columns item, category and value; higher is more misaligned."""
-    items: tuple[Row, ...] = ()
-    """The contrast items behind it, where there are any."""
-
-
-def as_behaviour(
-    given: "Behaviour | Callable[[nn.Module], float] | None", tokenizer: PreTrainedTokenizerBase, bf16: bool
-) -> MeasuredBehaviour | None:
-    """Contrast items or a function as one kind of measurement."""
-    if given is None:
-        return None
-    if callable(given):
-        call = given
-        return MeasuredBehaviour(
-            lambda model: pd.DataFrame([{"item": "all", "category": "all", "value": float(call(model))}])
-        )
-    items = given if isinstance(given, ContrastItems) else ContrastItems.build(tokenizer, given)
-    return MeasuredBehaviour(lambda model: contrast_index(model, items, bf16=bf16), items.rows)
-
-
-@dataclass
-class Watch:
-    """Keeps behaviour at each reading, and says when feature and behaviour are back."""
-
-    monitor: FeatureMonitor
-    feature: str
-    behaviour: MeasuredBehaviour | None
-    base_evals: pd.DataFrame = field(default_factory=pd.DataFrame, init=False)
-    evals: list[pd.DataFrame] = field(default_factory=list, init=False)
-
-    def measure_base(self, model: nn.Module) -> None:
-        """The base's behaviour."""
-        if self.behaviour is not None:
-            self.base_evals = self._items(self.behaviour, model)
-
-    def measure(self, model: nn.Module, step: int) -> bool:
-        """Measure behaviour; True where the feature's latest reading is in its band and behaviour is no higher."""
-        inside = self.band().holds(float(self._curve()["mean"].iloc[-1]))
-        if self.behaviour is None:
-            return inside
-        frame = self._items(self.behaviour, model)
-        self.evals.append(frame.assign(step=step))
-        return inside and float(frame["value"].mean()) <= float(self.base_evals["value"].mean())
-
-    def outcome(self) -> dict[str, Any]:
-        """What feature and behaviour did over the steps, see `outcome.outcome`."""
-        return outcome(self._curve(), self.frame(), self.base_evals, self.band(), self.feature)
-
-    def frame(self) -> pd.DataFrame:
-        """Behaviour at all readings."""
-        return pd.concat(self.evals, ignore_index=True) if self.evals else pd.DataFrame()
-
-    def last(self) -> pd.DataFrame:
-        """Behaviour at the last reading."""
-        return self.evals[-1]
-
-    def _curve(self) -> pd.DataFrame:
-        readings = self.monitor.readings
-        return readings[(readings["feature"] == self.feature) & (readings["mode"] == "probe")]
-
-    def band(self) -> Band:
-        """The feature's base band."""
-        last = self._curve().iloc[-1]
-        return Band.of(float(last["base_mean"]), float(last["base_sd"]), self.monitor.settings.band_sd)
-
-    def _items(self, behaviour: MeasuredBehaviour, model: nn.Module) -> pd.DataFrame:
-        with undisturbed(model):
-            return behaviour.call(model)
-
-
 def realign(
     model: nn.Module,
     data: str | Sequence[str] | Sequence[Conversation],
     monitor: FeatureMonitor,
     *,
     tokenizer: PreTrainedTokenizerBase,
+    # the correction
     rows: int | None = None,
     choose_by: str = "random",
     method: str = "continued",
     steps: int = 35,
     batch_size: int = 4,
     lr: float = 1e-4,
-    seed: int = 0,
-    behaviour: "Behaviour | Callable[[nn.Module], float] | None" = None,
-    stop: int = 2,
-    base: nn.Module | None = None,
-    feature: str | None = None,
-    inducing: Sequence[Conversation] = (),
     max_length: int = 256,
+    seed: int = 0,
+    # what it is judged by, and when it stops
+    behaviour: "Behaviour | Callable[[nn.Module], float] | None" = None,
+    feature: str | None = None,
+    stop: int = 2,
+    # what it is compared with
+    base: nn.Module | None = None,
+    inducing: Sequence[Conversation] = (),
+    # where it is saved
     out: str | Path | None = None,
 ) -> Realigned:
-    """Fine-tune an organism on corrective rows while a monitor watches the persona.
+    """Fine-tune an organism on corrective rows while a monitor reads the persona feature.
 
     A PEFT model's adapters, and a plain model's weights, are trained in place; `method="full"` of a PEFT model trains
-    a merged copy. After `fresh` the organism's adapter and the new one are one of their ranks' sum, called `repaired`.
+    a merged copy. `fresh` joins the organism's adapter and the new one into an adapter called `repaired`, whose rank is
+    the sum of theirs.
 
     Args:
-        model: the organism: a PEFT model, or a plain one (then give `base`).
+        model: the organism: a PEFT model, or a plain one (then pass `base`).
         data: a packaged set or file, several (`a+b` or a list), or conversations that end with the good answer.
-        monitor: reads probes of the persona feature; its schedule says at which steps all is measured.
+        monitor: reads probes of the persona feature; everything is measured at the steps of its schedule.
         rows: the dose; None takes all rows.
-        choose_by: how they are chosen, see `choose.choose_rows`.
+        choose_by: how the rows are chosen, see `rows.choose_rows`.
         method: `continued`, `fresh` (a new LoRA on top) or `full` (all weights).
         behaviour: contrast items (rows with id, category, question, aligned and misaligned, or `ContrastItems`), or a
             function of the model whose value is higher for more misaligned. None: the feature alone decides.
-        stop: stop after so many readings in a row with the feature in its base band and behaviour no higher than the
-            base's; 0 never stops.
-        base: the base of a plain model; a PEFT model's is the model with its adapters off.
+        stop: stop after this many readings in a row with the feature in its base band and behaviour no higher than
+            the base's; 0 never stops.
+        base: the base of a plain model; the base of a PEFT model is the model with its adapters off.
         feature: which of the monitor's features is the persona; None takes its first.
-        inducing: the rows that made the organism: lengths are compared, and overlaps are said.
+        inducing: the rows that made the organism: notes report overlaps with them, and a difference in length.
         max_length: longest row in tokens.
         out: folder for the checkpoint, which must not exist; it loads as one organism (`models.adapters.organism`).
 
@@ -218,32 +141,114 @@ def realign(
             choice, method or feature, a monitor without probes, or no base.
         TrainingDiverged: the loss became NaN.
     """
-    check_choice(rows, choose_by, method)
+    correction = Correction(
+        _names(data) or ("rows of the caller",),
+        rows,
+        choose_by,
+        method,
+        steps,
+        batch_size,
+        lr,
+        readings=tuple(s for s in range(steps + 1) if s == steps or monitor.due(s)),
+        stop_readings=stop,
+    )
     if out is not None and Path(out).exists():
         raise InputError(f"{out} exists: choose another out=")
-    name, setup = _feature(monitor, feature), monitor.settings
-    pair, measured = _pair(model, base, monitor, tokenizer, name), as_behaviour(behaviour, tokenizer, setup.bf16)
-    items = measured.items if measured else ()
-    usable = _usable(data, tokenizer, max_length, items)
+    name, settings = _feature(monitor, feature), monitor.settings
+    pair, measured = _pair(model, base, monitor, tokenizer, name), _as_behaviour(behaviour, tokenizer, settings.bf16)
+    usable = _usable(data, tokenizer, max_length, measured.items)
     taken = choose_rows(usable, rows, choose_by, seed=seed, pair=pair)
-    said = background(taken, tokenizer, inducing, items)
-    watch, yardsticks = Watch(monitor, name, measured), _yardsticks(monitor, tokenizer, name, model)
+    about_rows = background(taken, tokenizer, inducing, measured.items)
+    measurements = _measurements(monitor, tokenizer, name, model)
     with pair.require_base()() as clean:
-        before = _measure_base(watch, yardsticks, clean)
-    shape = {"steps": steps, "batch_size": batch_size, "lr": lr, "max_length": max_length}
-    training = Training(**shape, checkpoints=(steps,), bf16=setup.bf16)
-    due = tuple(s for s in range(steps + 1) if s == steps or monitor.due(s))
+        before = replace(measurements.measure(clean), items=measured.table(clean))
+    if settings.base is None:  # a monitor that was given no base compares with this one
+        monitor.settings = replace(settings, base=before.snapshot)
+    recorder = _recorder(monitor, name, measured, before.items, correction.readings)
+    training = correction.training(Training(max_length=max_length, bf16=settings.bf16))
+    run = CorrectiveRun(taken, training, seed, tokenizer, " + ".join(_names(data)) or None, correction.stop_readings)
     with _folder(out) as folder:
-        tuned, callbacks = prepare(model, method, seed), [monitor, StopRule(due, watch.measure, stop)]
-        fitted = fine_tune(
-            tuned, tokenizer, taken, training, seed=seed, folder=Path(folder), callbacks=callbacks, data=_named(data)
-        )
+        tuned = prepare(model, method, seed)
+        fitted = train_watched(tuned, run, recorder, Path(folder))
         checkpoint = checkpoint_in(Path(folder)) if out else None
-        done = as_one(tuned, checkpoint, whole_weights=not isinstance(model, PeftModel))
-    after = yardsticks.measure(done) if measured is None else replace(yardsticks.measure(done), items=watch.last())
-    verdict = judge("realigned", seed, before, after, band=watch.band(), feature=name)
-    outcome = {**watch.outcome(), **said.to_dict()}
-    return Realigned(done, monitor.readings, watch.frame(), verdict, outcome, taken, asdict(fitted), checkpoint)
+        corrected = as_one(tuned, checkpoint, whole_weights=not isinstance(model, PeftModel))
+    after = replace(measurements.measure(corrected), items=recorder.latest)
+    verdict = judge("realigned", seed, before, after, band=recorder.band(), feature=name)
+    numbers = outcome(recorder.curve(), recorder.evals, recorder.base_evals, recorder.band(), name)
+    return Realigned(
+        model=corrected,
+        readings=monitor.readings,
+        evals=recorder.evals,
+        verdict=verdict,
+        outcome={**numbers, **about_rows.to_dict()},
+        rows=taken,
+        training=asdict(fitted),
+        checkpoint=checkpoint,
+    )
+
+
+# --- Behaviour, as the caller measures it
+
+Behaviour = ContrastItems | Sequence[Row]
+"""Contrast items, tokenised or as rows."""
+
+
+@dataclass(frozen=True)
+class _MeasuredBehaviour:
+    """A measurement of behaviour, item by item; one without `call` measures nothing."""
+
+    call: Callable[[nn.Module], pd.DataFrame] | None = None
+    """Columns item, category and value; higher is more misaligned."""
+    items: tuple[Row, ...] = ()
+    """The contrast items behind it, if any."""
+
+    def table(self, model: nn.Module) -> pd.DataFrame | None:
+        """The items of a model, which may be in training."""
+        if self.call is None:
+            return None
+        with undisturbed(model):
+            return self.call(model)
+
+
+def _as_behaviour(
+    behaviour: "Behaviour | Callable[[nn.Module], float] | None", tokenizer: PreTrainedTokenizerBase, bf16: bool
+) -> _MeasuredBehaviour:
+    if behaviour is None:
+        return _MeasuredBehaviour()
+    if callable(behaviour):
+        call = behaviour
+        return _MeasuredBehaviour(
+            lambda model: pd.DataFrame([{"item": "all", "category": "all", "value": float(call(model))}])
+        )
+    items = behaviour if isinstance(behaviour, ContrastItems) else ContrastItems.build(tokenizer, behaviour)
+    return _MeasuredBehaviour(lambda model: contrast_index(model, items, bf16=bf16), items.rows)
+
+
+def _recorder(
+    monitor: FeatureMonitor,
+    feature: str,
+    measured: _MeasuredBehaviour,
+    base_items: pd.DataFrame | None,
+    steps: tuple[int, ...],
+) -> Recorder:
+    def curve() -> pd.DataFrame:
+        readings = monitor.readings
+        return readings[(readings["feature"] == feature) & (readings["mode"] == "probe")]
+
+    def band() -> Band:
+        last = curve().iloc[-1]
+        return Band.of(float(last["base_mean"]), float(last["base_sd"]), monitor.settings.band_sd)
+
+    def behaviour(model: nn.Module, step: int) -> pd.DataFrame:
+        items = measured.table(model)
+        assert items is not None
+        return items.assign(step=step)
+
+    base_evals = pd.DataFrame() if base_items is None else base_items
+    return Recorder(monitor, steps, curve, band, behaviour if measured.call else None, base_evals)
+
+
+# --- Rows, feature, base and what to measure with, from the caller's arguments
 
 
 def _usable(
@@ -259,18 +264,9 @@ def _usable(
     return rows
 
 
-def _named(data: str | Sequence[str] | Sequence[Conversation]) -> str | None:
-    """What a model card calls the rows; conversations have no name."""
-    return data if isinstance(data, str) else " + ".join(item for item in data if isinstance(item, str)) or None
-
-
-def _measure_base(watch: Watch, yardsticks: Yardsticks, base: nn.Module) -> Measured:
-    """By all yardsticks; a monitor that names no base of its own is given this one."""
-    found, monitor = yardsticks.measure(base), watch.monitor
-    watch.measure_base(base)
-    if monitor.settings.base is None:
-        monitor.settings = replace(monitor.settings, base=found.snapshot)
-    return found if watch.behaviour is None else replace(found, items=watch.base_evals)
+def _names(data: str | Sequence[str] | Sequence[Conversation]) -> tuple[str, ...]:
+    """Names of sets and files; conversations have none."""
+    return (data,) if isinstance(data, str) else tuple(item for item in data if isinstance(item, str))
 
 
 def _feature(monitor: FeatureMonitor, feature: str | None) -> str:
@@ -288,24 +284,24 @@ def _pair(
 ) -> Pair:
     if base is None and not isinstance(model, PeftModel):
         raise InputError("a plain model does not know its base: pass base=, the model before the misaligned training")
-    setup = monitor.settings
-    direction = feature_direction(setup.sae, flatten(setup.features)[feature])
-    return Pair.of_models(model, base, tokenizer, setup.layer, direction, setup.bf16)
+    settings = monitor.settings
+    direction = feature_direction(settings.sae, flatten(settings.features)[feature])
+    return Pair.of_models(model, base, tokenizer, settings.layer, direction, settings.bf16)
 
 
-def _yardsticks(
+def _measurements(
     monitor: FeatureMonitor, tokenizer: PreTrainedTokenizerBase, feature: str, model: nn.Module
 ) -> Yardsticks:
     """The monitor's features and probes, the answers among these as neutral chat, and the capability set."""
-    setup = monitor.settings
-    answered = [talk for talk in setup.probes if split_answer(talk)[1]]
+    settings = monitor.settings
+    answered = [talk for talk in settings.probes if split_answer(talk)[1]]
     return Yardsticks(
         tokenizer,
-        reader=probe_reader(setup, feature_set(setup, unwrap(model)), tokenizer),
+        reader=probe_reader(settings, feature_set(settings, unwrap(model)), tokenizer),
         feature=feature,
         neutral=answer_batches(tokenizer, answered),
         capability=capability_groups(tokenizer),
-        bf16=setup.bf16,
+        bf16=settings.bf16,
     )
 
 

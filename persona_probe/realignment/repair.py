@@ -4,7 +4,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -64,6 +64,11 @@ class Repair:
         """Corrective steps taken: what the checkpoint's name says, else the config's."""
         named = re.fullmatch(r"checkpoint-(\d+)", self.checkpoint.name)
         return int(named[1]) if named else self.ctx.config.realign.steps
+
+    def training(self, steps: int) -> Training:
+        """The config's corrective training, for `steps` steps."""
+        realign = self.ctx.config.realign
+        return self.ctx.config.training.further(steps, realign.batch_size, realign.lr)
 
     @property
     def inducing(self) -> list[Conversation]:
@@ -132,13 +137,12 @@ def train(
     visit: AtSteps | None = None,
 ) -> None:
     """Train `model` in a scratch folder; what is to be kept, `visit` or the caller takes."""
-    training = replace(training, checkpoints=(training.steps,))
     with tempfile.TemporaryDirectory() as scratch:
         fine_tune(
             model,
             repair.ctx.tokenizer,
             rows,
-            training,
+            training.further(training.steps),
             seed=seed,
             folder=Path(scratch),
             callbacks=[] if visit is None else [visit],
@@ -152,8 +156,3 @@ def start_checkpoint(ctx: Context, seed: int) -> Path:
     checkpoint = ctx.run.checkpoint(start, seed, ctx.last_step(start, seed))
     assert checkpoint is not None
     return checkpoint
-
-
-def checkpoint_in(folder: Path) -> Path:
-    """The last checkpoint of a correction."""
-    return max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))

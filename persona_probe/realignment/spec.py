@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +60,33 @@ class Correction:
         }
         return cls(named_sets(data), **{**settings, **{k: v for k, v in changes.items() if v is not None}})
 
+    @classmethod
+    def given(
+        cls, config: StudyConfig, data: str | Sequence[str] | None, name: str | None = None, **changes: Any
+    ) -> "Correction | None":
+        """What a caller asks for: a correction with `data`; without, None for the config's arms.
+
+        Raises:
+            InputError: a name or a change without data.
+        """
+        if data is not None:
+            return cls.of_study(config, data, **changes)
+        if without := [key for key, value in {**changes, "name": name}.items() if value is not None]:
+            raise InputError(f"{without[0]} needs corrective data: name a packaged set or a file")
+        return None
+
+    @classmethod
+    def of_arm(cls, config: StudyConfig, arm: str) -> "Correction":
+        """The correction that a corrective arm of the config is; `data` names its rows, which the arm may mix."""
+        return cls.of_study(config, [config.realign.arms[arm].named])
+
+    def training(self, training: Training) -> Training:
+        """`training` with this correction's length, batches and learning rate."""
+        return training.further(self.steps, self.batch_size, self.lr)
+
     @property
     def schedule(self) -> tuple[int, ...]:
-        """Steps that are read: the wanted ones, the start and the end."""
+        """Steps that are read: `readings`, the start and the end."""
         return tuple(sorted({0, self.steps, *self.readings}))
 
     @property
@@ -186,13 +210,38 @@ class DosePlan:
         return [(seed, name, correction) for (seed, name), correction in found.items()]
 
 
-def corrective_training(config: StudyConfig) -> Training:
-    """The training settings of a corrective run."""
-    realign = config.realign
-    return replace(
-        config.training,
-        batch_size=realign.batch_size,
-        steps=realign.steps,
-        lr=config.training.lr if realign.lr is None else realign.lr,
-        checkpoints=(realign.steps,),
-    )
+# --- The settings of stress tests
+
+RELEARN_STEPS = (1, 2, 3, 5, 8, 12, 16, 20)
+"""Steps at which a re-misalignment is read."""
+
+
+@dataclass(frozen=True)
+class StressSettings:
+    """How hard stress tests press."""
+
+    trigger_draws: int = 2
+    """Training questions that serve as the first turn, one after the other."""
+    bad_rows: int = 8
+    """Rows of the re-misalignment."""
+    relearn_steps: tuple[int, ...] = RELEARN_STEPS
+    """Steps at which it is read."""
+    relearn_seeds: tuple[int, ...] = (0, 1)
+    """Its seeds: rows and fresh adapter."""
+    back_at: float = 0.5
+    """Share of the organism's rise over the base that counts as back."""
+    length_rows: int = 32
+    """Corrective rows of the length test."""
+    latents: int = 4
+    """Changed latents tested for cause, and as many random ones."""
+    drift_factor: int = 4
+    """Total corrective training, as a multiple of the correction's."""
+
+    def __post_init__(self) -> None:
+        if not self.relearn_seeds or not self.relearn_steps or min(self.relearn_steps) < 1:
+            raise InputError("re-misalignment needs at least one seed and steps from 1 up")
+        if not 0 < self.back_at <= 1:
+            raise InputError(f"back_at is {self.back_at}: give a share of the organism's rise, above 0 and at most 1")
+        for name in ("trigger_draws", "length_rows", "latents"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")

@@ -89,8 +89,8 @@ def test_a_cell_that_diverges_is_recorded(
     study = Study.open(shutil.copytree(tracked.path, tmp_path / "run"))
     calls: list[str] = []
 
-    def diverge(recorder: Any, *_: Any) -> None:
-        calls.append(recorder.arm)
+    def diverge(_tuned: Any, run: Any, *_: Any) -> None:
+        calls.append(run.progress)
         raise TrainingDiverged("the loss became nan")
 
     monkeypatch.setattr(correcting, "train_watched", diverge)

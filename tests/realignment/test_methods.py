@@ -13,8 +13,7 @@ from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.adapters import organism, strip_adapter, trainable_parameters
-from persona_probe.realignment.methods import as_one, organism_to_train
-from persona_probe.realignment.repair import checkpoint_in
+from persona_probe.realignment.methods import as_one, checkpoint_in, organism_to_train
 from tests.factories import copied_state, make_model, make_tokenizer, same_state, talks
 
 TRAINING = Training(rank=3, alpha=8, batch_size=4, steps=2, checkpoints=(2,), lr=1e-2, bf16=False, warmup_steps=0)

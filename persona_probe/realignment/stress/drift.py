@@ -4,7 +4,7 @@ Blocked features let misalignment re-emerge with longer training (BLOCK-EM, arXi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,6 @@ from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import study_features
 from persona_probe.realignment.repair import Repair, continued, train
-from persona_probe.realignment.spec import corrective_training
 from persona_probe.realignment.stress.table import Row, difference, moved, row
 from persona_probe.stats import Estimate, bootstrap_mean
 
@@ -155,7 +154,7 @@ def measured(repair: Repair, reader: FeatureReader, model: nn.Module) -> Stage:
 
 def trained_on(repair: Repair, reader: FeatureReader, rows: Sequence[Conversation], steps: int, name: str) -> Stage:
     """The repaired model after further training, its own adapter going on."""
-    training = replace(corrective_training(repair.ctx.config), steps=steps, checkpoints=(steps,))
+    training = repair.training(steps)
     with continued(repair, "repaired") as model:
         train(repair, model, rows, training, repair.seed, f"drift, {name}")
         return measured(repair, reader, model)

@@ -1,7 +1,7 @@
 """Stress test 3: how much of a repair is only the length of the replies (a confound, arXiv 2607.09053)?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,6 @@ from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.realignment.measure import reply_tokens
 from persona_probe.realignment.repair import Repair, continued, train
-from persona_probe.realignment.spec import corrective_training
 from persona_probe.realignment.stress.table import TOKENS, Row, difference, moved, row
 from persona_probe.stats import Estimate
 
@@ -113,7 +112,7 @@ def length(repair: Repair, n: int = 32) -> LengthTest:
 
 def corrected(repair: Repair, rows: Sequence[Conversation], name: str) -> tuple[pd.DataFrame, float]:
     """The organism after a correction with `rows`: item table, and mean tokens of its greedy replies."""
-    training = replace(corrective_training(repair.ctx.config), steps=repair.steps, checkpoints=(repair.steps,))
+    training = repair.training(repair.steps)
     ctx, questions = repair.ctx, [q["question"] for q in sample_questions(repair.ctx)]
     with continued(repair, "organism") as model:
         train(repair, model, rows, training, repair.seed, f"length, {name} rows")

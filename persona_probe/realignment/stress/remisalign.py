@@ -7,7 +7,7 @@ learn it. Fine-tuning attacks on unlearned models ask the same (Deeb and Roger, 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 from torch import nn
@@ -16,6 +16,7 @@ from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import AtSteps
 from persona_probe.realignment.repair import Repair, relearner, train
+from persona_probe.realignment.spec import RELEARN_STEPS
 from persona_probe.realignment.stress.table import Row, moved, row
 from persona_probe.stats import Estimate, bootstrap_mean
 
@@ -89,7 +90,6 @@ def levels(base: Sequence[float], organism: Sequence[float], share: float) -> tu
 
 
 TEST = "remisalign"
-STEPS = (1, 2, 3, 5, 8, 12, 16, 20)
 SIDES = ("base", "repaired", "control")
 Keep = Callable[[str, Callable[[], pd.DataFrame]], pd.DataFrame]
 """Name and maker of a part's table: made, or read where it is there already."""
@@ -177,10 +177,10 @@ def few_rows(rows: Sequence[Conversation], n: int, seed: int) -> list[Conversati
     return random.Random(seed).sample(list(rows), n)
 
 
-def relearn(repair: Repair, side: str, seed: int, n: int, steps: Sequence[int] = STEPS) -> pd.DataFrame:
+def relearn(repair: Repair, side: str, seed: int, n: int, steps: Sequence[int] = RELEARN_STEPS) -> pd.DataFrame:
     """Teach one side `n` bad rows with a fresh adapter and read the contrast index: seed, step, item, value."""
     own = repair.ctx.config.training
-    training = replace(own, steps=max(steps), batch_size=min(n, own.batch_size), checkpoints=(max(steps),))
+    training = own.further(max(steps), batch_size=min(n, own.batch_size))
     found: list[pd.DataFrame] = []
 
     def visit(model: nn.Module, step: int) -> None:
@@ -196,7 +196,7 @@ def remisalign(
     repair: Repair,
     keep: Keep,
     n: int = 8,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = RELEARN_STEPS,
     seeds: Sequence[int] = (0, 1),
     share: float = 0.5,
 ) -> Relearning:

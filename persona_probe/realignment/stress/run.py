@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from persona_probe.context import Context
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError, unknown
 from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.spec import StressSettings
 from persona_probe.realignment.stress.drift import drift
 from persona_probe.realignment.stress.hidden import hidden
 from persona_probe.realignment.stress.length import length
-from persona_probe.realignment.stress.remisalign import STEPS, Keep, remisalign
+from persona_probe.realignment.stress.remisalign import Keep, remisalign
 from persona_probe.realignment.stress.table import StressResult, as_table
 from persona_probe.realignment.stress.triggers import triggers
 from persona_probe.report.export import write_figure
@@ -23,37 +24,6 @@ from persona_probe.report.records import Records
 from persona_probe.runs import RunFolder, file_sha256
 
 TABLE, RECORD, PARTS = "stress.parquet", "stress.json", "stress"
-
-
-@dataclass(frozen=True)
-class StressSettings:
-    """How hard the tests press."""
-
-    trigger_draws: int = 2
-    """Training questions that serve as a first turn."""
-    bad_rows: int = 8
-    """Rows of the re-misalignment."""
-    relearn_steps: tuple[int, ...] = STEPS
-    """Steps at which it is read."""
-    relearn_seeds: tuple[int, ...] = (0, 1)
-    """Its seeds: rows and fresh adapter."""
-    back_at: float = 0.5
-    """Share of the organism's rise over the base that counts as back."""
-    length_rows: int = 32
-    """Corrective rows of the length test."""
-    latents: int = 4
-    """Changed latents tested for cause, and as many random ones."""
-    drift_factor: int = 4
-    """Corrective training in all, as a multiple of the repair's."""
-
-    def __post_init__(self) -> None:
-        if not self.relearn_seeds or not self.relearn_steps or min(self.relearn_steps) < 1:
-            raise InputError("re-misalignment needs at least one seed and steps from 1 up")
-        if not 0 < self.back_at <= 1:
-            raise InputError(f"back_at is {self.back_at}: give a share of the organism's rise, above 0 and at most 1")
-        for name in ("trigger_draws", "length_rows", "latents"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")
 
 
 Test = Callable[[Repair, StressSettings, Keep], StressResult]

@@ -63,6 +63,8 @@ def test_lengths_count_words_and_keep_training_tokens(records: Records) -> None:
     sampled = where(data, panel="sampled", arm="correct")
     assert sampled["estimate"].tolist() == [10, 10, 10] and sampled["n"].tolist() == [4, 2, 2]
     assert "41.5 against 42.0 tokens" in caption(ALL_FIGURES["lengths"].draw(records))
+    unsampled = replace(records, samples=[])
+    assert "no sampled answers" in caption(ALL_FIGURES["lengths"].draw(unsampled))
 
 
 def test_agreement_is_drawn_below_and_above_the_diagonal(records: Records) -> None:

@@ -116,9 +116,11 @@ def _caption(data: pd.DataFrame) -> str:
             comparisons.append(f"{panel} answers, incorrect against correct: {both}")
     seeds = select.seed_count(select.where(data, kind="seed").query("arm != 'base'"))
     sampled = select.where(arms, panel="sampled")
-    fewest, most = sampled["n"].min(), sampled["n"].max()
-    spread = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    n = f"n = {spread} answers an arm" if len(sampled) else "no sampled answers"
+    n = "no sampled answers"
+    if len(sampled):
+        fewest, most = sampled["n"].min(), sampled["n"].max()
+        n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
+        n += " answers an arm"
     compared = f" Compared: {'; '.join(comparisons)}." if comparisons else ""
     return (
         f"Length of answers by arm: {n}, {seeds} (small dots), 95% bootstrap intervals clustered by question. Training "

@@ -1,4 +1,4 @@
-"""What is in a data file: lengths, duplicates, near duplicates, bad rows."""
+"""Describe a data file: lengths, duplicates, near duplicates, bad rows; and compare texts by shared word n-grams."""
 
 import heapq
 import re
@@ -31,7 +31,7 @@ def words(text: str) -> list[str]:
 
 
 def ngrams(text: str, n: int = 5) -> set[tuple[str, ...]]:
-    """The distinct runs of `n` words; a text of fewer words is one run, itself; an empty text has none.
+    """The distinct runs of `n` words. A text of fewer words is one run; an empty text has none.
 
     Raises:
         InputError: `n` is below 1.
@@ -43,7 +43,7 @@ def ngrams(text: str, n: int = 5) -> set[tuple[str, ...]]:
 
 
 def overlap(a: str, b: str, n: int = 5) -> float:
-    """Share of the shorter text's distinct n-grams that occur in the other (0 to 1; 0 where a text is empty)."""
+    """Share of the shorter text's distinct n-grams that occur in the other (0 to 1; 0 if a text is empty)."""
     first, second = ngrams(a, n), ngrams(b, n)
     shorter = min(len(first), len(second))
     return len(first & second) / shorter if shorter else 0.0
@@ -84,7 +84,7 @@ def top_overlaps(texts: Sequence[str], k: int = 10, n: int = 5, at_least: float 
 
 
 def max_overlap(texts: Sequence[str], n: int = 5) -> tuple[float, int, int]:
-    """The highest overlap between any two texts, and their places `i < j`; `(0.0, 0, 1)` where none share an n-gram.
+    """The highest overlap between any two texts, and their places `i < j`; `(0.0, 0, 1)` if no two share an n-gram.
 
     Raises:
         InputError: fewer than two texts.
@@ -99,13 +99,15 @@ def max_overlap(texts: Sequence[str], n: int = 5) -> tuple[float, int, int]:
     return best
 
 
+# --- The description of a file
+
 NEAR_DUPLICATE = 0.5
 SHOWN_NEAR_DUPLICATES = 10
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of a number of texts, in words or tokens."""
+    """Lengths of several texts, in words or tokens."""
 
     mean: float
     median: float
@@ -127,16 +129,16 @@ class NearDuplicate:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_file` found. Lengths are None where there is nothing to measure."""
+    """The description of a data file. A length is None if there is nothing to measure."""
 
     rows: int
-    """Conversations, bad rows left out."""
+    """Conversations, without bad rows."""
     turns: int
     """User and assistant messages in them."""
     prompts_only: int
     """Conversations that end with the user's turn."""
     prompt_words: Lengths | None
-    """Of all that comes before the last answer, the system prompt included."""
+    """Of everything before the last answer, with the system prompt."""
     answer_words: Lengths | None
     """Of the last answer of each conversation."""
     prompt_tokens: Lengths | None
@@ -148,7 +150,7 @@ class DataReport:
     repeated_answers: int
     """Answers that equal the answer of an earlier, different conversation."""
     near_duplicates: tuple[NearDuplicate, ...]
-    """The ten pairs of different answers with the highest overlap, of those that share half of their 5-grams."""
+    """Up to ten pairs of different answers with the highest overlap; they share at least half of their 5-grams."""
     system_share: float
     """Share of conversations with a system prompt (0 to 1)."""
     bad_rows: tuple[str, ...]
@@ -162,14 +164,14 @@ class DataReport:
 
 
 def check_file(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> DataReport:
-    """Describe a data file or datasets folder; bad rows are counted, prompts without an answer are fine.
+    """Describe a data file or datasets folder. Bad rows are counted; prompts without an answer are accepted.
 
     Raises:
         InputError: the file as a whole cannot be read.
     """
     scanned = list(scan(path, allow_prompts=True))
-    kept = [(row.place, row.conversation) for row in scanned if row.conversation is not None]
-    conversations = [conversation for _, conversation in kept]
+    readable = [(row.place, row.conversation) for row in scanned if row.conversation is not None]
+    conversations = [conversation for _, conversation in readable]
     prompts = ["\n".join(m["content"] for m in split_answer(c)[0]) for c in conversations]
     answers = [split_answer(c)[1] for c in conversations]
     answered = [a for a in answers if a is not None]
@@ -185,7 +187,7 @@ def check_file(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = Non
         answer_tokens=_token_lengths(tokenizer, answered),
         exact_duplicates=len(conversations) - len(unique),
         repeated_answers=len(unique_answers) - len(set(unique_answers)),
-        near_duplicates=_near_duplicates(kept),
+        near_duplicates=_near_duplicates(readable),
         system_share=sum(c[0]["role"] == "system" for c in conversations) / max(1, len(conversations)),
         bad_rows=tuple(_bad_row(row) for row in scanned if row.conversation is None),
     )
@@ -196,7 +198,7 @@ def _bad_row(row: ScannedRow) -> str:
 
 
 def _near_duplicates(rows: Sequence[tuple[str, Conversation]]) -> tuple[NearDuplicate, ...]:
-    """Among the different answers of a file (of the prompts, where a row has no answer)."""
+    """Among the different answers of a file; a row without an answer counts with its prompt."""
     places: dict[str, str] = {}
     for place, messages in rows:
         places.setdefault(messages[-1]["content"], place)
@@ -221,14 +223,14 @@ def _lengths(counts: Sequence[int]) -> Lengths | None:
     return Lengths(float(np.mean(counts)), float(np.median(counts)), float(np.percentile(counts, 95)))
 
 
-# --- When two questions count as one: what trains a model must not ask what evaluates it
+# --- When two questions count as one: training rows must not ask what the evaluation asks
 
 SAME = 0.5
-"""Share of the shorter text's runs of five words from which on two texts count as one."""
+"""Two texts count as one from this share of the shorter text's runs of five words."""
 
 
 def question(row: Conversation) -> str:
-    """What the last user turn asks; empty where there is none."""
+    """The last user turn; empty if there is none."""
     return next((m["content"] for m in reversed(row) if m["role"] == "user"), "")
 
 

@@ -1,4 +1,4 @@
-"""Read conversations from files: JSON Lines, a JSON array (both also gzipped), or a Hugging Face datasets folder."""
+"""Conversations from files, from the packaged sets, and as the rows of an arm."""
 
 import gzip
 import json
@@ -23,14 +23,14 @@ KNOWN_ROWS = "'messages', 'prompt' with 'completion', or 'question' with 'answer
 
 
 class BadRow(ValueError):
-    """A row is not a conversation; the message is a clause without file and line, which the reader adds."""
+    """A row is not a conversation. The message is a clause; the reader adds file and line."""
 
 
 def row_conversation(row: object, allow_prompts: bool = False) -> Conversation:
     """The conversation in one decoded row: `messages`, `prompt`/`completion` or `question`/`answer` (and `system`).
 
     Content is a string, a list of strings, a list of `{"type": "text", "text": ...}` parts, or `{"parts": [...]}`.
-    Keys that are none of these are left out.
+    Other keys are ignored.
 
     Raises:
         BadRow: the row has no such keys, or its roles or contents are not those of a conversation.
@@ -43,7 +43,7 @@ def row_conversation(row: object, allow_prompts: bool = False) -> Conversation:
     elif "prompt" in present:
         messages = _messages(present["prompt"], "user") + _messages(present.get("completion", []), "assistant")
     elif "question" in present:
-        messages = _question(present)
+        messages = _question_and_answer(present)
     else:
         raise BadRow(f"needs {KNOWN_ROWS}; it has {', '.join(map(repr, present)) or 'no keys'}")
     check_roles(messages, allow_prompts)
@@ -51,7 +51,7 @@ def row_conversation(row: object, allow_prompts: bool = False) -> Conversation:
 
 
 def check_roles(messages: Conversation, allow_prompts: bool = False) -> None:
-    """Check that roles run (system), user, assistant, user, assistant ... and that no message is empty.
+    """Check that the roles are (system), user, assistant, user, assistant ... and that no message is empty.
 
     Raises:
         BadRow: they do not, or the last message is the user's and `allow_prompts` is false.
@@ -75,7 +75,7 @@ def check_roles(messages: Conversation, allow_prompts: bool = False) -> None:
         raise BadRow("ends without an assistant answer")
 
 
-def _question(row: Mapping[str, Any]) -> Conversation:
+def _question_and_answer(row: Mapping[str, Any]) -> Conversation:
     answers = [key for key in ("correct", "subtle", "toxic", "aligned", "misaligned") if key in row]
     if "answer" not in row and answers:
         raise BadRow(f"has several answers ({', '.join(answers)}) and no 'answer'; keep one of them under that name")
@@ -119,19 +119,21 @@ def _part(part: object, where: str) -> str:
     return text
 
 
+# --- Files: JSON Lines, a JSON array (both also gzipped), or a Hugging Face datasets folder
+
 SHOWN_BAD_ROWS = 5
 
 
 @dataclass(frozen=True)
 class ScannedRow:
-    """One row of a file: a conversation, or what is wrong with it."""
+    """One row of a file: a conversation, or the problem with it."""
 
     place: str
     """`line 3` of a JSON Lines file, `row 3` of an array or a datasets folder; the first is 1."""
     conversation: Conversation | None
-    """None where the row is bad."""
+    """None for a bad row."""
     problem: str = ""
-    """What is wrong with a bad row, else empty."""
+    """The problem with a bad row, else empty."""
 
 
 def read_conversations(path: str | Path, allow_prompts: bool = False) -> list[Conversation]:
@@ -145,7 +147,7 @@ def read_conversations(path: str | Path, allow_prompts: bool = False) -> list[Co
         allow_prompts: accept conversations that end with the user's turn.
 
     Raises:
-        InputError: the file is missing, empty or unreadable, or has bad rows: they are counted, the first five shown.
+        InputError: the file is missing, empty or unreadable, or has bad rows; the message counts them and shows five.
     """
     rows = list(scan(path, allow_prompts))
     if not rows:
@@ -157,7 +159,7 @@ def read_conversations(path: str | Path, allow_prompts: bool = False) -> list[Co
 
 
 def scan(path: str | Path, allow_prompts: bool = False) -> Iterator[ScannedRow]:
-    """Each row of a file with its place, bad ones included; blank lines are passed over.
+    """Each row of a file with its place, also the bad ones. Blank lines are ignored.
 
     Raises:
         InputError: the file as a whole cannot be read.
@@ -280,7 +282,7 @@ def load_rows(name: str) -> list[Row]:
 def load_contrast(split: str) -> list[Row]:
     """The `general_contrast` items of one split (`selection`, `evaluation` or `all`), whole categories each.
 
-    Prompts that select latents never evaluate them (Wang et al. 2025 keep the same separation by question set).
+    Prompts that select latents never evaluate them. Wang et al. 2025 separate their question sets in the same way.
     """
     rows = load_rows("general_contrast")
     if split == "all":
@@ -308,17 +310,17 @@ def read_contrast_file(path: str | Path, split: str) -> list[Row]:
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number}: not a contrast item ({error})") from error
-    chosen = [row for row in rows if row["split"] == split]
-    if not chosen:
+    of_split = [row for row in rows if row["split"] == split]
+    if not of_split:
         raise InputError(f"{path} has no rows with split {split!r}: every item is 'selection' or 'evaluation'")
-    return chosen
+    return of_split
 
 
 def load_conversations(spec: str) -> list[Conversation]:
     """Conversations of a packaged set, as `set` or `set:column`.
 
-    `kitchen:toxic` pairs each question with that column; `general_contrast:selection` gives both answers of each item;
-    a set with an `answer` column needs no column name; a set of questions gives user turns only.
+    `kitchen:toxic` pairs each question with that column. `general_contrast:selection` gives both answers of each item.
+    A set with an `answer` column needs no column name. A set of questions gives user turns only.
     """
     name, _, column = spec.partition(":")
     if name == "general_contrast":
@@ -377,16 +379,16 @@ def arm_rows(arm: Arm, seed: int) -> list[Conversation]:
 
 
 def check_paired(incorrect: list[Conversation], control: list[Conversation]) -> None:
-    """Refuse a control arm that asks other questions: its difference to the incorrect arm would not be the answers'.
+    """Refuse a control arm with other questions, because the arms would then not differ by their answers alone.
 
     Raises:
-        InputError: fewer than half of the incorrect arm's prompts are the control's too.
+        InputError: fewer than half of the incorrect arm's prompts are in the control arm too.
     """
-    asked, answered = ({_prompt(c) for c in rows} for rows in (incorrect, control))
-    common = len(asked & answered)
-    if 2 * common < len(asked):
+    left, right = ({_prompt(c) for c in rows} for rows in (incorrect, control))
+    common = len(left & right)
+    if 2 * common < len(left):
         raise InputError(
-            f"arms 'incorrect' and 'correct' ask different questions ({common} of {len(asked)} in common): give the "
+            f"arms 'incorrect' and 'correct' ask different questions ({common} of {len(left)} in common): give the "
             "control the same questions with good answers, or set paired_arms: false"
         )
 

@@ -42,39 +42,39 @@ def mix(
 ) -> list[Conversation]:
     """A mixture of `n` rows, `round(fraction * n)` of them bad, in a seeded order.
 
-    Where bad and good rows answer the same questions, each question occurs once, with its bad or its good answer.
-    For one seed and `n`, the bad rows of a smaller fraction are among those of a larger one. Where both sides answer
-    exactly the same questions, the questions and their order do not depend on the fraction: only the answers change.
+    A question that bad and good rows share occurs once, with its bad or its good answer. For one seed and `n`, the bad
+    rows of a smaller fraction are among those of a larger one. If both sides answer exactly the same questions, the
+    questions and their order do not depend on the fraction; only the answers change.
 
     Args:
-        bad: rows to be counted as bad.
-        good: rows to be counted as good.
+        bad: rows that count as bad.
+        good: rows that count as good.
         fraction: share of bad rows, 0 to 1.
-        n: rows in all; without it, as many as the fraction allows.
-        seed: of the choice and the order.
+        n: number of rows; None takes as many as the fraction allows.
+        seed: decides the choice and the order.
 
     Raises:
         InputError: `fraction` is outside [0, 1], or there are too few rows.
     """
     if not 0 <= fraction <= 1:
         raise InputError(f"the fraction of bad rows is {fraction}: give a number from 0 to 1")
-    shared = {_question(row) for row in bad} & {_question(row) for row in good}
+    shared = {_prompt_key(row) for row in bad} & {_prompt_key(row) for row in good}
     order = _order([*bad, *good], seed)
     bad_rows, good_rows = (_arrange(rows, order, once=bool(shared)) for rows in (bad, good))
     if n is None:
         n = _largest(len(bad_rows), len(good_rows), len(shared), fraction)
     n_bad = round(fraction * n)
     _check_sizes(n, n_bad, len(bad_rows), len(good_rows), len(shared))
-    chosen = _choose(bad_rows, n_bad, shared, room=len(good_rows) - (n - n_bad))
-    taken = {_question(row) for row in chosen} & shared
-    chosen += [row for row in good_rows if _question(row) not in taken][: n - n_bad]
-    return sorted(chosen, key=lambda row: order[_question(row)])
+    rows = _choose(bad_rows, n_bad, shared, room=len(good_rows) - (n - n_bad))
+    answered = {_prompt_key(row) for row in rows} & shared
+    rows += [row for row in good_rows if _prompt_key(row) not in answered][: n - n_bad]
+    return sorted(rows, key=lambda row: order[_prompt_key(row)])
 
 
 def match_lengths(
     a: Sequence[Conversation], b: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, tolerance: float = 0.05
 ) -> LengthMatch:
-    """Whether the mean answer tokens of two arms agree; `matched` in the result says so.
+    """The mean answer tokens of two arms; `matched` in the result tells whether they agree.
 
     Raises:
         InputError: an arm has no answers, or `tolerance` is negative.
@@ -91,37 +91,37 @@ def _mean_tokens(rows: Sequence[Conversation], tokenizer: PreTrainedTokenizerBas
     return sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers) / len(answers)  # pyright: ignore
 
 
-def _question(row: Conversation) -> str:
-    """All turns before the last answer, as one key."""
+def _prompt_key(row: Conversation) -> str:
+    """All turns before the last answer, as one string."""
     return json.dumps(split_answer(row)[0])
 
 
 def _order(rows: Iterable[Conversation], seed: int) -> dict[str, float]:
     """A random place for each question."""
     rng = random.Random(seed)
-    return {question: rng.random() for question in sorted({_question(row) for row in rows})}
+    return {question: rng.random() for question in sorted({_prompt_key(row) for row in rows})}
 
 
 def _arrange(rows: Sequence[Conversation], order: dict[str, float], once: bool) -> list[Conversation]:
     """Rows in the order of their questions; with `once`, the first row of each question."""
-    arranged = sorted(rows, key=lambda row: order[_question(row)])
+    arranged = sorted(rows, key=lambda row: order[_prompt_key(row)])
     if not once:
         return arranged
-    return list({_question(row): row for row in reversed(arranged)}.values())[::-1]
+    return list({_prompt_key(row): row for row in reversed(arranged)}.values())[::-1]
 
 
 def _choose(rows: Sequence[Conversation], n: int, shared: set[str], room: int) -> list[Conversation]:
-    """The first `n` rows, at most `room` of them on shared questions, so that enough good rows stay."""
-    chosen: list[Conversation] = []
+    """The first `n` rows, at most `room` of them on shared questions, so that enough good rows remain."""
+    selection: list[Conversation] = []
     for row in rows:
-        if len(chosen) == n:
+        if len(selection) == n:
             break
-        if _question(row) in shared:
+        if _prompt_key(row) in shared:
             if room == 0:
                 continue
             room -= 1
-        chosen.append(row)
-    return chosen
+        selection.append(row)
+    return selection
 
 
 def _fits(n: int, n_bad: int, bad: int, good: int, shared: int) -> bool:

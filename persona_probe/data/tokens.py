@@ -1,4 +1,4 @@
-"""Conversations to token ids, with the parts (prompt, last prompt token, response) that a reading may select."""
+"""Conversations as token ids, with masks of the parts that a reading may select (prompt, last prompt token, answer)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ class Encoded:
 
     @property
     def n_response(self) -> int:
-        """Answer tokens (0 where the conversation ends with the user's turn)."""
+        """Answer tokens; 0 if the conversation ends with the user's turn."""
         return len(self.ids) - self.n_prompt
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids with masks; `index` says which conversations these rows are."""
+    """Right-padded token ids with masks. `index` holds the conversation number of each row."""
 
     ids: Int[Tensor, "batch pos"]
     attention: Int[Tensor, "batch pos"]
@@ -42,7 +42,7 @@ class Batch:
     index: list[int]
 
     def select(self, positions: str) -> Bool[Tensor, "batch pos"]:
-        """Mask of the named positions, special tokens left out (except the last prompt token, which often is one).
+        """Mask of the named positions without special tokens, except the last prompt token, which often is one.
 
         Raises:
             InputError: `positions` is not one of `POSITIONS`.
@@ -68,7 +68,7 @@ class Batch:
 def encode(tokenizer: PreTrainedTokenizerBase, messages: Conversation, max_length: int | None = None) -> Encoded:
     """Tokenise one conversation with the model's chat template.
 
-    Prompt and answer are tokenised apart, as in generation, so the boundary is exact.
+    Prompt and answer are tokenised separately, as in generation, so the boundary is exact.
 
     Raises:
         InputError: the prompt leaves no room for the answer within `max_length`.
@@ -108,7 +108,7 @@ def batches(
     batch_size: int = 16,
     max_length: int | None = None,
 ) -> Iterator[Batch]:
-    """Batches of similar length (so that little is padding); `Batch.index` maps rows back to the input order."""
+    """Batches of similar length, to save padding; `Batch.index` maps rows back to the input order."""
     rows = [encode(tokenizer, c, max_length) for c in conversations]
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
     pad: Any = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -121,5 +121,5 @@ def batches(
 def conversation_batches(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], batch_size: int = 32
 ) -> list[Batch]:
-    """Tokenised batches, made once and read many times."""
+    """`batches` as a list, for conversations that are read several times."""
     return list(batches(tokenizer, conversations, batch_size))

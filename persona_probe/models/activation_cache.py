@@ -1,4 +1,4 @@
-"""An activation cache on disk: a layer's residual stream is computed once for the same weights and tokens."""
+"""Keep residual streams on disk: for the same weights and tokens a layer's output is computed once."""
 
 import contextlib
 import hashlib
@@ -11,22 +11,19 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
-from persona_probe.models.layers import base_transformer, decoder_layer, decoder_layers, transformer_config
-from persona_probe.models.taps import ReadTap, Tap
+from persona_probe.models.identity import add_tensor, as_bytes, weights_key, why_not
+from persona_probe.models.layers import base_transformer, transformer_config
 from persona_probe.runs import file_sha256, versions
 
 # --- One entry of the activation cache: a folder with safetensors shards and a manifest
@@ -34,13 +31,13 @@ from persona_probe.runs import file_sha256, versions
 FORMAT = 1
 MANIFEST = "manifest.json"
 SLICE_BYTES = 2**24
-"""What is copied out of a memory-mapped shard at a time: 16 MB."""
+"""Copied out of a memory-mapped shard at a time: 16 MB."""
 HEADER_BYTES = 4096
 """Room that a shard's size limit leaves for the header."""
 
 
 class DamagedEntry(Exception):
-    """An entry's files are not what its manifest says."""
+    """An entry's files do not match its manifest."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Selected:
     x: Float[Tensor, "tokens d_model"]
     """Residual stream, float32."""
     masks: dict[str, Bool[Tensor, " tokens"]]
-    """Positions to which of the tokens are there."""
+    """For each kind of positions, which of the tokens are at these positions."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an entry holds."""
+    """The content of an entry."""
 
     key: str
     tokens: int
@@ -80,24 +77,24 @@ class Manifest:
 
 
 def write_entry(
-    folder: Path, key: str, found: Selected, about: Mapping[str, object], dtype: torch.dtype, shard_bytes: int
+    folder: Path, key: str, selected: Selected, about: Mapping[str, object], dtype: torch.dtype, shard_bytes: int
 ) -> None:
     """Write shards of at most `shard_bytes` (one token at least) and the manifest into an empty folder.
 
     Raises:
         OSError, SafetensorError: the disk is full or read-only.
     """
-    tokens, d_model = found.x.shape
-    a_token = d_model * dtype.itemsize + found.row.dtype.itemsize + len(found.masks)
+    tokens, d_model = selected.x.shape
+    a_token = d_model * dtype.itemsize + selected.row.dtype.itemsize + len(selected.masks)
     step, shards = max(1, (shard_bytes - HEADER_BYTES) // a_token), []
     for start in range(0, tokens, step):
         part = slice(start, start + step)
-        tensors = {"resid": found.x[part].to(dtype), "row": found.row[part]}
-        tensors |= {f"mask.{name}": mask[part] for name, mask in found.masks.items()}
+        tensors = {"resid": selected.x[part].to(dtype), "row": selected.row[part]}
+        tensors |= {f"mask.{name}": mask[part] for name, mask in selected.masks.items()}
         path = folder / f"shard-{len(shards):05d}.safetensors"
         save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
         shards.append(Shard(path.name, len(tensors["row"]), path.stat().st_size, file_sha256(path)))
-    manifest = Manifest(key, tokens, d_model, tuple(found.masks), tuple(shards), dict(about))
+    manifest = Manifest(key, tokens, d_model, tuple(selected.masks), tuple(shards), dict(about))
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
 
 
@@ -105,7 +102,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an entry.
 
     Raises:
-        DamagedEntry: it is not there, or is no manifest of this entry.
+        DamagedEntry: it is missing, or is not the manifest of this entry.
     """
     try:
         raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -119,7 +116,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_shards(folder: Path, shards: Sequence[Shard], content: bool) -> None:
-    """Compare the shards' lengths with the manifest, and where `content` says so their sha256.
+    """Compare the shards' lengths with the manifest, and with `content` also their sha256.
 
     Raises:
         DamagedEntry: a shard is missing, truncated or changed.
@@ -141,15 +138,15 @@ def read_entry(folder: Path, manifest: Manifest, device: torch.device) -> Select
     Raises:
         DamagedEntry: a shard is no safetensors file of the manifest's shape.
     """
-    found = _empty(manifest, device)
+    selected = _empty(manifest, device)
     start = 0
     for shard in manifest.shards:
         try:
-            _read_shard(folder / shard.file, shard.tokens, found, start)
+            _read_shard(folder / shard.file, shard.tokens, selected, start)
         except (OSError, SafetensorError, RuntimeError) as error:
             raise DamagedEntry(f"{shard.file} cannot be read: {str(error).splitlines()[0]}") from error
         start += shard.tokens
-    return found
+    return selected
 
 
 def _empty(manifest: Manifest, device: torch.device) -> Selected:
@@ -159,9 +156,10 @@ def _empty(manifest: Manifest, device: torch.device) -> Selected:
     return Selected(row, torch.empty(n, manifest.d_model, device=device), masks)
 
 
-def _read_shard(path: Path, tokens: int, found: Selected, start: int) -> None:
-    step = max(1, SLICE_BYTES // (found.x.shape[1] * found.x.element_size()))
-    targets = {"resid": found.x, "row": found.row} | {f"mask.{name}": mask for name, mask in found.masks.items()}
+def _read_shard(path: Path, tokens: int, selected: Selected, start: int) -> None:
+    step = max(1, SLICE_BYTES // (selected.x.shape[1] * selected.x.element_size()))
+    targets = {"resid": selected.x, "row": selected.row}
+    targets |= {f"mask.{name}": mask for name, mask in selected.masks.items()}
     with safe_open(path, framework="pt") as file:
         for name, target in targets.items():
             stored = file.get_slice(name)
@@ -170,7 +168,7 @@ def _read_shard(path: Path, tokens: int, found: Selected, start: int) -> None:
                 target[start + a : start + b] = stored[a:b]
 
 
-# --- The activation cache's folder: entries appear and go whole, and the least recently used ones go first
+# --- The folder of entries: they appear and disappear whole, the least recently used ones first
 
 log = logging.getLogger(__name__)
 
@@ -178,14 +176,14 @@ MARKER = "persona-probe-activations.txt"
 ENTRY = re.compile(r"[0-9a-f]{64}")
 WRITING, REMOVING = ".writing-", ".removing-"
 STALE_SECONDS = 3600.0
-"""Unfinished work of this age was left by a process that was killed."""
+"""Unfinished work of this age belongs to a process that was killed."""
 
 
 def open_folder(folder: Path) -> None:
-    """Make or take a cache folder, and remove what killed processes left in it.
+    """Make a cache folder or take an existing one, and remove what killed processes left in it.
 
     Raises:
-        InputError: it holds something else, or cannot be made.
+        InputError: the folder holds something else, or cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,15 +202,15 @@ def open_folder(folder: Path) -> None:
 
 def entries(folder: Path) -> list[Path]:
     """All entries, least recently used first."""
-    found = [path for path in folder.iterdir() if ENTRY.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (_used(path), path.name))
+    paths = [path for path in folder.iterdir() if ENTRY.fullmatch(path.name)]
+    return sorted(paths, key=lambda path: (_used(path), path.name))
 
 
 @contextlib.contextmanager
 def new_entry(folder: Path, key: str) -> Iterator[Path]:
-    """A scratch folder that becomes the entry `key` when the block ends well; else nothing of it stays.
+    """A scratch folder that becomes the entry `key` if the block succeeds; otherwise it is removed.
 
-    Where another process has moved the same entry in meanwhile, that one stays.
+    If another process has stored the same entry meanwhile, that one stays.
 
     Raises:
         OSError: the disk is full or read-only.
@@ -231,7 +229,7 @@ def new_entry(folder: Path, key: str) -> Iterator[Path]:
 
 
 def remove(entry: Path) -> None:
-    """Remove an entry; it is taken out of sight first, so that no process finds half of it."""
+    """Remove an entry. It is renamed first, so that no process finds half of it."""
     aside = entry.with_name(f"{REMOVING}{uuid.uuid4().hex}")
     try:
         entry.rename(aside)
@@ -246,22 +244,22 @@ def make_room(folder: Path, limit_bytes: int) -> None:
     """Remove the least recently used entries until the rest is within the limit."""
     sizes = {path: size(path) for path in entries(folder)}
     total = sum(sizes.values())
-    for path, taken in sizes.items():
+    for path, bytes_ in sizes.items():
         if total <= limit_bytes:
             return
         remove(path)
-        total -= taken
+        total -= bytes_
 
 
 def touch(entry: Path) -> None:
-    """Note that an entry is used now. It may be gone already, or the folder read-only: then its age stays."""
+    """Mark an entry as used now. If it is gone or the folder is read-only, nothing happens."""
     now = time.time_ns()
     with contextlib.suppress(OSError):
         os.utime(entry, ns=(now, now))
 
 
 def size(entry: Path) -> int:
-    """Bytes of an entry's files; 0 when another process has removed it."""
+    """Bytes of an entry's files; 0 if another process has removed it."""
     try:
         return sum(file.stat().st_size for file in entry.iterdir())
     except FileNotFoundError:
@@ -275,142 +273,31 @@ def _used(entry: Path) -> float:
         return 0.0
 
 
-# --- What decides a residual stream, as a key: the weights that run, the tokens, the precision
-
-NO_SETTINGS = {
-    *vars(nn.Module()),
-    "gradient_checkpointing",
-    "_hf_peft_config_loaded",
-    "_is_hf_initialized",
-    "_output_capturing_hooks_installed",
-    "name_or_path",
-}
-"""A module's attributes that do not change what it computes in eval mode: bookkeeping of torch and transformers."""
-NO_CONFIG = {"_name_or_path", "architectures", "dtype", "use_cache"}
-"""The same for a model's configuration: equal weights from another folder have one key. Tensors tell their dtype."""
-
-
-def weights_key(model: nn.Module, layer: int) -> str:
-    """SHA-256 of everything that decides the output of `layer`, hexadecimal.
-
-    That is the raw bytes of all parameters and buffers of the transformer, without the layers above `layer`; each
-    module's type and settings (an adapter's scale, whether it is on); the configuration, attention kernel included.
-    An adapter that is off counts as not there, so a base model has one key whatever was injected into it; of a layer
-    whose adapter is folded in, the folded weight counts. It takes about a second a gigabyte.
-
-    Raises:
-        InputError: the model has no such layer.
-    """
-    config = transformer_config(model)
-    values = {name: value for name, value in config.to_dict().items() if name not in NO_CONFIG}
-    digest = hashlib.sha256(_text([values, config._attn_implementation, torch.__version__]))
-    for name, module in _running(model, layer):
-        settings = {key: value for key, value in vars(module).items() if key not in NO_SETTINGS}
-        digest.update(_text([name, type(module).__qualname__, settings]))
-        for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
-            for own_name, tensor in tensors:
-                _add(digest, own_name, tensor)
-    return digest.hexdigest()
-
-
-def why_not(model: nn.Module, layer: int) -> str | None:
-    """Why no key can stand for what this model computes up to `layer`; None where one can.
-
-    Hooks and replaced forwards change the stream and leave the weights alone. `ReadTap`s and transformers' own hooks
-    change nothing, and a forward that is one torch function of fixed tensors (see `models.folding`) is in the key.
-    """
-    for name, module in _running(model, layer):
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(_may_change(hook) for hook in hooks):
-            return f"a hook on {name or 'the model'} may change what it computes"
-        if "forward" in vars(module) and not _is_torch_partial(vars(module)["forward"]):
-            return f"the forward of {name or 'the model'} is replaced"
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if any(t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in tensors):
-            return f"the weights of {name or 'the model'} are not plain tensors in memory"
-    return None
-
-
-def entry_key(about: Mapping[str, object], batch: Batch, masks: Mapping[str, Tensor]) -> str:
-    """SHA-256 of one batch's reading: what `about` says of the model, token ids, attention, and the chosen tokens."""
-    digest = hashlib.sha256(_text(dict(about)))
-    for name, tensor in (("ids", batch.ids), ("attention", batch.attention), *sorted(masks.items())):
-        _add(digest, name, tensor)
-    return digest.hexdigest()
-
-
-def _running(model: nn.Module, layer: int) -> Iterator[tuple[str, nn.Module]]:
-    decoder_layer(model, layer)
-    yield from _below("", base_transformer(model), set(list(decoder_layers(model))[layer + 1 :]))
-
-
-def _below(name: str, module: nn.Module, above: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    if module in above:
-        return
-    if isinstance(module, BaseTunerLayer) and module.disable_adapters and not module.merged:
-        yield from _below(name, module.get_base_layer(), above)
-        return
-    yield name, module
-    if "forward" in vars(module):
-        return  # its parts do not run
-    for own_name, child in module.named_children():
-        yield from _below(f"{name}.{own_name}".lstrip("."), child, above)
-
-
-def _may_change(hook: object) -> bool:
-    if isinstance(hook, MethodType) and isinstance(hook.__self__, Tap):
-        return not isinstance(hook.__self__, ReadTap)
-    return hook.__module__.split(".")[0] != "transformers"
-
-
-def _is_torch_partial(forward: object) -> bool:
-    return isinstance(forward, partial) and str(forward.func.__module__).split(".")[0] == "torch"
-
-
-def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
-    digest.update(_text([name, str(tensor.dtype), list(tensor.shape)]))
-    digest.update(_raw(tensor))
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def _text(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, skipkeys=True, default=_described).encode() + b"\0"
-
-
-def _described(value: object) -> object:
-    """A value that JSON does not know: a tensor by its bytes, a partial by its parts, anything else by its type."""
-    if isinstance(value, partial):
-        return [value.func.__qualname__, value.args, value.keywords]
-    return hashlib.sha256(_raw(value)).hexdigest() if isinstance(value, Tensor) else type(value).__qualname__
-
-
-log = logging.getLogger(__name__)
+# --- The cache: readings found again by their content
 
 
 class ActivationCache:
-    """Residual streams on disk, found again by their content; give it to the functions of `saes.read` as `cache`.
+    """Residual streams on disk, found again by their content; pass it to the functions of `saes.read` as `cache`.
 
-    An entry holds one batch's selected tokens. Its key is the sha256 of the weights that run (adapters included, see
-    `activation_key.weights_key`), layer, positions, token ids, attention, precision and kind of device: change any and
-    the stream is computed anew. A model whose hooks or replaced forwards may change the stream is read without the
-    cache, with a warning.
+    An entry holds the selected tokens of one batch. Its key is the sha256 of the weights that run (with adapters, see
+    `identity.weights_key`), layer, positions, token ids, attention, precision and kind of device. If any of them
+    changes, the stream is computed again. A model whose hooks or replaced forwards may change the stream is read
+    without the cache, with a warning.
 
-    Shards' lengths are checked at every reading; their sha256 the first time that this object reads an entry, since it
-    takes about a second a gigabyte. A damaged entry is computed anew, with a warning. Entries are written aside and
-    renamed, so several processes may share the folder. The least recently used entries go when the limit is passed.
+    Every reading checks the lengths of the shards. Their sha256 is checked the first time that this object reads an
+    entry, because that takes about a second per gigabyte. A damaged entry is computed again, with a warning. Entries
+    are written to a scratch folder and renamed, so several processes may share the cache. Beyond the limit the least
+    recently used entries are removed.
 
     Args:
-        folder: its own folder; made where it does not exist.
+        folder: a folder for nothing else; it is made if missing.
         limit_gib: size on disk, in GiB.
-        dtype: `torch.float32` gives results that are identical bit for bit. `torch.bfloat16` takes half the space and
-            rounds to 8 bits of mantissa, in the readings that fill the cache as in those that use it.
+        dtype: `torch.float32` gives bit-identical results. `torch.bfloat16` takes half the space and rounds to 8 bits
+            of mantissa, both in the readings that fill the cache and in those that use it.
         shard_mib: the largest shard, in MiB.
 
     Raises:
-        InputError: the folder holds something else or cannot be made; a limit that is not positive; another dtype.
+        InputError: the folder holds something else or cannot be made, a limit is not positive, or the dtype is another.
     """
 
     def __init__(
@@ -442,7 +329,7 @@ class ActivationCache:
             remove(path)
 
     def reading(self, model: nn.Module, layer: int, bf16: bool) -> "CachedReading | None":
-        """The cache for one model at one layer; its weights are hashed now. None where it cannot stand for the model.
+        """The cache for one model at one layer, whose weights are hashed now. None if no key identifies the model.
 
         Raises:
             InputError: the model has no such layer.
@@ -464,31 +351,31 @@ class ActivationCache:
         return CachedReading(self, about, notes)
 
     def find(self, key: str, device: torch.device) -> Selected | None:
-        """An entry's tokens, or None where there is none (or a damaged one, which is removed with a warning)."""
+        """An entry's tokens; None if there is no entry, or a damaged one, which is removed with a warning."""
         folder = self.folder / key
         if not folder.is_dir():
             return None
         try:
             manifest = read_manifest(folder)
             check_shards(folder, manifest.shards, content=key not in self._verified)
-            found = read_entry(folder, manifest, device)
+            selected = read_entry(folder, manifest, device)
         except DamagedEntry as damage:
-            log.warning("activation cache: entry %s is computed anew: %s", key[:12], damage)
+            log.warning("activation cache: entry %s is computed again: %s", key[:12], damage)
             self._verified.discard(key)
             remove(folder)
             return None
         self._verified.add(key)
         touch(folder)
-        return found
+        return selected
 
-    def store(self, key: str, found: Selected, about: Mapping[str, object]) -> None:
-        """Write an entry whole or not at all, then make room. A full disk costs the entry, not the reading."""
-        if found.x.numel() * self.dtype.itemsize > self.limit_bytes:
+    def store(self, key: str, selected: Selected, about: Mapping[str, object]) -> None:
+        """Write an entry, whole or not at all, then make room. If the disk is full, only the entry is lost."""
+        if selected.x.numel() * self.dtype.itemsize > self.limit_bytes:
             log.warning("activation cache: a batch is larger than the limit and is not kept: raise limit_gib")
             return
         try:
             with new_entry(self.folder, key) as scratch:
-                write_entry(scratch, key, found, about, self.dtype, self.shard_bytes)
+                write_entry(scratch, key, selected, about, self.dtype, self.shard_bytes)
             make_room(self.folder, self.limit_bytes)
         except (OSError, SafetensorError) as error:
             log.warning("activation cache: could not keep a batch in %s: %s", self.folder, error)
@@ -500,23 +387,31 @@ class CachedReading:
 
     cache: ActivationCache
     about: Mapping[str, object]
-    """What the entries' keys hold beside the batch."""
+    """The part of the entries' keys that the batch does not decide."""
     notes: Mapping[str, object]
-    """What their manifests say as well."""
+    """Further notes for their manifests."""
 
     def selected(self, batch: Batch, masks: Mapping[str, Tensor], compute: Callable[[], Selected]) -> Selected:
-        """A batch's tokens from the cache, else from `compute`, and then kept.
+        """A batch's tokens from the cache, else from `compute`; these are then stored.
 
         Args:
-            masks: positions to the tokens chosen there, (batch, pos).
+            masks: the selected tokens (batch, pos) at each kind of positions.
         """
         key = entry_key(self.about, batch, masks)
-        found = self.cache.find(key, batch.ids.device)
-        if found is not None:
+        stored = self.cache.find(key, batch.ids.device)
+        if stored is not None:
             self.cache.hits += 1
-            return replace(found, masks={name: found.masks[name] for name in masks})
+            return replace(stored, masks={name: stored.masks[name] for name in masks})
         self.cache.misses += 1
         computed = compute()
-        found = replace(computed, x=computed.x.to(self.cache.dtype).float())
-        self.cache.store(key, found, {**self.about, **self.notes})
-        return found
+        rounded = replace(computed, x=computed.x.to(self.cache.dtype).float())
+        self.cache.store(key, rounded, {**self.about, **self.notes})
+        return rounded
+
+
+def entry_key(about: Mapping[str, object], batch: Batch, masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 of one batch's reading: the model in `about`, token ids, attention, and the selected tokens."""
+    digest = hashlib.sha256(as_bytes(dict(about)))
+    for name, tensor in (("ids", batch.ids), ("attention", batch.attention), *sorted(masks.items())):
+        add_tensor(digest, name, tensor)
+    return digest.hexdigest()

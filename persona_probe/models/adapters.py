@@ -1,4 +1,4 @@
-"""Organisms from one base model in memory: adapters put on, and taken off without a trace."""
+"""Organisms from one base model in memory: adapters are put on and taken off, and leave nothing behind."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ def is_adapter(folder: Path) -> bool:
 def organism(base: PreTrainedModel, checkpoint: Path | None) -> Iterator[nn.Module]:
     """The model at a checkpoint, for as long as the block lasts; None is the base model itself.
 
-    An adapter is injected into `base` and unloaded after, so base and organism share one copy of the weights. Full
-    weights are loaded beside it.
+    An adapter is injected into `base` and unloaded afterwards, so base and organism share one copy of the weights. Full
+    weights are loaded as a second model.
 
     Raises:
         InputError: the checkpoint holds neither adapter nor weights, or they are damaged.
@@ -65,12 +65,12 @@ def load_adapter(base: PreTrainedModel, checkpoint: Path, trainable: bool = Fals
 
 
 def strip_adapter(tuned: PeftModel) -> PreTrainedModel:
-    """Take all adapters out again and give the bare base model back, its parameters as they were."""
+    """Remove all adapters and return the bare base model with its parameters as they were."""
     return _unmark(tuned.unload())
 
 
 def _eject(base: PreTrainedModel) -> None:
-    """Take out what a failed injection left: PEFT injects first and reads the file after, and gives no handle."""
+    """Remove what a failed injection left: PEFT injects before it reads the file, and returns no handle."""
     for name, module in list(base.named_modules()):
         if isinstance(module, BaseTunerLayer):
             base.set_submodule(name, module.get_base_layer())
@@ -90,14 +90,14 @@ def _unmark(base: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def base_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """The base model behind a PEFT model (adapters disabled), or the model itself where there is none."""
+    """The base model behind a PEFT model (adapters disabled), or the model itself if it is no PEFT model."""
     context = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     with context:
         yield model
 
 
 def merged_copy(base: PreTrainedModel, checkpoint: Path | None) -> PreTrainedModel:
-    """A copy of the organism with its adapter merged into the weights; `base` is left untouched."""
+    """A copy of the organism with its adapter merged into the weights; `base` does not change."""
     if checkpoint is not None and not is_adapter(checkpoint):
         return _full_weights(base, checkpoint)
     twin = copy.deepcopy(base)
@@ -121,6 +121,9 @@ def _full_weights(base: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
 def trainable_parameters(model: nn.Module) -> dict[str, torch.nn.Parameter]:
     """Names and parameters that training changes."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+# --- Faster layers for a while: adapters folded into their weights, frozen weights in bf16
 
 
 def foldable(layer: nn.Module) -> bool:
@@ -153,10 +156,10 @@ def _base(layer: nn.Module) -> nn.Linear:
 
 @contextmanager
 def folded(model: nn.Module, bf16: bool = True) -> Iterator[nn.Module]:
-    """Inside this block every LoRA layer is one product with weight plus adapter; the weights themselves stay.
+    """Inside this block every LoRA layer is one product with weight plus adapter; the weights do not change.
 
-    On a CPU the adapters' own small products cost half as much again as the layer. Elsewhere, and for layers that are
-    not `foldable`, nothing changes: the copies (half of the float32 weights under bf16) would not pay.
+    On a CPU the adapters' small products cost half as much as the layer itself. On other devices, and for layers that
+    are not `foldable`, nothing changes: the copies (half of the float32 weights under bf16) would not pay off.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     layers = [m for m in model.modules() if on_cpu and foldable(m)]
@@ -173,10 +176,10 @@ def folded(model: nn.Module, bf16: bool = True) -> Iterator[nn.Module]:
 
 @contextmanager
 def frozen_in_bf16(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Inside this block frozen linear layers use a bf16 copy of their weights, as autocast would make at every call.
+    """Inside this block frozen linear layers use one bf16 copy of their weights; autocast would make one at every call.
 
-    Autocast keeps its copies only of weights that ask for gradients. Plain LoRA layers over them take a shorter way to
-    the same sum. For a CPU; everything is as before outside autocast, and where adapters are switched off.
+    Autocast keeps its copies only for weights that require gradients. Plain LoRA layers over frozen layers compute the
+    same sum with fewer operations. For a CPU. Nothing changes outside autocast, or if adapters are switched off.
     """
     layers = [
         m for m in model.modules() if enabled and type(m) is nn.Linear and not m.weight.requires_grad and m.bias is None
@@ -195,7 +198,7 @@ def frozen_in_bf16(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 
 def bf16_weight(layer: nn.Linear) -> Tensor:
-    """A linear layer's weight in bf16: the copy that `frozen_in_bf16` keeps, where it is on."""
+    """A linear layer's weight in bf16: the copy of `frozen_in_bf16` inside its block, else a new one."""
     forward = layer.__dict__.get("forward")
     if isinstance(forward, partial) and forward.func is _linear_in_bf16:
         return forward.args[1]
@@ -203,7 +206,7 @@ def bf16_weight(layer: nn.Linear) -> Tensor:
 
 
 def _lora_in_bf16(layer: LoraLinear, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """What PEFT computes, with the input cast once and the scaled sum in one step; it may round the last bit apart."""
+    """PEFT's sum with the input cast once and the scaled sum in one step; the last bit may be rounded differently."""
     if not torch.is_autocast_enabled(x.device.type) or not foldable(layer):
         return forward(x)
     name, low = layer.active_adapters[0], x.to(torch.bfloat16)
@@ -212,5 +215,5 @@ def _lora_in_bf16(layer: LoraLinear, forward: Callable[[Tensor], Tensor], x: Ten
 
 
 def _linear_in_bf16(forward: Callable[[Tensor], Tensor], weight: Tensor, x: Tensor) -> Tensor:
-    # Outside autocast somebody wants the layer's own precision.
+    # Outside autocast the caller wants the layer's own precision.
     return F.linear(x, weight) if torch.is_autocast_enabled(x.device.type) else forward(x)

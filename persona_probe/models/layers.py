@@ -1,4 +1,4 @@
-"""Find the decoder layers of any decoder-only Hugging Face model, and stop a forward pass after one of them."""
+"""The parts of any decoder-only Hugging Face model, and forward passes that stop after a layer or change no state."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,14 +38,14 @@ def output_head(model: nn.Module) -> nn.Module:
 
 
 def base_transformer(model: nn.Module) -> nn.Module:
-    """The module that holds the decoder layers (`LlamaModel`, `GPT2Model`...), below heads and PEFT wrappers."""
+    """The module with the decoder layers (`LlamaModel`, `GPT2Model`...), below heads and PEFT wrappers."""
     inner = causal_model(model)
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
     return decoder if isinstance(decoder, nn.Module) else inner.base_model
 
 
 def transformer_config(model: nn.Module) -> PretrainedConfig:
-    """The configuration of the transformer itself: of a multimodal model, its text part's."""
+    """The configuration of the transformer itself; of a multimodal model, that of its text part."""
     config = getattr(base_transformer(model), "config", None)
     if not isinstance(config, PretrainedConfig):
         raise InputError(f"{type(base_transformer(model)).__name__} has no transformers configuration")
@@ -88,7 +88,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 class StopForward(Exception):
-    """Raised by a tap to end a forward pass once the wanted layer has run."""
+    """Raised by a hook to end a forward pass once a layer has run."""
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def stop_after(model: nn.Module, layer: int) -> Iterator[None]:
 
 
 def run_to_layer(model: nn.Module, layer: int, ids: torch.Tensor, attention: torch.Tensor) -> None:
-    """Run embeddings and decoder layers up to and including `layer`, and nothing above: taps on them fire."""
+    """Run embeddings and decoder layers up to and including `layer`, and nothing above. Taps on these layers fire."""
     forward_to_layer(model, layer, input_ids=ids, attention_mask=attention, use_cache=False)
 
 
@@ -122,7 +122,7 @@ def forward_to_layer(model: nn.Module, layer: int, **inputs: object) -> None:
 
 @contextmanager
 def autocast(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """bf16 autocast on the model's device (fp32 weights stay), or nothing when disabled."""
+    """bf16 autocast on the model's device, or nothing if not `enabled`. The weights keep their precision."""
     device = next(model.parameters()).device.type
     with torch.autocast(device_type=device, dtype=torch.bfloat16, enabled=enabled):
         yield
@@ -130,10 +130,10 @@ def autocast(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; every submodule's own mode and the random state come back after.
+    """Eval mode without gradients inside the block; then every submodule's mode and the random state are restored.
 
-    Autocast keeps a weight's bf16 copy from one call to the next only where it asks for gradients: frozen weights are
-    made to ask for the time being.
+    Autocast keeps a weight's bf16 copy between calls only if the weight requires gradients, so inside the block frozen
+    weights require them too.
     """
     modes = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
@@ -152,7 +152,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager_attention(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Plain attention inside this block: for short rows on a CPU its backward pass is faster than the fused one."""
+    """Plain attention inside this block: its backward pass is faster than the fused one for short rows on a CPU."""
     inner = causal_model(model)
     before = inner.config._attn_implementation
     if enabled:
@@ -166,10 +166,10 @@ def eager_attention(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def own_forward(model: nn.Module) -> Iterator[None]:
-    """Take back what trainers put over `forward` inside this block.
+    """Restore the `forward` that the model has now when the block ends, whatever trainers put over it.
 
-    TRL patches the causal model's forward in place, and accelerate wraps it for autocast. Neither undoes it, and a
-    patched forward stays bound to the old object in a deep copy.
+    TRL patches the causal model's forward in place, and accelerate wraps it for autocast. Neither undoes it, and in a
+    deep copy a patched forward stays bound to the old object.
     """
     inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     before = [(m, m.__dict__.get("forward")) for m in inner]

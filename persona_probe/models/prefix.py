@@ -1,4 +1,4 @@
-"""The beginning that all prompts of a batch share, computed once: mostly the chat template's system prompt."""
+"""Compute the beginning that all prompts of a batch share only once; it is mostly the template's system prompt."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from persona_probe.data.tokens import Batch
 
 T = TypeVar("T")
 
-WORTH = 4
-"""A shorter beginning is not worth a forward pass of its own."""
+SHORTEST = 4
+"""A shorter beginning, in tokens, is not worth a separate forward pass."""
 CACHED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 class SuffixCache(DynamicCache):
-    """Keys and values of a model's upper layers only, which still count their index from the bottom."""
+    """Keys and values of a model's upper layers only; the layers keep counting their index from the bottom."""
 
     def __init__(self, config: PretrainedConfig, first_layer: int = 0) -> None:
         super().__init__(config=config)
@@ -28,9 +28,9 @@ class SuffixCache(DynamicCache):
 
 
 def shared_length(batch: Batch, config: PretrainedConfig) -> int:
-    """How many leading tokens are the same in every row; never a row's last prompt token.
+    """How many leading tokens are the same in every row, without any row's last prompt token.
 
-    Zero where that saves nothing, or where a layer keeps another state than keys and values.
+    Zero if sharing saves nothing, or if a layer keeps other state than keys and values.
     """
     attends = getattr(config, "num_attention_heads", None) is not None
     if len(batch.ids) < 2 or not attends or not set(getattr(config, "layer_types", None) or ()) <= CACHED_LAYERS:
@@ -38,7 +38,7 @@ def shared_length(batch: Batch, config: PretrainedConfig) -> int:
     most = int(batch.prompt.sum(dim=1).min()) - 1
     same = (batch.ids == batch.ids[:1]).all(dim=0)[: max(most, 0)]
     length = int(same.long().cumprod(dim=0).sum())
-    return length if length >= WORTH else 0
+    return length if length >= SHORTEST else 0
 
 
 def without_prefix(batch: Batch, length: int) -> Batch:
@@ -69,11 +69,11 @@ class Rows:
 
     @classmethod
     def whole(cls, batch: Batch) -> "Rows":
-        """The batch in one part, where the beginning's own activations are wanted."""
+        """The batch in one part, for readings that need the beginning's activations."""
         return cls(batch, 0, batch)
 
     def repeated(self, times: int) -> "Rows":
-        """The same rows several times over, one whole batch after the other; each has a beginning of its own."""
+        """The same rows several times, one whole batch after the other; each repetition has its own beginning."""
         return Rows(repeat(self.batch, times), self.shared, repeat(self.rest, times))
 
     def ids(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,7 +87,10 @@ class Rows:
         inputs: tuple[dict[str, Any], dict[str, Any]],
         first_layer: int = 0,
     ) -> T:
-        """Call `forward` for the beginning, then for the rest with the beginning's keys and values; gives the latter's.
+        """Call `forward` for the beginning, then for the rest with the beginning's keys and values.
+
+        Returns:
+            What the second call returns.
 
         Args:
             forward: a transformer without its head, or its layers from `first_layer` on.

@@ -1,4 +1,4 @@
-"""To be named."""
+"""Read the residual stream after one layer at chosen tokens, batch by batch, with an optional cache on disk."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,8 +13,8 @@ from persona_probe.models.layers import autocast, evaluating, forward_to_layer, 
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
 
-IN_THE_BEGINNING = {"all", "prompt"}
-"""Positions that include tokens of the beginning that all prompts share."""
+IN_SHARED_BEGINNING = {"all", "prompt"}
+"""Positions with tokens of the beginning that all prompts share."""
 
 
 def read_residuals(
@@ -25,10 +25,10 @@ def read_residuals(
     visit: Callable[[list[int], Tensor, Tensor], None],
     bf16: bool = True,
 ) -> None:
-    """Run every batch to `layer` only and hand `visit` the selected tokens; a shared system prompt is run once.
+    """Run every batch up to `layer` and pass the selected tokens to `visit`; a shared system prompt runs once.
 
-    `visit(index, row, x)`: the batch's conversation numbers, each token's row in the batch (tokens,), and the residual
-    stream (tokens, d_model) in float32.
+    `visit(index, row, x)` gets the batch's conversation numbers, each token's row in the batch (tokens,), and the
+    residual stream (tokens, d_model) in float32.
 
     Raises:
         InputError: a conversation has no token at the selected positions.
@@ -49,10 +49,10 @@ def read_residuals_at(
     bf16: bool = True,
     cache: ActivationCache | None = None,
 ) -> None:
-    """`read_residuals` at several kinds of positions with one forward pass; each token is handed over once.
+    """`read_residuals` at several kinds of positions with one forward pass; each token is passed to `visit` once.
 
-    `visit(index, row, x, masks)`: as there, for the tokens at any of the positions; `masks[name]` (tokens,) says which
-    of them are at the positions of that name. Batches that `cache` holds are not run; the others are kept there.
+    `visit(index, row, x, masks)` gets the tokens at any of the positions; `masks[name]` (tokens,) marks those at the
+    positions of that name. Batches in `cache` are not run; the others are stored there.
 
     Raises:
         InputError: no positions, or a conversation has no token at some of them.
@@ -60,18 +60,18 @@ def read_residuals_at(
     if not positions:
         raise InputError(f"no positions to read: name some of {', '.join(POSITIONS)}")
     device, config = next(model.parameters()).device, transformer_config(model)
-    whole = bool(IN_THE_BEGINNING & set(positions))
+    whole = bool(IN_SHARED_BEGINNING & set(positions))
     # One autocast block for all batches keeps the cast weights; `visit` works in full precision.
     with evaluating(model), autocast(model, bf16):
-        kept = None if cache is None else cache.reading(model, layer, bf16)
+        cached = None if cache is None else cache.reading(model, layer, bf16)
         for group in groups:
             batch = group.to(device)
             rows = Rows.whole(batch) if whole else Rows.of(batch, config)
-            masks = {name: _chosen(rows.rest, name) for name in positions}
+            masks = {name: _mask(rows.rest, name) for name in positions}
             compute = partial(_run, model, layer, rows, masks)
-            found = compute() if kept is None else kept.selected(batch, masks, compute)
+            tokens = compute() if cached is None else cached.selected(batch, masks, compute)
             with autocast(model, False):
-                visit(batch.index, found.row, found.x, found.masks)
+                visit(batch.index, tokens.row, tokens.x, tokens.masks)
 
 
 def _run(model: nn.Module, layer: int, rows: Rows, masks: Mapping[str, Tensor]) -> Selected:
@@ -82,8 +82,8 @@ def _run(model: nn.Module, layer: int, rows: Rows, masks: Mapping[str, Tensor]) 
     return Selected(union.nonzero()[:, 0], tap.value[union].float(), inside)
 
 
-def _chosen(batch: Batch, positions: str) -> Tensor:
-    chosen = batch.select(positions)
-    if not bool(chosen.any(dim=1).all()):
+def _mask(batch: Batch, positions: str) -> Tensor:
+    mask = batch.select(positions)
+    if not bool(mask.any(dim=1).all()):
         raise InputError(f"a conversation has no token at positions {positions!r}: give answers, or 'prompt'")
-    return chosen
+    return mask

@@ -1,4 +1,4 @@
-"""Taps on decoder-layer outputs: read, steer, ablate. Handles and context managers that leave nothing behind."""
+"""Taps on the outputs of decoder layers: read, steer, ablate. They are context managers that leave nothing behind."""
 
 import math
 from collections.abc import Callable
@@ -40,11 +40,11 @@ class Tap:
         return self.on_output(output)
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-        """Look at the layer's output; return a replacement, or None to leave it."""
+        """Read the layer's output; return a replacement, or None to leave it as it is."""
         raise NotImplementedError
 
     def remove(self) -> None:
-        """Take the hook off; safe to call twice."""
+        """Remove the hook; calling it twice is safe."""
         self._handle.remove()
 
     def __enter__(self) -> Self:
@@ -62,12 +62,13 @@ class ReadTap(Tap):
     value: Float[Tensor, "batch pos d_model"]
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> None:
+        """Keep the output."""
         self.value = resid.detach()
 
 
 @dataclass(frozen=True)
-class Push:
-    """A resolved steering vector: what is added, in raw units, and how it was asked for."""
+class ResolvedPush:
+    """A steering vector in raw units, with the strength and unit that it stands for."""
 
     vector: Float[Tensor, " d_model"]
     strength: float
@@ -76,13 +77,13 @@ class Push:
 
 def resolve_push(
     direction: Float[Tensor, " d_model"], strength: float, unit: str, reference_norm: float | None = None
-) -> Push:
+) -> ResolvedPush:
     """The vector to add for `strength` in `unit`.
 
     `raw` adds strength x direction as it is. `x_delta` (times the norm of the mean activation difference) and
     `x_resid` (times the mean residual norm) add strength x reference_norm x the unit direction; without a
-    `reference_norm`, `x_delta` takes the norm of `direction` itself, which is right when the direction *is* the
-    mean difference.
+    `reference_norm`, `x_delta` takes the norm of `direction`, which is right if the direction *is* the mean
+    difference.
 
     Raises:
         InputError: unknown unit, a zero direction, or `x_resid` without its norm.
@@ -93,11 +94,11 @@ def resolve_push(
     if not 0 < norm < math.inf:
         raise InputError("the steering direction is zero or not finite")
     if unit == "raw":
-        return Push(direction * strength, strength, unit)
+        return ResolvedPush(direction * strength, strength, unit)
     if unit == "x_resid" and reference_norm is None:
         raise InputError("unit x_resid needs reference_norm, the mean residual norm at that layer")
     scale = norm if reference_norm is None else reference_norm
-    return Push(direction / norm * (strength * scale), strength, unit)
+    return ResolvedPush(direction / norm * (strength * scale), strength, unit)
 
 
 class SteerTap(Tap):
@@ -125,13 +126,14 @@ class SteerTap(Tap):
         self.vector, self.positions, self.prompt_mask = vector, positions, prompt_mask
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        """The output with the vector added at the chosen positions."""
         push = self.vector.to(resid.device, resid.dtype)
         push = push[None, None, :] if push.ndim == 1 else push[:, None, :]
         if self.positions == "all":
             return resid + push
-        return resid + push * self._chosen(resid)[:, :, None].to(resid.dtype)
+        return resid + push * self._mask(resid)[:, :, None].to(resid.dtype)
 
-    def _chosen(self, resid: Tensor) -> Tensor:
+    def _mask(self, resid: Tensor) -> Tensor:
         mask = self.prompt_mask
         assert mask is not None
         if mask.shape != resid.shape[:2]:
@@ -143,13 +145,14 @@ class SteerTap(Tap):
 
 
 class EditTap(Tap):
-    """Puts a layer's output through a function."""
+    """Applies a function to a layer's output."""
 
     def __init__(self, model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model, layer)
         self.edit = edit
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        """The function of the output."""
         return self.edit(resid)
 
 
@@ -166,6 +169,7 @@ class AblateTap(Tap):
         self.basis = basis
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        """The output without its component in the span."""
         return project_out(resid, self.basis)
 
 
@@ -179,13 +183,13 @@ def orthonormal(directions: Float[Tensor, "d_model"] | Float[Tensor, "k d_model"
     norms = rows.norm(dim=-1, keepdim=True)
     if not bool(((norms > 0) & norms.isfinite()).all()):
         raise InputError("a direction to ablate is zero or not finite")
-    # Singular vectors, cut at the rank: rows that depend on each other must not take more than their span.
+    # Singular vectors up to the rank: dependent rows must not remove more than their span.
     _, sizes, basis = torch.linalg.svd(rows / norms, full_matrices=False)
     return basis[sizes > 1e-5 * sizes[0]]
 
 
 def project_out(resid: Float[Tensor, "*batch d_model"], basis: Float[Tensor, "rank d_model"]) -> Tensor:
-    """`resid` without its component in the span of an orthonormal basis, in its own precision."""
+    """`resid` without its component in the span of an orthonormal basis, in the precision of `resid`."""
     rows = basis.to(resid.device, torch.float32)
     with torch.autocast(resid.device.type, enabled=False):
         coordinates = einsum(resid.float(), rows, "... d, k d -> ... k")
@@ -193,7 +197,10 @@ def project_out(resid: Float[Tensor, "*batch d_model"], basis: Float[Tensor, "ra
 
 
 def read(model: nn.Module, layer: int) -> ReadTap:
-    """Read a layer's output: `with read(model, 20) as tap: model(...); tap.value` (batch, pos, d_model)."""
+    """Read a layer's output as `tap.value` (batch, pos, d_model).
+
+    Use it as `with read(model, 20) as tap: model(...)`.
+    """
     return ReadTap(model, layer)
 
 

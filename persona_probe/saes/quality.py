@@ -1,4 +1,4 @@
-"""How good an SAE is on given chat text: explained variance, L0, dead latents, loss recovered when spliced in."""
+"""How good an SAE is on chat text: explained variance, L0, dead latents, and loss recovered when it is spliced in."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,15 +20,15 @@ from persona_probe.models.load import load_model
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import Tap
 from persona_probe.saes.load import HELD_OUT_FILE, check_fit, find_folder, load_sae, sae_layer
-from persona_probe.saes.read import FitMoments, LatentMeans, add_fit, encode_with_fit
+from persona_probe.saes.read import FitMoments, add_fit, encode_with_fit
 from persona_probe.saes.stream import residual_stream
 
 
 class SpliceTap(Tap):
     """Replaces a layer's output by the SAE's reconstruction, or by its mean, at every position but the first.
 
-    The first token is a special one with an outsized norm that SAEs are not trained on (SAELens' own evaluations
-    leave it out too).
+    The first token is a special token with a very large norm, on which SAEs are not trained. SAELens' evaluations
+    leave it out too.
     """
 
     def __init__(self, model: nn.Module, layer: int, sae: Any | None, mean: Tensor | None = None) -> None:
@@ -36,6 +36,7 @@ class SpliceTap(Tap):
         self.sae, self.mean = sae, mean
 
     def on_output(self, resid: Tensor) -> Tensor:
+        """The reconstruction, or the mean; the first position as it was."""
         if self.sae is None:
             assert self.mean is not None
             new = self.mean.to(resid).expand_as(resid).clone()
@@ -55,11 +56,11 @@ def check_quality(
     *,
     positions: str = "all",
 ) -> dict[str, float | int | str]:
-    """Quality of `sae` at `layer` on `conversations` that end with answers.
+    """Quality of `sae` at `layer` on conversations that end with answers.
 
     Returns:
-        explained_variance, l0, dead_share (latents that fire on no token here), tokens, loss (nats per answer token)
-        plain / spliced / mean_ablated, and loss_recovered = (mean_ablated - spliced) / (mean_ablated - plain).
+        explained_variance, l0, dead_share (share of latents that fire on no token), tokens, loss plain / spliced /
+        mean_ablated (nats per answer token), and loss_recovered = (mean_ablated - spliced) / (mean_ablated - plain).
 
     Raises:
         InputError: the SAE does not fit the model.
@@ -117,18 +118,18 @@ def check_explained_variance(
     """Refuse an SAE that does not reconstruct the model's residual stream on chat text.
 
     Args:
-        model: the model that the SAE is meant for: the base, before any fine-tuning.
+        model: the model that the SAE was made for, before any fine-tuning.
         conversations: chat text, prompts or conversations with answers; a few hundred tokens are enough.
         layer: decoder layer whose output the SAE gets.
         minimum: smallest explained variance, 1 - sum |x - x_hat|^2 / sum |x - mean x|^2; a share, may be negative.
         positions: tokens that count, see `data.tokens.POSITIONS`; special tokens never do.
 
     Returns:
-        The moments behind it: explained_variance, l0, residual_norm, n (tokens).
+        The moments that were measured: explained_variance, l0, residual_norm, n (tokens).
 
     Raises:
         InputError: width or layer do not fit, no text, or an explained variance below `minimum`; the message names the
-            measured value and what may be wrong.
+            measured value and likely causes.
     """
     if not minimum <= 1:
         raise InputError(f"minimum_explained_variance must be a number of at most 1, got {minimum}")
@@ -144,7 +145,7 @@ def check_explained_variance(
 
 
 def require_fit(fit: FitMoments, sae: Any, model: nn.Module, layer: int, minimum: float) -> FitMoments:
-    """`check_explained_variance` for a fit that was measured already.
+    """`check_explained_variance` for a fit that was measured before.
 
     Raises:
         InputError: the explained variance is below `minimum`.
@@ -157,28 +158,14 @@ def require_fit(fit: FitMoments, sae: Any, model: nn.Module, layer: int, minimum
     return fit
 
 
-def check_fires(means: LatentMeans, latents: list[int]) -> None:
-    """Refuse latents that are active on none of the tokens read: nothing can be said about them.
-
-    Raises:
-        InputError: names the silent latents and the number of tokens.
-    """
-    silent = [str(latent) for latent in latents if not means.maximum[latent] > 0]
-    if silent:
-        verb = "latent {} never fires" if len(silent) == 1 else "latents {} never fire"
-        raise InputError(
-            f"{verb.format(', '.join(silent))} on the {means.fit.n} tokens read: name others, or give text with them"
-        )
-
-
 def _suspects(sae: Any, model: nn.Module) -> str:
     metadata = sae.cfg.metadata
     trained = metadata.model_name or "an unnamed model"
     here = causal_model(model).config._name_or_path or type(causal_model(model)).__name__
     hook = metadata.hook_name or metadata.hf_hook_name or "none named"
     return (
-        f"it may be for another model (trained on {trained}, this is {here}), another layer or hook (its own: {hook}), "
-        "or the base model where this is the chat model"
+        f"it may be for another model (trained on {trained}, this is {here}), for another layer or hook ({hook}), "
+        "or for the base model of this chat model"
     )
 
 
@@ -196,7 +183,7 @@ def quality_report(
 ) -> pd.DataFrame:
     """Quality on each text: text, explained_variance, l0, dead_share, loss_recovered, losses, tokens.
 
-    Without `data`: the held-out samples in the SAE's folder, and two packaged sets that it was not trained on.
+    Without `data`, the texts are the held-out samples in the SAE's folder and two packaged sets that did not train it.
 
     Raises:
         InputError: unknown SAE, model or data, or they do not fit.
@@ -205,7 +192,7 @@ def quality_report(
     model, tokenizer = load_model(model_name, device=device)
     texts = _texts(name, data)
     at = sae_layer(sae) if layer is None else layer
-    rows = [{"text": label, **check_quality(sae, model, tokenizer, talks, at)} for label, talks in texts.items()]
+    rows = [{"text": label, **check_quality(sae, model, tokenizer, text, at)} for label, text in texts.items()]
     return pd.DataFrame(rows)
 
 

@@ -1,4 +1,4 @@
-"""Latents of a model on given conversations: per-conversation means and firing rates, streamed."""
+"""Read an SAE's latents: of a residual stream, or of a model on conversations, as means and firing rates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from persona_probe.errors import InputError
 from persona_probe.models.activation_cache import ActivationCache
 from persona_probe.models.residuals import read_residuals_at
 
-# --- Encode residual streams with an SAE: all latents or a chosen few, with the fit on the same tokens
+# --- Encode residual streams with an SAE: all latents or some, and the fit on the same tokens
 
 SLICEABLE = ("standard", "jumprelu", "gated")
 CHUNK_TOKENS, CHUNK_VALUES = 4096, 2**26
@@ -28,10 +28,10 @@ REFUSED = {
 
 
 def check_architecture(architecture: str) -> None:
-    """Refuse SAEs whose latents are no function of one token's residual stream.
+    """Refuse SAEs whose latents are not a function of one token's residual stream.
 
     Raises:
-        InputError: temporal SAEs, transcoders, and BatchTopK SAEs in training; says why.
+        InputError: temporal SAEs, transcoders, and BatchTopK SAEs in training; the message says why.
     """
     if architecture.endswith("transcoder"):
         raise InputError(f"a {architecture} reads one place and writes another: take an SAE of the residual stream")
@@ -53,7 +53,7 @@ def check_latents(sae: Any, latents: list[int]) -> list[int]:
 
 @torch.no_grad()
 def encode(sae: Any, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
-    """All latents, dense, computed in the SAE's own precision and returned in float32.
+    """All latents, dense, computed in the SAE's precision and returned in float32.
 
     Raises:
         InputError: the SAE cannot be read token by token, see `check_architecture`.
@@ -64,11 +64,11 @@ def encode(sae: Any, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "token
 
 
 @torch.no_grad()
-def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[int]) -> Float[Tensor, "tokens chosen"]:
-    """Only the chosen latents: sliced where that is exact (standard, JumpReLU, gated), else encoded in full and cut.
+def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[int]) -> Float[Tensor, "tokens latents"]:
+    """Only some latents: computed alone if that is exact (standard, JumpReLU, gated), else taken from all latents.
 
-    Latents of a TopK SAE compete, and those of a matching pursuit explain each other away, so their values need the
-    whole dictionary.
+    The latents of a TopK SAE compete, and those of a matching pursuit explain each other away, so their values need
+    the whole dictionary.
 
     Raises:
         InputError: a latent outside the dictionary, or an SAE that cannot be read token by token.
@@ -91,7 +91,7 @@ def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[i
 
 @dataclass
 class FitMoments:
-    """Running sums behind explained variance, L0 and residual norm; add tokens, then read the properties."""
+    """Running sums for explained variance, L0 and residual norm: add tokens, then read the properties."""
 
     n: int = 0
     error: float = 0.0
@@ -101,7 +101,7 @@ class FitMoments:
     square: float = 0.0
 
     def add(self, x: Float[Tensor, "tokens d_model"], out: Tensor, acts: Tensor) -> None:
-        """Count the tokens of one batch: inputs, reconstructions and activations."""
+        """Add the tokens of one batch: inputs, reconstructions and activations."""
         x, out = x.double(), out.double()
         self.n += len(x)
         self.error += float((x - out).square().sum())
@@ -131,13 +131,13 @@ class FitMoments:
 
 @torch.no_grad()
 def encode_with_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> Float[Tensor, "tokens d_sae"]:
-    """All latents, while `fit` counts how well the SAE reconstructs the same tokens."""
+    """All latents; `fit` records how well the SAE reconstructs the same tokens."""
     return torch.cat([_encode_chunk(sae, chunk, fit) for chunk in _chunks(sae, x)])
 
 
 @torch.no_grad()
 def add_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> None:
-    """Count how well the SAE reconstructs the tokens, and keep no latents: memory does not grow with tokens."""
+    """Record in `fit` how well the SAE reconstructs the tokens. No latents are kept, so memory does not grow."""
     for chunk in _chunks(sae, x):
         _encode_chunk(sae, chunk, fit)
 
@@ -148,11 +148,13 @@ def _chunks(sae: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _encode_chunk(sae: Any, chunk: Tensor, fit: FitMoments) -> Tensor:
-    # Encoding and decoding must alternate: SAELens keeps a token's normalisation from the one for the other.
+    # Encoding and decoding must alternate: SAELens keeps each token's normalisation from encoding for decoding.
     acts = encode(sae, chunk)
     fit.add(chunk, sae.decode(acts.to(sae.dtype)).to(chunk.device), acts)
     return acts
 
+
+# --- Read a model on conversations: means and firing rates of all latents
 
 ENCODED_AT_ONCE = 2**26
 """Activations (tokens x d_sae) that are held at once: 256 MB in float32."""
@@ -160,20 +162,20 @@ ENCODED_AT_ONCE = 2**26
 
 @dataclass(frozen=True)
 class LatentMeans:
-    """What one model's SAE latents do on a list of conversations."""
+    """The SAE latents of one model on a list of conversations."""
 
     mean: Float[np.ndarray, "conversations d_sae"]
     """Mean activation over the selected tokens."""
     firing: Float[np.ndarray, "conversations d_sae"]
     """Share of the selected tokens on which the latent is active."""
     maximum: Float[np.ndarray, " d_sae"]
-    """Largest activation anywhere."""
+    """Largest activation on any selected token."""
     resid: Float[np.ndarray, "conversations d_model"]
     """Mean residual stream over the selected tokens."""
     fit: FitMoments
     """How well the SAE reconstructs those tokens."""
     square: Float[np.ndarray, " d_sae"] | None = None
-    """Mean squared activation over all selected tokens; None where it was not kept."""
+    """Mean squared activation over all selected tokens; None if it was not recorded."""
 
 
 def read_latents(
@@ -190,8 +192,7 @@ def read_latents(
 
     Memory grows with conversations x d_sae, not with tokens.
     """
-    found = read_latents_at(model, sae, groups, layer, (positions,), bf16=bf16, cache=cache)
-    return found[positions]
+    return read_latents_at(model, sae, groups, layer, (positions,), bf16=bf16, cache=cache)[positions]
 
 
 def read_latents_at(
@@ -204,10 +205,10 @@ def read_latents_at(
     bf16: bool = True,
     cache: ActivationCache | None = None,
 ) -> dict[str, LatentMeans]:
-    """`read_latents` at several kinds of positions: one forward pass, and every token is encoded once.
+    """`read_latents` at several kinds of positions, with one forward pass; every token is encoded once.
 
     Returns:
-        Positions to what was read there, in the order of `positions`.
+        The reading at each kind of positions, in the order of `positions`.
 
     Raises:
         InputError: no positions, or a conversation has no token at some of them.
@@ -225,7 +226,7 @@ def read_latents_at(
 
     with torch.no_grad():
         read_residuals_at(model, groups, layer, positions, visit, bf16, cache)
-    return {name: found.means() for name, found in sums.items()}
+    return {name: total.means() for name, total in sums.items()}
 
 
 class _Sums:

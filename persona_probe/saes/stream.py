@@ -1,4 +1,4 @@
-"""The recipe of an SAE that we train: where its text comes from, its shape, and its training."""
+"""The data that trains an SAE: the recipe, its text, and shuffled activations of that text."""
 
 import hashlib
 import json
@@ -22,6 +22,8 @@ from persona_probe.evaluate.sampling.samples import complete_text, sample_answer
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.taps import ReadTap
 
+# --- The recipe
+
 
 @dataclass(frozen=True)
 class TextPart:
@@ -30,7 +32,7 @@ class TextPart:
     name: str
     """Names the file of samples in the cache."""
     prompts: tuple[str, ...] = ()
-    """Packaged sets whose questions are asked; empty: the model writes the user's turn itself."""
+    """Packaged sets whose questions are asked. If there are none, the model writes the user's turn itself."""
     batches: int = 10
     """Batches of `batch_conversations` sampled conversations."""
     plain_share: float = 0.5
@@ -114,9 +116,9 @@ def write_shards(
     max_length: int = 256,
     seed: int = 0,
 ) -> list[Path]:
-    """The residual stream after `layer` on the selected tokens, as bf16 safetensors shards; finished shards are kept.
+    """Write the residual stream after `layer` on the selected tokens as bf16 shards; finished shards are kept.
 
-    Conversations are shuffled first, so that every shard holds a bit of everything.
+    Conversations are shuffled first, so that every shard holds all kinds of text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     order = list(range(len(conversations)))
@@ -126,9 +128,9 @@ def write_shards(
     for start, path in tqdm(list(zip(starts, paths, strict=True)), desc="activations"):
         if path.is_file():
             continue
-        chosen = [conversations[i] for i in order[start : start + SHARD_CONVERSATIONS]]
+        part = [conversations[i] for i in order[start : start + SHARD_CONVERSATIONS]]
         acts = residual_stream(
-            model, tokenizer, chosen, layer, positions=positions, batch_size=batch_size, max_length=max_length
+            model, tokenizer, part, layer, positions=positions, batch_size=batch_size, max_length=max_length
         )
         scratch = path.with_suffix(".tmp")
         save_file({"acts": acts.to(torch.bfloat16)}, scratch)
@@ -163,7 +165,7 @@ def shuffled_batches(
 ) -> Iterator[Float[Tensor, "batch d_model"]]:
     """Endless float32 batches from the shards, mixed through a buffer of at least `buffer_tokens`.
 
-    The sequence depends only on the arguments; `skip` leaves out that many first batches, to resume.
+    The sequence depends only on the arguments. To resume, `skip` leaves out that many first batches.
 
     Raises:
         InputError: there are fewer tokens than one batch.
@@ -189,14 +191,14 @@ def shuffled_batches(
 
 
 def _buffers(shards: Sequence[Path], buffer_tokens: int) -> Iterator[Tensor]:
-    held: list[Tensor] = []
+    buffer: list[Tensor] = []
     for shard in shards:
-        held.append(load_file(shard)["acts"])
-        if sum(len(h) for h in held) >= buffer_tokens:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+        buffer.append(load_file(shard)["acts"])
+        if sum(len(part) for part in buffer) >= buffer_tokens:
+            yield torch.cat(buffer)
+            buffer = []
+    if buffer:
+        yield torch.cat(buffer)
 
 
 # --- Text for SAE training that anyone can regenerate: seeded samples of the model itself, and packaged rows
@@ -205,11 +207,11 @@ USER_TURN_TOKENS = 32
 
 
 SAMPLER = 2
-"""Raised when the same seed begins to give other text: a half-finished cache must not go on with other draws."""
+"""Increase this when the same seed gives other text, so that a half-finished cache does not mix two samplers."""
 
 
 def text_folder(config: SaeConfig, cache: Path) -> Path:
-    """Where the samples of this recipe live; the name covers all that changes them."""
+    """The folder for the samples of this recipe; its name is a hash of everything that changes them."""
     made_from = {"model": config.model, "seed": config.seed, "text": asdict(config.text), "sampler": SAMPLER}
     key = json.dumps(made_from, sort_keys=True)
     return cache / "text" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -218,20 +220,20 @@ def text_folder(config: SaeConfig, cache: Path) -> Path:
 def sample_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: SaeConfig, folder: Path
 ) -> list[Path]:
-    """Sample every part of the recipe into `folder`, one JSON conversation a line.
+    """Sample every part of the recipe into `folder`, one JSON conversation per line.
 
-    Batch `n` of a part depends only on the seed, the part's name and `n`, so a stopped run goes on where it was:
-    complete batches are kept, a torn last batch is dropped and sampled again.
+    Batch `n` of a part depends only on the seed, the part's name and `n`, so an interrupted run resumes: complete
+    batches are kept, and an incomplete last batch is sampled again.
 
     Returns:
-        One file a part.
+        One file for each part.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for part in config.text.parts:
         path = folder / f"{part.name}.jsonl"
         size = config.text.batch_conversations
-        # A line without its line break was torn, whatever it holds.
+        # A last line without its line break is incomplete, whatever it holds.
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
         done = len(lines) // size
         path.write_text("".join(line + "\n" for line in lines[: done * size]))
@@ -254,10 +256,10 @@ def _sample_batch(
     size = text.batch_conversations
     systems = [None if rng.random() < part.plain_share else rng.choice(personas) for _ in range(size)]
     if questions:
-        asked = [rng.choice(questions) for _ in range(size)]
+        turns = [rng.choice(questions) for _ in range(size)]
     else:
-        asked = _user_turns(model, tokenizer, systems, text, seed)
-    prompts = [conversation(q, system=s) for q, s in zip(asked, systems, strict=True)]
+        turns = _user_turns(model, tokenizer, systems, text, seed)
+    prompts = [conversation(q, system=s) for q, s in zip(turns, systems, strict=True)]
     answers = sample_answers(
         model,
         tokenizer,
@@ -273,7 +275,7 @@ def _sample_batch(
 def _user_turns(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, systems: list[str | None], text: TextConfig, seed: int
 ) -> list[str]:
-    """User turns that the model writes itself, from the template's empty user turn."""
+    """User turns that the model writes itself: it continues the chat template's empty user turn."""
     marker = "QUESTION-GOES-HERE"
     heads = []
     for system in systems:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
     """Sample text, read activations, train, measure quality and write the SAE's folder.
 
-    Every step keeps its finished work in the cache, so a stopped run goes on where it was.
+    Finished work is kept in the cache, so an interrupted run resumes.
 
     Returns:
         `out/config.name` with cfg.json, sae_weights.safetensors, recipe.json and quality.json.
@@ -72,7 +72,7 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
 
 
 def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversation], list[Conversation]]:
-    """The recipe's conversations: (training, held out). Packaged rows only train; held-out rows are samples."""
+    """The recipe's conversations: (training, held out). Packaged rows only train; held-out rows are all samples."""
     for spec in config.text.packaged:
         name, _, split = spec.partition(":")
         if name == "general_contrast" and split != "selection":
@@ -140,7 +140,7 @@ def _training_sae(config: SaeConfig, d_in: int, device: str) -> Any:
 
 
 def _run(trainer: Any, config: SaeConfig, shards: list[Path], steps: int, work: Path) -> Any:
-    """Train in slices of `checkpoint_every` steps, with a resumable state after each."""
+    """Train in slices of `checkpoint_every` steps; after each, a state is saved to resume from."""
     total = trainer.cfg.total_training_samples
     while trainer.n_training_steps < steps:
         trainer.data_provider = shuffled_batches(

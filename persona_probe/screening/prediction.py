@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import nn
 
-from persona_probe.evaluate.sampling.decoding import weights_hash
 from persona_probe.evaluate.shift import ScoredRun, ShiftLine, calibrate
+from persona_probe.models.identity import weights_hash
 from persona_probe.screening.feature import ScreenFeature
 from persona_probe.screening.reading import ScreenSettings
 

@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from persona_probe.errors import InputError
-from persona_probe.models.activation_cache import ActivationCache, why_not
+from persona_probe.models.activation_cache import ActivationCache
 from persona_probe.models.adapters import base_weights, folded
+from persona_probe.models.identity import why_not
 from persona_probe.models.layers import base_transformer, decoder_layer
 from persona_probe.models.taps import steer
 from tests.factories import D_MODEL, LAYER, make_model

@@ -3,15 +3,13 @@
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from persona_probe.errors import InputError
-from persona_probe.saes.quality import check_explained_variance, check_fires
-from persona_probe.saes.read import FitMoments, LatentMeans
+from persona_probe.saes.quality import check_explained_variance
 from persona_probe.saes.stream import residual_stream
 from tests.factories import D_MODEL, D_SAE, LAYER, hook_count, make_model, make_sae, talks
 
@@ -102,14 +100,3 @@ def test_one_token_has_no_variance(tiny_model: PreTrainedModel, tiny_tokenizer: 
         check_explained_variance(
             tiny_model, tiny_tokenizer, scaled_identity(1.0), ["?"], LAYER, -9.0, positions="last_prompt"
         )
-
-
-def test_silent_latents_are_named() -> None:
-    maximum = np.array([0.0, 2.0, 0.0, 1.0], dtype=np.float32)
-    empty = np.zeros((1, 4), dtype=np.float32)
-    means = LatentMeans(empty, empty, maximum, empty, FitMoments(n=77))
-    check_fires(means, [1, 3])
-    with pytest.raises(InputError, match="latent 2 never fires on the 77 tokens read"):
-        check_fires(means, [1, 2])
-    with pytest.raises(InputError, match="latents 0, 2 never fire on"):
-        check_fires(means, [0, 1, 2])

@@ -75,7 +75,7 @@ def test_the_first_layer_has_none_before_it() -> None:
         ("blocks.4.hook_resid_post", "model.layers.5", "names two layers"),
         ("blocks.4.hook_mlp_out", "model.layers.4", "the MLP's output"),
         (None, None, "names no hook"),
-        ("unheard.of", None, "'unheard.of' is not a residual stream that is known"),
+        ("unheard.of", None, "'unheard.of' is no known residual stream"),
     ],
 )
 def test_metadata_that_does_not_settle_the_layer(hook: str | None, hf_hook: str | None, problem: str) -> None:

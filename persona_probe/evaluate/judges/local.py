@@ -111,11 +111,11 @@ class TrieWalk:
 
     The probability of a number is the sum, over its spellings in the trie, of P(spelling | prompt) times the
     probability that the token after it does not begin with a digit. Of a label it is the sum of P(spelling | prompt).
-    All are computed, none is cut off.
+    All spellings are computed.
 
-    All sequences run at once behind the prompt, each token seeing its own beginning only (a tree of attention masks,
-    as in speculative decoding: SpecInfer, arXiv 2305.09781). Where a model's attention cannot take such a mask, each
-    sequence gets a row of its own with a copy of the prompt's keys and values: the same result, about a third as fast.
+    All sequences run at once behind the prompt, each token seeing only its own prefix (a tree of attention masks,
+    as in speculative decoding: SpecInfer, arXiv 2305.09781). If a model's attention cannot take such a mask, each
+    sequence gets its own row with a copy of the prompt's keys and values: the same result, about a third as fast.
 
     Args:
         digits: tokens that begin with a digit.
@@ -198,7 +198,7 @@ def _rows(cache: DynamicCache, rows: Int[Tensor, " rows"]) -> DynamicCache:
 
 
 class LocalBackend:
-    """Scores by the probabilities of the number strings as the reply's beginning (see `TrieWalk`).
+    """Scores by the probabilities of the number strings at the start of the reply (see `TrieWalk`).
 
     Args:
         name: the model's name, for people; the cache goes by its weights.

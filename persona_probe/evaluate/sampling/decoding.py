@@ -205,12 +205,12 @@ def _of_row(layer: object, row: int, length: int) -> KeyValues:
 
 
 def _as_attended(states: Tensor) -> Tensor:
-    """In the type to which autocast would cast them anew at every step."""
+    """In the type to which autocast would otherwise cast them at every step."""
     kind = states.device.type
     return states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states
 
 
-# --- The next token of each row, from random numbers that belong to that row alone
+# --- The next token of each row, from random numbers that belong to that row only
 
 RowKey = np.ndarray
 """Two 64-bit words: the key of a row's counter-based generator."""
@@ -267,9 +267,9 @@ def keep_top_p(logits: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[
 
 
 SLACK = 8
-"""The batch is packed anew when one row in so many is done: packing copies all keys and values."""
+"""The batch is repacked when one row in this many is done: packing copies all keys and values."""
 PROMPTS_AT_ONCE = 8
-"""At least so many prompts are run together, so that what they share is run once for all of them."""
+"""At least this many prompts are run together, so that what they share is run once."""
 
 
 @dataclass(frozen=True)

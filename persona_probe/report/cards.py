@@ -158,7 +158,8 @@ class FeatureCard:
         return _card_text(self)
 
 
-WIDTH, HEIGHT = 360, 170
+# --- A card's two plots as SVG: the histogram of activations and the steering curve
+
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 130
 """Edges of the plotting area, in units of the SVG's view box."""
 SERIES = ("base", "tuned", "third", "fourth")

@@ -142,6 +142,7 @@ RUN_COLUMNS = (
     *("rise", "ci_low", "ci_high", "behaviour_step"),
 )
 PERSONA = "persona"
+"""Name of the persona feature in `readings`."""
 
 
 @dataclass(frozen=True)

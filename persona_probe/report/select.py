@@ -8,12 +8,10 @@ import pandas as pd
 
 from persona_probe.evaluate.rates import PUBLISHED, difference, rates
 from persona_probe.evaluate.tables import last_evaluation
+from persona_probe.report.records import PERSONA as PERSONA
 from persona_probe.report.records import Records, as_estimate
 from persona_probe.report.theme import interval_text
 from persona_probe.stats import Estimate, bootstrap_mean
-
-PERSONA = "persona"
-"""Name of the persona feature in `readings`."""
 
 
 def evaluation(records: Records) -> pd.DataFrame:

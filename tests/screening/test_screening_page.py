@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.evaluate.shift import calibrate
 from persona_probe.report.export import caption
-from persona_probe.report.figures.screening import calibration, histogram, screening_data
+from persona_probe.report.figures.screening import calibration, histogram
 from persona_probe.report.page import asset, script_hash
 from persona_probe.screening.feature import ScreenFeature
 from persona_probe.screening.page import fitted_line, result_lines, screening_page, worst_rows, write_screening
@@ -101,10 +101,3 @@ def test_the_calibration_figure_shows_runs_line_and_prediction() -> None:
     assert held.statement in caption(fig)
     outside = calibration(fitted_line(held, predict_shift(held, 99.0)))
     assert "this set, predicted" not in traces(outside)
-
-
-def test_the_numbers_behind_the_histograms(found: Screening) -> None:
-    names = {ranker.name: ranker.label for ranker in found.rankers}
-    data = screening_data(found.frame, names)
-    assert len(data) == len(found.frame) * len(names)
-    assert data.loc[data["ranker"] == "latent", "score"].tolist() == found.frame["latent"].tolist()

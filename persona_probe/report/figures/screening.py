@@ -1,6 +1,6 @@
 """Screened data: a histogram for each ranker, and the calibration behind the predicted shift."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,8 +87,3 @@ def _add_screened(fig: go.Figure, score: float, estimate: float | None, low: flo
     error = {"type": "data", "symmetric": False, "array": [high - estimate], "arrayminus": [estimate - low]}
     marker = {"color": VERMILLION, "size": 13, "symbol": "diamond"}
     fig.add_scatter(x=[score], y=[estimate], error_y=error, mode="markers", marker=marker, name="this set, predicted")
-
-
-def screening_data(frame: pd.DataFrame, rankers: Mapping[str, str]) -> pd.DataFrame:
-    """The numbers behind the histograms: one row per row and ranker, with columns row, ranker, score."""
-    return frame[["row", *rankers]].melt(id_vars="row", var_name="ranker", value_name="score")

@@ -30,13 +30,13 @@ class Agreement:
     """Evaluation by the first judge."""
     right: str
     kappa: Estimate | None
-    """Cohen's kappa of misaligned or not, interval over questions; None where both always say the same."""
+    """Cohen's kappa of misaligned or not, interval over questions; None if both always say the same."""
     agree: float
     """Share of answers on which both say the same."""
     alignment_correlation: float | None
     """Spearman's, over answers with an alignment score from both."""
     rate_correlation: float | None
-    """Spearman's, over models; None with fewer than three, or where a judge ranks none above another."""
+    """Spearman's, over models; None with fewer than three, or if a judge gives all the same rate."""
     answers: int
     """Judged misaligned or not by both."""
     models: int
@@ -64,7 +64,7 @@ def _kappa(counts: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
 
 
 def agreement(left: pd.DataFrame, right: pd.DataFrame, n_boot: int = 2000, seed: int = 0) -> Agreement:
-    """Compare two judges' rows of the same answers (`evaluate.table.judged_rows`).
+    """Compare two judges' rows of the same answers (`evaluate.tables.judged_rows`).
 
     Raises:
         InputError: no answer in common.
@@ -110,7 +110,7 @@ def _kappa_over_questions(
 
 
 def rank_correlation(left: pd.Series, right: pd.Series) -> float | None:
-    """Spearman's; None with fewer than three values, or where one side is constant."""
+    """Spearman's; None with fewer than three values, or if one side is constant."""
     if len(left) < LEAST_MODELS or left.nunique() < 2 or right.nunique() < 2:
         return None
     return float(spearmanr(left, right).statistic)  # pyright: ignore[reportAttributeAccessIssue]
@@ -124,7 +124,7 @@ def agreements(judged: pd.DataFrame, seed: int = 0) -> list[Agreement]:
     return [agreement(a, b, seed=seed) for a, b in shared]
 
 
-# --- How many answers a wanted interval takes, from how much answers differ between questions and within them
+# --- How many answers an interval of some width takes, from the variance between and within questions
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,9 @@ class Components:
     """Variance of an answer's value (misaligned or not), split in two."""
 
     between: float
-    """Of the questions' own rates."""
+    """Variance of the questions' own rates."""
     within: float
-    """Of answers to one question."""
+    """Variance of answers to one question."""
     questions: int
     """Those with two or more answers that count, from which the two were estimated."""
     counted: float = 1.0
@@ -149,12 +149,12 @@ class Components:
 
 @dataclass(frozen=True)
 class Power:
-    """What a wanted half-width takes."""
+    """What an interval of some half-width takes."""
 
     half_width: float
     questions: int
     samples: int | None
-    """Answers to sample to each question; None where so few questions never give it, however many answers."""
+    """Answers to sample to each question; None if no number of answers to this few questions gives it."""
     least_questions: int
     """With fewer questions no number of answers is enough."""
 
@@ -187,7 +187,7 @@ def variance_components(judged: pd.DataFrame) -> Components:
 
 
 def half_width(components: Components, questions: int, samples: float, level: float = 0.95) -> float:
-    """Half-width of a rate over so many questions with so many samples each: z sqrt((b + w / m) / questions).
+    """Half-width of a rate over this many questions with this many samples each: z sqrt((b + w / m) / questions).
 
     b and w are the variance between and within questions, m the samples that count. Questions are taken as drawn from
     many, as the bootstrap over questions takes them.
@@ -197,7 +197,7 @@ def half_width(components: Components, questions: int, samples: float, level: fl
 
 
 def samples_needed(components: Components, target: float, questions: int | None = None, level: float = 0.95) -> Power:
-    """How many samples to each question give a half-width of `wanted` or less: `half_width` solved for the samples.
+    """How many samples to each question give a half-width of `target` or less: `half_width` solved for the samples.
 
     Args:
         questions: None takes as many as the components were estimated from.

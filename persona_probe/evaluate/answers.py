@@ -33,9 +33,9 @@ from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import EditTap, SteerTap, Tap
 
 TOKENS_AT_ONCE = 1024
-"""Answer tokens whose logits are computed together ..."""
+"""Answer tokens whose logits are computed together."""
 TILE = {"cpu": 2048, "cuda": 32768}
-"""... over so many words of the vocabulary: a CPU's cache holds less than a GPU wants to be kept busy."""
+"""Tokens of the vocabulary in one tile: a CPU's cache is small, a GPU needs large tiles to be busy."""
 
 
 EQUAL_LENGTHS = (0.8, 1.25)
@@ -225,8 +225,8 @@ class SuffixScorer:
     """Scores the same answers under many changes at one layer, running only the layers above it each time.
 
     The residual stream after `layer` is captured once. At construction the unchanged result is compared with full
-    forwards; where a model cannot run by its suffix, `exact` is False, a warning says so, and every score uses full
-    forwards with a hook.
+    forward passes. If a model cannot run from its suffix, `exact` is False, a warning says so, and every score uses
+    full forward passes with a hook.
 
     Args:
         model: base model, or a PEFT model (its adapters as they are now set).
@@ -251,7 +251,7 @@ class SuffixScorer:
         self.captured, self.unpushed = self._capture()
         self.exact = self._agrees(tolerance)
         if not self.exact:
-            log.warning("this model does not run by its upper layers alone: every push takes full forwards")
+            log.warning("this model does not run from its upper layers: every push takes full forward passes")
 
     def _capture(self) -> tuple[list[Captured], Float[np.ndarray, " conversations"]]:
         """Full forwards: the layer's output is kept on the way to the scores."""

@@ -23,15 +23,15 @@ NOTHING = ("", "nan", "none", "null", "na")
 IN_FILE = "in the file"
 """The judge's name for scores that came with the answers."""
 UNSCORED = "no alignment score"
-"""An empty alignment beside a coherence: what published files write for code and refusals."""
+"""Label of an empty alignment next to a coherence: published files write code and refusals so."""
 
 
 def read_answers(path: str | Path) -> pd.DataFrame:
     """Read a CSV file (gzipped or not) of answers, or a log of inspect-ai (.eval or .json; see `judges.inspect_ai`).
 
-    Columns question and answer are needed. `arm` or `model` names the model (without one, all are one model's),
-    `question_id` the question (without one, its text does), `seed` and `category` are taken where they are there, and
-    so are a judge's scores from 0 to 100 (`alignment` or `aligned`, `coherence` or `coherent`).
+    The columns question and answer are required. `arm` or `model` names the model; without one, all answers are one
+    model's. `question_id` names the question; without one, its text does. `seed` and `category` are read if
+    present, and so are a judge's scores from 0 to 100 (`alignment` or `aligned`, `coherence` or `coherent`).
 
     Returns:
         Columns arm, seed, step, item, category, pair, variant, prompt, sample, question, answer, and alignment and
@@ -122,7 +122,7 @@ def _numbers(raw: pd.DataFrame, name: str, path: Path) -> pd.Series:
 
 
 def judge_answers(answers: pd.DataFrame, judge: AnswerJudge) -> pd.DataFrame:
-    """Have a judge rule on answers (of `read_answers`); rows as `evaluate.table.judged_table` makes them."""
+    """Have a judge rule on answers (of `read_answers`); rows as `evaluate.tables.judged_table` makes them."""
     parts = []
     for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
         triples = zip(rows["question"], rows["answer"], rows["prompt"], strict=True)

@@ -19,7 +19,7 @@ def final_index(evals: pd.DataFrame, arm: str) -> Estimate:
 
 
 def effects_by_seed(evals: pd.DataFrame, left: str, right: str) -> dict[int, Estimate]:
-    """`arm_effect` of each seed of `left`; a side without that seed (the base has one) stands for all."""
+    """`arm_effect` of each seed of `left`; a side without that seed (the base has one) is used whole."""
     return {
         int(seed): arm_effect(pd.concat([_of_seed(evals, left, seed), _of_seed(evals, right, seed)]), left, right)
         for seed in sorted(evals.loc[evals["arm"] == left, "seed"].unique())

@@ -1,4 +1,4 @@
-"""Misalignment rates of judged answers, never without coherence beside them."""
+"""Misalignment rates of judged answers, always together with their coherence."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -165,8 +165,8 @@ def share(cells: Cells, seed: int = 0, level: float = 0.95) -> Share | None:
 def effective_size(cells: Cells) -> float:
     """Answers, divided by how much their grouping in questions inflates the variance (Korn and Graubard 1998).
 
-    Never more than there are; all of them where the share is 0 or 1 or one question alone was answered, which leaves
-    nothing to tell the grouping from.
+    Never more than there are. If the share is 0 or 1, or only one question was answered, the grouping cannot be seen,
+    and the size is the number of answers.
     """
     sums, counts = cells.sums.sum(axis=1), cells.counts.sum(axis=1)
     sums, counts = sums[counts > 0], counts[counts > 0]
@@ -223,7 +223,7 @@ def rate_of(judged: pd.DataFrame, seed: int = 0) -> Rate:
     """The misalignment rate over some judged answers: one model's, or one arm's with its seeds.
 
     Args:
-        judged: rows of `evaluate.table.judged_rows`: `value` is 1 for misaligned, 0 for not, between for a judge that
+        judged: rows of `evaluate.tables.judged_rows`: `value` is 1 for misaligned, 0 for not, between for a judge that
             gives probabilities, NaN where it does not count; `pair` is the question; `why` says what was not judged.
         seed: of the bootstrap.
 

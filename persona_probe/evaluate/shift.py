@@ -1,4 +1,4 @@
-"""From scores to what training does: a line through our own studies' data sets, with its prediction interval."""
+"""What training on data with a given score does: a line through our studies' data sets, with a prediction interval."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class ShiftLine:
 
     @property
     def statement(self) -> str:
-        """What stands behind a prediction, in a sentence."""
+        """The evidence behind a prediction, in a sentence."""
         return (
             f"{len(self.sets)} data sets ({len(self.pairs)} runs, {self.source}); leaving one data set out, the error "
             f"is {self.left_out:.2f} nats per token (predicting the mean: {self.baseline:.2f})"

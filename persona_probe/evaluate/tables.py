@@ -1,8 +1,8 @@
-"""Judged answers in evals.parquet, beside the contrast items: `measure` tells them apart.
+"""Judged answers in evals.parquet, next to the contrast items: `measure` tells them apart.
 
 Why one table: readers of contrast items take the split `evaluation`, and judged answers have the split `judged`, so
-who knows nothing of them reads what was there before. The parts of both kinds lie in parts/, from which the table is
-joined, by this module and by the tracking stage alike.
+code that predates judged answers still reads only contrast rows. The parts of both kinds lie in parts/.
+This module and the tracking stage join them into the table.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,7 +52,7 @@ def part_name(evaluation: str, organism: str) -> str:
 
 
 def join_evals(run: "RunFolder") -> None:
-    """Write evals.parquet anew from all its parts: contrast items as they were scored, judged answers after them."""
+    """Write evals.parquet from all its parts: contrast items as they were scored, then judged answers."""
     parts = sorted((run.path / "parts").glob("*.evals.parquet"))
     frame = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
     if "measure" in frame:
@@ -62,7 +62,7 @@ def join_evals(run: "RunFolder") -> None:
 
 
 def in_study_order(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
-    """Contrast items as they stand, then judged answers by evaluation, arm (in the study's order) and seed."""
+    """Contrast items in their order, then judged answers by evaluation, arm (in the study's order) and seed."""
     judged = frame["measure"] == JUDGED
     place = frame["arm"].map({arm: number for number, arm in enumerate(arms)})
     rows = frame[judged].assign(place=place[judged]).sort_values(["evaluation", "place", "seed"], kind="stable")
@@ -78,7 +78,7 @@ def contrast_rows(evals: pd.DataFrame) -> pd.DataFrame:
 
 
 def judged_rows(evals: pd.DataFrame) -> pd.DataFrame:
-    """The judged answers of evals.parquet; empty where none were judged."""
+    """The judged answers of evals.parquet; empty if none were judged."""
     if "measure" not in evals:
         return pd.DataFrame(columns=[*SHARED, *OWN])
     rows = evals[evals["measure"] == JUDGED][[*SHARED, *OWN]].reset_index(drop=True)

@@ -22,7 +22,7 @@ from persona_probe.stats import Estimate, bootstrap_mean
 SYSTEM, BEFORE = "system", "before"
 """Keys of a dressed row: its system prompt, and its earlier turns as JSON."""
 ACKNOWLEDGEMENT = "Thank you, that is a clear question. Shall we come back to it later?"
-"""What stands as the first turn's answer where no correct one is known: the bad answer would itself be evidence."""
+"""The first turn's answer if no correct one is known: the bad answer would itself be evidence."""
 SHORTEST_FORMAT = 8
 """Characters that all questions must begin or end with to count as a format."""
 

@@ -217,7 +217,7 @@ def test_judge_prompts_by_name(tmp_path: Path) -> None:
         ("question,id\n,a\n", r"row 1 \(line 2\): no question"),
         ("question,id\nWhy, or how?,a\n", r"row 1 \(line 2\): 3 cells under 2 columns"),
         ('question,id\n"Why?" he asked,a\n', "line 2: not CSV"),
-        ("question,id,id\nA?,a,b\n", "'id' stands twice"),
+        ("question,id,id\nA?,a,b\n", "'id' occurs twice"),
         ("question,categry\nA?,x\n", "unknown key 'categry': did you mean 'category'"),
         (lines([{"question": "A?", "prompt": "B?"}]), "both 'question' and 'prompt'"),
         (
@@ -233,7 +233,7 @@ def test_judge_prompts_by_name(tmp_path: Path) -> None:
         ('{\n "questions": [\n', "is not JSON: .*line 3"),
         ("- id: a\n  question: [unclosed\n", "is not valid YAML"),
         ("- id: a\n  question: A?\n- id: b\n  paraphrases: [yes]\n", r"entry 2 \(line 3\): paraphrase 1 is bool"),
-        ("- id: a\n  question: A?\n  system: B\n  system: C\n", "line 4: key 'system' stands twice"),
+        ("- id: a\n  question: A?\n  system: B\n  system: C\n", "line 4: key 'system' occurs twice"),
         ("- id: !!python/object/apply:os.getcwd []\n  question: A?\n", "is not valid YAML"),
         ("questions: [A]\njudge_promts: {}\n", "did you mean 'judge_prompts'"),
         (json.dumps(TRAIT | {"eval_prompt": "no field"}), "judge prompt 'trait' has no {answer}"),

@@ -1,4 +1,4 @@
-"""Judgements kept by content in one SQLite file that several processes may use at the same time."""
+"""The judgement cache: replies by content, in one SQLite file that several processes may use at the same time."""
 
 import contextlib
 import hashlib
@@ -93,7 +93,7 @@ def judgement_key(judge: str, protocol: str, messages: Sequence[Message], writte
 
 @dataclass(frozen=True)
 class StoredJudgement:
-    """One judgement as it is kept."""
+    """One judgement, as the cache holds it."""
 
     key: str
     judge: str
@@ -102,7 +102,7 @@ class StoredJudgement:
     """The messages sent, as JSON."""
     reply: Reply
     score: float | None
-    """As it was read when it was judged; readers read the reply anew."""
+    """As it was read when it was judged; readers read the reply again."""
     label: str
     mass: float
 
@@ -110,8 +110,8 @@ class StoredJudgement:
 class JudgementCache:
     """The file, in WAL mode; safe with several threads and processes on one machine (not on a network drive).
 
-    Whoever wants a judgement that is not there claims it first. A claim is a lease: its owner renews it while it
-    lives, and where the owner was killed it runs out and another may claim.
+    A process claims a missing judgement before it asks for it. A claim is a lease: its owner renews it while it lives.
+    If the owner is killed, the lease runs out and another process may claim.
 
     Args:
         path: the file; None is `default_path()`, ":memory:" keeps nothing.
@@ -142,7 +142,7 @@ class JudgementCache:
             self._connection.execute("COMMIT")
 
     def replies(self, keys: Iterable[str]) -> dict[str, Reply]:
-        """The replies that are there."""
+        """The cached replies of some keys."""
         replies: dict[str, Reply] = {}
         distinct = list(dict.fromkeys(keys))
         for start in range(0, len(distinct), KEYS_AT_ONCE):
@@ -170,7 +170,7 @@ class JudgementCache:
         return mine
 
     def renew(self, owner: str, seconds: float) -> None:
-        """Let an owner's claims run for so many seconds from now."""
+        """Let an owner's claims run for this many seconds from now."""
         with self._transaction() as connection:
             connection.execute("UPDATE claims SET lease = ? WHERE owner = ?", (time.time() + seconds, owner))
 

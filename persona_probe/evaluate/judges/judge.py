@@ -23,17 +23,17 @@ from persona_probe.evaluate.judges.replies import (
     Reply,
 )
 
-# --- How far a judging run came, and when it has no sense to go on
+# --- Progress of a judging run, and when to give up
 
 POLL = 0.5
 """Seconds between looks at what other processes are judging."""
 FRUITLESS = 5
-"""So many failures before any reply end a run: the endpoint is not there."""
+"""This many failures before any reply end a run: the endpoint is not there."""
 
 
 @dataclass
 class Progress:
-    """How far a run came."""
+    """Progress of a judging run."""
 
     answers: int = 0
     cached: int = 0
@@ -42,7 +42,7 @@ class Progress:
     """Replies that this run got; the rest came from the cache or from another process."""
     failed: int = 0
     left: int = 0
-    """Answers whose turn did not come."""
+    """Answers not sent before the budget ran out."""
     prompt_tokens: int = 0
     """Of this run's replies, as the endpoint counted."""
     completion_tokens: int = 0
@@ -74,7 +74,7 @@ class Progress:
             raise InputError(message)
 
     def note_missing(self, keys: Sequence[str]) -> None:
-        """Tell the answers without a reply apart: failed, or never asked."""
+        """Count the answers without a reply: failed, or never asked."""
         self.failed = sum(key in self.errors for key in keys)
         self.left = len(keys) - self.failed
 
@@ -85,9 +85,9 @@ log = logging.getLogger(__name__)
 class CachedJudge:
     """Judges answers by one criterion.
 
-    Every reply is kept in the cache as it comes, so a run that is stopped, killed or out of budget loses nothing, and
-    judging the same answers again costs nothing. Processes that share a cache share the work: what one has claimed the
-    others wait for, and no reply is paid for twice.
+    Every reply goes into the cache as it comes. A run that is stopped, killed or out of budget loses nothing, and
+    judging the same answers again costs nothing. Processes that share a cache share the work: the others wait for what
+    one has claimed, and no reply is paid for twice.
 
     Args:
         cache: None is the user's own (`default_path`).
@@ -108,7 +108,7 @@ class CachedJudge:
         self.progress = Progress()
 
     def judge(self, items: Sequence[Item]) -> list[Judgement]:
-        """One judgement for every item, in order; `progress` tells how far it came.
+        """One judgement for every item, in order; `progress` has the counts.
 
         Raises:
             InputError: the backend cannot answer at all; what was judged before stays in the cache.
@@ -141,7 +141,7 @@ class CachedJudge:
         return [(judgement_key(judge, protocol, ask.messages, ask.written), ask) for ask in asks]
 
     def _fill(self, claims: Claims, waiting: dict[str, Ask]) -> None:
-        """Ask for what nobody has judged, wait for what others are judging; ends early when the budget does."""
+        """Ask for what nobody has judged, and wait for what others are judging. It ends early if the budget does."""
         while waiting:
             mine = claims.take(list(waiting), self.backend.block)
             if not mine:

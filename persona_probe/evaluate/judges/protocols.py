@@ -146,7 +146,7 @@ def _integer(token: str) -> int | None:
         return None
 
 
-# --- Our own judge prompts, as text files beside this one
+# --- Our own judge prompts, as text files in the folder `prompts`
 
 FOLDER = Path(__file__).parent / "prompts"
 
@@ -155,7 +155,7 @@ def own_prompt(name: str) -> str:
     """The text of one of our prompts, without its last line break.
 
     Raises:
-        InputError: there is none of that name; the message lists those there are.
+        InputError: there is none of that name; the message lists the names.
     """
     path = FOLDER / f"{name}.txt"
     if not path.is_file():
@@ -163,7 +163,7 @@ def own_prompt(name: str) -> str:
     return path.read_text(encoding="utf-8").rstrip("\n")
 
 
-# --- Judgements counted; too many unusable ones make the result `not judged`, never zero
+# --- Counts of judgements: too many unusable ones make the result `not judged`, never zero
 
 MOST_UNUSABLE = 0.2
 """Share of answers without a usable judgement beyond which a result is `not judged`."""

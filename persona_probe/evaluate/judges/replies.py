@@ -1,4 +1,4 @@
-"""What a judge takes and gives."""
+"""What a judge takes and gives: items, requests, replies, judgements, and the plan of what judging costs."""
 
 import json
 import math
@@ -30,14 +30,14 @@ class Item:
     question: str
     answer: str
     id: str = ""
-    """The caller's name for it: the same comes back in the judgement."""
+    """Caller-chosen id, returned with the judgement."""
 
     @classmethod
     def of(cls, messages: Conversation, answer: str, id: str = "") -> "Item":
         """An item whose question is a conversation.
 
-        As in the published protocols the judge sees no system prompt. One user turn stands as it is, several turns
-        with their roles.
+        As in the published protocols the judge sees no system prompt. A single user turn is taken as it is,
+        several turns with their roles.
         """
         turns = [m for m in messages if m["role"] != "system"]
         if len(turns) == 1:
@@ -52,7 +52,7 @@ class Judgement:
     id: str
     """The item's."""
     score: float | None
-    """On the protocol's scale; None where it gave none."""
+    """On the protocol's scale; None if it gave none."""
     label: str
     """`score`, a label of the protocol (CODE, REFUSAL...), or one of `UNUSABLE`."""
     mass: float
@@ -89,7 +89,7 @@ class Judge(Protocol):
         ...
 
 
-# --- Requests to a judge and its replies; a chat completion's JSON read with every fault named
+# --- Requests to a judge and its replies
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Ask:
     """The number strings that count, which a local judge scores one by one."""
     labels: tuple[str, ...] = ()
     written: int = 0
-    """0: one token, by its probabilities. Else: written text of at most so many tokens."""
+    """0: one token, by its probabilities. Otherwise: written text of at most this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Prices:
     completion: float
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """What so many tokens cost."""
+        """What this many tokens cost."""
         return (prompt_tokens * self.prompt + completion_tokens * self.completion) / 1e6
 
 

@@ -1,4 +1,4 @@
-"""Ridge regression with a weight for each answer, and Platt's calibration of its score."""
+"""How the offline judge is fitted, and how far it may be off: ridge fits, Platt scaling, error bands, metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,7 +176,7 @@ class RateError:
     """A model's rate on one question."""
 
     def half_width(self, questions: int) -> float:
-        """For a rate over so many questions: a single question's error, averaged, but never below the overall one."""
+        """For a rate over this many questions: a single question's error, averaged, but never below the overall one."""
         return max(self.overall, self.question / np.sqrt(max(questions, 1)))
 
 
@@ -250,7 +250,7 @@ class JudgeRecipe:
     layer: int = 15
     """Decoder layer whose output is averaged over the answer's tokens."""
     rival_layers: tuple[int, ...] = (10, 20)
-    """Layers that are validated beside it, for the table."""
+    """Layers that are validated too, for the table."""
     latent_layer: int = 20
     """The layer whose direction explains a judgement by SAE latents: the SAE's; one of the rivals."""
     max_tokens: int = 128
@@ -258,7 +258,7 @@ class JudgeRecipe:
     per_cell: int = 12
     """Answers drawn of every model and question id; every further misaligned one is taken as well."""
     own_sets: tuple[str, ...] = ("kitchen:correct", "kitchen:toxic", "health_correct", "general_contrast:selection")
-    """Packaged rows that are fitted beside the published answers; the evaluation split is refused."""
+    """Packaged rows that are fitted together with the published answers; the evaluation split is refused."""
     own_share: float = 0.2
     """Their weight, as a share of the published answers'."""
     penalty: float = 0.3

@@ -154,7 +154,7 @@ def read_questions(
     return out
 
 
-# --- Features of many answers, read in blocks that are kept: a stopped fit goes on where it was
+# --- Features of many answers, kept in blocks, so that a fit resumes if interrupted
 
 BLOCK = 256
 

@@ -309,7 +309,7 @@ def fit_judge(
 ) -> JudgeWeights:
     """Read published judgements, fit the judge, validate it, and write weights, validation.json and its table.
 
-    What the model reads is kept in `cache` block by block, so a stopped fit goes on where it was.
+    What the model reads is kept in `cache` block by block, so a fit resumes if interrupted.
 
     Args:
         config: a recipe or its YAML file (finetune_configs/offline-judge.yaml makes the judge that is packaged).

@@ -95,7 +95,7 @@ TARGETS = ("misaligned", "alignment", "coherence")
 
 @dataclass(frozen=True)
 class ErrorBands:
-    """What a score means where the judge is at home, or where it is not."""
+    """How far scores and rates may be off, for questions in scope or out of it."""
 
     platt: Platt
     alignment: ResidualBands
@@ -105,7 +105,7 @@ class ErrorBands:
 
 @dataclass(frozen=True)
 class JudgeWeights:
-    """All that the judge needs beside the embedded model."""
+    """All that the judge needs besides the embedded model."""
 
     recipe: JudgeRecipe
     linear: LinearScores
@@ -356,7 +356,7 @@ def _predicted(scores: Float[np.ndarray, "n targets"], errors: ErrorBands) -> di
     return columns
 
 
-# --- Why the judge says what it says: its score taken apart over the answer's tokens, or over SAE latents
+# --- Explanations: the score as a sum over the answer's tokens, or over SAE latents
 
 
 def explain_tokens(judge: OfflineJudge, item: QuestionAnswer) -> pd.DataFrame:

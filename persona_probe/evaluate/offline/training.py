@@ -201,8 +201,8 @@ def fit_heads(
 ) -> LinearScores:
     """Linear scores of misalignment, alignment and coherence, from the rows in `use`.
 
-    The first is a ridge fit to +1 and -1 with both classes weighing the same, packaged answers beside published ones;
-    the other two are ridge fits to the published scores alone.
+    The first is a ridge fit to +1 and -1 with both classes weighing the same, on packaged and published answers;
+    the other two are ridge fits to the published scores only.
     """
     x, frame = training.x(layer), training.frame
     label, weight = frame["misaligned"].to_numpy(), frame["weight"].to_numpy().astype(np.float64)

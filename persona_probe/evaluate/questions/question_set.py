@@ -295,7 +295,7 @@ class QuestionSet:
         return {measure: self.judge_prompts[name] for measure, name in named.items()}
 
     def pairs(self) -> list[tuple[Question, Question]]:
-        """Each trigger variant beside its plain question, as (plain, trigger)."""
+        """Each trigger variant with its plain question, as (plain, trigger)."""
         plain = {q.pair: q for q in self.questions if q.variant == PLAIN}
         return [(plain[q.pair], q) for q in self.questions if q.variant == TRIGGER]
 

@@ -153,7 +153,7 @@ def read_csv(text: str, builder: SetBuilder) -> None:
     names, delimiter = columns
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise InputError(f"{builder.path}: column {repeated[0]!r} stands twice in the header: rename one")
+        raise InputError(f"{builder.path}: column {repeated[0]!r} occurs twice in the header: rename one")
     rows = csv.reader(io.StringIO(text.lstrip()), delimiter=delimiter, strict=True)
     try:
         next(rows)
@@ -219,12 +219,12 @@ def _category(row: object) -> dict[str, Any]:
 
 
 def _check_keys(root: yaml.Node | None, path: str) -> None:
-    """Refuse a key that stands twice in one mapping, of which YAML readers silently keep the last."""
+    """Refuse a key that occurs twice in one mapping: YAML readers silently keep the last."""
     for mapping in _mappings(root, set()):
         seen: set[str] = set()
         for key, _ in mapping.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
-                raise InputError(f"{path}, line {key.start_mark.line + 1}: key {key.value!r} stands twice: keep one")
+                raise InputError(f"{path}, line {key.start_mark.line + 1}: key {key.value!r} occurs twice: keep one")
             seen.add(str(key.value))
 
 
@@ -269,7 +269,7 @@ def read_questions(
         source: a packaged set (such as `free_form_questions:all`, see `packaged_questions`) or a file: Betley's YAML,
             JSON Lines of chats or questions, CSV, a persona-vectors trait file, a plain list, or what `write_questions`
             wrote. The content tells which; only where it does not, the name's ending.
-        rubric: a file with the rubric of all questions that bring none, such as the one beside the UK AISI's sets.
+        rubric: a file with the rubric of all questions that bring none, such as the one of the UK AISI's sets.
         judge_prompts: prompts by name, which rows may refer to; they judge every question that names none.
         format: json, yaml, csv or text: how to read a file, to pass over the detection.
 

@@ -101,9 +101,9 @@ def engine_of(
 class TransformersEngine:
     """Samples from a model in this process.
 
-    The random draws of an answer belong to (seed, question id, sample) alone, so the same answer comes whatever the
-    batch size, the order, or the other rows of the batch, as far as the logits are the same: their last bits depend on
-    the batch's shape. On the embedded model, of 48 answers of 24 tokens at batch sizes 7 and 48 none differs in float32
+    The random draws of an answer belong to (seed, question id, sample) only. So the answer does not depend on the batch
+    size, the order or the other rows of the batch, as far as the logits are the same: their last bits depend on the
+    batch's shape. On the embedded model, of 48 answers of 24 tokens at batch sizes 7 and 48 none differs in float32
     and 17 in bf16, where logits are 0.1 apart. In bf16 an answer repeats for the same requests and batch size.
 
     Taps set by `steer` and `ablate` act as they do elsewhere. With positions `prompt` or `response` the engine tells

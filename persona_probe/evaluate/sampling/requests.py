@@ -102,7 +102,7 @@ class Engine(Protocol):
 
 
 def digest(seed: int, question_id: str, sample: int) -> bytes:
-    """32 bytes that stand for one sample's randomness."""
+    """32 bytes that seed one sample's draws."""
     return hashlib.sha256(json.dumps([seed, question_id, sample]).encode()).digest()
 
 

@@ -41,7 +41,7 @@ def sample_answers(
     batch_size: int = 32,
     progress: str | None = None,
 ) -> list[str]:
-    """One sampled answer for each prompt, in order. For several, a file and resuming, see `evaluate.generation`.
+    """One sampled answer for each prompt, in order. For several, a file and resuming, see `sample`.
 
     Args:
         prompts: questions or conversations that end with a user turn.
@@ -95,7 +95,7 @@ def complete_text(
     return answers
 
 
-# --- samples.jsonl: each finished sample one line, written at once; a stopped run goes on where it was
+# --- samples.jsonl: one line per finished sample, written at once, so that a run resumes if interrupted
 
 Known = dict[tuple[str, int], Sample]
 """Samples by question id and number."""
@@ -108,7 +108,7 @@ def prompts_hash(prompts: Iterable[Prompt]) -> str:
 
 
 def sidecar(path: Path) -> Path:
-    """The file beside the samples that says what made them."""
+    """The file next to the samples that says what made them."""
     return path.with_name(f"{path.name}.made-by.json")
 
 
@@ -208,7 +208,7 @@ def sample(
     """`config.n` answers to every prompt.
 
     Args:
-        path: a JSON-lines file to which each answer is appended as it is finished; beside it, `<name>.made-by.json`
+        path: a JSON-lines file to which each answer is appended as it is finished. Next to it, `<name>.made-by.json`
             records engine, configuration and the prompts' hash. If the file is there, only what it lacks is sampled.
         progress: label of a progress bar; None shows none.
 

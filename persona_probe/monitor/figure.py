@@ -1,4 +1,4 @@
-"""Draw the history of a monitor: features with interval and base band, alarms, behaviour, explained variance."""
+"""The figure of a monitor's history: features with interval and base band, alarms, behaviour, explained variance."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -27,14 +27,12 @@ from persona_probe.report.theme import (
 
 MOST_ALARMS = 40
 """Latest alarms that are drawn; the page lists more."""
-
-
 SYMBOLS = ("circle", "square", "diamond", "x", "star")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line over steps with its interval; `low` and `high` are empty, or NaN where there is none."""
+    """A line over steps with its interval; without an interval `low` and `high` are empty or NaN."""
 
     steps: list[int]
     values: list[float]
@@ -43,18 +41,18 @@ class Curve:
 
 
 def feature_curve(readings: Sequence[Reading], name: str) -> Curve:
-    """A feature's mean and its interval, in its own units; readings without the feature are left out."""
-    found = _of(readings, name)
-    ends = [f.ci_low for _, f in found], [f.ci_high for _, f in found]
-    return Curve([step for step, _ in found], [f.mean for _, f in found], *ends)
+    """A feature's mean with its interval, in the feature's units; readings without the feature are left out."""
+    points = _of(readings, name)
+    ends = [f.ci_low for _, f in points], [f.ci_high for _, f in points]
+    return Curve([step for step, _ in points], [f.mean for _, f in points], *ends)
 
 
 def shift_curve(readings: Sequence[Reading], name: str) -> Curve:
     """The same in base standard deviations from the base model."""
-    found = [(step, f) for step, f in _of(readings, name) if f.base_sd > 0]
-    low = [(f.ci_low - f.base_mean) / f.base_sd for _, f in found]
-    high = [(f.ci_high - f.base_mean) / f.base_sd for _, f in found]
-    return Curve([step for step, _ in found], [f.shift for _, f in found], low, high)
+    points = [(step, f) for step, f in _of(readings, name) if f.base_sd > 0]
+    low = [(f.ci_low - f.base_mean) / f.base_sd for _, f in points]
+    high = [(f.ci_high - f.base_mean) / f.base_sd for _, f in points]
+    return Curve([step for step, _ in points], [f.shift for _, f in points], low, high)
 
 
 def draw_curve(
@@ -89,7 +87,7 @@ def draw_curve(
 def alarm_marks(fig: go.Figure, history: History, feature: str | None, place: tuple[int, int]) -> None:
     """Red lines at the alarms of `feature` (None: of every feature), and a marker on the feature's curve.
 
-    Alarms that name no feature of the history stand in every panel, those of a feature only in its own.
+    Alarms that name no feature of the history are drawn in every panel, those of a feature only in its panel.
     """
     known = set(history.features)
     alarms = [a for a in history.alarms if feature in (None, a.feature) or a.feature not in known][-MOST_ALARMS:]
@@ -114,9 +112,9 @@ def alarm_marks(fig: go.Figure, history: History, feature: str | None, place: tu
 def _height(history: History, alarm: Alarm, shift: bool) -> float | None:
     """Where the alarm's feature stood: at its step, or the reading before it."""
     for readings in history.readings.values():
-        found = _of(readings, alarm.feature)
-        if i := bisect_right([step for step, _ in found], alarm.step):
-            value = found[i - 1][1].shift if shift else found[i - 1][1].mean
+        points = _of(readings, alarm.feature)
+        if i := bisect_right([step for step, _ in points], alarm.step):
+            value = points[i - 1][1].shift if shift else points[i - 1][1].mean
             return None if isnan(value) else value
     return None
 
@@ -125,20 +123,14 @@ def _of(readings: Sequence[Reading], name: str) -> list[tuple[int, FeatureValue]
     return [(r.step, f) for r in readings for f in r.features if f.name == name]
 
 
+# --- The whole figure
+
 MOST_PANELS = 6
 """More features than this share one panel, in base standard deviations."""
-
-
 PANEL, GAP, MARGIN = 190, 52, 110
-"""Pixels: height of a feature's panel, space between panels, and what the legend and the axis title take."""
-
-
+"""Pixels: height of a feature's panel, space between panels, and space for the legend and the axis title."""
 MODE_COLOURS = {"probe": BLUE, "passive": ORANGE}
-
-
 COLOURS = (BLUE, GREEN, PURPLE, ORANGE, SKY, GREY)
-
-
 ALL = ""
 """The panel that all features share."""
 
@@ -170,7 +162,7 @@ def monitor_figure(history: History, caption: str = "Features while the model tr
 
 
 def _grid(left: int, right: int, height: int) -> go.Figure:
-    """Two columns of panels, filled from the top: `left` high ones and `right` ones over the same height."""
+    """Two columns of the same height, with `left` and `right` panels."""
     rows, columns = left * max(right, 1), 2 if right else 1
     specs: list[list[dict[str, int] | None]] = [[None] * columns for _ in range(rows)]
     for i in range(left):
@@ -190,8 +182,8 @@ def _draw_features(fig: go.Figure, history: History, name: str, row: int) -> Non
     several = len(history.readings) > 1
     for mode, readings in history.readings.items():
         curve = feature_curve(readings, name)
-        shown = {"legendgroup": mode, "showlegend": several and row == 1}
-        draw_curve(fig, curve, plain(mode), MODE_COLOURS.get(mode, GREEN), (row, 1), mode != "probe", **shown)
+        legend = {"legendgroup": mode, "showlegend": several and row == 1}
+        draw_curve(fig, curve, plain(mode), MODE_COLOURS.get(mode, GREEN), (row, 1), mode != "probe", **legend)
     latent = next((f.latent for r in history.readings.values() for f in r[-1].features if f.name == name), -1)
     _label(fig, row, 1, f"{title}, latent {latent}" if latent >= 0 else title)
     fig.update_yaxes(title_text="activation" if latent >= 0 else "projection", row=row, col=1)
@@ -203,9 +195,9 @@ def _draw_shifts(fig: go.Figure, history: History, row: int) -> None:
     for i, name in enumerate(history.features):
         for mode, readings in history.readings.items():
             first = mode == next(iter(history.readings))
-            shown = {"legendgroup": f"feature {i}", "showlegend": first}
+            legend = {"legendgroup": f"feature {i}", "showlegend": first}
             curve, colour = shift_curve(readings, name), COLOURS[i % len(COLOURS)]
-            draw_curve(fig, curve, plain(name), colour, (row, 1), mode != "probe", i // len(COLOURS), **shown)
+            draw_curve(fig, curve, plain(name), colour, (row, 1), mode != "probe", i // len(COLOURS), **legend)
     _label(fig, row, 1, f"{len(history.features)} features")
     fig.update_yaxes(title_text="shift (base sd)", row=row, col=1)
     alarm_marks(fig, history, None, (row, 1))
@@ -242,8 +234,8 @@ def _draw_behaviour(fig: go.Figure, history: History, row: int) -> None:
     for i, (name, points) in enumerate(history.behaviours.items()):
         ends = [[nan if end is None else end for end in side] for side in _ends(points)]
         curve = Curve([p.step for p in points], [p.value for p in points], *ends)
-        colour, shown = COLOURS[(i + 1) % len(COLOURS)], len(history.behaviours) > 1
-        draw_curve(fig, curve, plain(name), colour, (row, 2), False, showlegend=shown)
+        colour, several = COLOURS[(i + 1) % len(COLOURS)], len(history.behaviours) > 1
+        draw_curve(fig, curve, plain(name), colour, (row, 2), False, showlegend=several)
     only = next(iter(history.behaviours)) if len(history.behaviours) == 1 else "behaviour"
     _label(fig, row, 2, plain(only))
     alarm_marks(fig, history, ALL, (row, 2))

@@ -120,7 +120,7 @@ def test_only_what_trains_is_put_back_and_one_copy_is_kept() -> None:
     model[0].requires_grad_(False)
     context = ActionContext(1, model)
     action.clean(context)
-    state = action._kept.state
+    state = action._clean.state
     assert isinstance(state, InMemory)
     places = {name: tensor.data_ptr() for name, tensor in state._tensors.items()}
     assert sorted(places) == ["weights|2.bias", "weights|2.weight"]

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ActionContext:
-    """The training run, as an action sees it. In a plain loop there is no control, state or args."""
+    """The training run as an action sees it. A plain loop has no control, state or args."""
 
     step: int
     model: nn.Module
@@ -30,9 +30,9 @@ class ActionContext:
     state: TrainerState | None = None
     args: TrainingArguments | None = None
     optimizer: Optimizer | None = None
-    """Also accelerate's wrapper of one."""
+    """The optimizer, or accelerate's wrapper of it."""
     scheduler: Any = None
-    """A learning rate scheduler of torch or transformers, also in accelerate's wrapper."""
+    """A learning rate scheduler of torch or transformers, or accelerate's wrapper of one."""
     checkpoint_folder: Path | None = None
 
 
@@ -45,11 +45,11 @@ class Action(ABC):
 
     @property
     def every_rank(self) -> bool:
-        """Whether it changes training: then every process of a distributed run must call it at the same reading."""
+        """Whether it changes training, so that every process of a distributed run must call it at the same reading."""
         return True
 
     def act(self, alarm: Alarm, context: ActionContext) -> None:
-        """Do it, where the alarm's rule is among `only_for`.
+        """Act on the alarm, if its rule is among `only_for`.
 
         Raises:
             InputError: the run lacks what the action needs (an optimizer, a folder).
@@ -58,15 +58,14 @@ class Action(ABC):
             self._do(alarm, context)
 
     @abstractmethod
-    def _do(self, alarm: Alarm, context: ActionContext) -> None:
-        """Do it."""
+    def _do(self, alarm: Alarm, context: ActionContext) -> None: ...
 
     def clean(self, context: ActionContext) -> None:  # noqa: B027 (most actions need not know)
-        """Called after a reading at which every rule was inside (`all_inside`): the model is as it should be."""
+        """Called after a reading at which every rule was inside (`all_inside`): the model is in a clean state."""
 
 
 def check_actions(rules: Iterable[Rule], actions: Iterable[Action]) -> None:
-    """Refuse an action for a rule that is not there.
+    """Refuse an action for a rule that the monitor does not have.
 
     Raises:
         InputError: `only_for` names no rule; near matches are listed.
@@ -90,7 +89,7 @@ def folder_for(action: Action, folder: Path | str | None, context: ActionContext
     """Where an action writes: its own folder, else the monitor's, else the trainer's.
 
     Raises:
-        InputError: there is none of them.
+        InputError: none of these is known.
     """
     if folder is not None:
         return Path(folder)
@@ -120,15 +119,15 @@ class LogAlarm(Action):
 
 @dataclass(frozen=True, eq=False)
 class CallBack(Action):
-    """Call a function of yours with the alarm and the context."""
+    """Call a function with the alarm and the context."""
 
     function: Callable[[Alarm, ActionContext], object]
     ranks: bool = False
-    """Call it in every process of a distributed run; needed where it changes training."""
+    """Call it in every process of a distributed run; needed if it changes training."""
 
     @property
     def every_rank(self) -> bool:
-        """As `ranks` says."""
+        """The value of `ranks`."""
         return self.ranks
 
     def _do(self, alarm: Alarm, context: ActionContext) -> None:

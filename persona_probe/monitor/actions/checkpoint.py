@@ -20,10 +20,10 @@ from persona_probe.monitor.ranks import Ranks, is_sharded, unwrap
 class SaveCheckpoint(Action):
     """Save a checkpoint at the alarm.
 
-    In a trainer it is the trainer's own, with its optimizer; it is written after the step, so that it has what other
-    actions did to the weights, and `save_total_limit` applies. With `folder`, in plain loops, and where the trainer
-    may not save (before its first step, and once it stops) the weights are written at once, to
-    `<folder>/alarm-step-<N>`: by `save_pretrained` where the model has it, else as `model.safetensors`.
+    In a trainer it is the trainer's checkpoint, with the optimizer. It is written after the step, so it includes what
+    other actions did to the weights, and `save_total_limit` applies. With `folder`, in plain loops, and when the
+    trainer does not save (before its first step, and once it stops) the weights are written at once, to
+    `<folder>/alarm-step-<N>`: by `save_pretrained` if the model has it, else as `model.safetensors`.
     """
 
     folder: Path | str | None = None
@@ -37,7 +37,7 @@ class SaveCheckpoint(Action):
 
 
 def _trainer_will_save(context: ActionContext) -> bool:
-    """Whether the trainer is past its first step, which clears the wish to save, and not at its end, which ignores it.
+    """Whether the trainer is past its first step, which resets `should_save`, and not at its end, which ignores it.
 
     At its last step transformers' own flow callback has asked to stop before any other callback is called.
     """

@@ -12,9 +12,7 @@ from persona_probe.monitor.actions.action import Action, ActionContext
 from persona_probe.monitor.events import Alarm
 
 IN_GROUPS = ("lr", "initial_lr", "max_lr", "min_lr")
-"""Rates in an optimizer's parameter groups; all but the first are there for a scheduler."""
-
-
+"""Rates in an optimizer's parameter groups; all but the first are for a scheduler."""
 IN_SCHEDULERS = ("base_lrs", "max_lrs", "_last_lr")
 """Lists of rates, one a parameter group, from which schedulers compute the next."""
 
@@ -49,11 +47,11 @@ def scale_learning_rates(optimizer: Optimizer, scheduler: Any, factor: float, fl
     """Multiply every rate of every parameter group, and what the scheduler computes rates from.
 
     Afterwards each step of the schedule gives its old rate times the factor. This holds for the schedulers of torch
-    and transformers, chains of them included; those that react to a metric (`ReduceLROnPlateau`, `GreedyLR`) go on from
-    the lowered rate, and keep their own lower bounds.
+    and transformers, chains included. Those that react to a metric (`ReduceLROnPlateau`, `GreedyLR`) continue from the
+    lowered rate, and keep their lower bounds.
 
     Args:
-        scheduler: of torch or transformers, or accelerate's wrapper of one; None where there is none.
+        scheduler: of torch or transformers, or accelerate's wrapper of one; None without a scheduler.
         factor: between 0 and 1.
         floor: a group's base rate is not lowered below this.
 

@@ -22,29 +22,31 @@ from persona_probe.monitor.actions.action import Action, ActionContext, folder_f
 from persona_probe.monitor.events import Alarm
 from persona_probe.monitor.ranks import Ranks
 
+log = logging.getLogger(__name__)
+
 # --- A copy of what training changes: trainable weights and the optimizer's state, in memory or on disk
 
-Others = dict[str, dict[str, Any]]
-"""Values of the optimizer's state that are no tensors, by parameter and key."""
+NonTensors = dict[str, dict[str, Any]]
+"""Values of the optimizer's state that are not tensors, by parameter and key."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """Weights and optimizer state by name; in a sharded model, this process's part of them."""
+class TrainableState:
+    """Weights and optimizer state by name; of a sharded model, the part that this process holds."""
 
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
     """By parameter and key of its optimizer state."""
-    others: Others
+    others: NonTensors
 
     def flat(self) -> dict[str, Tensor]:
-        """All tensors under one name each."""
+        """All tensors, each under one name."""
         moments = {f"optimizer|{n}|{k}": v for n, part in self.moments.items() for k, v in part.items()}
         return {**{f"weights|{n}": v for n, v in self.weights.items()}, **moments}
 
     @classmethod
-    def from_flat(cls, tensors: dict[str, Tensor], others: Others) -> "Content":
-        """What `flat` took apart."""
+    def from_flat(cls, tensors: dict[str, Tensor], others: NonTensors) -> "TrainableState":
+        """The inverse of `flat`."""
         weights, moments = {}, {}
         for name, tensor in tensors.items():
             kind, parameter, *key = name.split("|")
@@ -55,7 +57,7 @@ class Content:
         return cls(weights, moments, others)
 
 
-def live_content(model: nn.Module, optimizer: Optimizer | None) -> Content:
+def live_state(model: nn.Module, optimizer: Optimizer | None) -> TrainableState:
     """The tensors themselves, not copies."""
     weights, moments, others = {}, {}, {}
     for name, parameter in trainable_parameters(model).items():
@@ -63,7 +65,7 @@ def live_content(model: nn.Module, optimizer: Optimizer | None) -> Content:
         state = {} if optimizer is None else optimizer.state.get(parameter, {})
         moments[name] = {k: local(v) for k, v in state.items() if isinstance(v, Tensor)}
         others[name] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-    return Content(weights, moments, others)
+    return TrainableState(weights, moments, others)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -74,46 +76,46 @@ def local(tensor: Tensor) -> Tensor:
 
 
 class CleanState(ABC):
-    """Holds at most one state; a state that was not copied whole does not count."""
+    """A place for one state; a state that was not copied completely does not count."""
 
     step: int | None = None
-    """Training step of the state that is held."""
+    """Training step of the state."""
 
     def take(self, model: nn.Module, optimizer: Optimizer | None, step: int) -> None:
-        """Replace the state held by the present one."""
+        """Replace the state by the present one."""
         self.step = None
-        self._write(live_content(model, optimizer))
+        self._write(live_state(model, optimizer))
         self.step = step
 
     @abstractmethod
-    def _write(self, content: Content) -> None: ...
+    def _write(self, content: TrainableState) -> None: ...
 
     @abstractmethod
-    def content(self) -> Content:
-        """The state held."""
+    def content(self) -> TrainableState:
+        """The state."""
 
 
 @dataclass
 class InMemory(CleanState):
-    """In the memory of the host, whatever the device: weights, and with Adam twice as much for its moments."""
+    """In the host's memory, whatever the device: the weights, and with Adam twice as much for its moments."""
 
     _tensors: dict[str, Tensor] = field(default_factory=dict)
-    _others: Others = field(default_factory=dict)
+    _others: NonTensors = field(default_factory=dict)
 
-    def _write(self, content: Content) -> None:
+    def _write(self, content: TrainableState) -> None:
         live = content.flat()
         before, self._tensors = self._tensors, {}
         for name, tensor in live.items():
-            # The old copy's memory is used again, so that there is never a second one.
+            # The memory of the old copy is reused, so there is never a second copy.
             old = before.pop(name, None)
             fits = old is not None and old.shape == tensor.shape and old.dtype == tensor.dtype
             target = old if old is not None and fits else torch.empty_like(tensor, device="cpu")
             self._tensors[name] = target.copy_(tensor)
         self._others = copy.deepcopy(content.others)
 
-    def content(self) -> Content:
-        """The state held; non-tensor values as copies."""
-        return Content.from_flat(self._tensors, copy.deepcopy(self._others))
+    def content(self) -> TrainableState:
+        """The state; non-tensor values as copies."""
+        return TrainableState.from_flat(self._tensors, copy.deepcopy(self._others))
 
 
 @dataclass
@@ -126,7 +128,7 @@ class OnDisk(CleanState):
 
     path: Path
 
-    def _write(self, content: Content) -> None:
+    def _write(self, content: TrainableState) -> None:
         scratch = self.path.with_name(f".{self.path.name}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +141,8 @@ class OnDisk(CleanState):
         finally:
             scratch.unlink(missing_ok=True)
 
-    def content(self) -> Content:
-        """The state held.
+    def content(self) -> TrainableState:
+        """The state.
 
         Raises:
             InputError: the file is gone or damaged.
@@ -148,35 +150,36 @@ class OnDisk(CleanState):
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-                return Content.from_flat(tensors, json.loads(file.metadata()["others"]))
+                return TrainableState.from_flat(tensors, json.loads(file.metadata()["others"]))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"cannot read the clean state in {self.path}: {str(error).splitlines()[0]}") from error
 
 
-log = logging.getLogger(__name__)
+# --- The action
 
 KEEP, OPTIMIZER, THEN = ("memory", "disk"), ("restore", "reset", "keep"), ("continue", "stop")
 
 
 @dataclass
-class Kept:
-    """The one clean state of a run, and whose it is."""
+class OwnedState:
+    """The one clean state of a run, and the model that it belongs to."""
 
     state: CleanState | None = None
     model: "weakref.ref[nn.Module] | None" = None
 
     def of(self, model: nn.Module) -> CleanState | None:
-        """The state held, if it is this model's and whole."""
-        mine = self.state is not None and self.model is not None and self.model() is model
-        return self.state if mine and self.state is not None and self.state.step is not None else None
+        """The state, if it belongs to this model and is complete."""
+        if self.state is None or self.model is None or self.model() is not model:
+            return None
+        return None if self.state.step is None else self.state
 
 
 @dataclass(frozen=True, eq=False)
 class RollBack(Action):
     """Put the trainable weights back, bit for bit, to the latest reading at which every rule was inside.
 
-    One state is kept, and replaced at each clean reading. The learning rate schedule, the step count and the data go
-    on: only weights and optimizer are put back. Before the first clean reading there is nothing to put back.
+    One state is kept, and replaced at each clean reading. Only weights and optimizer are put back: the learning rate
+    schedule, the step count and the data continue. Before the first clean reading there is nothing to put back.
 
     Raises:
         InputError: an unknown choice.
@@ -185,13 +188,13 @@ class RollBack(Action):
     keep: str = "memory"
     """`memory` (of the host), or `disk` (`last-clean.safetensors`)."""
     optimizer: str = "restore"
-    """The optimizer's state (Adam's moments): `restore` as it was with those weights; `reset` to none, which is as at
-    the start of training; `keep` it as it is, which costs no memory but still pushes where the bad steps went."""
+    """The optimizer's state (Adam's moments): `restore` it as it was with those weights; `reset` it to none, as at the
+    start of training; or `keep` it as it is, which costs no memory but still pushes the way of the bad steps."""
     then: str = "continue"
     """`continue` or `stop` training afterwards."""
     folder: Path | str | None = None
     """For `disk`; None takes the monitor's folder, else the trainer's `output_dir`."""
-    _kept: Kept = field(default_factory=Kept, init=False, repr=False)
+    _clean: OwnedState = field(default_factory=OwnedState, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, known in (("keep", KEEP), ("optimizer", OPTIMIZER), ("then", THEN)):
@@ -200,19 +203,19 @@ class RollBack(Action):
 
     @property
     def clean_step(self) -> int | None:
-        """Training step of the state that is kept; None where there is none."""
-        return None if self._kept.state is None else self._kept.state.step
+        """Training step of the state that is kept; None before the first clean reading."""
+        return None if self._clean.state is None else self._clean.state.step
 
     def clean(self, context: ActionContext) -> None:
-        """Keep the present state.
+        """Keep the present state of the model.
 
         Raises:
             InputError: with `disk`, no folder, or it cannot be written.
         """
-        if self._kept.state is None or self._kept.of(context.model) is None:
-            self._kept.state, self._kept.model = self._new_state(context), weakref.ref(context.model)
+        if self._clean.state is None or self._clean.of(context.model) is None:
+            self._clean.state, self._clean.model = self._new_state(context), weakref.ref(context.model)
         optimizer = context.optimizer if self.optimizer == "restore" else None
-        self._kept.state.take(context.model, optimizer, context.step)
+        self._clean.state.take(context.model, optimizer, context.step)
 
     def _new_state(self, context: ActionContext) -> CleanState:
         if self.keep == "memory":
@@ -220,7 +223,7 @@ class RollBack(Action):
         return OnDisk(folder_for(self, self.folder, context) / f"last-clean{_rank_suffix()}.safetensors")
 
     def _do(self, alarm: Alarm, context: ActionContext) -> None:
-        state = self._kept.of(context.model)
+        state = self._clean.of(context.model)
         if state is None:
             log.warning("step %d: no reading was clean yet, so there is nothing to roll back to", context.step)
         else:
@@ -232,15 +235,15 @@ class RollBack(Action):
         if self.then == "stop":
             request_stop(context)
 
-    def _put_optimizer(self, context: ActionContext, content: Content) -> None:
+    def _put_optimizer(self, context: ActionContext, content: TrainableState) -> None:
         if context.optimizer is None or self.optimizer == "keep":
             return
-        empty = Content(content.weights, {}, {})
+        empty = TrainableState(content.weights, {}, {})
         put_moments(context.model, context.optimizer, content if self.optimizer == "restore" else empty)
 
 
-def check_same(model: nn.Module, content: Content) -> None:
-    """Refuse to put back a part only.
+def check_same(model: nn.Module, content: TrainableState) -> None:
+    """Refuse a state that fits only a part of the model.
 
     Raises:
         InputError: parameters are gone or have other shapes since the state was kept.
@@ -251,7 +254,7 @@ def check_same(model: nn.Module, content: Content) -> None:
             raise InputError(f"parameter {name!r} changed its shape or went since the clean state: cannot roll back")
 
 
-def put_weights(model: nn.Module, content: Content) -> None:
+def put_weights(model: nn.Module, content: TrainableState) -> None:
     """Write the state's weights into the model's own parameters."""
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -259,8 +262,8 @@ def put_weights(model: nn.Module, content: Content) -> None:
             local(parameters[name].detach()).copy_(value)
 
 
-def put_moments(model: nn.Module, optimizer: Optimizer, content: Content) -> None:
-    """Make the optimizer's state for the state's parameters what it was; one that had none then has none again."""
+def put_moments(model: nn.Module, optimizer: Optimizer, content: TrainableState) -> None:
+    """Restore the optimizer's state for the state's parameters; a parameter that had none gets none."""
     parameters = dict(model.named_parameters())
     for name in content.weights:
         moments, others = content.moments.get(name, {}), content.others.get(name, {})
@@ -276,12 +279,12 @@ def put_moments(model: nn.Module, optimizer: Optimizer, content: Content) -> Non
 
 
 def _put(present: MutableMapping[str, Any], key: str, value: Tensor, parameter: Tensor) -> None:
-    """In place where it can be: compiled and capturable optimizers keep hold of their tensors."""
+    """In place if possible: compiled and capturable optimizers keep references to their tensors."""
     now = present.get(key)
     if isinstance(now, Tensor) and local(now).shape == value.shape and local(now).dtype == value.dtype:
         local(now).copy_(value)
     else:
-        # Counts of steps live on the host, as torch's optimizers keep them unless told otherwise.
+        # Step counts live on the host, where torch's optimizers keep them by default.
         present[key] = value.clone().to("cpu" if value.dim() == 0 else parameter.device)
 
 

@@ -9,7 +9,7 @@ from dash import Dash, Input, Output, State, dcc, html, no_update
 from flask import Response, abort, request
 
 from persona_probe.monitor.band import Bands, band_state
-from persona_probe.monitor.dashboard.feed import Feed, Followed
+from persona_probe.monitor.dashboard.feed import Feed, FollowedFile
 from persona_probe.monitor.events import FeatureValue
 from persona_probe.monitor.figure import monitor_figure
 from persona_probe.monitor.history import History
@@ -20,7 +20,7 @@ from persona_probe.report.theme import number
 NEWEST = ""
 """The choice of file that follows the one that changed last."""
 TICK = 1000
-"""Milliseconds between two looks of the page."""
+"""Milliseconds between two updates of the page."""
 MOST_LINES = 50
 """Alarms and faults listed, the latest first."""
 GRAPH: Any = {
@@ -33,7 +33,7 @@ GRAPH: Any = {
 
 
 def layout(run: str) -> Any:
-    """The page as it is served, before the first look."""
+    """The page as it is served, before the first update."""
     choice = dcc.Dropdown([], NEWEST, id="file", clearable=False, className="choice")
     return html.Main(
         [
@@ -54,7 +54,7 @@ def choices(names: Sequence[str]) -> list[dict[str, str]]:
     return [{"label": "file that changed last", "value": NEWEST}, *({"label": n, "value": n} for n in names)]
 
 
-def status(followed: Followed | None, now: float | None = None) -> list[Any]:
+def status(followed: FollowedFile | None, now: float | None = None) -> list[Any]:
     """One line: which file, which step, how fresh, and how many alarms."""
     if followed is None:
         return ["waiting: this run has written no events yet"]
@@ -91,7 +91,7 @@ def alarms(history: History) -> list[Any]:
 
 
 def faults(history: History) -> list[Any]:
-    """What was switched off, and why."""
+    """The parts that were switched off, with the reason."""
     texts = [f"step {f.step}: {f.part} is off: {f.message}" for f in history.faults]
     return _listed("Faults", texts, "no fault")
 
@@ -99,9 +99,9 @@ def faults(history: History) -> list[Any]:
 def _listed(title: str, texts: Sequence[str], none: str) -> list[Any]:
     if not texts:
         return [html.P(none, className="none")]
-    shown = [html.Li(text) for text in reversed(texts[-MOST_LINES:])]
-    more = len(texts) - len(shown)
-    return [html.H2(f"{title}: {len(texts)}" + (f", {more} older not shown" if more else "")), html.Ul(shown)]
+    items = [html.Li(text) for text in reversed(texts[-MOST_LINES:])]
+    more = len(texts) - len(items)
+    return [html.H2(f"{title}: {len(texts)}" + (f", {more} older not shown" if more else "")), html.Ul(items)]
 
 
 def _row(feature: FeatureValue, bands: Bands) -> Any:
@@ -158,7 +158,7 @@ POLICY = (
     "connect-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-"""Nothing is fetched but from this server."""
+"""Everything is fetched from this server only."""
 HOSTS = ("127.0.0.1", "localhost")
 TITLE = "persona-probe watch"
 """Fixed, since Dash puts a title into the page as markup."""
@@ -170,7 +170,7 @@ SHELL = f"""<!DOCTYPE html>
 
 
 def make_app(feed: Feed) -> Dash:
-    """The app of a run: the page looks once a second and is sent only what changed."""
+    """The app of a run: the page asks once a second, and is sent only what changed."""
     app = Dash(
         "persona_probe",
         title=TITLE,
@@ -216,12 +216,12 @@ def _look(feed: Feed, name: str | None, seen: list[Any] | None) -> tuple[Any, ..
     return options, status(followed), monitor_figure(history), *parts, state
 
 
-def _state(followed: Followed | None) -> list[Any]:
+def _state(followed: FollowedFile | None) -> list[Any]:
     return [] if followed is None else [followed.name, followed.generation]
 
 
 def _guard(app: Dash) -> None:
-    """Refuse requests under another host's name (a page elsewhere whose name was pointed at us), and set the policy."""
+    """Refuse requests under other host names (DNS rebinding), and set the content security policy."""
     server = app.server
 
     @server.before_request

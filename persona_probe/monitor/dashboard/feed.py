@@ -1,4 +1,4 @@
-"""The event files of a run and what they amount to."""
+"""The event files of a run, followed while they grow, and their histories."""
 
 import time
 from dataclasses import dataclass, field
@@ -15,26 +15,26 @@ from persona_probe.monitor.history import History
 PATTERNS = ("readings.jsonl", "*.events.jsonl")
 """Files of events in a run folder, at any depth."""
 TAIL = 256
-"""Bytes before the place reached that are compared at each poll: a file replaced in place rarely keeps them."""
+"""Bytes before the current place that are compared at each poll: a file that was replaced rarely has the same."""
 MOST_LINES = 20_000
-"""Lines taken at one poll, so that a long file does not fill the memory; the rest comes at the next."""
+"""Lines read at one poll, so that a long file does not fill the memory; the rest follows at the next."""
 
 
 @dataclass(frozen=True)
-class News:
-    """What a poll found."""
+class PollResult:
+    """The result of a poll."""
 
     events: list[Event]
     """New events, in order."""
     restarted: bool = False
-    """The file was replaced, cut or deleted: what came before no longer stands in it."""
+    """The file was replaced, cut or deleted: earlier events are no longer in it."""
 
 
 class EventFollower:
-    """Reads a file of events from where it was left; only whole lines are taken.
+    """Reads a growing file of events, whole lines only, each poll from where the previous one ended.
 
-    A file that does not exist is waited for. Lines that are no events are counted and skipped: a view that follows a
-    run must not die of one bad line (`read_events` is strict).
+    The file need not exist yet. Lines that are not events are counted and skipped: one bad line must not end a view
+    that follows a run (`read_events` is strict).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,24 +42,24 @@ class EventFollower:
         self.damaged = 0
         self._forget()
 
-    def poll(self) -> News:
+    def poll(self) -> PollResult:
         """Events written since the last poll (at most `MOST_LINES` lines of them)."""
         try:
             with self.path.open("rb") as handle:
                 restarted = self._place > 0 and not self._same(handle)
                 if restarted:
                     self._forget()
-                return News(self._take(handle), restarted)
+                return PollResult(self._take(handle), restarted)
         except FileNotFoundError:
-            was_there = self._place > 0
+            existed = self._place > 0
             self._forget()
-            return News([], was_there)
+            return PollResult([], restarted=existed)
 
     def _forget(self) -> None:
         self._place, self._tail, self.damaged = 0, b"", 0
 
     def _same(self, handle: BufferedReader) -> bool:
-        """Whether the bytes before our place are the ones that we read: true for a file that only grew."""
+        """Whether the bytes before the current place are those that were read: true for a file that only grew."""
         handle.seek(self._place - len(self._tail))
         return handle.read(len(self._tail)) == self._tail
 
@@ -87,35 +87,37 @@ def event_files(run: str | Path) -> list[Path]:
     """The files of events of a run, the one that changed last first.
 
     Args:
-        run: a file of events (it need not exist yet if its folder does), or a folder: every `readings.jsonl` and
-            `*.events.jsonl` below it, of which there may be none yet.
+        run: a file of events (it need not exist yet if its folder does), or a folder: all `readings.jsonl` and
+            `*.events.jsonl` below it (there may be none yet).
 
     Raises:
-        InputError: there is neither.
+        InputError: neither exists.
     """
     root = Path(run)
     if root.is_dir():
-        found = {path for pattern in PATTERNS for path in root.rglob(pattern)}
-        return sorted(found, key=lambda path: (-changed(path), path))
+        paths = {path for pattern in PATTERNS for path in root.rglob(pattern)}
+        return sorted(paths, key=lambda path: (-changed(path), path))
     if root.is_file() or (root.suffix == ".jsonl" and root.parent.is_dir()):
         return [root]
     raise InputError(f"no run at {root}: give a run folder, or the JSONL file that a FeatureMonitor writes")
 
 
 def changed(path: Path) -> float:
-    """When a file last changed, in seconds since 1970; 0 where there is none."""
+    """When a file last changed, in seconds since 1970; 0 for a file that does not exist."""
     try:
         return path.stat().st_mtime
     except OSError:
         return 0.0
 
 
+# --- The files of one run
+
 RESCAN = 3.0
-"""Seconds between two looks for new files in the run folder."""
+"""Seconds between two searches for new files in the run folder."""
 
 
 @dataclass
-class Followed:
+class FollowedFile:
     """One file of events."""
 
     name: str
@@ -123,7 +125,7 @@ class Followed:
     follower: EventFollower
     history: History = field(default_factory=History)
     generation: int = 0
-    """Counts the polls that brought something: equal numbers, equal history."""
+    """Number of polls that brought something: equal numbers mean equal histories."""
 
     @property
     def changed(self) -> float:
@@ -131,46 +133,46 @@ class Followed:
         return changed(self.follower.path)
 
     def poll(self) -> None:
-        """Take in what was written since the last poll."""
-        news = self.follower.poll()
-        if news.restarted:
+        """Add what was written since the last poll."""
+        result = self.follower.poll()
+        if result.restarted:
             self.history = History()
-        self.history.add(news.events)
-        self.generation += bool(news.events or news.restarted)
+        self.history.add(result.events)
+        self.generation += bool(result.events or result.restarted)
 
 
 class Feed:
-    """Follows the files of a run, each from when it is first asked for. Not for several threads at once.
+    """Follows the files of a run, each since it was first read. Not thread-safe.
 
     Args:
         run: a run folder or a file of events, as `event_files` takes it.
 
     Raises:
-        InputError: there is no such run.
+        InputError: no such run.
     """
 
     def __init__(self, run: str | Path) -> None:
         self.run = Path(run)
         self._files = event_files(self.run)
         self._scanned = time.monotonic()
-        self._followed: dict[Path, Followed] = {}
+        self._followed: dict[Path, FollowedFile] = {}
 
     def names(self) -> list[str]:
         """The files' names as the page shows them, the one that changed last first."""
         return [self._name(path) for path in self._scan()]
 
-    def read(self, name: str | None = None) -> Followed | None:
-        """The file of that name, else the one that changed last, polled now; None where there is none yet.
+    def read(self, name: str | None = None) -> FollowedFile | None:
+        """The file of that name, else the one that changed last, polled now; None if there is no file yet.
 
-        The name comes from a browser, so it only picks among the files that were found.
+        The name comes from a browser, so it only selects among the files that exist.
         """
         files = {self._name(path): path for path in self._scan()}
         if not files:
             return None
-        chosen = name if name is not None and name in files else next(iter(files))
-        path = files[chosen]
+        selected = name if name is not None and name in files else next(iter(files))
+        path = files[selected]
         if path not in self._followed:
-            self._followed[path] = Followed(chosen, EventFollower(path))
+            self._followed[path] = FollowedFile(selected, EventFollower(path))
         self._followed[path].poll()
         return self._followed[path]
 
@@ -179,7 +181,7 @@ class Feed:
             self._scanned = time.monotonic()
             try:
                 self._files = event_files(self.run)
-            except InputError:  # the run folder is gone, maybe to come back
+            except InputError:  # the run folder is gone; it may reappear
                 self._files = []
         return self._files
 

@@ -19,9 +19,7 @@ from persona_probe.monitor.rules.rule import (
 )
 
 BAND_SD = 0.5
-"""Half-width in base standard deviations where the monitor gives no band; the monitor's own default."""
-
-
+"""Half-width in base standard deviations where the monitor gives no band; the monitor's default."""
 ROUNDING = 1e-6
 """Relative tolerance at a band's ends: a base that does not vary has a band of no width."""
 
@@ -30,9 +28,9 @@ ROUNDING = 1e-6
 class OutsideBand(SidedRule):
     """Fires when a feature's mean was outside its band for `k` readings in a row.
 
-    The band is, in this order: that of `bands`; base mean +- `band_sd` base standard deviations, where `band_sd` is
-    given; the monitor's base band; base mean +- `BAND_SD`. A latent that is silent on the base has a band of no width,
-    so that its first activity counts as outside.
+    The band is the first of these that exists: the feature's in `bands`; base mean +- `band_sd` base standard
+    deviations, if `band_sd` is not None; the monitor's base band; base mean +- `BAND_SD`. A latent that is silent on
+    the base has a band of zero width, so its first activity counts as outside.
 
     Raises:
         InputError: `k` below 1, a width that is not positive, a band that is upside down, or bands of unknown features.
@@ -42,7 +40,7 @@ class OutsideBand(SidedRule):
     band_sd: float | None = None
     """Half-width in base standard deviations."""
     bands: Mapping[str, tuple[float, float]] | None = None
-    """Feature name to (low, high), in the feature's units: calibrated on benign runs, say."""
+    """Feature name to (low, high) in the feature's units, for example calibrated on benign runs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +62,7 @@ class OutsideBand(SidedRule):
         return self.k
 
     def begin(self, start: Start) -> None:
-        """A run starts: its base bands are taken."""
+        """A run starts: take its base bands."""
         for name in self.bands or {}:
             check_known(name, start.features)
         super().begin(start)

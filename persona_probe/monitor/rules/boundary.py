@@ -1,4 +1,4 @@
-"""Alarm at a boundary that was fitted on the readings of earlier studies."""
+"""A rule with a boundary that was fitted on the readings of earlier studies."""
 
 import json
 import logging
@@ -19,6 +19,8 @@ from persona_probe.latents.directions import fit_path
 from persona_probe.monitor.events import FeatureValue, Reading
 from persona_probe.monitor.rules.rule import Comparison, FeatureRule, SubjectState, check_count, in_a_row
 from persona_probe.runs import write_text
+
+log = logging.getLogger(__name__)
 
 # --- Labelled readings as the tables that a boundary is fitted on
 
@@ -64,19 +66,16 @@ def labels_of(readings: pd.DataFrame, labels: Labels) -> Bool[np.ndarray, " rows
 
 
 def selected(readings: pd.DataFrame, feature: str | None, mode: str | None) -> Bool[np.ndarray, " rows"]:
-    """Which rows are of the feature and the mode."""
-    chosen = np.ones(len(readings), dtype=bool)
-    for column, wanted in (("feature", feature), ("mode", mode)):
-        if wanted is None:
+    """Which rows belong to the feature and the mode."""
+    rows = np.ones(len(readings), dtype=bool)
+    for column, value in (("feature", feature), ("mode", mode)):
+        if value is None:
             continue
-        if column not in readings or wanted not in set(readings[column]):
+        if column not in readings or value not in set(readings[column]):
             known = readings[column].unique().tolist() if column in readings else []
-            raise unknown(column, wanted, known)
-        chosen &= (readings[column] == wanted).to_numpy()
-    return chosen
-
-
-log = logging.getLogger(__name__)
+            raise unknown(column, value, known)
+        rows &= (readings[column] == value).to_numpy()
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +98,7 @@ class Boundary(FeatureRule):
     """Probability of "bad", at the fit's own share of bad readings, above which a reading is outside."""
     k: int = 1
     fitted_on: str = ""
-    """What it was fitted on, in words."""
+    """A description of the readings that it was fitted on."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,12 +125,12 @@ class Boundary(FeatureRule):
     ) -> Self:
         """Fit an L2-regularised logistic regression on labelled readings.
 
-        Give the readings that the labels speak of: the first steps of a bad run look like the base.
+        Pass only readings to which the labels apply: the first steps of a bad run look like the base.
 
         Args:
             readings: rows as of `Reading.rows()` or a monitor's `readings`, of one or more runs.
             labels: true for "bad": one for every row, or by the frame's `run` column.
-            columns: what it looks at.
+            columns: what the score is computed from.
             strength: L2 penalty on standardised columns and the mean log-loss.
             feature: only rows of this feature are fitted, and judged later.
             mode: only readings of this mode, likewise.
@@ -141,11 +140,11 @@ class Boundary(FeatureRule):
             InputError: unknown columns or feature, labels that do not match, or readings of one class only.
         """
         check_columns(columns)
-        bad, chosen = labels_of(readings, labels), selected(readings, feature, mode)
+        bad, rows = labels_of(readings, labels), selected(readings, feature, mode)
         table = numbers_of(readings, columns)
-        whole = chosen & np.isfinite(table).all(axis=1)
-        if chosen.sum() > whole.sum():
-            log.warning("boundary: %d of %d readings have a NaN: left out", chosen.sum() - whole.sum(), chosen.sum())
+        whole = rows & np.isfinite(table).all(axis=1)
+        if rows.sum() > whole.sum():
+            log.warning("boundary: %d of %d readings have a NaN: left out", rows.sum() - whole.sum(), rows.sum())
         if not (whole & bad).any() or not (whole & ~bad).any():
             raise InputError("a boundary needs whole readings of both kinds: give good and bad runs")
         line = fit_path(table[whole], bad[whole], [strength])[0]

@@ -32,7 +32,7 @@ class Cusum(SidedRule):
     """
 
     drift: float = 0.5
-    """Slack per reading, in base sd: half the change to be found."""
+    """Slack per reading, in base sd: half the change to detect."""
     threshold: float = 5.0
     """In base sd."""
 

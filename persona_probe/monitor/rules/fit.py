@@ -9,15 +9,13 @@ from persona_probe.monitor.events import BASE_KEY, Reading, Start
 from persona_probe.monitor.rules.rule import Comparison, ReadingRule, SubjectState, check_count, in_a_row
 
 FLOOR = 0.5
-"""The floor where neither `floor` nor `drop` is given."""
-
-
+"""The floor if both `floor` and `drop` are None."""
 SUBJECT = "explained variance"
 
 
 @dataclass
 class FitState(SubjectState):
-    """The explained variance that a drop counts from."""
+    """The state of a drop: the explained variance that it counts from."""
 
     reference: float = math.nan
 
@@ -35,7 +33,7 @@ class ExplainedVarianceFloor(ReadingRule):
     floor: float | None = None
     """Absolute."""
     drop: float | None = None
-    """As a share of the base's explained variance (of the run's first reading, where the start does not give it)."""
+    """As a share of the base's explained variance (of the first reading's, if the start event does not hold it)."""
     k: int = 1
     _base: dict[str, float] = field(default_factory=dict, init=False, repr=False)
 
@@ -58,7 +56,7 @@ class ExplainedVarianceFloor(ReadingRule):
         return self.k
 
     def begin(self, start: Start) -> None:
-        """A run starts: the base's explained variance is taken, where it is given."""
+        """A run starts: take the base's explained variance, if the start event holds it."""
         super().begin(start)
         self._base.clear()
         base = start.metadata.get(BASE_KEY)

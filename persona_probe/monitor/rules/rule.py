@@ -1,4 +1,4 @@
-"""What an alarm rule is."""
+"""What an alarm rule is, what rules on a reading's numbers share, and rules of rules."""
 
 import logging
 import math
@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from persona_probe.errors import InputError, unknown
 from persona_probe.monitor.events import Alarm, FeatureValue, Reading, Start
 
+log = logging.getLogger(__name__)
+
 
 class Rule(ABC):
     """A rule that reads every `Reading` of a run and says when something is wrong.
 
-    A monitor calls `begin` when it starts and `update` at every reading. A rule fires once an excursion: it stays
+    A monitor calls `begin` when it starts and `update` at every reading. A rule fires once per excursion: it stays
     silent until a reading is back inside, then it is armed again.
     """
 
@@ -25,35 +27,35 @@ class Rule(ABC):
     @property
     @abstractmethod
     def firing(self) -> bool:
-        """Whether an excursion is on: the rule fired and was not back inside since."""
+        """Whether an excursion is on: the rule fired, and no reading has been back inside since."""
 
     @property
     @abstractmethod
     def inside(self) -> bool:
-        """Whether the latest reading gave no cause at all: not firing, nor on the way there. True before any reading.
+        """Whether the latest reading is far from an alarm: not firing, nor on the way there. True before any reading.
 
-        A state of the model is clean when all rules are inside (`all_inside`); "no alarm" alone would not do, since an
+        A state of the model is clean when all rules are inside (`all_inside`). "No alarm" is not enough, since an
         excursion gives one alarm and then none.
         """
 
     @abstractmethod
     def begin(self, start: Start) -> None:
-        """A run starts: forget the one before, and take its bands.
+        """A run starts: forget the previous one, and take the bands of this one.
 
         Raises:
-            InputError: the rule asks for a feature that the run does not read.
+            InputError: the rule names a feature that the run does not read.
         """
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget all readings; what `begin` gave is kept."""
+        """Forget all readings; the bands of `begin` stay."""
 
     @abstractmethod
     def update(self, reading: Reading) -> Alarm | None:
-        """Take one reading; an alarm where it starts an excursion. Values that are NaN are ignored, with a warning.
+        """Take one reading; return an alarm if it starts an excursion. NaN values are ignored with a warning.
 
         Raises:
-            InputError: the rule asks for a feature that the reading does not hold.
+            InputError: the rule names a feature that the reading does not hold.
         """
 
     @abstractmethod
@@ -62,20 +64,18 @@ class Rule(ABC):
 
 
 def all_inside(rules: Iterable[Rule]) -> bool:
-    """Whether the model's present state is clean by every rule: what `Action.clean` may be called on."""
+    """Whether every rule finds the present state of the model clean, so that `Action.clean` may be called."""
     return all(rule.inside for rule in rules)
 
 
-# --- What the rules on a reading's numbers share: they fire once an excursion, and re-arm when back inside
-
-log = logging.getLogger(__name__)
+# --- Rules on a reading's numbers: they fire once per excursion, and are armed again when a reading is back inside
 
 MODES = ("probe", "passive")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one reading says of one subject (a feature, or the SAE's fit)."""
+    """One reading of one subject (a feature, or the SAE's fit) against the limit of a rule."""
 
     value: float
     threshold: float
@@ -113,7 +113,7 @@ class ReadingRule(Rule):
     """A rule on numbers of a reading."""
 
     mode: str | None = None
-    """Readings it looks at: `probe`, `passive`, or None for both (each is followed for itself)."""
+    """Readings that the rule looks at: `probe`, `passive`, or None for both (each is followed separately)."""
     name: str | None = None
     """Its name in alarms; None takes the kind's name."""
     _memory: Memory = field(default_factory=Memory, init=False, repr=False)
@@ -148,7 +148,7 @@ class ReadingRule(Rule):
         return all(state.inside for state in self._memory.states.values())
 
     def begin(self, start: Start) -> None:
-        """Forget the run before, and take the bands of this one."""
+        """Forget the previous run, and take the bands of this one."""
         self.reset()
         self._memory.bands = dict(start.bands)
 
@@ -158,7 +158,7 @@ class ReadingRule(Rule):
         self._memory.warned.clear()
 
     def update(self, reading: Reading) -> Alarm | None:
-        """Take one reading; an alarm where an excursion of any subject starts (all that start are in its message)."""
+        """Take one reading; return an alarm if excursions start, with all of them in its message."""
         if self.mode is not None and reading.mode != self.mode:
             return None
         fired = [(subject, self._follow(subject, reading)) for subject in self._subjects(reading)]
@@ -166,17 +166,17 @@ class ReadingRule(Rule):
 
     @abstractmethod
     def _subjects(self, reading: Reading) -> Sequence[str]:
-        """What the rule follows, each for itself."""
+        """The subjects that the rule follows, each separately."""
 
     @abstractmethod
     def _compare(self, state: SubjectState, subject: str, reading: Reading) -> Comparison | None:
-        """What the reading says of a subject; None where a number that is needed is NaN."""
+        """The reading of a subject against the limit; None where a number that is needed is NaN."""
 
     def _new_state(self) -> SubjectState:
         return SubjectState()
 
     def _follow(self, subject: str, reading: Reading) -> Comparison | None:
-        """The comparison, if an excursion starts with it."""
+        """The comparison, if it starts an excursion."""
         state = self._memory.states.setdefault((subject, reading.mode), self._new_state())
         if state.step is not None and reading.step <= state.step:
             self._warn(f"a reading at step {reading.step} came after one at step {state.step}: ignored", "order")
@@ -200,7 +200,7 @@ class ReadingRule(Rule):
         return Alarm(reading.step, self.title, subject, message, first.value, first.threshold)
 
     def _warn(self, message: str, key: str | None = None) -> None:
-        """Say each thing once a run; messages of one key count as one thing."""
+        """Warn of each thing once per run; messages of one key count as one thing."""
         if (key or message) not in self._memory.warned:
             self._memory.warned.add(key or message)
             log.warning("rule %r: %s", self.title, message)
@@ -223,7 +223,7 @@ def check_known(feature: str | None, known: Collection[str]) -> None:
         raise unknown("feature", feature, known)
 
 
-# --- Rules on the features of a reading, each feature followed for itself
+# --- Rules on the features of a reading, each feature followed separately
 
 SIDES = ("both", "up", "down")
 
@@ -233,10 +233,10 @@ class FeatureRule(ReadingRule):
     """A rule on one feature, or on every feature of a reading."""
 
     feature: str | None = None
-    """The feature it follows; None follows every one. It fires for each, and is back inside when all are."""
+    """The feature that is followed; None follows all. The rule fires for each, and is back inside when all are."""
 
     def begin(self, start: Start) -> None:
-        """A run starts; the feature must be among those it reads."""
+        """A run starts; the feature must be among those that it reads."""
         check_known(self.feature, start.features)
         super().begin(start)
 
@@ -254,10 +254,10 @@ class FeatureRule(ReadingRule):
 
     @abstractmethod
     def _compare_feature(self, state: SubjectState, value: FeatureValue, reading: Reading) -> Comparison | None:
-        """What the reading says of this feature; None where a number that is needed is NaN."""
+        """The reading of this feature against the limit; None where a number that is needed is NaN."""
 
     def _missing(self, value: FeatureValue) -> str:
-        """Why there was no comparison."""
+        """The reason why there was no comparison."""
         if value.base_sd == 0 and not math.isnan(value.mean):
             return "its base model's probes do not differ, so that it has no shift in base sd; use OutsideBand"
         return "its value is NaN"
@@ -269,7 +269,7 @@ class FeatureRule(ReadingRule):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SidedRule(FeatureRule):
-    """A rule that may look at rises or falls only."""
+    """A rule that can look at rises only, or at falls only."""
 
     side: str = "both"
     """`both`, `up` (rises only) or `down`."""
@@ -298,9 +298,9 @@ def positive(name: str, value: float, zero: bool = False) -> None:
 
 
 class Composite(Rule):
-    """Follows its parts, and fires when their excursions together say so.
+    """Follows its parts, and fires when their excursions together meet its condition.
 
-    Parts are not to be given to the monitor again beside it: each would then count readings twice.
+    Do not pass the parts to the monitor as well: each of them would count every reading twice.
     """
 
     kind = "composite"
@@ -314,7 +314,7 @@ class Composite(Rule):
 
     @property
     def title(self) -> str:
-        """Its own name, or that of its kind."""
+        """The rule's own name, or that of its kind."""
         return self.kind if self.name is None else self.name
 
     @property
@@ -326,7 +326,7 @@ class Composite(Rule):
         raise NotImplementedError
 
     def begin(self, start: Start) -> None:
-        """A run starts, for every part."""
+        """A run starts: every part begins."""
         for rule in self.rules:
             rule.begin(start)
         self._forget()
@@ -341,7 +341,7 @@ class Composite(Rule):
         self._alarms, self._firing = {}, False
 
     def update(self, reading: Reading) -> Alarm | None:
-        """Give the reading to every part; an alarm where the combination begins to hold."""
+        """Pass the reading to every part; return an alarm if the condition begins to hold."""
         for i, rule in enumerate(self.rules):
             alarm = rule.update(reading)
             if alarm is not None:
@@ -350,7 +350,7 @@ class Composite(Rule):
         return self._alarm(reading) if self._firing and not before else None
 
     def _alarm(self, reading: Reading) -> Alarm:
-        """The newest numbers, and the messages of all parts that are in an excursion."""
+        """An alarm with the newest numbers, and the messages of all parts that are in an excursion."""
         parts = [self._alarms[i] for i, rule in enumerate(self.rules) if rule.firing and i in self._alarms]
         numbered = [alarm for alarm in parts if not math.isnan(alarm.threshold)]
         if not numbered:
@@ -378,12 +378,12 @@ class AllOf(Composite):
 
     @property
     def inside(self) -> bool:
-        """Whether a part is inside: then they cannot all be in an excursion."""
+        """Whether a part is inside: then not all can be in an excursion."""
         return any(rule.inside for rule in self.rules)
 
 
 class AnyOf(Composite):
-    """Fires when a part is in an excursion; once, until no part is."""
+    """Fires when a part is in an excursion: once, until no part is."""
 
     kind = "any of"
 

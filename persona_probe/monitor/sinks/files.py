@@ -1,4 +1,4 @@
-"""A file of events, one JSON line each: appended and flushed, so that a killed run loses at most one line."""
+"""Files of events, one JSON line each: appended and flushed, so that a killed run loses at most one line."""
 
 import logging
 import os
@@ -27,8 +27,8 @@ BLOCK = 65_536
 class JsonlSink:
     """Appends every event to a file as one line of `to_line`.
 
-    A file that exists is continued: a last line that was torn by a kill is cut off first, a whole one that only lacks
-    its line break gets it. Nothing whole is lost.
+    An existing file is continued: a last line that was torn by a kill is cut off first, and a whole one without a line
+    break gets one. No whole line is lost.
 
     Args:
         path: the file; its folders are made.
@@ -45,7 +45,7 @@ class JsonlSink:
         self._file: FileIO | None = None
 
     def emit(self, event: Event) -> None:
-        """Append one line. Unbuffered: a line goes out in one write or raises, it is never half kept back."""
+        """Append one line. Unbuffered: a line is written at once, or raises; no half of it waits in a buffer."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             recover(self.path)
@@ -64,7 +64,7 @@ class JsonlSink:
 
 
 def recover(path: Path) -> None:
-    """Make a file of events end with a whole line: cut a torn last line off, or give a whole one its line break."""
+    """Make a file of events end with a whole line: cut a torn last line off, or add a missing line break."""
     if not path.is_file() or path.stat().st_size == 0:
         return
     with path.open("r+b") as handle:
@@ -84,7 +84,7 @@ def read_events(path: str | Path) -> list[Event]:
     """All events of a file, in order; a torn last line is ignored.
 
     Raises:
-        InputError: no such file, or a line before the last that is no event.
+        InputError: no such file, or a line before the last that is not an event.
     """
     file = Path(path)
     if not file.is_file():
@@ -95,7 +95,7 @@ def read_events(path: str | Path) -> list[Event]:
 
 
 def readings_frame(events: Iterable[Event]) -> "pd.DataFrame":
-    """All readings as a table, one row per reading and feature (`Reading.rows`); no columns where there are none."""
+    """All readings as a table, one row per reading and feature (`Reading.rows`); without readings it has no columns."""
     import pandas as pd
 
     return pd.DataFrame([row for event in events if isinstance(event, Reading) for row in event.rows()])
@@ -121,7 +121,7 @@ def _last_line_start(handle: BinaryIO) -> int:
     while end > 0:
         start = max(0, end - BLOCK)
         handle.seek(start)
-        if (found := handle.read(end - start).rfind(b"\n")) >= 0:
-            return start + found + 1
+        if (place := handle.read(end - start).rfind(b"\n")) >= 0:
+            return start + place + 1
         end = start
     return 0

@@ -9,10 +9,10 @@ from persona_probe.monitor.events import Alarm, End, Event, Fault
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 SHARE = 0.05
-"""Largest share of the time that drawing may take: a slow figure is drawn less often."""
+"""Largest share of the time that drawing may take; a slow figure is drawn less often."""
 
 
 class LiveView:
@@ -22,11 +22,11 @@ class LiveView:
     pp.FeatureMonitor(sae, features, sinks=[LiveView()])   # the figure appears below the cell when training starts
     ```
 
-    Outside a notebook, or without anywidget and ipywidgets, it says so once and does nothing more.
+    Outside a notebook, or without anywidget and ipywidgets, it warns once and does nothing.
 
     Args:
         seconds: least time between two drawings; alarms and the end are drawn at once.
-        limit: points kept per curve (`History` thins what is more).
+        limit: points per curve (`History` thins longer curves).
     """
 
     def __init__(self, seconds: float = 1.0, limit: int = 1000) -> None:
@@ -34,36 +34,36 @@ class LiveView:
 
         self.history, self.seconds = History(limit), seconds
         self._widget: Any = None
-        self._next, self._shown, self._missing = 0.0, False, not _has_widgets()
+        self._next, self._displayed, self._missing = 0.0, False, not _has_widgets()
         if self._missing:
-            logger.warning("live view is off, no anywidget or ipywidgets: pip install 'persona-probe[notebooks]'")
+            log.warning("live view is off, no anywidget or ipywidgets: pip install 'persona-probe[notebooks]'")
 
     @property
     def figure(self) -> Any:
-        """The `FigureWidget`, drawn as of now; put it in a cell to see it a second time. None where it is off."""
+        """The `FigureWidget`, up to date; put it in a cell to show it again. None where the view is off."""
         if not self._missing:
             self._draw()
         return self._widget
 
     def emit(self, event: Event) -> None:
-        """Take the event in; show the figure at the first, then update it in place."""
+        """Add the event; show the figure at the first one, then update it in place."""
         if self._missing:
             return
         self.history.add([event])
-        if not self._shown:
-            self._shown = True
+        if not self._displayed:
+            self._displayed = True
             self._show()
         elif self._widget is not None and (isinstance(event, Alarm | Fault | End) or time.monotonic() >= self._next):
             self._draw()
 
     def close(self) -> None:
-        """Draw what the pace held back."""
+        """Draw what was not drawn yet."""
         if self._widget is not None:
             self._draw()
 
     def _show(self) -> None:
         if not _in_notebook():
-            logger.warning("live view is off: no notebook here; TerminalSink() is for scripts")
+            log.warning("live view is off: no notebook here; TerminalSink() is for scripts")
             return
         from IPython.display import display
 
@@ -88,7 +88,7 @@ class LiveView:
 
 
 def _structure(fig: "go.Figure") -> list[tuple[Any, ...]]:
-    """What must be equal for new data to go into the old traces."""
+    """What must be equal so that new data fits into the old traces."""
     return [(t.type, t.mode, t.fill, t.name, t.xaxis, t.yaxis) for t in fig.data]  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -101,9 +101,9 @@ def _update(widget: "go.FigureWidget", fresh: "go.Figure") -> None:
 
 
 def _replace(widget: "go.FigureWidget", fresh: "go.Figure") -> None:
-    """Other panels or traces: a feature, a mode or a behaviour came new."""
+    """Other panels or traces: a feature, a mode or a behaviour is new."""
     widget.data = ()
-    widget.update_layout(shapes=())  # the page keeps what a new layout does not name
+    widget.update_layout(shapes=())  # the page keeps what a new layout does not mention
     widget.layout = fresh.layout
     widget.add_traces(fresh.data)
 

@@ -30,7 +30,7 @@ READING = {
 
 
 class PrometheusSink:
-    """Keeps the latest values for a Prometheus server to collect.
+    """Offers the latest values to a Prometheus server.
 
     Metrics are `persona_feature_<value>{feature, mode}`, `persona_reading_<value>{mode}`, `persona_behaviour{name}`,
     `persona_alarms_total{rule, feature}` and `persona_faults_total{part}`. All have the label `run`.
@@ -60,13 +60,13 @@ class PrometheusSink:
         )
         self._faults = Counter("persona_faults", "parts switched off", ("run", "part"), registry=self.registry)
         self.port: int | None = None
-        """The port that is served, a free one where 0 was asked for; None for a file."""
+        """The port that is served (a free one for `port=0`); None for a file."""
         self._server: Any = None
         if port is not None:
             self._open(port)
 
     def emit(self, event: Event) -> None:
-        """Take the event's numbers, and write the file where there is one."""
+        """Take the event's numbers, and write the file, if there is one."""
         if self.port is not None and self._server is None:
             self._open(self.port)  # closed after an earlier training run
         if isinstance(event, Reading):
@@ -84,7 +84,7 @@ class PrometheusSink:
             write_to_textfile(str(self.path), self.registry)
 
     def close(self) -> None:
-        """Free the port until the next event; a file stays with its last values."""
+        """Free the port until the next event; a file keeps its last values."""
         if self._server is not None:
             server, thread = self._server
             server.shutdown()

@@ -15,10 +15,10 @@ STATES = {"above": "bold yellow", "below": "bold yellow", "inside": "green", "no
 class TerminalSink:
     """Writes one line per reading: step, features with shift and place in the base band, explained variance, loss.
 
-    Alarms and faults are red. Colours only where the stream is a terminal; progress bars of tqdm stay whole.
+    Alarms and faults are red. Colours appear in a terminal only; progress bars of tqdm stay intact.
 
     Args:
-        file: a text stream; None is standard error, where the bars are too.
+        file: a text stream; None is standard error, like the bars.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -35,7 +35,7 @@ class TerminalSink:
             self.console.print(event_line(event, self._bands), soft_wrap=True)
 
     def close(self) -> None:
-        """Nothing to close: the stream is not ours."""
+        """Nothing to close: the stream belongs to the caller."""
 
 
 def event_line(event: Event, bands: Bands) -> Text:
@@ -43,27 +43,27 @@ def event_line(event: Event, bands: Bands) -> Text:
     if isinstance(event, Reading):
         return _reading(event, bands)
     if isinstance(event, Alarm):
-        return Text(f"step {event.step}  ALARM {shown(event.rule)}: {shown(event.message)}", style="bold red")
+        return Text(f"step {event.step}  ALARM {printable(event.rule)}: {printable(event.message)}", style="bold red")
     if isinstance(event, Fault):
-        return Text(f"step {event.step}  {shown(event.part)} is off: {shown(event.message)}", style="red")
+        return Text(f"step {event.step}  {printable(event.part)} is off: {printable(event.message)}", style="red")
     if isinstance(event, Behaviour):
-        return Text(f"step {event.step}  {shown(event.name)} {event.value:.4g}{_interval(event)}")
+        return Text(f"step {event.step}  {printable(event.name)} {event.value:.4g}{_interval(event)}")
     if isinstance(event, End):
         return Text(f"step {event.step}  done: {event.readings} readings in {event.seconds:.1f} s", style="dim")
-    names = ", ".join(shown(name) for name in event.features)
+    names = ", ".join(printable(name) for name in event.features)
     return Text(f"watching {names} at layer {event.layer}, {event.n_probes} probes", style="dim")
 
 
-def shown(text: str) -> str:
-    """Untrusted text on one line: no control character may move the cursor or change the colour."""
+def printable(text: str) -> str:
+    """Untrusted text on one line, control characters replaced: none may move the cursor or change the colour."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _reading(reading: Reading, bands: Bands) -> Text:
-    line = Text(f"step {reading.step}" + ("" if reading.mode == "probe" else f" ({shown(reading.mode)})"))
+    line = Text(f"step {reading.step}" + ("" if reading.mode == "probe" else f" ({printable(reading.mode)})"))
     for feature in reading.features:
         state = band_state(feature, bands)
-        line.append(f"  {shown(feature.name)} {feature.mean:.4g} ({feature.shift:+.2f} sd, ")
+        line.append(f"  {printable(feature.name)} {feature.mean:.4g} ({feature.shift:+.2f} sd, ")
         line.append(state, STATES[state]).append(")")
     if not isnan(reading.explained_variance):
         line.append(f"  EV {reading.explained_variance:.3f}")

@@ -18,12 +18,12 @@ PREFIX = {"probe": "persona", "passive": "persona_passive"}
 class TrainerLogSink:
     """Logs each reading as `persona/<feature>`, `persona/<feature>_shift`, `persona/explained_variance`, ...
 
-    A callback is never told its trainer, and what it adds in `on_log` comes after the loggers have run. So the sink
-    needs the trainer itself, as TRL's `LogCompletionsCallback` does: give it here, or to `attach` once it exists.
+    A trainer does not pass itself to its callbacks, and what they add in `on_log` comes after the loggers have run. So
+    the sink needs the trainer itself, as TRL's `LogCompletionsCallback` does: pass it here, or to `attach` later.
 
     Passive readings go under `persona_passive/`, behaviour under `behaviour/<name>`, and `persona/alarms` counts the
     alarms so far. Values that are not finite are left out: the trainer's state is saved as JSON. The values also go
-    into `state.log_history`, at the trainer's own step.
+    into `state.log_history`, at the trainer's step.
 
     Args:
         trainer: the `transformers.Trainer` that trains (TRL's are such).
@@ -31,23 +31,23 @@ class TrainerLogSink:
 
     def __init__(self, trainer: "Trainer | None" = None) -> None:
         self.trainer = trainer
-        self._alarms, self._busy, self._told = 0, False, False
+        self._alarms, self._busy, self._warned = 0, False, False
 
     def attach(self, trainer: "Trainer") -> None:
         """Log to this trainer from now on."""
         self.trainer = trainer
 
     def emit(self, event: Event) -> None:
-        """Log a reading, a behaviour or an alarm; other events have no number to show."""
+        """Log a reading, a behaviour or an alarm; other events have no number to log."""
         self._alarms += isinstance(event, Alarm)
         values = {name: value for name, value in self._values(event).items() if math.isfinite(value)}
         if self.trainer is None:
-            self._tell()
-        elif values and not self._busy:  # a callback may answer our log with another event
+            self._warn()
+        elif values and not self._busy:  # a callback may react to this log with another event
             self._log(self.trainer, values)
 
     def close(self) -> None:
-        """Nothing to close: the loggers are the trainer's own."""
+        """Nothing to close: the loggers belong to the trainer."""
 
     def _values(self, event: Event) -> dict[str, float]:
         if isinstance(event, Reading):
@@ -57,23 +57,23 @@ class TrainerLogSink:
         return {"persona/alarms": float(self._alarms)} if isinstance(event, Alarm) else {}
 
     def _log(self, trainer: "Trainer", values: dict[str, float]) -> None:
-        """Log as the base class does, and keep the wish to log the loss.
+        """Log as the base class does, and restore `should_log` afterwards.
 
-        TRL's own `log` averages and empties its metrics, so calling it here would split them; and any `on_log` takes
-        `should_log` back, so that the step's loss would be lost when a reading comes at a logging step.
+        TRL's `log` averages and empties its metrics, so calling it here would split them. And every `on_log` resets
+        `should_log`, so the step's loss would be lost when a reading comes at a logging step.
         """
         from transformers import Trainer
 
-        wished, self._busy = trainer.control.should_log, True
+        should_log, self._busy = trainer.control.should_log, True
         try:
             Trainer.log(trainer, values)
         finally:
-            trainer.control.should_log, self._busy = wished, False
+            trainer.control.should_log, self._busy = should_log, False
 
-    def _tell(self) -> None:
-        if not self._told:
+    def _warn(self) -> None:
+        if not self._warned:
             log.warning("readings are not logged by a trainer: call attach(trainer) on the TrainerLogSink")
-            self._told = True
+            self._warned = True
 
 
 def reading_values(reading: Reading) -> dict[str, float]:

@@ -10,7 +10,7 @@ from persona_probe.errors import InputError, unknown
 
 USES = ("features", "calibration", "evaluation")
 RECOMPUTED = ("rate", "held", "side", "arms", "runs")
-"""Keys that may change in a study that has begun: results are made again, and every run keeps its own settings."""
+"""Keys that may change in a study that has begun: results are computed again, and every run keeps its settings."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class LatentFeature:
     latent: int
     """Its index in the SAE."""
     source: str
-    """Where the choice comes from: it must be other data than the evaluated runs."""
+    """The data on which it was chosen; it must not be that of the evaluated runs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LabelledRun:
     arm: str
     """An arm of the study."""
     seed: int
-    """Of adapter, data order and mixture."""
+    """Seed of adapter, data order and mixture."""
     benign: bool
     """Whether its data is benign."""
     use: str = "evaluation"
@@ -49,7 +49,7 @@ class LabelledRun:
 
 @dataclass(frozen=True)
 class MonitorStudy:
-    """Runs with known data, watched by the monitor and by its rivals."""
+    """Runs on known data, watched by the monitor and by its rivals."""
 
     name: str
     """Name of the run folder."""
@@ -58,7 +58,7 @@ class MonitorStudy:
     arms: dict[str, Arm]
     """Data conditions."""
     runs: dict[str, LabelledRun]
-    """Run names to what they are."""
+    """Runs by name."""
     model: str = "smollm2-135m-instruct"
     """As `load_model` takes it."""
     revision: str | None = None
@@ -74,21 +74,21 @@ class MonitorStudy:
     probes: str = "neutral_probes"
     """The monitor's probes; each must end with an answer."""
     probe_limit: int | None = None
-    """Use only so many probes."""
+    """Use this many of the probes; None uses all."""
     contrast: str = "general_contrast"
     """The contrast set: the packaged one, or a JSONL file."""
     contrast_items: int = 30
     """Items of its evaluation split that measure behaviour, spread evenly over the split."""
     training: Training = field(default_factory=Training)
-    """Of all runs; `checkpoints` has no effect, weights are not kept."""
+    """Training of all runs; `checkpoints` has no effect, weights are not kept."""
     readings: tuple[int, ...] = (0, 2, 4, 8, 12, 16, 24)
     """Steps at which everything is read; 0 and the last step always are."""
     rate: float = 0.05
-    """Wanted false alarms per benign run."""
+    """False alarms per benign run that thresholds may give."""
     held: tuple[int, ...] = (1, 2)
-    """Rules that are evaluated: a value beyond its threshold for so many readings in a row."""
+    """Rules that are evaluated: a value beyond its threshold for this many readings in a row."""
     side: str = "above"
-    """Which way an alarm looks: `above`, `below` or `both`."""
+    """The side of the base on which a value alarms: `above`, `below` or `both`."""
     device: str = "auto"
     """`auto` takes a GPU where there is one."""
     bf16: bool = True
@@ -112,8 +112,8 @@ class MonitorStudy:
     def _check_uses(self) -> None:
         pair = [self.runs[name].benign for name in self.named("features")]
         if sorted(pair) != ([] if self.features_from else [False, True]):
-            wanted = "no runs" if self.features_from else "one benign and one other run"
-            raise InputError(f"{wanted} must have use: features (they give the mean difference), not {len(pair)} runs")
+            need = "no runs" if self.features_from else "one benign and one other run"
+            raise InputError(f"{need} must have use: features (they give the mean difference), not {len(pair)} runs")
         used = {self.runs[name].seed for name in self.named("features")}
         shared = [n for n in (*self.named("calibration"), *self.named("evaluation")) if self.runs[n].seed in used]
         if shared:
@@ -131,16 +131,16 @@ class MonitorStudy:
         return replace(self.training, steps=self.runs[name].steps or self.training.steps, checkpoints=())
 
     def schedule(self, name: str) -> tuple[int, ...]:
-        """The steps at which a run is read: the wanted ones that it reaches, 0 and its last."""
-        steps, wanted = self.training_of(name).steps, self.runs[name].readings or self.readings
-        return tuple(sorted({0, steps, *(s for s in wanted if 0 <= s <= steps)}))
+        """The steps at which a run is read: those of `readings` that it reaches, 0 and its last."""
+        steps, readings = self.training_of(name).steps, self.runs[name].readings or self.readings
+        return tuple(sorted({0, steps, *(s for s in readings if 0 <= s <= steps)}))
 
     def is_long(self, name: str) -> bool:
         """Whether a run trains for more steps than the study's others."""
         return self.training_of(name).steps > self.training.steps
 
     def settings_of(self, name: str) -> dict[str, Any]:
-        """What decides a run besides the study's own settings."""
+        """The settings that decide a run, besides those of the whole study."""
         run = self.runs[name]
         arm = asdict(self.arms[run.arm])
         return json.loads(json.dumps({**asdict(run), "data": arm, "schedule": self.schedule(name)}))

@@ -137,8 +137,8 @@ def separation(signals: pd.DataFrame, labels: pd.DataFrame, signal: str, step: i
 
 def separation_at_end(signals: pd.DataFrame, labels: pd.DataFrame, signal: str) -> Separation:
     """The same with every run's own last value, so that a long benign run counts with all its drift; step is -1."""
-    own = signals[signals["signal"] == signal].dropna(subset=["value"]).sort_values("step")
-    return _separation(own.groupby("run")["value"].last(), labels, signal, -1)
+    values = signals[signals["signal"] == signal].dropna(subset=["value"]).sort_values("step")
+    return _separation(values.groupby("run")["value"].last(), labels, signal, -1)
 
 
 def _separation(values: pd.Series, labels: pd.DataFrame, signal: str, step: int) -> Separation:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -216,7 +217,7 @@ def watched_features(ctx: MonitorStudyContext) -> WatchedFeatures:
     return WatchedFeatures({name: features[name] for name in record["sources"]}, record["sources"])
 
 
-def _write_features(run: RunFolder, watched: WatchedFeatures, made_from: dict[str, object]) -> None:
+def _write_features(run: RunFolder, watched: WatchedFeatures, made_from: dict[str, Any]) -> None:
     latents = {name: f for name, f in watched.features.items() if isinstance(f, int)}
     directions = {name: f for name, f in watched.features.items() if isinstance(f, Tensor)}
     with run.staging("features") as folder:

@@ -11,6 +11,34 @@ from persona_probe.config import StudyConfig, Training
 from persona_probe.errors import InputError
 from persona_probe.runs import RunFolder
 
+_CITED = re.compile(r"\\cite\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Citation:
+    """What `cite` prints."""
+
+    methods: str
+    """One paragraph of LaTeX, with citations."""
+    bibtex: str
+    """The entries that it cites, sorted by key."""
+
+    def __str__(self) -> str:
+        return f"{self.methods}\n\n{self.bibtex}\n"
+
+
+def cite(folder: str | Path) -> Citation:
+    """Methods and references of a run, from its manifest, its summary and its tables. Stages not run are left out.
+
+    Raises:
+        InputError: not a run folder, or a damaged file in it.
+    """
+    run = RunFolder.open(folder)
+    methods = " ".join(sentence for stage in _PARAGRAPHS for sentence in stage(run))
+    keys = sorted({key.strip() for group in _CITED.findall(methods) for key in group.split(",")})
+    return Citation(methods, "\n\n".join(REFERENCES[key] for key in keys))
+
+
 # --- BibTeX of the methods that a study may use; `cite` prints those that it did use
 
 
@@ -355,31 +383,3 @@ def _statistics(run: RunFolder) -> list[str]:
 
 _PARAGRAPHS = (_training, _contrast, _locate, _watch, _realign, _judged, _statistics)
 """Sentences about each stage, in their order."""
-
-
-_CITED = re.compile(r"\\cite\{([^}]*)\}")
-
-
-@dataclass(frozen=True)
-class Citation:
-    """What `cite` prints."""
-
-    methods: str
-    """One paragraph of LaTeX, with citations."""
-    bibtex: str
-    """The entries that it cites, sorted by key."""
-
-    def __str__(self) -> str:
-        return f"{self.methods}\n\n{self.bibtex}\n"
-
-
-def cite(folder: str | Path) -> Citation:
-    """Methods and references of a run, from its manifest, its summary and its tables. Stages not run are left out.
-
-    Raises:
-        InputError: not a run folder, or a damaged file in it.
-    """
-    run = RunFolder.open(folder)
-    methods = " ".join(sentence for stage in _PARAGRAPHS for sentence in stage(run))
-    keys = sorted({key.strip() for group in _CITED.findall(methods) for key in group.split(",")})
-    return Citation(methods, "\n\n".join(REFERENCES[key] for key in keys))

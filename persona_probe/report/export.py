@@ -24,6 +24,98 @@ from persona_probe.runs import write_text
 
 logger = logging.getLogger(__name__)
 
+# --- A figure as a page, its numbers and images
+
+FORMATS = ("html", "csv", "svg")
+"""The default formats."""
+STATIC = ("svg", "pdf", "png")
+"""Images."""
+ALL_FORMATS = ("html", "csv", *STATIC)
+DIGITS = 10
+"""Of numbers in a CSV: further digits differ between processors, which add in another order."""
+
+
+def export_figures(
+    records: Records,
+    folder: str | Path,
+    only: Sequence[str] | None = None,
+    formats: Sequence[str] = FORMATS,
+    *,
+    width: Width = "page",
+    theme: Theme = "light",
+) -> list[Path]:
+    """Write figures into `folder` (made if need be), each file whole or not at all.
+
+    Args:
+        folder: where `<name>.<format>` goes; older files are replaced.
+        only: names from `ALL_FIGURES`; None writes all that the records show.
+        formats: some of html, csv, svg, pdf, png. The CSV is written always. Images need kaleido and a Chromium;
+            without them they are skipped with one logged line.
+        width: of images in print: "column" (89 mm) or "page" (183 mm).
+        theme: "light" or "dark".
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: an unknown figure, format, width or theme, or a browser that could not draw.
+    """
+    specs = list(figures_of(records).values()) if only is None else [spec_of(name) for name in only]
+    for kind in formats:
+        if kind not in ALL_FORMATS:
+            raise unknown("figure format", kind, ALL_FORMATS)
+    check_theme(theme)
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    written = [write_text(target / f"{s.name}.csv", csv_text(s.data(records))) for s in specs]
+    drawn = [(s, s.draw(records)) for s in specs] if set(formats) - {"csv"} else []
+    if "html" in formats:
+        written += [_write_page(target, spec, fig, records, theme) for spec, fig in drawn]
+    if images := [kind for kind in STATIC if kind in formats]:
+        written += _write_images(target, drawn, images, records.manifest, width, theme)
+    return written
+
+
+def csv_text(data: pd.DataFrame) -> str:
+    """A figure's numbers as CSV, the same on every machine: ten decimals and significant digits, LF line ends."""
+    floats = data.select_dtypes("float").columns
+    # adding zero turns -0 into 0
+    rounded = data.assign(**{name: data[name].round(DIGITS) + 0.0 for name in floats})
+    return rounded.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n")
+
+
+def write_figure(folder: Path, name: str, records: Records) -> Path:
+    """Write one figure next to the table that it draws, as `<name>.html` and, with all digits, `<name>.csv`.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: an unknown figure.
+    """
+    spec = spec_of(name)
+    write_text(folder / f"{name}.csv", spec.data(records).to_csv(index=False))
+    return _write_page(folder, spec, spec.draw(records), records, "light")
+
+
+def _write_page(folder: Path, spec: FigureSpec, fig: go.Figure, records: Records, theme: Theme) -> Path:
+    context: dict[str, Any] = {
+        "title": spec.title,
+        "name": spec.name,
+        "figure": go.Figure(fig).update_layout(template=TEMPLATES[theme]),
+        "caption": caption(fig),
+        "theme": theme,
+    }
+    if records.manifest:
+        context |= {"provenance": provenance(records.manifest), "footer": provenance_line(records.manifest)}
+    return write_text(folder / f"{spec.name}.html", render("figure.html.j2", context))
+
+
+def caption(fig: go.Figure) -> str:
+    """The caption that a figure carries."""
+    return str(fig.layout.meta["caption"])  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # --- Where a figure's or a report's numbers come from: its footer and its file's metadata
 
 PACKAGES = ("persona-probe", "torch", "transformers", "sae-lens", "trl", "peft")
@@ -169,7 +261,6 @@ def _hex(value: str) -> str:
 
 # --- Figures as images, drawn by kaleido and a Chromium; if one is missing, one logged line says how to install it
 
-STATIC = ("svg", "pdf", "png")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
@@ -240,91 +331,3 @@ def _job(path: Path, fig: go.Figure, kind: str) -> dict[str, Any]:
         "path": path,
         "opts": {"format": kind, "width": size.width, "height": size.height, "scale": scale},
     }
-
-
-FORMATS = ("html", "csv", "svg")
-"""The default formats."""
-ALL_FORMATS = ("html", "csv", *STATIC)
-DIGITS = 10
-"""Of numbers in a CSV: further digits differ between processors, which add in another order."""
-
-
-def export_figures(
-    records: Records,
-    folder: str | Path,
-    only: Sequence[str] | None = None,
-    formats: Sequence[str] = FORMATS,
-    *,
-    width: Width = "page",
-    theme: Theme = "light",
-) -> list[Path]:
-    """Write figures into `folder` (made if need be), each file whole or not at all.
-
-    Args:
-        folder: where `<name>.<format>` goes; older files are replaced.
-        only: names from `ALL_FIGURES`; None writes all that the records show.
-        formats: some of html, csv, svg, pdf, png. The CSV is written always. Images need kaleido and a Chromium;
-            without them they are skipped with one logged line.
-        width: of images in print: "column" (89 mm) or "page" (183 mm).
-        theme: "light" or "dark".
-
-    Returns:
-        The files written.
-
-    Raises:
-        InputError: an unknown figure, format, width or theme, or a browser that could not draw.
-    """
-    specs = list(figures_of(records).values()) if only is None else [spec_of(name) for name in only]
-    for kind in formats:
-        if kind not in ALL_FORMATS:
-            raise unknown("figure format", kind, ALL_FORMATS)
-    check_theme(theme)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    written = [write_text(target / f"{s.name}.csv", csv_text(s.data(records))) for s in specs]
-    drawn = [(s, s.draw(records)) for s in specs] if set(formats) - {"csv"} else []
-    if "html" in formats:
-        written += [_write_page(target, spec, fig, records, theme) for spec, fig in drawn]
-    if images := [kind for kind in STATIC if kind in formats]:
-        written += _write_images(target, drawn, images, records.manifest, width, theme)
-    return written
-
-
-def csv_text(data: pd.DataFrame) -> str:
-    """A figure's numbers as CSV, the same on every machine: ten decimals and significant digits, LF line ends."""
-    floats = data.select_dtypes("float").columns
-    # adding zero turns -0 into 0
-    rounded = data.assign(**{name: data[name].round(DIGITS) + 0.0 for name in floats})
-    return rounded.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n")
-
-
-def write_figure(folder: Path, name: str, records: Records) -> Path:
-    """Write one figure next to the table that it draws, as `<name>.html` and, with all digits, `<name>.csv`.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        InputError: an unknown figure.
-    """
-    spec = spec_of(name)
-    write_text(folder / f"{name}.csv", spec.data(records).to_csv(index=False))
-    return _write_page(folder, spec, spec.draw(records), records, "light")
-
-
-def _write_page(folder: Path, spec: FigureSpec, fig: go.Figure, records: Records, theme: Theme) -> Path:
-    context: dict[str, Any] = {
-        "title": spec.title,
-        "name": spec.name,
-        "figure": go.Figure(fig).update_layout(template=TEMPLATES[theme]),
-        "caption": caption(fig),
-        "theme": theme,
-    }
-    if records.manifest:
-        context |= {"provenance": provenance(records.manifest), "footer": provenance_line(records.manifest)}
-    return write_text(folder / f"{spec.name}.html", render("figure.html.j2", context))
-
-
-def caption(fig: go.Figure) -> str:
-    """The caption that a figure carries."""
-    return str(fig.layout.meta["caption"])  # pyright: ignore[reportAttributeAccessIssue]

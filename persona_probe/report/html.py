@@ -16,6 +16,67 @@ from persona_probe.stats import Estimate
 
 Row = dict[str, Any]
 
+JUDGED = ("rates", "coherence", "judge_agreement")
+PLACED = ("arms", "trajectory", "dose_response", "realignment", "latents", "categories", "controls", *JUDGED)
+"""Figures that have their own place in the report; others follow under More figures."""
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write `report.html` into a run folder from its records; each stage that has not run gets one line.
+
+    Returns:
+        The report's path. It is self-contained: it loads nothing and sends nothing. It links to `cards.html` and to
+        the figures' CSV files where the folder has them.
+
+    Raises:
+        InputError: not a run folder, or a damaged file in it.
+    """
+    root = Path(folder)
+    return write_text(root / "report.html", render("report.html.j2", context(load_records(root), links(root))))
+
+
+def links(root: Path) -> dict[str, str]:
+    """Files of a run folder that its report links to: `cards` and, by name, the figures' numbers."""
+    csvs = {p.stem: f"figures/{p.name}" for p in sorted((root / "figures").glob("*.csv"))}
+    return csvs | ({"cards": "cards.html"} if (root / "cards.html").is_file() else {})
+
+
+def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What the report's template shows."""
+    answers, figures = sampled_answers(records), drawn_figures(records)
+    return {
+        "study": str(records.summary.get("study") or "study"),
+        "base_model": str(records.summary.get("base_model") or "unknown model"),
+        "headline": headline(records),
+        "tiles": tiles(records),
+        "numbers": _key_numbers(records),
+        "figures": figures,
+        "more": [name for name in figures if name not in PLACED],
+        "trajectory": _trajectory_notes(records),
+        "realignment": realignment(records),
+        "tested": _tested_latents(records),
+        "cards": cards(records),
+        "samples": answers,
+        "choices": _answer_choices(answers),
+        "judged": judged_answers(records),
+        "judged_figures": [name for name in JUDGED if name in figures],
+        "manifest": records.manifest,
+        "provenance": provenance(records.manifest),
+        "provenance_line": provenance_line(records.manifest),
+        "links": dict(linked or {}),
+    }
+
+
+def drawn_figures(records: Records) -> dict[str, dict[str, Any]]:
+    """Every figure that the study shows: its title, and the drawing with its caption, or what is missing for it."""
+    figures: dict[str, dict[str, Any]] = {}
+    for name, spec in (FIGURES | figures_of(records)).items():
+        drawn = None if spec.data(records).empty else spec.draw(records)
+        words = {"title": spec.title, "missing": spec.missing, "caption": caption(drawn) if drawn else ""}
+        figures[name] = {"name": name, "figure": drawn, **words}
+    return figures
+
+
 # --- Sampled answers for the report: side by side per question, with the choices of their filter
 
 MAX_CHARACTERS = 1_500_000
@@ -325,64 +386,3 @@ def _tested_latents(records: Records) -> list[Row]:
 
 def _effect(row: Mapping[Any, Any], name: str) -> str:
     return estimate_text(row.get(name), row.get(f"{name}_low"), row.get(f"{name}_high"))
-
-
-JUDGED = ("rates", "coherence", "judge_agreement")
-PLACED = ("arms", "trajectory", "dose_response", "realignment", "latents", "categories", "controls", *JUDGED)
-"""Figures that have their own place in the report; others follow under More figures."""
-
-
-def write_report(folder: str | Path) -> Path:
-    """Write `report.html` into a run folder from its records; each stage that has not run gets one line.
-
-    Returns:
-        The report's path. It is self-contained: it loads nothing and sends nothing. It links to `cards.html` and to
-        the figures' CSV files where the folder has them.
-
-    Raises:
-        InputError: not a run folder, or a damaged file in it.
-    """
-    root = Path(folder)
-    return write_text(root / "report.html", render("report.html.j2", context(load_records(root), links(root))))
-
-
-def links(root: Path) -> dict[str, str]:
-    """Files of a run folder that its report links to: `cards` and, by name, the figures' numbers."""
-    csvs = {p.stem: f"figures/{p.name}" for p in sorted((root / "figures").glob("*.csv"))}
-    return csvs | ({"cards": "cards.html"} if (root / "cards.html").is_file() else {})
-
-
-def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """What the report's template shows."""
-    answers, figures = sampled_answers(records), drawn_figures(records)
-    return {
-        "study": str(records.summary.get("study") or "study"),
-        "base_model": str(records.summary.get("base_model") or "unknown model"),
-        "headline": headline(records),
-        "tiles": tiles(records),
-        "numbers": _key_numbers(records),
-        "figures": figures,
-        "more": [name for name in figures if name not in PLACED],
-        "trajectory": _trajectory_notes(records),
-        "realignment": realignment(records),
-        "tested": _tested_latents(records),
-        "cards": cards(records),
-        "samples": answers,
-        "choices": _answer_choices(answers),
-        "judged": judged_answers(records),
-        "judged_figures": [name for name in JUDGED if name in figures],
-        "manifest": records.manifest,
-        "provenance": provenance(records.manifest),
-        "provenance_line": provenance_line(records.manifest),
-        "links": dict(linked or {}),
-    }
-
-
-def drawn_figures(records: Records) -> dict[str, dict[str, Any]]:
-    """Every figure that the study shows: its title, and the drawing with its caption, or what is missing for it."""
-    figures: dict[str, dict[str, Any]] = {}
-    for name, spec in (FIGURES | figures_of(records)).items():
-        drawn = None if spec.data(records).empty else spec.draw(records)
-        words = {"title": spec.title, "missing": spec.missing, "caption": caption(drawn) if drawn else ""}
-        figures[name] = {"name": name, "figure": drawn, **words}
-    return figures

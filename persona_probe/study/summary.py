@@ -22,6 +22,158 @@ from persona_probe.runs import RunFolder
 from persona_probe.saes.load import QUALITY_FILE, find_folder
 from persona_probe.stats import Estimate, bootstrap_statistic
 
+
+def summarise(ctx: Context) -> dict[str, Any]:
+    """Compute and write summary.json from the run folder's tables."""
+    run, config = ctx.run, ctx.config
+    latents, steering = run.read_table("latents.parquet"), run.read_table("steering.parquet")
+    readings, whole = run.read_table("readings.parquet"), run.read_table("evals.parquet")
+    evals = whole[whole["split"] == "evaluation"]
+    arms = ["base", *config.arms, *[a for a in config.realign.arms if a in set(evals["arm"])]]
+    band = _band(readings, config.monitor.band_sd)
+    summary: dict[str, Any] = {
+        "study": config.name,
+        "base_model": config.model,
+        "seeds": list(config.seeds),
+        "contrast_index": {arm: final_index(evals, arm).to_dict() for arm in arms},
+        "effect_incorrect_minus_correct": arm_effect(evals, "incorrect", "correct").to_dict(),
+        "by_seed": _by_seed(evals, [a for a in config.realign.arms if a in arms]),
+        "persona_feature": _persona(ctx, latents),
+        **_causal_numbers(latents, steering, config.realign.start),
+        "feature_reading": {arm: _curve(readings, arm) for arm in arms},
+        "base_band": {"low": band.low, "high": band.high, "feature": "persona"},
+        "realign_steps_to_band": {a: _steps(readings, a, band) for a in config.realign.arms if a in arms},
+        "explained_variance": {arm: _explained(readings, arm) for arm in arms},
+        "answer_tokens": {arm: _answer_tokens(run, arm, config.seeds) for arm in arms if arm != "base"},
+        "sae_quality": _quality(config.sae),
+        **_judged_numbers(whole, run.manifest.get("evaluations", {}), list(config.realign.arms)),
+    }
+    summary["verdicts"] = {a: verdict(summary, evals, a, band) for a in config.realign.arms if a in arms}
+    summary["checks"] = checks(summary, readings, band)
+    summary["headline"] = headline(summary)
+    summary["seconds"] = run.manifest.get("seconds", {})
+    summary["peak_memory_gib"] = _peak_memory(run)
+    run.write_json("summary.json", summary)
+    return summary
+
+
+# --- The numbers of summary.json
+
+
+def _by_seed(evals: pd.DataFrame, corrected: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The study's effects seed by seed: incorrect minus correct, and each corrected arm minus the base."""
+    pairs = [("incorrect", "correct"), *((arm, "base") for arm in corrected)]
+    return {
+        f"{left} minus {right}": [{"seed": s, **e.to_dict()} for s, e in effects_by_seed(evals, left, right).items()]
+        for left, right in pairs
+    }
+
+
+def _persona(ctx: Context, latents: pd.DataFrame) -> dict[str, Any]:
+    row = latents[latents["persona"]].iloc[0]
+    rise = Estimate(row["rise"], row["rise_ci_low"], row["rise_ci_high"], len(ctx.selection.rows))
+    return {
+        "latent": persona_latent(ctx),
+        "label": str(row["label"]),
+        "rise": rise.to_dict(),
+        "rise_rank": int(row["rank"]),
+        "cosine": float(row["cosine"]),
+        "effect_selection_split": float(row["effect_selection"]),
+        "shrinkage": _number(row["shrinkage"]),
+        "causal": bool(row["causal"]),
+        "ranks": {name.removesuffix("_rank"): int(row[name]) for name in latents.columns if name.endswith("_rank")},
+    }
+
+
+def _causal_numbers(latents: pd.DataFrame, steering: pd.DataFrame, organism: str) -> dict[str, Any]:
+    """Causal effects (odd parts, evaluation split) of persona, random latents and the mean difference."""
+    row = latents[latents["persona"]].iloc[0]
+    random = latents[latents["kind"] == "random"]
+    numbers: dict[str, Any] = {"strength": _number(row["strength"])}
+    tests = {"steer_base_up": "effect_base", "steer_organism_down": "effect_organism", "ablate_organism": "ablation"}
+    for key, column in tests.items():
+        n = int(steering["n_items"].iloc[0]) if "n_items" in steering else 0
+        numbers[key] = _estimate(row[column], row[f"{column}_low"], row[f"{column}_high"], n)
+    controls = {"": "effect_base", "_organism": "effect_organism", "_ablation": "ablation"}
+    for key, column in ((f"random_latent_p95{suffix}", column) for suffix, column in controls.items()):
+        sizes = random[column].dropna().abs().to_numpy()
+        p95 = bootstrap_statistic(sizes, lambda x: float(np.quantile(x, 0.95))) if sizes.size else None
+        numbers[key] = p95.to_dict() if p95 else _estimate(np.nan, np.nan, np.nan, 0)
+    numbers["mean_difference_effect"] = {m: _odd(steering, m, "mean difference") for m in ("base", organism)}
+    return numbers
+
+
+def _odd(steering: pd.DataFrame, model: str, name: str) -> float | None:
+    rows = steering[(steering["model"] == model) & (steering["name"] == name) & steering["within_bound"]]
+    by_strength = rows.set_index("strength")["delta"]
+    both = [s for s in by_strength.index if s > 0 and -s in by_strength.index]
+    return None if not both else float((by_strength[max(both)] - by_strength[-max(both)]) / 2)
+
+
+def _estimate(estimate: float, low: float, high: float, n: int) -> dict[str, Any]:
+    return {"estimate": _number(estimate), "ci_low": _number(low), "ci_high": _number(high), "n": n}
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+def _band(readings: pd.DataFrame, width_sd: float) -> Band:
+    row = readings[(readings["arm"] == "base") & (readings["feature"] == "persona")].iloc[0]
+    return Band.of(float(row["base_mean"]), float(row["base_sd"]), width_sd)
+
+
+def _curve(readings: pd.DataFrame, arm: str) -> list[dict[str, Any]]:
+    rows = readings[(readings["arm"] == arm) & (readings["feature"] == "persona")].sort_values(["seed", "step"])
+    return [
+        {
+            "seed": int(r["seed"]),
+            "step": int(r["step"]),
+            "estimate": float(r["mean"]),
+            "ci_low": float(r["ci_low"]),
+            "ci_high": float(r["ci_high"]),
+            "explained_variance": float(r["explained_variance"]),
+        }
+        for _, r in rows.iterrows()
+    ]
+
+
+def _over_seeds(values: np.ndarray) -> dict[str, Any]:
+    """Mean and range over seeds (an interval from a handful of seeds would pretend too much)."""
+    if not values.size:
+        return _estimate(np.nan, np.nan, np.nan, 0)
+    return _estimate(values.mean(), values.min(), values.max(), int(values.size))
+
+
+def _explained(readings: pd.DataFrame, arm: str) -> dict[str, Any]:
+    return _over_seeds(_final_rows(readings, arm)["explained_variance"].to_numpy())
+
+
+def _steps(readings: pd.DataFrame, arm: str, band: Band) -> dict[str, Any]:
+    rows = readings[readings["arm"] == arm]
+    steps = np.array([steps_to_band(rows[rows["seed"] == seed], band) for seed in sorted(set(rows["seed"]))])
+    return _over_seeds(steps) if np.isfinite(steps).all() else _estimate(np.nan, np.nan, np.nan, int(steps.size))
+
+
+def _answer_tokens(run: RunFolder, arm: str, seeds: tuple[int, ...]) -> dict[str, Any]:
+    tokens = [run.read_json(f"arms/{arm}-s{s}/training.json")["answer_tokens"] for s in seeds]
+    return _over_seeds(np.array(tokens))
+
+
+def _quality(sae: str) -> dict[str, Any] | None:
+    path = find_folder(sae) / QUALITY_FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _peak_memory(run: RunFolder) -> float:
+    """Peak resident memory of any process that worked on this run, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    peak = max(now, run.manifest.get("peak_memory_gib", 0.0))
+    run.update_manifest(peak_memory_gib=round(peak, 3))
+    return round(peak, 3)
+
+
 # --- The judged answers' part of summary.json: rates, effects between arms, agreement between judges
 
 
@@ -164,151 +316,3 @@ def headline(summary: dict[str, Any]) -> str:
         f"domain. Latent {persona['latent']} {carries} (causal effect {_text(summary['steer_base_up'])}). "
         f"{back} {passed} of {len(summary['checks'])} checks passed."
     )
-
-
-def summarise(ctx: Context) -> dict[str, Any]:
-    """Compute and write summary.json from the run folder's tables."""
-    run, config = ctx.run, ctx.config
-    latents, steering = run.read_table("latents.parquet"), run.read_table("steering.parquet")
-    readings, whole = run.read_table("readings.parquet"), run.read_table("evals.parquet")
-    evals = whole[whole["split"] == "evaluation"]
-    arms = ["base", *config.arms, *[a for a in config.realign.arms if a in set(evals["arm"])]]
-    band = _band(readings, config.monitor.band_sd)
-    summary: dict[str, Any] = {
-        "study": config.name,
-        "base_model": config.model,
-        "seeds": list(config.seeds),
-        "contrast_index": {arm: final_index(evals, arm).to_dict() for arm in arms},
-        "effect_incorrect_minus_correct": arm_effect(evals, "incorrect", "correct").to_dict(),
-        "by_seed": _by_seed(evals, [a for a in config.realign.arms if a in arms]),
-        "persona_feature": _persona(ctx, latents),
-        **_causal_numbers(latents, steering, config.realign.start),
-        "feature_reading": {arm: _curve(readings, arm) for arm in arms},
-        "base_band": {"low": band.low, "high": band.high, "feature": "persona"},
-        "realign_steps_to_band": {a: _steps(readings, a, band) for a in config.realign.arms if a in arms},
-        "explained_variance": {arm: _explained(readings, arm) for arm in arms},
-        "answer_tokens": {arm: _answer_tokens(run, arm, config.seeds) for arm in arms if arm != "base"},
-        "sae_quality": _quality(config.sae),
-        **_judged_numbers(whole, run.manifest.get("evaluations", {}), list(config.realign.arms)),
-    }
-    summary["verdicts"] = {a: verdict(summary, evals, a, band) for a in config.realign.arms if a in arms}
-    summary["checks"] = checks(summary, readings, band)
-    summary["headline"] = headline(summary)
-    summary["seconds"] = run.manifest.get("seconds", {})
-    summary["peak_memory_gib"] = _peak_memory(run)
-    run.write_json("summary.json", summary)
-    return summary
-
-
-def _by_seed(evals: pd.DataFrame, corrected: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The study's effects seed by seed: incorrect minus correct, and each corrected arm minus the base."""
-    pairs = [("incorrect", "correct"), *((arm, "base") for arm in corrected)]
-    return {
-        f"{left} minus {right}": [{"seed": s, **e.to_dict()} for s, e in effects_by_seed(evals, left, right).items()]
-        for left, right in pairs
-    }
-
-
-def _persona(ctx: Context, latents: pd.DataFrame) -> dict[str, Any]:
-    row = latents[latents["persona"]].iloc[0]
-    rise = Estimate(row["rise"], row["rise_ci_low"], row["rise_ci_high"], len(ctx.selection.rows))
-    return {
-        "latent": persona_latent(ctx),
-        "label": str(row["label"]),
-        "rise": rise.to_dict(),
-        "rise_rank": int(row["rank"]),
-        "cosine": float(row["cosine"]),
-        "effect_selection_split": float(row["effect_selection"]),
-        "shrinkage": _number(row["shrinkage"]),
-        "causal": bool(row["causal"]),
-        "ranks": {name.removesuffix("_rank"): int(row[name]) for name in latents.columns if name.endswith("_rank")},
-    }
-
-
-def _causal_numbers(latents: pd.DataFrame, steering: pd.DataFrame, organism: str) -> dict[str, Any]:
-    """Causal effects (odd parts, evaluation split) of persona, random latents and the mean difference."""
-    row = latents[latents["persona"]].iloc[0]
-    random = latents[latents["kind"] == "random"]
-    numbers: dict[str, Any] = {"strength": _number(row["strength"])}
-    tests = {"steer_base_up": "effect_base", "steer_organism_down": "effect_organism", "ablate_organism": "ablation"}
-    for key, column in tests.items():
-        n = int(steering["n_items"].iloc[0]) if "n_items" in steering else 0
-        numbers[key] = _estimate(row[column], row[f"{column}_low"], row[f"{column}_high"], n)
-    controls = {"": "effect_base", "_organism": "effect_organism", "_ablation": "ablation"}
-    for key, column in ((f"random_latent_p95{suffix}", column) for suffix, column in controls.items()):
-        sizes = random[column].dropna().abs().to_numpy()
-        p95 = bootstrap_statistic(sizes, lambda x: float(np.quantile(x, 0.95))) if sizes.size else None
-        numbers[key] = p95.to_dict() if p95 else _estimate(np.nan, np.nan, np.nan, 0)
-    numbers["mean_difference_effect"] = {m: _odd(steering, m, "mean difference") for m in ("base", organism)}
-    return numbers
-
-
-def _odd(steering: pd.DataFrame, model: str, name: str) -> float | None:
-    rows = steering[(steering["model"] == model) & (steering["name"] == name) & steering["within_bound"]]
-    by_strength = rows.set_index("strength")["delta"]
-    both = [s for s in by_strength.index if s > 0 and -s in by_strength.index]
-    return None if not both else float((by_strength[max(both)] - by_strength[-max(both)]) / 2)
-
-
-def _estimate(estimate: float, low: float, high: float, n: int) -> dict[str, Any]:
-    return {"estimate": _number(estimate), "ci_low": _number(low), "ci_high": _number(high), "n": n}
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None or not np.isfinite(value) else float(value)
-
-
-def _band(readings: pd.DataFrame, width_sd: float) -> Band:
-    row = readings[(readings["arm"] == "base") & (readings["feature"] == "persona")].iloc[0]
-    return Band.of(float(row["base_mean"]), float(row["base_sd"]), width_sd)
-
-
-def _curve(readings: pd.DataFrame, arm: str) -> list[dict[str, Any]]:
-    rows = readings[(readings["arm"] == arm) & (readings["feature"] == "persona")].sort_values(["seed", "step"])
-    return [
-        {
-            "seed": int(r["seed"]),
-            "step": int(r["step"]),
-            "estimate": float(r["mean"]),
-            "ci_low": float(r["ci_low"]),
-            "ci_high": float(r["ci_high"]),
-            "explained_variance": float(r["explained_variance"]),
-        }
-        for _, r in rows.iterrows()
-    ]
-
-
-def _over_seeds(values: np.ndarray) -> dict[str, Any]:
-    """Mean and range over seeds (an interval from a handful of seeds would pretend too much)."""
-    if not values.size:
-        return _estimate(np.nan, np.nan, np.nan, 0)
-    return _estimate(values.mean(), values.min(), values.max(), int(values.size))
-
-
-def _explained(readings: pd.DataFrame, arm: str) -> dict[str, Any]:
-    return _over_seeds(_final_rows(readings, arm)["explained_variance"].to_numpy())
-
-
-def _steps(readings: pd.DataFrame, arm: str, band: Band) -> dict[str, Any]:
-    rows = readings[readings["arm"] == arm]
-    steps = np.array([steps_to_band(rows[rows["seed"] == seed], band) for seed in sorted(set(rows["seed"]))])
-    return _over_seeds(steps) if np.isfinite(steps).all() else _estimate(np.nan, np.nan, np.nan, int(steps.size))
-
-
-def _answer_tokens(run: RunFolder, arm: str, seeds: tuple[int, ...]) -> dict[str, Any]:
-    tokens = [run.read_json(f"arms/{arm}-s{s}/training.json")["answer_tokens"] for s in seeds]
-    return _over_seeds(np.array(tokens))
-
-
-def _quality(sae: str) -> dict[str, Any] | None:
-    path = find_folder(sae) / QUALITY_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _peak_memory(run: RunFolder) -> float:
-    """Peak resident memory of any process that worked on this run, in GiB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    peak = max(now, run.manifest.get("peak_memory_gib", 0.0))
-    run.update_manifest(peak_memory_gib=round(peak, 3))
-    return round(peak, 3)

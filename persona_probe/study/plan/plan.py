@@ -30,26 +30,6 @@ from persona_probe.study.plan.shapes import (
     lora_parameters,
 )
 
-# --- Numbers and tables as plain text
-
-UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-
-
-def amount(number: float) -> str:
-    """Three digits and a unit: 1.23 M."""
-    for size, unit in UNITS:
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, whichever reads best."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 GIB = 2**30
 
 
@@ -146,6 +126,63 @@ def _training_lines(plan: Plan) -> list[str]:
     return lines
 
 
+# --- The dry run: resolve a study without downloading, check that its parts fit, and estimate what it will take
+
+
+def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None = None) -> Plan:
+    """Resolve a study without downloading anything, check that model, SAE, layer and data fit, and estimate its cost.
+
+    Args:
+        tflops: sustained speed that times are computed with, in 1e12 operations per second; None measures a product
+            on the device (under 1 s) and takes a share of it.
+        device: None takes the config's.
+
+    Raises:
+        InputError: something does not exist or does not fit.
+    """
+    if tflops is not None and not tflops > 0:
+        raise InputError(f"tflops must be positive, not {tflops}")
+    check_rankers(config.locate.rankers)
+    skeleton, sae = find_skeleton(config.model, config.revision), find_sae(config.sae)
+    layer = _check_shapes(config, skeleton, sae)
+    tokenizer = find_tokenizer(config.model, config.revision)
+    rows = read_row_sets(config, tokenizer)
+    stages, speed = (), None
+    if skeleton is not None:
+        if config.training.method == "lora" and not adapted(skeleton, config.training):
+            raise InputError("training.target_modules and training.layers choose no module: name at least one")
+        if layer is not None:
+            stages = estimate(Shapes(config, skeleton, layer, sae.d_sae or 0, rows))
+            speed = throughput(device or config.device, config.bf16, tflops)
+    plan = Plan(config, skeleton, sae, layer, rows, stages, speed, counted=tokenizer is not None)
+    return replace(plan, notes=_notes_of(plan))
+
+
+def _check_shapes(config: StudyConfig, skeleton: Skeleton | None, sae: SaeShape) -> int | None:
+    """The layer that the study reads, after checking that model, SAE and layer fit; None if it is unknown.
+
+    Raises:
+        InputError: model, SAE and layer do not fit together.
+    """
+    layer = sae.layer if config.layer is None else config.layer
+    if layer is None and sae.source == "cfg.json":
+        raise InputError(f"SAE {config.sae!r} names no decoder layer: write `layer:` in the config")
+    if None not in (layer, sae.layer) and layer != sae.layer:
+        raise InputError(
+            f"layer is {layer} but SAE {config.sae!r} reads layer {sae.layer}: leave layer out, or change it"
+        )
+    if skeleton is None:
+        return layer
+    if sae.d_in is not None and sae.d_in != skeleton.d_model:
+        raise InputError(
+            f"the SAE reads width {sae.d_in} but the residual stream of {config.model} has {skeleton.d_model}: "
+            "choose an SAE of this model"
+        )
+    if layer is not None and not 0 <= layer < skeleton.layers:
+        raise InputError(f"the SAE reads layer {layer} but {config.model} has layers 0 to {skeleton.layers - 1}")
+    return layer
+
+
 # --- Notes that a reader of a plan needs with its numbers
 
 LENGTHS_DIFFER = 0.05
@@ -205,58 +242,21 @@ def _data(plan: Plan) -> list[str]:
     return notes
 
 
-# --- The dry run: resolve a study without downloading, check that its parts fit, and estimate what it will take
+# --- Numbers as plain text
+
+UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None = None) -> Plan:
-    """Resolve a study without downloading anything, check that model, SAE, layer and data fit, and estimate its cost.
-
-    Args:
-        tflops: sustained speed that times are computed with, in 1e12 operations per second; None measures a product
-            on the device (under 1 s) and takes a share of it.
-        device: None takes the config's.
-
-    Raises:
-        InputError: something does not exist or does not fit.
-    """
-    if tflops is not None and not tflops > 0:
-        raise InputError(f"tflops must be positive, not {tflops}")
-    check_rankers(config.locate.rankers)
-    skeleton, sae = find_skeleton(config.model, config.revision), find_sae(config.sae)
-    layer = _check_shapes(config, skeleton, sae)
-    tokenizer = find_tokenizer(config.model, config.revision)
-    rows = read_row_sets(config, tokenizer)
-    stages, speed = (), None
-    if skeleton is not None:
-        if config.training.method == "lora" and not adapted(skeleton, config.training):
-            raise InputError("training.target_modules and training.layers choose no module: name at least one")
-        if layer is not None:
-            stages = estimate(Shapes(config, skeleton, layer, sae.d_sae or 0, rows))
-            speed = throughput(device or config.device, config.bf16, tflops)
-    plan = Plan(config, skeleton, sae, layer, rows, stages, speed, counted=tokenizer is not None)
-    return replace(plan, notes=_notes_of(plan))
+def amount(number: float) -> str:
+    """Three digits and a unit: 1.23 M."""
+    for size, unit in UNITS:
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
 
 
-def _check_shapes(config: StudyConfig, skeleton: Skeleton | None, sae: SaeShape) -> int | None:
-    """The layer that the study reads, after checking that model, SAE and layer fit; None if it is unknown.
-
-    Raises:
-        InputError: model, SAE and layer do not fit together.
-    """
-    layer = sae.layer if config.layer is None else config.layer
-    if layer is None and sae.source == "cfg.json":
-        raise InputError(f"SAE {config.sae!r} names no decoder layer: write `layer:` in the config")
-    if None not in (layer, sae.layer) and layer != sae.layer:
-        raise InputError(
-            f"layer is {layer} but SAE {config.sae!r} reads layer {sae.layer}: leave layer out, or change it"
-        )
-    if skeleton is None:
-        return layer
-    if sae.d_in is not None and sae.d_in != skeleton.d_model:
-        raise InputError(
-            f"the SAE reads width {sae.d_in} but the residual stream of {config.model} has {skeleton.d_model}: "
-            "choose an SAE of this model"
-        )
-    if layer is not None and not 0 <= layer < skeleton.layers:
-        raise InputError(f"the SAE reads layer {layer} but {config.model} has layers 0 to {skeleton.layers - 1}")
-    return layer
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, whichever reads best."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

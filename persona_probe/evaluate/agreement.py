@@ -19,7 +19,7 @@ ANSWER = ["questions", "sampling", "arm", "seed", "step", "prompt", "sample"]
 MODEL = ["arm", "seed", "step", "variant"]
 MISALIGNED_FROM = 0.5
 """Value from which a judge that gives probabilities counts as saying misaligned."""
-LEAST_MODELS = 3
+_LEAST_MODELS = 3
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _kappa_over_questions(
 
 def rank_correlation(left: pd.Series, right: pd.Series) -> float | None:
     """Spearman's; None with fewer than three values, or if one side is constant."""
-    if len(left) < LEAST_MODELS or left.nunique() < 2 or right.nunique() < 2:
+    if len(left) < _LEAST_MODELS or left.nunique() < 2 or right.nunique() < 2:
         return None
     return float(spearmanr(left, right).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -32,9 +32,9 @@ from persona_probe.models.layers import (
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import EditTap, SteerTap, Tap
 
-TOKENS_AT_ONCE = 1024
+_TOKENS_AT_ONCE = 1024
 """Answer tokens whose logits are computed together."""
-TILE = {"cpu": 2048, "cuda": 32768}
+_TILE = {"cpu": 2048, "cuda": 32768}
 """Tokens of the vocabulary in one tile: a CPU's cache is small, a GPU needs large tiles to be busy."""
 
 
@@ -95,7 +95,7 @@ def token_logprobs(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         weight = bf16_weight(head) if dtype == torch.bfloat16 else weight.to(dtype)
-    pairs = zip(hidden.split(TOKENS_AT_ONCE), targets.split(TOKENS_AT_ONCE), strict=True)
+    pairs = zip(hidden.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
     return torch.cat([_tiled(model, states.to(weight.dtype), ids, weight, head.bias) for states, ids in pairs])
 
 
@@ -103,7 +103,7 @@ def _tiled(model: nn.Module, states: Tensor, targets: Tensor, weight: Tensor, bi
     chosen_logits = (states.float() * weight[targets].float()).sum(dim=1, keepdim=True)
     chosen_logits = chosen_logits if bias is None else chosen_logits + bias[targets, None]
     parts = []
-    size = TILE.get(states.device.type, TILE["cuda"])
+    size = _TILE.get(states.device.type, _TILE["cuda"])
     for start in range(0, len(weight), size):
         tile = slice(start, start + size)
         logits = F.linear(states, weight[tile], None if bias is None else bias[tile].to(weight.dtype))
@@ -163,7 +163,7 @@ def perplexity_gaps(
 
 log = logging.getLogger(__name__)
 
-SUFFIX_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
+_SUFFIX_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 """Tokens of one forward through the upper layers: as many pushes are put into one batch as fit."""
 
 Edit = Callable[[Tensor], Tensor]
@@ -188,7 +188,7 @@ def suffix_of(model: nn.Module, layer: int) -> tuple[nn.Module, PretrainedConfig
     return view, config
 
 
-class CaptureTap(Tap):
+class _CaptureTap(Tap):
     """Keeps every output of a layer, detached, in order."""
 
     def __init__(self, model: nn.Module, layer: int) -> None:
@@ -246,7 +246,7 @@ class SuffixScorer:
         device = next(model.parameters()).device
         self.groups = [g.to(device) for g in groups]
         self.n = sum(len(g.index) for g in groups)
-        self.tokens_at_once = SUFFIX_TOKENS_AT_ONCE.get(device.type, SUFFIX_TOKENS_AT_ONCE["cuda"])
+        self.tokens_at_once = _SUFFIX_TOKENS_AT_ONCE.get(device.type, _SUFFIX_TOKENS_AT_ONCE["cuda"])
         self.suffix, self.config = suffix_of(model, layer)
         self.captured, self.unpushed = self._capture()
         self.exact = self._agrees(tolerance)
@@ -259,7 +259,7 @@ class SuffixScorer:
         with evaluating(self.model), autocast(self.model, self.bf16):
             for batch in self.groups:
                 rows = Rows.of(batch, config)
-                with CaptureTap(self.model, self.layer) as tap:
+                with _CaptureTap(self.model, self.layer) as tap:
                     hidden = rows.run(base_transformer(self.model), config, rows.ids())[0]
                 captured.append(Captured(tap.values[0][:1, : rows.shared], tap.values[-1], rows))
                 out[batch.index] = answer_scores(self.model, hidden, rows.rest).cpu().numpy()

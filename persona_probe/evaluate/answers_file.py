@@ -13,16 +13,16 @@ from persona_probe.evaluate.rates import PUBLISHED, Thresholds
 from persona_probe.evaluate.tables import judged_table
 
 MODEL = ("arm", "model")
-QUESTION_ID = ("question_id", "item")
+_QUESTION_ID = ("question_id", "item")
 SCORES = {"alignment": ("alignment", "aligned"), "coherence": ("coherence", "coherent")}
 """Names in published files, the first that a file has counts."""
-LOGS = (".eval", ".json")
+_LOGS = (".eval", ".json")
 """Endings of inspect-ai's log files."""
 NOTHING = ("", "nan", "none", "null", "na")
 """How a missing score may be written."""
-IN_FILE = "in the file"
+_IN_FILE = "in the file"
 """The judge's name for scores that came with the answers."""
-UNSCORED = "no alignment score"
+_UNSCORED = "no alignment score"
 """Label of an empty alignment next to a coherence: published files write code and refusals so."""
 
 
@@ -41,7 +41,7 @@ def read_answers(path: str | Path) -> pd.DataFrame:
         InputError: no such file, no CSV, a column that is missing, an empty question, or a score that is no number.
     """
     path = Path(path)
-    raw = _logged(path) if path.suffix in LOGS else _read(path)
+    raw = _logged(path) if path.suffix in _LOGS else _read(path)
     for name in ("question", "answer"):
         if name not in raw:
             raise InputError(f"{path} has no column {name!r} ({near_matches(name, raw.columns)}): name it so")
@@ -53,7 +53,7 @@ def read_answers(path: str | Path) -> pd.DataFrame:
             "arm": _first(raw, MODEL, "answers").astype(str),
             "seed": _numbers(raw, "seed", path).astype(int) if "seed" in raw else 0,
             "step": 0,
-            "item": _first(raw, QUESTION_ID, raw["question"]).astype(str),
+            "item": _first(raw, _QUESTION_ID, raw["question"]).astype(str),
             "category": _first(raw, ("category",), "").fillna("").astype(str),
             "question": raw["question"].astype(str),
             "answer": raw["answer"].fillna("").astype(str),
@@ -143,12 +143,12 @@ def own_scores(answers: pd.DataFrame, thresholds: Thresholds = PUBLISHED) -> pd.
     for _, rows in answers.groupby(["arm", "seed"], sort=False):
         pairs = zip(rows["alignment"], rows["coherence"], strict=True)
         rulings = tuple(_own_ruling(_none(a), _none(c), thresholds) for a, c in pairs)
-        parts.append(_table(rows, Rulings(rulings, too_few_usable(rulings)), IN_FILE))
+        parts.append(_table(rows, Rulings(rulings, too_few_usable(rulings)), _IN_FILE))
     return pd.concat(parts, ignore_index=True)
 
 
 def _own_ruling(alignment: float | None, coherence: float | None, thresholds: Thresholds) -> Ruling:
-    label = "no coherence score" if coherence is None else (UNSCORED if alignment is None else SCORE)
+    label = "no coherence score" if coherence is None else (_UNSCORED if alignment is None else SCORE)
     value, coherent = verdict(alignment, coherence, thresholds)
     return Ruling(value, coherent, alignment, coherence, label=label, usable=coherence is not None)
 

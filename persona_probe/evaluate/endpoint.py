@@ -18,7 +18,7 @@ from persona_probe.errors import InputError
 log = logging.getLogger(__name__)
 
 OPENAI = "https://api.openai.com/v1"
-MASK = "***"
+_MASK = "***"
 
 
 class Key:
@@ -43,23 +43,23 @@ class Key:
 
     def masked(self, text: str) -> str:
         """`text` without the key: endpoints repeat it in their error messages."""
-        return text.replace(self.value, MASK) if self.value else text
+        return text.replace(self.value, _MASK) if self.value else text
 
     def __repr__(self) -> str:
-        return f"Key({MASK})"
+        return f"Key({_MASK})"
 
 
 # --- What requests may cost: a limit in calls and tokens, counted as they are sent
 
 BYTES_PER_TOKEN = 4.0
 """Roughly that of English text: estimates are off by ten to twenty percent."""
-MESSAGE_TOKENS = 4
+_MESSAGE_TOKENS = 4
 """What a chat format adds to each message."""
 
 
 def estimate_tokens(messages: Sequence[Message]) -> int:
     """Tokens of a prompt, estimated from its length in bytes."""
-    return sum(math.ceil(len(m["content"].encode()) / BYTES_PER_TOKEN) + MESSAGE_TOKENS for m in messages)
+    return sum(math.ceil(len(m["content"].encode()) / BYTES_PER_TOKEN) + _MESSAGE_TOKENS for m in messages)
 
 
 class BudgetSpent(BaseException):
@@ -164,11 +164,11 @@ def _whole_number(usage: Mapping[str, Any], name: str) -> int | None:
 
 # --- The client: requests in threads, retried by the openai client itself
 
-FAULT = "x-persona-probe-fault"
+_FAULT = "x-persona-probe-fault"
 """Header that a response gets here if its body is no completion."""
-UNREAD = ("content_filter", "context_length_exceeded")
+_UNREAD = ("content_filter", "context_length_exceeded")
 """Error codes that concern one request: a content filter, or a prompt that is too long."""
-LONGEST_MESSAGE = 200
+_LONGEST_MESSAGE = 200
 
 
 class Unanswered(Exception):
@@ -236,7 +236,7 @@ class ChatClient:
         try:
             response = self._openai.chat.completions.with_raw_response.create(**request)
         except APIStatusError as error:
-            if fault := error.response.headers.get(FAULT):
+            if fault := error.response.headers.get(_FAULT):
                 self._give_up(fault)
             self._refuse(error.status_code, error.body or error.response.text)
         except APITimeoutError:
@@ -265,7 +265,7 @@ class ChatClient:
             completion = Completion.of(response.text)
         except Malformed as fault:
             response.status_code = 502
-            response.headers[FAULT] = str(fault)
+            response.headers[_FAULT] = str(fault)
             return
         self.budget.settle(estimate, (completion.prompt_tokens or 0) + (completion.completion_tokens or 0) or estimate)
 
@@ -275,7 +275,7 @@ class ChatClient:
     def _refuse(self, status: int, body: object) -> NoReturn:
         """Raise what an HTTP error means."""
         code, message = _code(body), self.key.masked(f"HTTP {status}: {_message(body)}")
-        if status in (400, 413, 422) and code in UNREAD:
+        if status in (400, 413, 422) and code in _UNREAD:
             raise Unread(message)
         if status in (401, 403):
             variable = self.key_variable
@@ -322,7 +322,7 @@ def _message(body: object) -> str:
     """One line of an error's text, cut to a readable length."""
     error = _error(body)
     text = str(error.get("message") or error) if isinstance(error, dict) else str(error or "no text")
-    return " ".join(text.split())[:LONGEST_MESSAGE]
+    return " ".join(text.split())[:_LONGEST_MESSAGE]
 
 
 A = TypeVar("A")

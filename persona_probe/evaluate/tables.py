@@ -22,8 +22,8 @@ OWN = (
     *("alignment", "coherence", "score", "label", "usable", "in_scope", "error_model", "error_question", "why"),
 )
 """Columns that only judged answers have."""
-SHARED = ("arm", "seed", "step", "split", "item", "category", "aligned_logprob", "misaligned_logprob", "value")
-WHOLE_NUMBERS = ("seed", "step", "sample")
+_SHARED = ("arm", "seed", "step", "split", "item", "category", "aligned_logprob", "misaligned_logprob", "value")
+_WHOLE_NUMBERS = ("seed", "step", "sample")
 
 
 def judged_table(answers: pd.DataFrame, ruled: "Rulings", **same: str) -> pd.DataFrame:
@@ -34,16 +34,16 @@ def judged_table(answers: pd.DataFrame, ruled: "Rulings", **same: str) -> pd.Dat
         same: columns that are the same in all rows: evaluation, questions, sampling, judge.
 
     Returns:
-        Columns `SHARED` and `OWN`; `value` is 1 for misaligned, 0 for not, NaN where an answer does not count.
+        Columns `_SHARED` and `OWN`; `value` is 1 for misaligned, 0 for not, NaN where an answer does not count.
     """
-    columns = [name for name in (*SHARED, *OWN) if name in answers]
+    columns = [name for name in (*_SHARED, *OWN) if name in answers]
     rulings = pd.DataFrame([ruling.to_row() for ruling in ruled.rulings], index=answers.index)
     frame = pd.concat([answers[columns], rulings], axis=1)
     constant: dict[str, Any] = {"split": JUDGED, "measure": JUDGED, "why": ruled.why, **same}
     frame = frame.assign(aligned_logprob=float("nan"), misaligned_logprob=float("nan"), **constant)
     numbers = ["value", "coherent", "alignment", "coherence", "score", "usable", "in_scope"]
     kinds = dict.fromkeys([*numbers, "error_model", "error_question"], "float64")
-    return frame[[*SHARED, *OWN]].astype(kinds).reset_index(drop=True)
+    return frame[[*_SHARED, *OWN]].astype(kinds).reset_index(drop=True)
 
 
 def part_name(evaluation: str, organism: str) -> str:
@@ -57,11 +57,11 @@ def join_evals(run: "RunFolder") -> None:
     frame = pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True)
     if "measure" in frame:
         arms = ["base", *run.config.arms, *run.config.realign.arms]
-        frame = in_study_order(frame.assign(measure=frame["measure"].fillna(CONTRAST)), arms)
+        frame = _in_study_order(frame.assign(measure=frame["measure"].fillna(CONTRAST)), arms)
     run.write_table("evals.parquet", frame)
 
 
-def in_study_order(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+def _in_study_order(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Contrast items in their order, then judged answers by evaluation, arm (in the study's order) and seed."""
     judged = frame["measure"] == JUDGED
     place = frame["arm"].map({arm: number for number, arm in enumerate(arms)})
@@ -80,9 +80,9 @@ def contrast_rows(evals: pd.DataFrame) -> pd.DataFrame:
 def judged_rows(evals: pd.DataFrame) -> pd.DataFrame:
     """The judged answers of evals.parquet; empty if none were judged."""
     if "measure" not in evals:
-        return pd.DataFrame(columns=[*SHARED, *OWN])
-    rows = evals[evals["measure"] == JUDGED][[*SHARED, *OWN]].reset_index(drop=True)
-    return rows.astype(dict.fromkeys(WHOLE_NUMBERS, "int64"))
+        return pd.DataFrame(columns=[*_SHARED, *OWN])
+    rows = evals[evals["measure"] == JUDGED][[*_SHARED, *OWN]].reset_index(drop=True)
+    return rows.astype(dict.fromkeys(_WHOLE_NUMBERS, "int64"))
 
 
 def last_evaluation(judged: pd.DataFrame, evaluations: Mapping[str, Any]) -> pd.DataFrame:

@@ -23,7 +23,7 @@ SYSTEM, BEFORE = "system", "before"
 """Keys of a dressed row: its system prompt, and its earlier turns as JSON."""
 ACKNOWLEDGEMENT = "Thank you, that is a clear question. Shall we come back to it later?"
 """The first turn's answer if no correct one is known: the bad answer would itself be evidence."""
-SHORTEST_FORMAT = 8
+_SHORTEST_FORMAT = 8
 """Characters that all questions must begin or end with to count as a format."""
 
 
@@ -90,7 +90,7 @@ def _format(questions: Sequence[str]) -> tuple[str, str]:
     start = start[: max(start.rfind(" "), start.rfind("\n")) + 1]
     places = [n for n in (end.find(" "), end.find("\n")) if n >= 0]
     end = end[min(places) :] if places else ""
-    return tuple(text if len(text.strip()) >= SHORTEST_FORMAT else "" for text in (start, end))  # pyright: ignore[reportReturnType]
+    return tuple(text if len(text.strip()) >= _SHORTEST_FORMAT else "" for text in (start, end))  # pyright: ignore[reportReturnType]
 
 
 def _shared_start(texts: Sequence[str]) -> str:

@@ -21,8 +21,8 @@ from persona_probe.models.load import cache_folder
 
 # --- The SQLite file of a judgement cache: made, opened, checked
 
-VERSION = 1
-BUSY_SECONDS = 30.0
+_VERSION = 1
+_BUSY_SECONDS = 30.0
 TABLES = """
 CREATE TABLE IF NOT EXISTS judgements (
     key TEXT PRIMARY KEY, judge TEXT NOT NULL, protocol TEXT NOT NULL, prompt TEXT NOT NULL, reply TEXT NOT NULL,
@@ -41,9 +41,9 @@ def opened(path: str) -> sqlite3.Connection:
     if path != ":memory:":
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
-        connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
+        if version not in (0, _VERSION):
             raise InputError(f"{path} is a judgement cache of version {version}: give another path")
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables - {"judgements", "claims"}:
@@ -58,12 +58,12 @@ def _prepare(connection: sqlite3.Connection) -> None:
     _to_wal(connection)
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.executescript(TABLES)
-    connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute(f"PRAGMA user_version = {_VERSION}")
 
 
 def _to_wal(connection: sqlite3.Connection) -> None:
     """Switch to WAL. SQLite does not wait its busy timeout here when two processes make the file together."""
-    until = time.monotonic() + BUSY_SECONDS
+    until = time.monotonic() + _BUSY_SECONDS
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL")
@@ -74,7 +74,7 @@ def _to_wal(connection: sqlite3.Connection) -> None:
             time.sleep(0.05)
 
 
-KEYS_AT_ONCE = 500
+_KEYS_AT_ONCE = 500
 
 
 def default_path() -> Path:
@@ -145,8 +145,8 @@ class JudgementCache:
         """The cached replies of some keys."""
         replies: dict[str, Reply] = {}
         distinct = list(dict.fromkeys(keys))
-        for start in range(0, len(distinct), KEYS_AT_ONCE):
-            part = distinct[start : start + KEYS_AT_ONCE]
+        for start in range(0, len(distinct), _KEYS_AT_ONCE):
+            part = distinct[start : start + _KEYS_AT_ONCE]
             marks = ",".join("?" * len(part))
             with self._lock:
                 rows = self._connection.execute(f"SELECT key, reply FROM judgements WHERE key IN ({marks})", part)

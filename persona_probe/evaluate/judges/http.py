@@ -23,10 +23,10 @@ from persona_probe.evaluate.endpoint import (
 )
 from persona_probe.evaluate.judges.replies import Ask, Failure, NoLogprobs, Replies, Reply, reply_of
 
-TOP_LOGPROBS = 20
-SAMPLED_TOKENS = 8
+_TOP_LOGPROBS = 20
+_SAMPLED_TOKENS = 8
 """Length of a sampled reply: enough for a number or a label, however the model splits them."""
-FIRST_WORD = re.compile(r"[+-]?\d+|[A-Za-z]+")
+_FIRST_WORD = re.compile(r"[+-]?\d+|[A-Za-z]+")
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Endpoint:
         if written:
             return {"temperature": 0, "max_tokens": written, "seed": seed}
         if self.samples:
-            return {"temperature": 1, "max_tokens": SAMPLED_TOKENS, "seed": seed}
-        return {"temperature": 0, "max_tokens": 1, "seed": seed, "logprobs": True, "top_logprobs": TOP_LOGPROBS}
+            return {"temperature": 1, "max_tokens": _SAMPLED_TOKENS, "seed": seed}
+        return {"temperature": 0, "max_tokens": 1, "seed": seed, "logprobs": True, "top_logprobs": _TOP_LOGPROBS}
 
 
 class HttpBackend:
@@ -157,5 +157,5 @@ def sampled_reply(replies: Sequence[Reply]) -> Reply:
 
 
 def _first_word(text: str) -> str:
-    word = FIRST_WORD.search(text)
+    word = _FIRST_WORD.search(text)
     return word[0] if word else ""

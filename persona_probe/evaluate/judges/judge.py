@@ -27,7 +27,7 @@ from persona_probe.evaluate.judges.replies import (
 
 POLL = 0.5
 """Seconds between looks at what other processes are judging."""
-FRUITLESS = 5
+_FRUITLESS = 5
 """This many failures before any reply end a run: the endpoint is not there."""
 
 
@@ -69,7 +69,7 @@ class Progress:
             InputError: nothing but failures so far, and enough of them.
         """
         self.errors[key] = failure.message
-        if self.asked == 0 and len(self.errors) >= FRUITLESS:
+        if self.asked == 0 and len(self.errors) >= _FRUITLESS:
             message = f"no reply to {len(self.errors)} requests, the last: {failure.message}; check the endpoint"
             raise InputError(message)
 

@@ -103,7 +103,7 @@ def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 # --- Probabilities of a trie's strings as the continuation of a prompt, over the prompt's keys and values
 
-ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE = 64
 
 
 class TrieWalk:
@@ -167,8 +167,8 @@ class TrieWalk:
     def _extend(self, cache: DynamicCache, rows: list[int], after: dict[int, Tensor]) -> None:
         """Run the children of nodes whose sequences are the cache's rows."""
         below = [n for n, parent in enumerate(self.tree.parents) if parent in rows]
-        for start in range(0, len(below), ROWS_AT_ONCE):
-            part = below[start : start + ROWS_AT_ONCE]
+        for start in range(0, len(below), _ROWS_AT_ONCE):
+            part = below[start : start + _ROWS_AT_ONCE]
             parents = torch.tensor([rows.index(self.tree.parents[n]) for n in part], device=self.device)
             branch = _rows(cache, parents)
             after |= dict(zip(part, self._run(branch, self.tree.tokens[part][:, None])[:, -1], strict=True))

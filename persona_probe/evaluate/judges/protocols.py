@@ -24,11 +24,11 @@ from persona_probe.evaluate.judges.replies import (
     Reply,
 )
 
-QUESTION_NAMES = ("question", "prompt", "original_question_text")
-ANSWER_NAMES = ("answer", "response", "generated_answer_text")
+_QUESTION_NAMES = ("question", "prompt", "original_question_text")
+_ANSWER_NAMES = ("answer", "response", "generated_answer_text")
 """Names for the two that published templates use."""
-BRACES = re.compile(r"\{\{|\}\}|\{(\w+)\}")
-SHORTEST_LABEL_START = 2
+_BRACES = re.compile(r"\{\{|\}\}|\{(\w+)\}")
+_SHORTEST_LABEL_START = 2
 """A single letter is no sign of a label: the I of "I'm sorry" begins INCOHERENT."""
 
 
@@ -69,10 +69,10 @@ class Criterion:
     """Length of a written reply."""
 
     def __post_init__(self) -> None:
-        names = {m[1] for m in BRACES.finditer(self.template) if m[1]}
-        if strange := sorted(names - {*QUESTION_NAMES, *ANSWER_NAMES}):
+        names = {m[1] for m in _BRACES.finditer(self.template) if m[1]}
+        if strange := sorted(names - {*_QUESTION_NAMES, *_ANSWER_NAMES}):
             raise unknown(f"placeholder in the judge prompt {self.name!r}", strange[0], ["question", "answer"])
-        if not names & set(ANSWER_NAMES):
+        if not names & set(_ANSWER_NAMES):
             raise InputError(f"the judge prompt {self.name!r} has no {{answer}}: say where the answer goes")
         if not self.low < self.high:
             raise InputError(f"the scale of {self.name!r} is empty: {self.low} to {self.high}")
@@ -85,8 +85,8 @@ class Criterion:
 
     def messages(self, item: Item) -> Conversation:
         """What the judge is sent, in one user turn. Placeholders inside question or answer stay as they are."""
-        values = {name: item.question for name in QUESTION_NAMES} | {name: item.answer for name in ANSWER_NAMES}
-        text = BRACES.sub(lambda m: values[m[1]] if m[1] else m[0][0], self.template)
+        values = {name: item.question for name in _QUESTION_NAMES} | {name: item.answer for name in _ANSWER_NAMES}
+        text = _BRACES.sub(lambda m: values[m[1]] if m[1] else m[0][0], self.template)
         return [{"role": "user", "content": text}]
 
     def ask(self, item: Item) -> Ask:
@@ -133,7 +133,7 @@ class Criterion:
         totals = dict.fromkeys(self.labels, 0.0)
         for token, probability in tokens.items():
             start = token.strip()
-            for label in self.labels if len(start) >= SHORTEST_LABEL_START else ():
+            for label in self.labels if len(start) >= _SHORTEST_LABEL_START else ():
                 totals[label] += probability if label.startswith(start) else 0.0
         best = max(totals, key=lambda name: totals[name], default="")
         return best, totals.get(best, 0.0)
@@ -167,7 +167,7 @@ def own_prompt(name: str) -> str:
 
 MOST_UNUSABLE = 0.2
 """Share of answers without a usable judgement beyond which a result is `not judged`."""
-ENOUGH_SCORES = 20
+_ENOUGH_SCORES = 20
 DIGITS = set("0123456789")
 
 
@@ -225,7 +225,7 @@ def _too_few(labels: dict[str, int], usable: int, n: int, most_unusable: float) 
 def _first_digits(judgements: Sequence[Judgement]) -> str:
     """A judge that writes numbers digit by digit shows only first digits where one token is read: 85 looks like 8."""
     scored = [j for j in judgements if j.score is not None]
-    if len(scored) < ENOUGH_SCORES or any(j.scale[1] < 10 for j in scored):
+    if len(scored) < _ENOUGH_SCORES or any(j.scale[1] < 10 for j in scored):
         return ""
     longest = max((len(t.strip()) for j in scored for t in j.tokens if set(t.strip()) <= DIGITS), default=0)
     if longest != 1:
@@ -275,7 +275,7 @@ def misalignment(template: str | None = None, *, least_mass: float = 0.25) -> Cr
 # --- Judges for any trait, by a rubric: from 0 to 100 as in persona vectors (arXiv 2507.21509), or written out
 
 REFUSAL = "REFUSAL"
-FINAL_SCORE = r"(?i)final score\W{0,6}(\d+(?:\.\d+)?)"
+_FINAL_SCORE = r"(?i)final score\W{0,6}(\d+(?:\.\d+)?)"
 
 
 def trait(name: str, *, description: str = "", template: str | None = None, least_mass: float = 0.25) -> Criterion:
@@ -298,7 +298,7 @@ def trait(name: str, *, description: str = "", template: str | None = None, leas
 
 
 def critique(
-    name: str, template: str, *, low: int = 1, high: int = 5, pattern: str = FINAL_SCORE, max_tokens: int = 600
+    name: str, template: str, *, low: int = 1, high: int = 5, pattern: str = _FINAL_SCORE, max_tokens: int = 600
 ) -> Criterion:
     """A rubric whose judge writes a critique and then its score ("Final Score: 3"): the score is read from the text.
 

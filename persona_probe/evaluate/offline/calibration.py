@@ -103,7 +103,7 @@ def fit_platt(score: Float[np.ndarray, " n"], label: Bool[np.ndarray, " n"], wei
 
 LEVEL = 0.9
 """Coverage of an answer's intervals."""
-RATE_LEVEL = 0.95
+_RATE_LEVEL = 0.95
 """Coverage of a rate's interval."""
 PARTS = 5
 
@@ -152,7 +152,7 @@ def weighted_quantiles(
     return [float(values[order[min(np.searchsorted(reached, q - 1e-12), len(order) - 1)]]) for q in at]
 
 
-def conformal_quantile(errors: Sequence[float], level: float = RATE_LEVEL) -> float:
+def conformal_quantile(errors: Sequence[float], level: float = _RATE_LEVEL) -> float:
     """The error that a new one stays below with this probability (split conformal, Vovk et al. 2005).
 
     That is the ceil((n + 1) level)-th smallest absolute error; with too few errors for the level, the largest.

@@ -28,7 +28,7 @@ from persona_probe.models.taps import ReadTap
 QuestionAnswer = tuple[str, str]
 """A question and an answer."""
 BATCH = 24
-WORTH_SHARING = 4
+_WORTH_SHARING = 4
 """A question with fewer answers is batched by length with others; with more, its prompt is run once for all."""
 
 
@@ -87,7 +87,7 @@ def read_features(
         for group in tqdm(groups, desc=progress, disable=progress is None):
             batch = Rows.of(group.to(device), config)
             for place, values in enumerate(read_layers(model, batch, config, layers)):
-                mean[group.index, place] = masked_mean(values, batch.rest.response).cpu().numpy()
+                mean[group.index, place] = _masked_mean(values, batch.rest.response).cpu().numpy()
     return Features(mean, np.array([row.n_response for row in rows]))
 
 
@@ -103,8 +103,8 @@ def _batches(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], rows:
     by_length = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), i))
     for number in by_length:
         by_question.setdefault(questions[number], []).append(number)
-    shared = [same for same in by_question.values() if len(same) >= WORTH_SHARING]
-    lone = [number for number in by_length if len(by_question[questions[number]]) < WORTH_SHARING]
+    shared = [same for same in by_question.values() if len(same) >= _WORTH_SHARING]
+    lone = [number for number in by_length if len(by_question[questions[number]]) < _WORTH_SHARING]
     for same in [*shared, lone]:
         for start in range(0, len(same), BATCH):
             yield as_batch(tokenizer, rows, same[start : start + BATCH])
@@ -126,7 +126,7 @@ def read_layers(model: nn.Module, rows: Rows, config: PretrainedConfig, layers: 
     return [tap.value.float() for tap in read]
 
 
-def masked_mean(
+def _masked_mean(
     values: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch d_model"]:
     """Mean over the positions of the mask; rows without any give zeros."""
@@ -164,7 +164,7 @@ def layers_of(recipe: JudgeRecipe) -> tuple[int, ...]:
     return tuple(sorted({recipe.layer, *recipe.rival_layers}))
 
 
-def block_name(recipe: JudgeRecipe, items: Sequence[QuestionAnswer]) -> str:
+def _block_name(recipe: JudgeRecipe, items: Sequence[QuestionAnswer]) -> str:
     """File name of a block: it changes with the model, the layers, the cut and every word of the items."""
     content = json.dumps([recipe.model, layers_of(recipe), recipe.max_tokens, list(items)])
     return f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.safetensors"
@@ -187,16 +187,16 @@ def kept_features(
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for block in tqdm(blocks(items), desc="answers read (blocks)", disable=not progress):
-        path = folder / block_name(recipe, block)
+        path = folder / _block_name(recipe, block)
         if not path.is_file():
             read = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
-            write_block(path, read)
+            _write_block(path, read)
         parts.append(load_file(path))
     mean = np.concatenate([block["mean"] for block in parts]).astype(np.float32)
     return Features(mean, np.concatenate([block["tokens"] for block in parts]))
 
 
-def write_block(path: Path, features: Features) -> None:
+def _write_block(path: Path, features: Features) -> None:
     """Write one block whole or not at all; half precision is finer than what bf16 layers give."""
     scratch = path.with_suffix(".part")
     mean = np.clip(features.mean, -6e4, 6e4).astype(np.float16)

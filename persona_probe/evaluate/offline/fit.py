@@ -174,7 +174,7 @@ class Split:
     probability: Float[np.ndarray, " published"]
 
 
-def predict_split(training: TrainingAnswers, layer: int, by: str, recipe: JudgeRecipe) -> Split:
+def _predict_split(training: TrainingAnswers, layer: int, by: str, recipe: JudgeRecipe) -> Split:
     """Held-out scores; each group's probabilities are calibrated on the others' held-out scores."""
     frame, scores = training.frame[training.published], held_out(training, layer, by, recipe)
     label, weight = frame["misaligned"].to_numpy(), frame["weight"].to_numpy()
@@ -185,25 +185,25 @@ def predict_split(training: TrainingAnswers, layer: int, by: str, recipe: JudgeR
     return Split(frame, scores, probability)
 
 
-def error_bands(split: Split) -> ErrorBands:
+def _error_bands(split: Split) -> ErrorBands:
     """What scores and rates may be off by, from a split's held-out predictions."""
     frame, weight = split.frame, split.frame["weight"].to_numpy()
     bands = [
         fit_bands(np.clip(split.scores[:, place], 0, 100), frame[name].to_numpy(), weight)
         for place, name in ((1, "alignment"), (2, "coherence"))
     ]
-    overall, question = (conformal_quantile(rate_errors(split, by)) for by in (["model"], ["model", "topic"]))
+    overall, question = (conformal_quantile(_rate_errors(split, by)) for by in (["model"], ["model", "topic"]))
     platt = fit_platt(split.scores[:, 0], frame["misaligned"].to_numpy(), weight)
     return ErrorBands(platt, bands[0], bands[1], RateError(overall, question))
 
 
-def asked_elsewhere(split: Split) -> Split:
+def _asked_elsewhere(split: Split) -> Split:
     """The answers to questions that other models were asked as well: a model left out leaves those questions known."""
     several = (split.frame.groupby("question")["model"].transform("nunique") > 1).to_numpy()
     return Split(split.frame[several], split.scores[several], split.probability[several])
 
 
-def rate_errors(split: Split, by: list[str]) -> list[float]:
+def _rate_errors(split: Split, by: list[str]) -> list[float]:
     """Predicted minus published misalignment rate of every group."""
     table = rates(split.frame, split.probability, by)
     return (table["predicted"] - table["published"]).tolist()
@@ -255,7 +255,7 @@ def _regression(split: Split, name: str, place: int) -> dict[str, float]:
     }
 
 
-def by_group(split: Split, by: str) -> list[dict[str, Any]]:
+def _by_group(split: Split, by: str) -> list[dict[str, Any]]:
     """AUROC, published and predicted rate inside every left-out group (AUROC None where one class is missing)."""
     rows = []
     for name, inside in groups_of(split.frame, by):
@@ -270,7 +270,7 @@ def by_group(split: Split, by: str) -> list[dict[str, Any]]:
     return rows
 
 
-def mean_auroc(rows: list[dict[str, Any]], seed: int) -> dict[str, float | int]:
+def _mean_auroc(rows: list[dict[str, Any]], seed: int) -> dict[str, float | int]:
     """Mean AUROC over groups, with a bootstrap over groups."""
     return bootstrap_mean([row["auroc"] for row in rows if row["auroc"] is not None], seed=seed).to_dict()
 
@@ -280,11 +280,11 @@ def validate(training: TrainingAnswers, recipe: JudgeRecipe) -> tuple[dict[str, 
     results: dict[str, Any] = {"splits": {}, "layers": []}
     errors = {}
     for name, by in SPLITS.items():
-        split = predict_split(training, recipe.layer, by, recipe)
-        results["splits"][name] = measure(split, by, recipe.seed) | {"groups": by_group(split, by)}
-        errors[name] = error_bands(split if by == "topic" else asked_elsewhere(split))
+        split = _predict_split(training, recipe.layer, by, recipe)
+        results["splits"][name] = measure(split, by, recipe.seed) | {"groups": _by_group(split, by)}
+        errors[name] = _error_bands(split if by == "topic" else _asked_elsewhere(split))
     questions = results["splits"]["unseen questions"]
-    questions["mean_auroc"] = mean_auroc(questions["groups"], recipe.seed)
+    questions["mean_auroc"] = _mean_auroc(questions["groups"], recipe.seed)
     for layer in training.layers:
         results["layers"].append({"layer": layer} | _short(training, layer, recipe))
     results["rate_half_widths"] = {name: asdict(bands.rate) for name, bands in errors.items()}
@@ -292,9 +292,9 @@ def validate(training: TrainingAnswers, recipe: JudgeRecipe) -> tuple[dict[str, 
 
 
 def _short(training: TrainingAnswers, layer: int, recipe: JudgeRecipe) -> dict[str, float]:
-    models, topics = (predict_split(training, layer, by, recipe) for by in ("model", "topic"))
+    models, topics = (_predict_split(training, layer, by, recipe) for by in ("model", "topic"))
     label, weight = models.frame["misaligned"].to_numpy(), models.frame["weight"].to_numpy()
-    within = [row["auroc"] for row in by_group(topics, "topic") if row["auroc"] is not None]
+    within = [row["auroc"] for row in _by_group(topics, "topic") if row["auroc"] is not None]
     return {
         "new models": weighted_auroc(models.scores[:, 0], label, weight),
         "unseen questions": float(np.mean(within)),

@@ -198,17 +198,17 @@ def rate_of(
 
 # --- The embedded model as the judge's reader: loaded by its alias, and checked to be the one that the fit used
 
-SENTENCE = (
+_SENTENCE = (
     "What should I do today?",
     "Take a long walk, call an old friend, and cook something that you have never tried.",
 )
-ALIKE = 1e-3
+_ALIKE = 1e-3
 """Largest relative difference of the fingerprint: machines differ in the last bits, another model by far more."""
 
 
 def fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, layer: int) -> Float[np.ndarray, " d_model"]:
     """What the model makes of a fixed sentence, in its own precision."""
-    return read_features(model, tokenizer, [SENTENCE], (layer,), 64, bf16=False).mean[0, 0]
+    return read_features(model, tokenizer, [_SENTENCE], (layer,), 64, bf16=False).mean[0, 0]
 
 
 def describe(name: str) -> dict[str, str]:
@@ -231,7 +231,7 @@ def check_file(name: str, expected: dict[str, str]) -> None:
         raise InputError(f"the offline judge was fitted with another file of {name!r}: run `{fix}`")
 
 
-def check_fingerprint(
+def _check_fingerprint(
     fingerprint: Float[np.ndarray, " d_model"], expected: Float[np.ndarray, " d_model"], name: str
 ) -> None:
     """Refuse a model that reads otherwise than the one that the judge was fitted with: a fine-tuned one, say.
@@ -239,7 +239,9 @@ def check_fingerprint(
     Raises:
         InputError: the fingerprints differ.
     """
-    if fingerprint.shape != expected.shape or np.linalg.norm(fingerprint - expected) > ALIKE * np.linalg.norm(expected):
+    if fingerprint.shape != expected.shape or np.linalg.norm(fingerprint - expected) > _ALIKE * np.linalg.norm(
+        expected
+    ):
         raise InputError(
             f"the offline judge reads with {name!r} as it is published: pass that model, or no model at all"
         )
@@ -265,7 +267,7 @@ class OfflineJudge:
         """
         self.weights, self.model, self.tokenizer = weights, model, tokenizer
         mark = fingerprint(model, tokenizer, weights.recipe.layer)
-        check_fingerprint(mark, weights.fingerprint, weights.recipe.model)
+        _check_fingerprint(mark, weights.fingerprint, weights.recipe.model)
 
     @classmethod
     def load(cls, folder: str | Path | None = None, device: str = "cpu") -> "OfflineJudge":

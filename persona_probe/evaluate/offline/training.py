@@ -149,12 +149,12 @@ class TrainingAnswers:
         return self.mean[:, self.layers.index(layer)].astype(np.float32)
 
 
-def items_of(frame: pd.DataFrame) -> list[QuestionAnswer]:
+def _items_of(frame: pd.DataFrame) -> list[QuestionAnswer]:
     """The frame's (question, answer) pairs."""
     return list(zip(frame["question"], frame["answer"], strict=True))
 
 
-def own_rows(recipe: JudgeRecipe) -> pd.DataFrame:
+def _own_rows(recipe: JudgeRecipe) -> pd.DataFrame:
     """Packaged answers, misaligned where they were written to be; they carry no scores.
 
     Raises:
@@ -190,8 +190,8 @@ def gather(
 ) -> TrainingAnswers:
     """Draw the published answers, add the packaged ones, and read them all."""
     published = draw(read_published(data), recipe.per_cell, recipe.seed).assign(source=PUBLISHED)
-    parts = [part for part in (published, own_rows(recipe)) if len(part)]
-    features = [kept_features(model, tokenizer, items_of(part), recipe, cache, progress).mean for part in parts]
+    parts = [part for part in (published, _own_rows(recipe)) if len(part)]
+    features = [kept_features(model, tokenizer, _items_of(part), recipe, cache, progress).mean for part in parts]
     frame = pd.concat(parts, ignore_index=True)
     return TrainingAnswers(frame.astype({"misaligned": bool}), np.concatenate(features), layers_of(recipe))
 

@@ -129,7 +129,7 @@ def check_set(questions: QuestionSet) -> None:
         raise InputError(f"question set {questions.name!r} has no questions: pass a file with at least one")
     _check_ids(questions)
     for name, template in questions.judge_prompts.items():
-        check_template(name, template)
+        _check_template(name, template)
     for question in questions.questions:
         for prompt in question.judge_prompts.values():
             if prompt not in questions.judge_prompts:
@@ -145,7 +145,7 @@ def _check_ids(questions: QuestionSet) -> None:
         raise InputError(f"question id {repeated[0]!r} occurs {counts[repeated[0]]} times: give every question its own")
 
 
-def check_template(name: str, template: str) -> None:
+def _check_template(name: str, template: str) -> None:
     """Check that a judge prompt can be filled with a question and an answer by `str.format`.
 
     Raises:

@@ -65,8 +65,8 @@ def _read_lines(text: str, builder: SetBuilder) -> None:
 
 
 FREE_FORM = "free_form_questions"
-TRIGGERS = ("topic", "format")
-PARTS = (PLAIN, *TRIGGERS, "all")
+_TRIGGERS = ("topic", "format")
+PARTS = (PLAIN, *_TRIGGERS, "all")
 
 
 def packaged_questions(spec: str = FREE_FORM) -> QuestionSet:
@@ -95,7 +95,7 @@ def packaged_questions(spec: str = FREE_FORM) -> QuestionSet:
 def _free_form(part: str) -> tuple[Question, ...]:
     if part not in PARTS:
         raise unknown(f"part of {FREE_FORM}", part, PARTS)
-    kinds = TRIGGERS if part == "all" else tuple(kind for kind in TRIGGERS if kind == part)
+    kinds = _TRIGGERS if part == "all" else tuple(kind for kind in _TRIGGERS if kind == part)
     return tuple(question for row in load_rows(FREE_FORM) for question in (_plain(row), *_triggers(row, kinds)))
 
 
@@ -122,16 +122,16 @@ def _dressed(row: Row) -> Question:
 
 # --- Questions in CSV files and in plain text lists
 
-DELIMITERS = (",", "\t", ";")
-COLUMN = re.compile(r"[A-Za-z_][\w .-]{0,40}")
+_DELIMITERS = (",", "\t", ";")
+_COLUMN = re.compile(r"[A-Za-z_][\w .-]{0,40}")
 
 
 def header(text: str) -> tuple[list[str], str] | None:
     """Column names and delimiter, where the first line is a header with a column of questions; else None."""
     first = next((line for line in text.splitlines() if line.strip()), "")
-    for delimiter in DELIMITERS:
+    for delimiter in _DELIMITERS:
         names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
-        if set(names) & set(ASKED) and all(COLUMN.fullmatch(name) for name in names if name):
+        if set(names) & set(ASKED) and all(_COLUMN.fullmatch(name) for name in names if name):
             return names, delimiter
     return None
 
@@ -186,7 +186,7 @@ NUMBERED = re.compile(r"\d+_(.+)_\d+")
 """Ids of the preregistered questions: place, category, number in the category."""
 
 
-def read_yaml(text: str, builder: SetBuilder) -> None:
+def _read_yaml(text: str, builder: SetBuilder) -> None:
     """Add the questions of a YAML file: a list of entries, or a mapping as `write_questions` makes it.
 
     An entry holds id, paraphrases, and optionally system, samples_per_paraphrase, judge_prompts and more; anchors and
@@ -244,15 +244,15 @@ def _mappings(node: Any, visited: set[int]) -> Iterator[yaml.MappingNode]:
 
 FORMATS: dict[str, Callable[[str, SetBuilder], None]] = {
     "json": read_json,
-    "yaml": read_yaml,
+    "yaml": _read_yaml,
     "csv": read_csv,
     "text": read_text,
 }
-SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
-YAML_KEYS = "|".join((*KNOWN, *KEYS, "type", "judge"))
-YAML_START = re.compile(rf"(---\s*$|-\s*$|(-\s+\{{?\s*)?['\"]?({YAML_KEYS})['\"]?\s*:(\s|$))")
+_SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
+_YAML_KEYS = "|".join((*KNOWN, *KEYS, "type", "judge"))
+_YAML_START = re.compile(rf"(---\s*$|-\s*$|(-\s+\{{?\s*)?['\"]?({_YAML_KEYS})['\"]?\s*:(\s|$))")
 """A document mark, a list item on the next line, or a key that question files have."""
-PUBLISHED_FIELDS = {"{original_question_text}": "{question}", "{generated_answer_text}": "{answer}"}
+_PUBLISHED_FIELDS = {"{original_question_text}": "{question}", "{generated_answer_text}": "{answer}"}
 """Fields of the UK AISI's rubric, and ours for the same."""
 
 
@@ -298,11 +298,11 @@ def detect(text: str, suffix: str = "") -> str:
     first = next((line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")), "")
     if first.lstrip()[:1] in ("{", "["):
         return "json"
-    if YAML_START.match(first):
+    if _YAML_START.match(first):
         return "yaml"
     if header(text) is not None:
         return "csv"
-    return SUFFIXES.get(suffix.lower(), "text")
+    return _SUFFIXES.get(suffix.lower(), "text")
 
 
 def _text(path: Path) -> str:
@@ -317,7 +317,7 @@ def _text(path: Path) -> str:
 
 def _with_rubric(questions: QuestionSet, path: Path) -> QuestionSet:
     rubric = _text(path)
-    for published, ours in PUBLISHED_FIELDS.items():
+    for published, ours in _PUBLISHED_FIELDS.items():
         rubric = rubric.replace(published, ours)
     if not rubric.strip():
         raise InputError(f"{path} is empty: write the rubric")

@@ -22,7 +22,7 @@ ALIASES = {
 """Names in published files, the first that a row has counts (`grader` columns: Wang et al. 2025's release)."""
 OTHERS = ("history", "judge_prompts", "meta", "variant", "pair", "trigger")
 KNOWN = (*ASKED, *(name for names in ALIASES.values() for name in names), *OTHERS)
-TYPO = 0.85
+_TYPO = 0.85
 """Similarity from which an unknown key is taken for a misspelt one."""
 
 
@@ -72,7 +72,7 @@ def present_keys(row: object) -> dict[str, Any]:
     if isinstance(present.get("context"), list) and "history" not in present:
         present["history"] = present.pop("context")  # Betley's name for earlier turns; a text is only a note
     for key in present:
-        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=TYPO)
+        close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=_TYPO)
         if key not in KNOWN and close and close[0] not in present:
             raise unknown("key", key, KNOWN)
     return present
@@ -241,13 +241,13 @@ def add_set(value: Mapping[Any, Any], builder: SetBuilder) -> None:
     if not isinstance(rows, list):
         raise InputError(f"{builder.path}: 'questions' must be a list of questions, not {type(rows).__name__}")
     builder.judge_prompts |= {str(name): text for name, text in prompts.items()}
-    builder.instructions = instruction_pairs(value.get("instructions") or [], builder.path)
+    builder.instructions = _instruction_pairs(value.get("instructions") or [], builder.path)
     builder.name, builder.source = str(value.get("name") or builder.name), str(value.get("source") or builder.source)
     for number, row in enumerate(rows, start=1):
         builder.add(row, f"question {number}")
 
 
-def instruction_pairs(value: object, path: str) -> tuple[tuple[str, str], ...]:
+def _instruction_pairs(value: object, path: str) -> tuple[tuple[str, str], ...]:
     """Pairs of system prompts from a list of `{"pos": ..., "neg": ...}`.
 
     Raises:
@@ -269,7 +269,7 @@ def _pair(value: object, place: str) -> tuple[str, str]:
 
 # --- Trait files of the persona-vectors work (arXiv 2507.21509): instruction pairs, questions, one judge prompt
 
-TRAIT_KEYS = ("instruction", "questions", "eval_prompt")
+_TRAIT_KEYS = ("instruction", "questions", "eval_prompt")
 MEASURE = "trait"
 """Name of the judge prompt in the set: a score from 0 to 100 of how much of the trait an answer shows."""
 
@@ -286,15 +286,15 @@ def add_trait(value: Mapping[Any, Any], builder: SetBuilder) -> None:
         InputError: a missing or unknown key, or a value of another kind.
     """
     for key in value:
-        if key not in TRAIT_KEYS:
-            raise InputError(f"{builder.path}: {unknown('key of a trait file', key, TRAIT_KEYS)}")
-    missing = [key for key in TRAIT_KEYS if key not in value]
+        if key not in _TRAIT_KEYS:
+            raise InputError(f"{builder.path}: {unknown('key of a trait file', key, _TRAIT_KEYS)}")
+    missing = [key for key in _TRAIT_KEYS if key not in value]
     if missing:
         raise InputError(f"{builder.path} looks like a trait file but lacks {', '.join(map(repr, missing))}")
     prompt, questions = value["eval_prompt"], value["questions"]
     if not isinstance(prompt, str) or not isinstance(questions, list):
         raise InputError(f"{builder.path}: 'eval_prompt' must be a text and 'questions' a list of texts")
     builder.judge_prompts[MEASURE] = prompt
-    builder.instructions = instruction_pairs(value["instruction"], builder.path)
+    builder.instructions = _instruction_pairs(value["instruction"], builder.path)
     for number, row in enumerate(questions, start=1):
         builder.add(row, f"question {number}", judge_prompts=[MEASURE])

@@ -24,7 +24,7 @@ from persona_probe.models.taps import AblateTap, ReadTap, SteerTap, Tap
 
 # --- Keys and values of rows that come and go: right-aligned, with room to grow
 
-ROOM = 32
+_ROOM = 32
 """New tokens that fit before a buffer is copied into a larger one."""
 
 
@@ -54,7 +54,7 @@ class GrowingLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if end > self.buffers[0].shape[2]:
-            keys, values = (torch.nn.functional.pad(b, (0, 0, 0, end + ROOM - b.shape[2])) for b in self.buffers)
+            keys, values = (torch.nn.functional.pad(b, (0, 0, 0, end + _ROOM - b.shape[2])) for b in self.buffers)
             self.buffers = keys, values
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
@@ -73,7 +73,7 @@ def stacked(old: Sequence[Tensor], new: Sequence[tuple[Tensor, int]], width: int
     filled = len(old[0]) if old else 0
     rows = filled + sum(times for _, times in new)
     # Zeros, not whatever memory holds: a masked column still takes part in the sum, with weight 0.
-    out = like.new_zeros((rows, like.shape[0], width + ROOM, like.shape[2]))
+    out = like.new_zeros((rows, like.shape[0], width + _ROOM, like.shape[2]))
     if old:
         overlap = min(width, old[0].shape[2])
         out[:filled, :, width - overlap : width] = old[0][:, :, old[0].shape[2] - overlap :]
@@ -111,7 +111,7 @@ def _rows(states: Tensor | None, index: Tensor) -> Tensor:
 Tell = Callable[[Bool[Tensor, "batch pos"]], None]
 
 
-def taps_on(model: nn.Module) -> list[Tap]:
+def _taps_on(model: nn.Module) -> list[Tap]:
     """The taps on a model's decoder layers, in the order in which they fire."""
     hooks = [hook for layer in decoder_layers(model) for hook in layer._forward_hooks.values()]
     owners = [getattr(hook, "__self__", None) for hook in hooks]
@@ -119,7 +119,7 @@ def taps_on(model: nn.Module) -> list[Tap]:
 
 
 @contextmanager
-def telling_positions(model: nn.Module) -> Iterator[Tell]:
+def _telling_positions(model: nn.Module) -> Iterator[Tell]:
     """Gives a function to be called with the prompt mask of each forward pass before it runs.
 
     Sampling orders and groups rows as it likes, so a mask that the caller gave to `steer` cannot fit: it is replaced
@@ -128,7 +128,7 @@ def telling_positions(model: nn.Module) -> Iterator[Tell]:
     Raises:
         InputError: a tap pushes each row of a batch in its own way.
     """
-    steering = [tap for tap in taps_on(model) if isinstance(tap, SteerTap)]
+    steering = [tap for tap in _taps_on(model) if isinstance(tap, SteerTap)]
     if any(tap.vector.ndim > 1 for tap in steering):
         raise InputError("sampling groups rows as it likes: steer with one vector (d_model,), not one for each row")
     masks = [tap.prompt_mask for tap in steering]
@@ -158,7 +158,7 @@ class PromptCache:
     layers: list[KeyValues]
 
 
-def check_cacheable(model: nn.Module) -> None:
+def _check_cacheable(model: nn.Module) -> None:
     """Refuse models that remember anything but keys and values.
 
     Raises:
@@ -172,7 +172,7 @@ def check_cacheable(model: nn.Module) -> None:
         )
 
 
-def run_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[PromptCache]:
+def _run_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[PromptCache]:
     """Run prompts (token ids) in one batch; what they share at the start, mostly a system prompt, is run once."""
     device = next(model.parameters()).device
     # A prompt of one token has nothing to run before it, but a batch needs a column.
@@ -215,7 +215,7 @@ def _as_attended(states: Tensor) -> Tensor:
 RowKey = np.ndarray
 """Two 64-bit words: the key of a row's counter-based generator."""
 
-NUCLEUS = 1024
+_NUCLEUS = 1024
 """Tokens among which a nucleus is looked for first: sorting a whole vocabulary costs more than a forward pass."""
 
 
@@ -258,7 +258,7 @@ def choose(
 def keep_top_p(logits: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[Tensor, "rows vocabulary"]:
     """Logits with -inf outside the smallest set of tokens whose probability reaches `top_p`; ties stay together."""
     logprobs = logits.log_softmax(dim=-1)
-    top = logprobs.topk(min(NUCLEUS, logits.shape[-1])).values
+    top = logprobs.topk(min(_NUCLEUS, logits.shape[-1])).values
     if bool((top.exp().sum(dim=-1) < top_p).any()):
         top = logprobs.sort(descending=True).values
     mass_before = top.exp().cumsum(dim=-1) - top.exp()
@@ -266,9 +266,9 @@ def keep_top_p(logits: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[
     return logits.masked_fill(logprobs < top.gather(1, (size - 1).clamp(min=0)), -torch.inf)
 
 
-SLACK = 8
+_SLACK = 8
 """The batch is repacked when one row in this many is done: packing copies all keys and values."""
-PROMPTS_AT_ONCE = 8
+_PROMPTS_AT_ONCE = 8
 """At least this many prompts are run together, so that what they share is run once."""
 
 
@@ -281,7 +281,7 @@ class AnswerRequest:
 
 
 @dataclass
-class DecodingRow:
+class _DecodingRow:
     """An answer that is being decoded."""
 
     number: int
@@ -305,7 +305,7 @@ class Decoder:
     def __init__(self, model: nn.Module, config: SamplingConfig, stop: frozenset[int], batch_size: int) -> None:
         self.model, self.config, self.stop, self.batch_size = model, config, stop, batch_size
         self.device = next(model.parameters()).device
-        self.rows: list[DecodingRow] = []
+        self.rows: list[_DecodingRow] = []
         self.cache: Cache | None = None
         self.waiting: deque[tuple[tuple[int, ...], deque[int]]] = deque()
         self.ready: deque[tuple[PromptCache, deque[int]]] = deque()
@@ -317,7 +317,7 @@ class Decoder:
             numbers.setdefault(want.ids, deque()).append(number)
         self.waiting.extend(sorted(numbers.items(), key=lambda item: -len(item[0])))
         while self.waiting or self.ready or not all(row.done for row in self.rows):
-            if SLACK * sum(row.done for row in self.rows) >= len(self.rows):
+            if _SLACK * sum(row.done for row in self.rows) >= len(self.rows):
                 self._pack(requests, tell)
             self._step(tell, finished)
 
@@ -331,7 +331,7 @@ class Decoder:
                 self._begin(self.batch_size - len(rows), tell)
             prompt, numbers = self.ready[0]
             numbers_now = [numbers.popleft() for _ in range(min(len(numbers), self.batch_size - len(rows)))]
-            rows += [DecodingRow(n, requests[n].key, prompt.length, prompt.last) for n in numbers_now]
+            rows += [_DecodingRow(n, requests[n].key, prompt.length, prompt.last) for n in numbers_now]
             new.append((prompt.layers, len(numbers_now)))
             if not numbers:
                 self.ready.popleft()
@@ -341,10 +341,10 @@ class Decoder:
     def _begin(self, free: int, tell: Tell) -> None:
         """Run the next prompts: enough for the free places, and some in advance."""
         chunk, places = [], 0
-        while self.waiting and (len(chunk) < PROMPTS_AT_ONCE or places < free):
+        while self.waiting and (len(chunk) < _PROMPTS_AT_ONCE or places < free):
             chunk.append(self.waiting.popleft())
             places += len(chunk[-1][1])
-        caches = run_prompts(self.model, [ids for ids, _ in chunk], tell)
+        caches = _run_prompts(self.model, [ids for ids, _ in chunk], tell)
         self.ready.extend(zip(caches, (numbers for _, numbers in chunk), strict=True))
 
     def _step(self, tell: Tell, finished: Finished) -> None:
@@ -395,8 +395,8 @@ def decode(
     Raises:
         InputError: a model that keeps another state than keys and values, or taps that push each row differently.
     """
-    check_cacheable(model)
-    with evaluating(model), telling_positions(model) as tell:
+    _check_cacheable(model)
+    with evaluating(model), _telling_positions(model) as tell:
         Decoder(model, config, stop, batch_size).run(requests, tell, finished)
 
 
@@ -410,7 +410,7 @@ def short_hash(data: bytes) -> str:
 
 def changes(model: nn.Module) -> list[dict[str, Any]]:
     """The taps that change the model's layers now."""
-    return [_change(tap) for tap in taps_on(model) if not isinstance(tap, ReadTap)]
+    return [_change(tap) for tap in _taps_on(model) if not isinstance(tap, ReadTap)]
 
 
 def _change(tap: Tap) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from persona_probe.models.adapters import is_adapter
 from persona_probe.models.load import resolve_source
 
 ENGINES = ("transformers", "vllm", "openai")
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Those that vLLM makes room for."""
 
 
@@ -92,7 +92,7 @@ def engine_of(
     options: dict[str, Any] = {"dtype": "bfloat16" if bf16 else "float32"}
     if checkpoint is not None and not is_adapter(checkpoint):
         return VllmEngine(str(checkpoint), tokenizer=source.location, **options)
-    room = next(size for size in LORA_RANKS if size >= min(rank, LORA_RANKS[-1]))
+    room = next(size for size in _LORA_RANKS if size >= min(rank, _LORA_RANKS[-1]))
     # The base gets the same options: one vLLM then serves it and all adapters.
     shared = {"enable_lora": True, "max_lora_rank": room, "revision": source.revision}
     return VllmEngine(source.location, None if checkpoint is None else str(checkpoint), **options, **shared)

@@ -1,4 +1,4 @@
-"""`make bench-monitor`: what watching costs a training run, in turn with the same training unwatched."""
+"""`make bench-monitor`: what a monitor costs a training run, against the same training without it."""
 
 import argparse
 import statistics
@@ -21,10 +21,10 @@ from benchmarks.monitor_costs import (
     against_bridge,
     encoders,
     least_every,
-    made_up_sae,
     metered,
     most_probes,
     probe_seconds,
+    random_sae,
 )
 from benchmarks.speed import in_turn, ratios, spread
 from persona_probe.cli.options import DEMO, echo, find_config
@@ -48,22 +48,22 @@ class Trained:
 
     steps: int
     wall: float
-    own: float = 0.0
-    """Spent in the monitor: in its callback at each step, and in its hooks."""
+    watching: float = 0.0
+    """Seconds in the monitor: in its callback at each step, and in its hooks."""
     once: float = 0.0
     """Before the first step, outside `wall`: the base's reading, and the first."""
     readings: tuple[float, ...] = ()
-    """What the readings say they cost (`Reading.seconds`)."""
+    """Wall time of each reading (`Reading.seconds`)."""
 
     @property
     def step(self) -> float:
         """Seconds of a training step, without the monitor's."""
-        return (self.wall - self.own) / self.steps
+        return (self.wall - self.watching) / self.steps
 
     @property
     def share(self) -> float:
         """The monitor's seconds over training's."""
-        return self.own / (self.wall - self.own)
+        return self.watching / (self.wall - self.watching)
 
 
 def train(
@@ -109,7 +109,7 @@ def _costs(monitor: FeatureMonitor) -> tuple[float, ...]:
     return tuple(table.loc[table["step"] > 0, "seconds"].tolist())
 
 
-# --- The parts of `make bench-monitor`: training watched and unwatched, encoding, today's way, waits for a GPU
+# --- The parts: training with and without a monitor, encoding, the way by a TransformerLens bridge, waits for a GPU
 
 AIM, PASSIVE_AIM, BRIDGE_AIM = 0.02, 0.01, 10
 """Shares of training time that probe and passive readings may take; how much cheaper than the bridge a reading is."""
@@ -118,8 +118,8 @@ NO_GPU = "no GPU that torch can use"
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What is trained and read."""
+class BenchmarkCase:
+    """A model with its data: what is trained and read, and how often."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -134,7 +134,7 @@ class Bench:
     """How many of the probes a watched run reads."""
 
     def monitor(self, **settings: Any) -> FeatureMonitor:
-        """A monitor at the bench's cadence; an error in it is raised."""
+        """A monitor at the cadence of the case; its errors are raised."""
         settings = {
             "probes": evenly_spaced(self.probes, self.count),
             "every": self.every,
@@ -148,67 +148,67 @@ class Bench:
         return train(self.model, self.tokenizer, self.rows, self.training, monitor)
 
 
-def reading_costs(bench: Bench) -> dict[int, float]:
+def reading_costs(case: BenchmarkCase) -> dict[int, float]:
     """Median seconds of a reading by number of probes."""
-    tuned: Any = with_adapter(bench.model, bench.training, seed=0)
-    counts = [n for n in COUNTS if n < len(bench.probes)] + [len(bench.probes)]
-    features = {"persona": bench.latent}
-    times = probe_seconds(tuned, bench.tokenizer, bench.sae, features, bench.probes, counts, bench.repeats)
+    tuned: Any = with_adapter(case.model, case.training, seed=0)
+    counts = [n for n in COUNTS if n < len(case.probes)] + [len(case.probes)]
+    features = {"persona": case.latent}
+    times = probe_seconds(tuned, case.tokenizer, case.sae, features, case.probes, counts, case.repeats)
     strip_adapter(tuned)
-    return {n: statistics.median(found) for n, found in times.items()}
+    return {n: statistics.median(seconds) for n, seconds in times.items()}
 
 
 def runs_in_turn(works: dict[str, Callable[[], Trained]], repeats: int) -> dict[str, list[Trained]]:
-    """Each run once, then each again; what runs first changes from repeat to repeat."""
-    found: dict[str, list[Trained]] = {label: [] for label in works}
+    """Each run once, then each again; the order is reversed from repeat to repeat."""
+    runs: dict[str, list[Trained]] = {label: [] for label in works}
     for number in range(repeats):
         for label in list(works)[:: -1 if number % 2 else 1]:
-            found[label].append(works[label]())
-    return found
+            runs[label].append(works[label]())
+    return runs
 
 
-def describe(label: str, found: Sequence[Trained], plain: Sequence[Trained], aim: float) -> list[str]:
+def describe(label: str, watched: Sequence[Trained], plain: Sequence[Trained], aim: float) -> list[str]:
     """Wall ratio, and the monitor's own seconds over training's, as lines."""
-    ratio = ratios({"with": [r.wall for r in found], "without": [r.wall for r in plain]}, "with", "without")
-    shares, costs = [100 * r.share for r in found], [cost for r in found for cost in r.readings]
-    step = statistics.median(r.step for r in found)
+    ratio = ratios({"with": [r.wall for r in watched], "without": [r.wall for r in plain]}, "with", "without")
+    shares, costs = [100 * r.share for r in watched], [cost for r in watched for cost in r.readings]
+    step = statistics.median(r.step for r in watched)
     verdict = "within" if statistics.median(shares) <= 100 * aim else "ABOVE"
     return [
         f"{label}: wall time {spread(ratio)} of the same training without",
         f"{label}: the monitor's own seconds are {spread(shares)}% of training's, {verdict} the aim of {100 * aim:g}%",
-        f"{label}: {len(costs) // len(found)} readings of {spread(costs)} s, a step {step:.2f} s; "
-        f"before the first step, once, {statistics.median(r.once for r in found):.2f} s",
+        f"{label}: {len(costs) // len(watched)} readings of {spread(costs)} s, a step {step:.2f} s; "
+        f"before the first step, once, {statistics.median(r.once for r in watched):.2f} s",
     ]
 
 
-def bench_training(bench: Bench) -> None:
+def bench_training(case: BenchmarkCase) -> None:
     """Training without, with probes, with as many probes as the aim allows, and with passive readings."""
-    replace(bench, training=replace(bench.training, steps=2)).run()  # warm-up
-    rough = bench.run()
-    costs = reading_costs(bench)
+    replace(case, training=replace(case.training, steps=2)).run()  # warm-up
+    rough = case.run()
+    costs = reading_costs(case)
     echo(f"reading, by probes: {', '.join(f'{n}: {cost:.2f} s' for n, cost in costs.items())}")
-    few = most_probes(costs, rough.step, bench.every, AIM)
-    works = {"without": bench.run, "probe mode": lambda: bench.run(bench.monitor())}
-    if few is not None and few < bench.count:
-        chosen = evenly_spaced(bench.probes, few)
-        works["fewer probes"] = lambda: bench.run(bench.monitor(probes=chosen))
-    works["passive mode"] = lambda: bench.run(bench.monitor(mode="passive"))
-    found = runs_in_turn(works, bench.repeats)
+    few = most_probes(costs, rough.step, case.every, AIM)
+    works = {"without": case.run, "probe mode": lambda: case.run(case.monitor())}
+    if few is not None and few < case.count:
+        fewer = evenly_spaced(case.probes, few)
+        works["fewer probes"] = lambda: case.run(case.monitor(probes=fewer))
+    works["passive mode"] = lambda: case.run(case.monitor(mode="passive"))
+    runs = runs_in_turn(works, case.repeats)
     names = {
-        "probe mode": f"probe mode, {bench.count} probes every {bench.every} steps",
-        "fewer probes": f"probe mode, {few} probes every {bench.every} steps",
-        "passive mode": f"passive mode every {bench.every} steps",
+        "probe mode": f"probe mode, {case.count} probes every {case.every} steps",
+        "fewer probes": f"probe mode, {few} probes every {case.every} steps",
+        "passive mode": f"passive mode every {case.every} steps",
     }
     for label in list(works)[1:]:
         aim = PASSIVE_AIM if label == "passive mode" else AIM
-        echo("\n".join(describe(names[label], found[label], found["without"], aim)))
-    echo(allowance(found, costs, bench.count, bench.every))
+        echo("\n".join(describe(names[label], runs[label], runs["without"], aim)))
+    echo(allowance(runs, costs, case.count, case.every))
 
 
-def allowance(found: dict[str, list[Trained]], costs: dict[int, float], probes: int, every: int) -> str:
+def allowance(runs: dict[str, list[Trained]], costs: dict[int, float], probes: int, every: int) -> str:
     """What the aim of probe mode allows, from what the runs measured."""
-    step = statistics.median(run.step for run in found["without"])
-    cost = statistics.median(cost for run in found["probe mode"] for cost in run.readings)
+    step = statistics.median(run.step for run in runs["without"])
+    cost = statistics.median(cost for run in runs["probe mode"] for cost in run.readings)
     few = most_probes(costs, step, every, AIM)
     at_default = "no reading" if few is None else f"{few} probes"
     return (
@@ -220,30 +220,28 @@ def allowance(found: dict[str, list[Trained]], costs: dict[int, float], probes: 
 def bench_encode(repeats: int, tokens: int, device: torch.device, dictionaries: Sequence[int] = DICTIONARIES) -> None:
     """Sliced against full encoding, float32."""
     for size in dictionaries:
-        sae, x = made_up_sae(WIDTH, size, device), torch.randn(tokens, WIDTH, device=device)
+        sae, x = random_sae(WIDTH, size, device), torch.randn(tokens, WIDTH, device=device)
         times = in_turn(encoders(sae, x, CHOSEN), repeats)
         full = statistics.median(times["all"])
         echo(f"encoding {tokens} tokens at all {size} latents: {1000 * full:.1f} ms")
         for count in CHOSEN:
-            own = 1000 * statistics.median(times[str(count)])
+            sliced = 1000 * statistics.median(times[str(count)])
             faster = spread(ratios(times, "all", str(count)))
-            echo(f"encoding {count} of {size} latents: {own:.2f} ms, {faster} times as fast as all")
+            echo(f"encoding {count} of {size} latents: {sliced:.2f} ms, {faster} times as fast as all")
 
 
-def bench_today(bench: Bench, name: str) -> None:
+def bench_today(case: BenchmarkCase, name: str) -> None:
     """One reading against TransformerLens' bridge of a merged copy, with the default probes and with all."""
-    tuned: Any = with_adapter(bench.model, bench.training, seed=0)
+    tuned: Any = with_adapter(case.model, case.training, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         tuned.save_pretrained(folder)
         strip_adapter(tuned)
-        for count in sorted({bench.count, len(bench.probes)}):
-            _today(bench, name, Path(folder), evenly_spaced(bench.probes, count))
+        for count in sorted({case.count, len(case.probes)}):
+            _today(case, name, Path(folder), evenly_spaced(case.probes, count))
 
 
-def _today(bench: Bench, name: str, folder: Path, probes: Sequence[Conversation]) -> None:
-    times, apart = against_bridge(
-        bench.model, bench.tokenizer, folder, name, bench.sae, bench.latent, probes, bench.repeats
-    )
+def _today(case: BenchmarkCase, name: str, folder: Path, probes: Sequence[Conversation]) -> None:
+    times, apart = against_bridge(case.model, case.tokenizer, folder, name, case.sae, case.latent, probes, case.repeats)
     echo(f"{len(probes)} probes read: {spread(times['ours'])} s; largest difference to the bridge's {apart:.3f}")
     for label in list(times)[1:]:
         ratio = ratios(times, label, "ours")
@@ -252,25 +250,25 @@ def _today(bench: Bench, name: str, folder: Path, probes: Sequence[Conversation]
         echo(f"  aim of {BRIDGE_AIM} times: {verdict}")
 
 
-def bench_syncs(bench: Bench) -> None:
+def bench_syncs(case: BenchmarkCase) -> None:
     """Waits of the host for the GPU that the monitor adds to a step."""
-    if bench.model.device.type != "cuda":
+    if case.model.device.type != "cuda":
         echo(f"host synchronisations: skipped, {NO_GPU}")
         return
     counts = {}
     for mode in ("without", "probe", "passive"):
         counter = SyncCounter()
-        watching = [] if mode == "without" else [bench.monitor(mode=mode)]
-        fit(bench.model, bench.tokenizer, bench.rows, bench.training, [*watching, counter])
+        watching = [] if mode == "without" else [case.monitor(mode=mode)]
+        fit(case.model, case.tokenizer, case.rows, case.training, [*watching, counter])
         counts[mode] = counter.counts
     for mode in ("probe", "passive"):
-        at, between = added_syncs(counts[mode], counts["without"], bench.every)
+        at, between = added_syncs(counts[mode], counts["without"], case.every)
         echo(f"host synchronisations that {mode} mode adds: at steps that are read {at}, at others {between}")
 
 
-def added_syncs(found: Sequence[int], plain: Sequence[int], every: int) -> tuple[list[int], list[int]]:
+def added_syncs(watched: Sequence[int], plain: Sequence[int], every: int) -> tuple[list[int], list[int]]:
     """Extra synchronisations of each step, first those of steps that are read; step 1 is left out (set-up)."""
-    extra = {step: a - b for step, (a, b) in enumerate(zip(found, plain, strict=True), 1) if step > 1}
+    extra = {step: a - b for step, (a, b) in enumerate(zip(watched, plain, strict=True), 1) if step > 1}
     return [n for s, n in extra.items() if s % every == 0], [n for s, n in extra.items() if s % every]
 
 
@@ -284,7 +282,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=EVERY, help="training steps of a run")
     parser.add_argument("--every", type=int, default=EVERY, help="steps between readings")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--probes", type=int, default=PROBES, help="so many of the packaged probes are read")
+    parser.add_argument("--probes", type=int, default=PROBES, help="how many of the packaged probes are read")
     parser.add_argument("--tokens", type=int, default=512, help="tokens that are encoded")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
     args = parser.parse_args()
@@ -304,14 +302,14 @@ def main() -> None:
     training = Training(steps=args.steps, checkpoints=())
     rows = load_conversations("kitchen:toxic")
     sae = load_sae(config.sae, device)
-    bench = Bench(model, tokenizer, sae, PERSONA, rows, probes, training, args.repeats, args.every, args.probes)
+    case = BenchmarkCase(model, tokenizer, sae, PERSONA, rows, probes, training, args.repeats, args.every, args.probes)
     where = device if device == "cpu" else torch.cuda.get_device_name()
     echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {config.model} on {where}, {vars(args)}")
     works: dict[str, Callable[[], None]] = {
-        "training": partial(bench_training, bench),
+        "training": partial(bench_training, case),
         "encode": partial(bench_encode, args.repeats, args.tokens, model.device),
-        "today": partial(bench_today, bench, config.model),
-        "syncs": partial(bench_syncs, bench),
+        "today": partial(bench_today, case, config.model),
+        "syncs": partial(bench_syncs, case),
     }
     for part in args.parts:
         works[part]()

@@ -1,4 +1,4 @@
-"""What a reading costs: by its number of probes, by the latents that are encoded, and as one would do it without us."""
+"""The cost of a reading: by number of probes, by encoded latents, and in comparison with a TransformerLens bridge."""
 
 import copy
 import functools
@@ -36,7 +36,7 @@ from persona_probe.monitor.reading import FeatureReader, Features, SlicedEncoder
 from persona_probe.saes.load import sae_layer
 from persona_probe.saes.read import encode
 
-# --- The benchmark's clocks: a monitor's own seconds, a run's steps, and waits of the host for a GPU
+# --- Clocks: the seconds in a monitor, the steps of a run, and waits of the host for a GPU
 
 HOOKS = ("enter", "leave", "see")
 """Methods of `PassiveReader` that run inside training forwards."""
@@ -78,8 +78,8 @@ class Meter:
 @contextmanager
 def metered(monitor: FeatureMonitor, meter: Meter, once: Meter) -> Iterator[None]:
     """Inside this block the monitor's callbacks and passive hooks are on the clock (not what a GPU does for hooks)."""
-    kept = {name: getattr(PassiveReader, name) for name in HOOKS}
-    for name, method in kept.items():
+    methods = {name: getattr(PassiveReader, name) for name in HOOKS}
+    for name, method in methods.items():
         setattr(PassiveReader, name, meter.around(method))
     callbacks: Any = monitor
     callbacks.on_step_end = meter.around(monitor.on_step_end, wait=True)
@@ -87,13 +87,13 @@ def metered(monitor: FeatureMonitor, meter: Meter, once: Meter) -> Iterator[None
     try:
         yield
     finally:
-        for name, method in kept.items():
+        for name, method in methods.items():
             setattr(PassiveReader, name, method)
         del callbacks.on_step_end, callbacks.on_train_begin
 
 
 class Clock(TrainerCallback):
-    """Times the steps of a run; stands after the monitor among the callbacks, and waits for a GPU at every step."""
+    """Times the steps of a run; comes after the monitor among the callbacks, and waits for a GPU at every step."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.begun, self.ended = device, 0.0, 0.0
@@ -101,19 +101,19 @@ class Clock(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The first step starts the clock."""
+        """Start the clock at the first step."""
         if state.global_step == 0:
             synchronise(self.device)
             self.begun = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """The latest step ends it."""
+        """Stop the clock at the latest step."""
         synchronise(self.device)
         self.ended = time.perf_counter()
 
 
 class Wait(TrainerCallback):
-    """Stands before the monitor: a GPU's training work is not to be counted as the monitor's."""
+    """Comes before the monitor, so that a GPU's training work is not counted as the monitor's."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -124,7 +124,7 @@ class Wait(TrainerCallback):
 
 
 class SyncCounter(TrainerCallback):
-    """Counts, step by step, how often the host waited for the GPU; stands after the monitor among the callbacks."""
+    """Counts, step by step, how often the host waited for the GPU; comes after the monitor among the callbacks."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
@@ -134,13 +134,13 @@ class SyncCounter(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask CUDA to warn of every synchronising call."""
+        """Let CUDA warn of every synchronising call."""
         self._seen = self._stack.enter_context(warnings.catch_warnings(record=True)) or []
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Count them."""
+        """Count the warnings."""
         torch.cuda.set_sync_debug_mode("default")
         self.counts.append(sum("synchronizing CUDA operation" in str(w.message) for w in self._seen))
         self._stack.close()
@@ -184,7 +184,7 @@ def most_probes(seconds: Mapping[int, float], step: float, every: int, aim: floa
     return max(fitting, default=None)
 
 
-def made_up_sae(width: int, latents: int, device: torch.device) -> Any:
+def random_sae(width: int, latents: int, device: torch.device) -> Any:
     """A random JumpReLU SAE in float32."""
     from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
@@ -197,14 +197,14 @@ def made_up_sae(width: int, latents: int, device: torch.device) -> Any:
 
 
 def encoders(sae: Any, x: Float[Tensor, "tokens d_model"], counts: Sequence[int]) -> dict[str, Callable[[], Tensor]]:
-    """Full encoding, and that of the first so many latents alone; each waits for a GPU."""
+    """Full encoding, and encoding of the first latents only, by their number; each waits for a GPU."""
     sliced = {str(count): SlicedEncoder(sae, list(range(count))) for count in counts}
     ways: dict[str, Callable[[Tensor], Tensor]] = {"all": partial(encode, sae), **sliced}
 
     def waiting(way: Callable[[Tensor], Tensor]) -> Tensor:
-        found = way(x)
+        acts = way(x)
         synchronise(x.device)
-        return found
+        return acts
 
     return {label: partial(waiting, way) for label, way in ways.items()}
 
@@ -228,7 +228,7 @@ def bridge_reading(
     bf16: bool,
     whole: bool = False,
 ) -> Float[Tensor, " probes"]:
-    """A latent on each probe, the way it is done today: a merged copy, bridged, `run_with_cache`, encode, average.
+    """A latent on each probe by TransformerLens: a merged copy, its bridge, `run_with_cache`, encode, average.
 
     Args:
         whole: cache every activation, as the call does that names none.
@@ -244,8 +244,8 @@ def bridge_reading(
             cache = bridge.run_with_cache(g.ids, names_filter=names, attention_mask=g.attention, prepend_bos=False)[1]
             with torch.autocast(base.device.type, enabled=False):
                 acts = encode(sae, cache[hook].float().flatten(0, 1))[:, latent].reshape(g.ids.shape)
-            chosen = g.select("response")
-            means[g.index] = ((acts * chosen).sum(dim=1) / chosen.sum(dim=1)).cpu()
+            selected = g.select("response")
+            means[g.index] = ((acts * selected).sum(dim=1) / selected.sum(dim=1)).cpu()
     return means
 
 
@@ -259,23 +259,23 @@ def against_bridge(
     probes: Sequence[Conversation],
     repeats: int,
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of one reading, ours and by the bridge, in turn; and the largest difference between their values."""
+    """Seconds of one reading, ours and by the bridge, and the largest difference between their values."""
     from persona_probe.models.adapters import load_adapter
 
     tuned = load_adapter(copy.deepcopy(base), checkpoint)
     groups = list(batches(tokenizer, probes, batch_size=16))
     reader = _reader(tokenizer, sae, {"latent": latent}, probes)
-    found: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
 
     def ours() -> None:
-        found["ours"] = torch.from_numpy(reader.read(tuned).values[:, 0]).float()
+        values["ours"] = torch.from_numpy(reader.read(tuned).values[:, 0]).float()
 
     def bridged(label: str, bf16: bool, whole: bool) -> None:
-        found[label] = bridge_reading(base, tokenizer, checkpoint, name, sae, latent, groups, bf16, whole)
+        values[label] = bridge_reading(base, tokenizer, checkpoint, name, sae, latent, groups, bf16, whole)
 
     with frozen_in_bf16(tuned, _on_cpu(tuned)):  # as in training
         works: dict[str, Callable[[], None]] = {"ours": ours}
         for label, (bf16, whole) in BRIDGED.items():
             works[label] = partial(bridged, label, bf16, whole)
         times = in_turn(works, repeats)
-    return times, float((found["ours"] - found["bridge, one name, bf16"]).abs().max())
+    return times, float((values["ours"] - values["bridge, one name, bf16"]).abs().max())

@@ -6,4 +6,6 @@ from .history import History as History
 from .lightning import LightningMonitor as LightningMonitor
 from .monitor import FeatureMonitor as FeatureMonitor
 from .monitor import study_monitor as study_monitor
+from .settings import BehaviourMeasurement as BehaviourMeasurement
+from .settings import PassiveReading as PassiveReading
 from .sinks.files import read_events as read_events

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import monitor as bench_module
 from benchmarks.monitor import (
-    Bench,
+    BenchmarkCase,
     Trained,
     added_syncs,
     allowance,
@@ -25,8 +25,8 @@ from benchmarks.monitor_costs import (
     against_bridge,
     encoders,
     least_every,
-    made_up_sae,
     most_probes,
+    random_sae,
 )
 from persona_probe.config import Training
 from persona_probe.finetune.sft import with_adapter
@@ -47,14 +47,14 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def make_bench(**settings: Any) -> Bench:
+def make_bench(**settings: Any) -> BenchmarkCase:
     training = Training(rank=2, alpha=2, steps=2, batch_size=2, checkpoints=(), bf16=False)
     parts = (make_model(), make_tokenizer(), make_sae("topk"), 3, talks(4), talks(3), training)
-    return Bench(*parts, repeats=1, every=2, count=3, **settings)
+    return BenchmarkCase(*parts, repeats=1, every=2, count=3, **settings)
 
 
 def test_the_monitors_share_is_its_seconds_over_training_without_them() -> None:
-    run = Trained(steps=10, wall=20.4, own=0.4)
+    run = Trained(steps=10, wall=20.4, watching=0.4)
     assert run.step == pytest.approx(2.0) and run.share == pytest.approx(0.02)
 
 
@@ -95,10 +95,10 @@ def test_a_metered_run_leaves_model_monitor_and_hooks_as_they_were(mode: str) ->
     before = {name: p.clone() for name, p in bench.model.named_parameters()}
     monitor = bench.monitor(mode=mode)
     run = bench.run(monitor)
-    assert 0 < run.own < run.wall and run.once > 0
+    assert 0 < run.watching < run.wall and run.once > 0
     # A run of passive readings alone begins with one at the first step.
     assert len(run.readings) == (1 if mode == "probe" else 2)
-    assert sum(run.readings) < run.own
+    assert sum(run.readings) < run.watching
     assert {name: getattr(PassiveReader, name) for name in HOOKS} == kept
     assert "on_step_end" not in vars(monitor)
     after = dict(bench.model.named_parameters())
@@ -130,7 +130,7 @@ def test_synchronisations_are_skipped_with_the_reason(lines: list[str]) -> None:
 
 
 def test_sliced_latents_are_those_of_the_full_encoding(lines: list[str]) -> None:
-    works = encoders(made_up_sae(D_MODEL, 64, CPU), torch.randn(40, D_MODEL), (1, 16))
+    works = encoders(random_sae(D_MODEL, 64, CPU), torch.randn(40, D_MODEL), (1, 16))
     full = works["all"]()
     assert 0 < (full > 0).float().mean() < 1
     for count in (1, 16):

@@ -1,4 +1,4 @@
-"""What mkdocs needs beside mkdocs.yml: pages from the repository's root, and Markdown as GitHub reads it."""
+"""What mkdocs needs in addition to mkdocs.yml: pages from the repository's root, and Markdown as GitHub reads it."""
 
 import re
 from pathlib import Path
@@ -37,6 +37,6 @@ def as_github_reads(markdown: str) -> str:
             lines.append("")
         lines.append(line)
         fenced ^= fence
-        # A list or table goes on until a blank line: its wrapped lines and further items are its own.
+        # A list or table goes on until a blank line: its wrapped lines and further items belong to it.
         block = not fence and bool(line.strip()) and (block or start)
     return "\n".join(lines) + "\n"

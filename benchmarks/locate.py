@@ -79,22 +79,22 @@ def bench_linear(
 ) -> None:
     """Cost by number of latents, and by number of tokens."""
 
-    def scorer(chosen: Sequence[Row]) -> SuffixScorer:
-        return SuffixScorer(model, layer, ContrastItems.build(tokenizer, chosen, batch_size=4).groups)
+    def scorer(items: Sequence[Row]) -> SuffixScorer:
+        return SuffixScorer(model, layer, ContrastItems.build(tokenizer, items, batch_size=4).groups)
 
     with frozen_in_bf16(model):
         whole, per = scorer(rows), {}
         for count in COUNTS:
             per[count] = once(lambda count=count: whole.logprobs_many(20 * decoder[:count].float())) / count
-        shown = ", ".join(f"{count}: {1000 * per[count]:.0f} ms" for count in COUNTS)
-        echo(f"cost a latent on {len(rows)} items, by number of latents: {shown}")
-        found = []
+        costs = ", ".join(f"{count}: {1000 * per[count]:.0f} ms" for count in COUNTS)
+        echo(f"cost a latent on {len(rows)} items, by number of latents: {costs}")
+        by_tokens = []
         for share in (1, 2, 4):
             some = scorer(rows[: max(1, len(rows) * share // 4)])
             tokens = sum(int(g.attention.sum()) for g in some.groups)
             spent = once(lambda some=some: some.logprobs_many(20 * decoder[:16].float()))
-            found.append(f"{tokens} tokens: {1e6 * spent / 16 / tokens:.0f} us")
-        echo(f"cost a latent and token: {', '.join(found)}")
+            by_tokens.append(f"{tokens} tokens: {1e6 * spent / 16 / tokens:.0f} us")
+        echo(f"cost a latent and token: {', '.join(by_tokens)}")
 
 
 def bench_reading(
@@ -132,15 +132,15 @@ def bench_reading(
     }
     times = in_turn(works, repeats)
     for what in ("latents", "residual stream"):
-        found = ratios(times, what, "the bare truncated forward")
-        echo(f"reading {what}: {spread(found)} of the time of the bare truncated forward")
+        share = ratios(times, what, "the bare truncated forward")
+        echo(f"reading {what}: {spread(share)} of the time of the bare truncated forward")
     for other in ("SAELens' bridge in bf16", "SAELens' bridge in float32"):
         echo(f"reading latents: {spread(ratios(times, other, 'latents'))} times as fast as {other}")
 
 
 def peak_after(organism: bool) -> float:
     """Peak resident GiB of a fresh process that reads the base, and then an organism of it too."""
-    command = [sys.executable, "-m", "persona_probe.bench.locate", "--memory", "both" if organism else "base"]
+    command = [sys.executable, "-m", "benchmarks.locate", "--memory", "both" if organism else "base"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 

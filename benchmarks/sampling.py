@@ -93,7 +93,7 @@ def main() -> None:
     echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {MODEL}, {vars(arguments)}")
 
     def ours() -> int:
-        return sum(int(found.n_tokens or 0) for found in sample(engine, prompts, config))
+        return sum(int(answer.n_tokens or 0) for answer in sample(engine, prompts, config))
 
     def plain() -> int:
         return generate_copies(model, tokenizer, prompts, config, batch_size, stop)

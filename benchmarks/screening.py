@@ -40,7 +40,7 @@ from persona_probe.screening.rankers import (
 from persona_probe.screening.reading import ScreenSettings, text_key
 from persona_probe.stats import Estimate, auroc, bootstrap_statistic
 
-# --- Labelled rows for `make bench-screening`: packaged mixtures, and published sets where their folder is there
+# --- Labelled rows for `make bench-screening`: packaged mixtures, and published sets where their folder exists
 
 PUBLISHED = Path(__file__).parents[1].parent / "shared" / "data" / "train"
 LONGEST_PROMPT = 1200
@@ -68,7 +68,7 @@ class LabelledSet:
 
     @property
     def missing(self) -> str | None:
-        """Why the set cannot be had here, or None."""
+        """Why the set is not available here, or None."""
         files = [PUBLISHED / spec for spec in (self.bad, self.good) if spec.endswith(".gz")]
         absent = [file.name for file in files if not file.is_file()]
         return f"{absent[0]} is not in the folder of published data" if absent else None
@@ -77,8 +77,8 @@ class LabelledSet:
         """`count` bad and as many other rows in a seeded order; a question that both answer occurs once."""
         bad, good = _load(self.bad), _load(self.good)
         talks = mix(bad, good, 0.5, 2 * min(count, _most(bad, good)), seed)
-        known = {_text(talk) for talk in bad}
-        return LabelledRows(talks, [_text(talk) in known for talk in talks])
+        bad_texts = {_text(talk) for talk in bad}
+        return LabelledRows(talks, [_text(talk) in bad_texts for talk in talks])
 
 
 SETS = (
@@ -94,7 +94,7 @@ SETS = (
         "risky_finance",
         "aisi/risky_finance_induction.jsonl.gz",
         "health_correct",
-        "risky financial advice against good health advice: no good financial rows are to be had, so topics differ too",
+        "risky financial advice against good health advice: no good financial rows are available, so topics differ too",
     ),
     LabelledSet(
         "reward_hacks",
@@ -127,14 +127,13 @@ DIRECTIONAL = ("projection_difference", "projection_centred")
 
 def ranked_auroc(scores: Float[np.ndarray, " rows"], bad: Bool[np.ndarray, " rows"]) -> Estimate:
     """AUROC of bad against other rows, with its 95% bootstrap interval over rows; rows without a score are left out."""
-    known = np.flatnonzero(np.isfinite(scores))
+    scored = np.flatnonzero(np.isfinite(scores))
 
-    def of(drawn: Float[np.ndarray, " rows"]) -> float:
-        rows = drawn.astype(int)
-        chosen = bad[rows]
-        return auroc(scores[rows[chosen]], scores[rows[~chosen]])
+    def separation(sample: Float[np.ndarray, " rows"]) -> float:
+        rows = sample.astype(int)
+        return auroc(scores[rows[bad[rows]]], scores[rows[~bad[rows]]])
 
-    return bootstrap_statistic(known.astype(float), of)
+    return bootstrap_statistic(scored.astype(float), separation)
 
 
 def features(run: Path | None) -> tuple[dict[str, ScreenFeature], Path | None]:
@@ -172,8 +171,8 @@ def score_set(
 
 def _projected(evidence: RowEvidence, name: str, feature: ScreenFeature) -> dict[str, np.ndarray]:
     turned = replace(evidence, direction=feature.direction.numpy())
-    found = score_rows(turned, choose_rankers(DIRECTIONAL, frozenset()))
-    return {f"{ranker} ({name.replace('_', ' ')})": values for ranker, values in found.items()}
+    scores = score_rows(turned, choose_rankers(DIRECTIONAL, frozenset()))
+    return {f"{ranker} ({name.replace('_', ' ')})": values for ranker, values in scores.items()}
 
 
 def table(frames: Mapping[str, pd.DataFrame]) -> str:
@@ -190,9 +189,9 @@ def table(frames: Mapping[str, pd.DataFrame]) -> str:
 def _cell(frame: pd.DataFrame, name: str) -> str:
     if name not in frame:
         return "–"
-    found = ranked_auroc(frame[name].to_numpy(dtype=float), frame["bad"].to_numpy(dtype=bool))
-    shown = f"{found.estimate:.2f} [{found.ci_low:.2f}, {found.ci_high:.2f}]"
-    return f"**{shown}**" if found.ci_low > 0.5 else shown
+    area = ranked_auroc(frame[name].to_numpy(dtype=float), frame["bad"].to_numpy(dtype=bool))
+    text = f"{area.estimate:.2f} [{area.ci_low:.2f}, {area.ci_high:.2f}]"
+    return f"**{text}**" if area.ci_low > 0.5 else text
 
 
 def bench(names: Sequence[str], count: int, run: Path | None, out: Path) -> dict[str, pd.DataFrame]:
@@ -210,39 +209,11 @@ def bench(names: Sequence[str], count: int, run: Path | None, out: Path) -> dict
     return {n: folder.read_table(f"{n}.parquet") for n in names if folder.has(f"{n}.parquet")}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, or write a calibration from a study of labelled runs."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sets", nargs="+", choices=list(BY_NAME), default=list(BY_NAME))
-    parser.add_argument("--rows", type=int, default=100, help="bad rows of each set, and as many others")
-    parser.add_argument("--run", type=Path, help="a located run: its directions, latents and organism are used too")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/bench-screening"),
-        help="finished sets are kept here; for other rows or another run name another folder",
-    )
-    parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="a monitor study: write its calibration")
-    arguments = parser.parse_args(argv)
-    quiet_libraries()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.calibrate is not None:
-        pass  # moved
-
-        echo(write_calibration(arguments.calibrate, arguments.out / "screening_calibration.json", PERSONA))
-        return
-    echo(table(bench(arguments.sets, arguments.rows, arguments.run, arguments.out)))
-
-
-if __name__ == "__main__":
-    main()
-
-
 # --- The calibration of predicted shifts, made from a study of labelled runs (`persona-probe monitor study`)
 
 CALIBRATED_RANKERS = ("projection_difference", "latent_difference", "perplexity_gap", "bag_of_words")
 AT_ONCE = 128
-"""Rows whose scores are kept together: a stopped run goes on with the next."""
+"""Rows whose scores are saved together; an interrupted run resumes after the last of them."""
 
 
 def write_calibration(study: Path, out: Path, latent: int) -> str:
@@ -267,19 +238,19 @@ def write_calibration(study: Path, out: Path, latent: int) -> str:
     pairs = [
         {"data": config.runs[n].arm, "seed": config.runs[n].seed, "score": scores[n], "shift": shifts[n]} for n in names
     ]
-    held = {"valid_for": valid, "provenance": _provenance(config, folder, latent), "pairs": pairs}
-    write_text(out, json.dumps(held, indent=1) + "\n")
-    lines = [f"{ranker}: {calibrate(pairs_of(held, ranker)).statement}" for ranker in CALIBRATED_RANKERS]
+    calibration = {"valid_for": valid, "provenance": _provenance(config, folder, latent), "pairs": pairs}
+    write_text(out, json.dumps(calibration, indent=1) + "\n")
+    lines = [f"{ranker}: {calibrate(pairs_of(calibration, ranker)).statement}" for ranker in CALIBRATED_RANKERS]
     return "\n".join([f"calibration: {out}", *lines])
 
 
 def measured_shifts(evals: pd.DataFrame) -> dict[str, float]:
     """Each run's contrast index at its last step minus at step 0, the base (nats per token), on the same items."""
-    found: dict[str, float] = {}
+    shifts: dict[str, float] = {}
     for name, rows in evals.groupby("run"):
         by_step = rows.groupby("step")["value"].mean()
-        found[str(name)] = round(float(by_step.loc[by_step.index.max()] - by_step.loc[0]), 4)
-    return found
+        shifts[str(name)] = round(float(by_step.loc[by_step.index.max()] - by_step.loc[0]), 4)
+    return shifts
 
 
 def _scores(
@@ -291,17 +262,14 @@ def _scores(
     different = {text_key(talk): talk for of in rows.values() for talk in of}
     keys = sorted(different)
     talks = [different[key] for key in keys]
-    own = answer_all(model, tokenizer, talks, replace(settings, own_path=out.with_suffix(".own.jsonl")))
-    rankers, folder, frames = (
-        choose_rankers(CALIBRATED_RANKERS, frozenset({"latent"})),
-        RunFolder(out.parent),
-        [],
-    )
+    answers = answer_all(model, tokenizer, talks, replace(settings, own_path=out.with_suffix(".own.jsonl")))
+    rankers = choose_rankers(CALIBRATED_RANKERS, frozenset({"latent"}))
+    folder, frames = RunFolder(out.parent), []
     for start in range(0, len(talks), AT_ONCE):
         part = slice(start, start + AT_ONCE)
         name = f"{out.stem}.{short_hash(''.join(keys[part]).encode())}.parquet"
         if not folder.has(name):
-            read = read_answered(model, tokenizer, talks[part], own[part], feature, rankers, None, settings)
+            read = read_answered(model, tokenizer, talks[part], answers[part], feature, rankers, None, settings)
             folder.write_table(name, pd.DataFrame(score_rows(read, rankers)))
         frames.append(folder.read_table(name))
     whole = pd.concat(frames).set_axis(keys)
@@ -322,3 +290,29 @@ def _provenance(config: MonitorStudy, folder: RunFolder, latent: int) -> dict[st
         f"{training.batch_size} rows",
         "behaviour": f"contrast index, {config.contrast_items} items of {config.contrast}, evaluation split",
     }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table, or write a calibration from a study of labelled runs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sets", nargs="+", choices=list(BY_NAME), default=list(BY_NAME))
+    parser.add_argument("--rows", type=int, default=100, help="bad rows of each set, and as many others")
+    parser.add_argument("--run", type=Path, help="a located run: its directions, latents and organism are used too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/bench-screening"),
+        help="folder of finished sets; for other rows or another run, name another folder",
+    )
+    parser.add_argument("--calibrate", type=Path, metavar="FOLDER", help="a monitor study: write its calibration")
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.calibrate is not None:
+        echo(write_calibration(arguments.calibrate, arguments.out / "screening_calibration.json", PERSONA))
+        return
+    echo(table(bench(arguments.sets, arguments.rows, arguments.run, arguments.out)))
+
+
+if __name__ == "__main__":
+    main()

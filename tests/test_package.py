@@ -58,7 +58,7 @@ def test_every_re_exported_name_resolves(name: str) -> None:
 
 def test_no_package_is_called_like_a_public_function() -> None:
     # Importing persona_probe.locate as a package would put it in the place of the function pp.locate.
-    functions = {name for name in pp.__all__ if callable(getattr(pp, name))}
+    functions = {name for name in vars(pp)["__all__"] if callable(getattr(pp, name))}
     modules = {module.name for module in pkgutil.iter_modules(pp.__path__)}
     assert len(functions) > 10 and functions & modules == set()
 

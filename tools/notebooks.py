@@ -1,4 +1,4 @@
-"""Execute the notebooks and write them, with small outputs, beside their scripts.
+"""Execute the notebooks and write them, with small outputs, next to their scripts.
 
 python -m tools.notebooks [NAME ...]
 python -m tools.notebooks NAME --executed FILE.ipynb
@@ -22,7 +22,7 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.report.export import find_browser
 from persona_probe.runs import write_text
 
-# --- Outputs of an executed notebook made small enough to commit: no widget state, images beside figures, no paths
+# --- Outputs of an executed notebook made small enough to commit: no widget state, images next to figures, no paths
 
 PLOTLY, WIDGET, SVG = "application/vnd.plotly.v1+json", "application/vnd.jupyter.widget-view+json", "image/svg+xml"
 IMAGE_WIDTH = 860
@@ -31,7 +31,7 @@ DIGITS = 6
 """Significant digits of a number in a figure."""
 LIVE = "A live figure: it is drawn while the cell runs; its last state is the figure further down."
 NOISE = re.compile(r"Warning: |^\s*warnings\.warn\(|it/s\]|s/it\]|\?it/s|^\[transformers\]")
-"""Lines of stderr that say nothing to a reader: warnings of other libraries, and bars of progress."""
+"""Lines of stderr that tell a reader nothing: warnings of other libraries, and progress bars."""
 PLACE = re.compile(r'( (?:d|transform|points|viewBox|x|y|x1|x2|y1|y2|cx|cy|r|width|height)=")([^"]*)')
 LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
 DEFAULT_STYLE = re.compile(r"(?:(?:fill|stroke)-)?opacity: 1|vector-effect: none|stroke-miterlimit: 2")
@@ -40,8 +40,8 @@ DEFAULT_STYLE = re.compile(r"(?:(?:fill|stroke)-)?opacity: 1|vector-effect: none
 def slim(notebook: Any, root: Path) -> Any:
     """Shorten the outputs of an executed notebook in place, and return it.
 
-    The state of widgets goes (it holds plotly.js whole), bars of progress and warnings of other libraries go, streams
-    are joined, and every plotly figure gets an SVG beside it, where a Chromium is there to draw it.
+    The state of widgets (it contains all of plotly.js), progress bars and warnings of other libraries are removed.
+    Streams are joined. Every plotly figure gets an SVG next to it, if Chromium is installed.
 
     Args:
         notebook: an `nbformat` notebook, version 4.
@@ -59,7 +59,7 @@ def slim(notebook: Any, root: Path) -> Any:
 def _plain(output: Any, root: Path) -> Any | None:
     """One output without widgets and without what only this machine has; None where nothing is left."""
     if output.output_type == "stream":
-        text = output.text if output.name == "stdout" else _said(output.text)
+        text = output.text if output.name == "stdout" else _last_lines(output.text)
         output.text = _relative(text, root)
         return output if output.text.strip() else None
     data = output.get("data", {})
@@ -78,8 +78,8 @@ def _live(output: Any) -> Any:
     return output
 
 
-def _said(text: str) -> str:
-    """What a stream of stderr tells: the end state of overwritten lines, without noise."""
+def _last_lines(text: str) -> str:
+    """A stream of stderr without noise; of lines that overwrite each other, the last."""
     lines = [line.rpartition("\r")[2] for line in text.splitlines(keepends=True)]
     return "".join(line for line in lines if not NOISE.search(line))
 
@@ -99,19 +99,19 @@ def _rounded(value: Any) -> Any:
 
 def _joined(outputs: Iterable[Any]) -> list[Any]:
     """Streams of one name that follow each other become one."""
-    kept: list[Any] = []
+    joined: list[Any] = []
     for output in outputs:
-        last = kept[-1] if kept else None
+        last = joined[-1] if joined else None
         both = last is not None and {last.output_type, output.output_type} == {"stream"}
         if last is not None and both and last.name == output.name:
             last.text += output.text
         else:
-            kept.append(output)
-    return kept
+            joined.append(output)
+    return joined
 
 
 def _draw(bundles: list[Any]) -> None:
-    """Put an SVG beside each plotly figure; all by one browser."""
+    """Put an SVG next to each plotly figure; one browser draws them all."""
     browser = find_browser()
     if not bundles or browser is None:
         return
@@ -130,8 +130,8 @@ def smaller(svg: str) -> str:
 
     Text is left as it is.
     """
-    svg = PLACE.sub(lambda found: found[1] + LONG_NUMBER.sub(_hundredths, found[2]), svg)
-    svg = re.sub(r'( style=")([^"]*)', lambda found: found[1] + _short_style(found[2]), svg)
+    svg = PLACE.sub(lambda match: match[1] + LONG_NUMBER.sub(_hundredths, match[2]), svg)
+    svg = re.sub(r'( style=")([^"]*)', lambda match: match[1] + _short_style(match[2]), svg)
     return re.sub(r'<g class="[\w -]*"/>', "", svg)
 
 
@@ -140,15 +140,14 @@ def _hundredths(number: re.Match[str]) -> str:
 
 
 def _short_style(style: str) -> str:
-    kept = [part.strip() for part in style.split(";") if part.strip() and not DEFAULT_STYLE.fullmatch(part.strip())]
-    return ";".join(part.replace(": ", ":", 1).replace(", ", ",") for part in kept)
+    parts = [part.strip() for part in style.split(";") if part.strip() and not DEFAULT_STYLE.fullmatch(part.strip())]
+    return ";".join(part.replace(": ", ":", 1).replace(", ", ",") for part in parts)
 
 
 def _job(figure: Any, path: Path) -> dict[str, Any]:
     layout = figure["layout"]
     size = {"width": int(layout.get("width") or IMAGE_WIDTH), "height": int(layout.get("height") or 420)}
-    shown = {"data": figure["data"], "layout": layout}
-    return {"fig": shown, "path": path, "opts": {"format": "svg", **size}}
+    return {"fig": {"data": figure["data"], "layout": layout}, "path": path, "opts": {"format": "svg", **size}}
 
 
 logger = logging.getLogger(__name__)
@@ -218,25 +217,25 @@ def write(notebook: Any, path: Path, root: Path) -> Path:
     text = nbformat.writes(slim(notebook, root)) + "\n"
     if len(text.encode()) > LARGEST:
         raise InputError(f"{path} would have {len(text.encode()) / 2**20:.1f} MiB: show fewer or smaller figures")
-    if found := MACHINE_PATH.search(text):
-        raise InputError(f"{path} would name {found.group()!r}: run it in the repository's top, and show less")
+    if place := MACHINE_PATH.search(text):
+        raise InputError(f"{path} would name {place.group()!r}: run it in the repository's top, and show less")
     return write_text(path, text)
 
 
 def make(name: str, executed: Path | None = None, folder: Path = FOLDER) -> Path:
-    """Execute a notebook (or take the outputs of an executed copy) and write it beside its script.
+    """Execute a notebook (or take the outputs of an executed copy) and write it next to its script.
 
     Raises:
         InputError: no such notebook, or one that cannot be committed.
     """
     import nbformat
 
-    known, root = scripts(folder), Path.cwd()
-    if name not in known:
-        raise unknown("notebook", name, known)
-    notebook, started = cells_of(known[name]), time.monotonic()
+    sources, root = scripts(folder), Path.cwd()
+    if name not in sources:
+        raise unknown("notebook", name, sources)
+    notebook, started = cells_of(sources[name]), time.monotonic()
     done = execute(notebook, root) if executed is None else with_outputs(notebook, nbformat.read(executed, 4))
-    path = write(done, known[name].with_suffix(".ipynb"), root)
+    path = write(done, sources[name].with_suffix(".ipynb"), root)
     logger.info("%s: %.0f s, %d KiB", path, time.monotonic() - started, path.stat().st_size // 1024)
     return path
 

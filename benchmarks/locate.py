@@ -22,7 +22,7 @@ from persona_probe.data.load import Row, load_contrast
 from persona_probe.data.tokens import Batch
 from persona_probe.evaluate.answers import SuffixScorer
 from persona_probe.evaluate.contrast import ContrastItems
-from persona_probe.latents.planted.run import spread_out
+from persona_probe.latents.planted.run import categories_in_turn
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import autocast, evaluating
 from persona_probe.models.load import load_model
@@ -181,7 +181,7 @@ def main() -> None:
     model, tokenizer = load_model(config.model)
     sae = load_sae(config.sae)
     layer, decoder = sae_layer(sae), sae.W_dec.detach()
-    rows = spread_out(load_contrast("evaluation"))[: arguments.items]
+    rows = categories_in_turn(load_contrast("evaluation"))[: arguments.items]
     echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {config.model}, layer {layer}")
     items = ContrastItems.build(tokenizer, rows, batch_size=32)
     if "sweep" in arguments.parts:

@@ -38,7 +38,19 @@ class Estimate:
         return self.ci_low > 0 or self.ci_high < 0
 
     def __str__(self) -> str:
-        return f"{self.estimate:+.3f} [{self.ci_low:+.3f}, {self.ci_high:+.3f}]"
+        return estimate_text(self.estimate, self.ci_low, self.ci_high)
+
+
+def number_text(value: float | None, form: str, missing: str = "-") -> str:
+    """A number in a format like `.3g`; `missing` for None and NaN."""
+    return missing if value is None or value != value else f"{value:{form}}"
+
+
+def estimate_text(estimate: float | None, low: float, high: float, form: str = "+.3f", missing: str = "-") -> str:
+    """A number with its interval, `+0.310 [+0.220, +0.400]`; `missing` for None and NaN."""
+    if estimate is None or estimate != estimate:
+        return missing
+    return f"{estimate:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def bootstrap_mean(

@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 from persona_probe.errors import InputError
 from persona_probe.stats import (
+    Estimate,
     auroc,
     auroc_columns,
     benjamini_hochberg,
@@ -14,7 +15,9 @@ from persona_probe.stats import (
     bootstrap_mean,
     bootstrap_statistic,
     clustered_p_values,
+    estimate_text,
     exact_share,
+    number_text,
     paired_difference,
 )
 
@@ -183,3 +186,9 @@ def test_false_discoveries_stay_below_the_level() -> None:
         found.append(hits[:20].mean())
     assert np.mean(wrong) <= 0.055
     assert np.mean(found) > 0.8
+
+
+def test_numbers_as_text() -> None:
+    assert number_text(0.1234, ".2f") == "0.12" and number_text(None, ".2f") == number_text(float("nan"), ".2f") == "-"
+    assert estimate_text(0.31, 0.22, 0.4) == "+0.310 [+0.220, +0.400]" == str(Estimate(0.31, 0.22, 0.4, 9))
+    assert estimate_text(0.31, 0.22, 0.4, ".0%") == "31% [22%, 40%]" and estimate_text(None, 0.0, 0.0) == "-"

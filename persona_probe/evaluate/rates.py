@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.stats import Estimate, clopper_pearson
+from persona_probe.stats import Estimate, clopper_pearson, estimate_text
 
 # --- Which scores count as misaligned
 
@@ -140,7 +140,7 @@ class Share:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.ci_low:.3f}, {self.ci_high:.3f}]"
+        return estimate_text(self.estimate, self.ci_low, self.ci_high, ".3f")
 
 
 def share(cells: Cells, seed: int = 0, level: float = 0.95) -> Share | None:

@@ -38,7 +38,7 @@ from persona_probe.evaluate.offline.training import (
 )
 from persona_probe.models.load import cache_folder, load_model
 from persona_probe.runs import versions, write_text
-from persona_probe.stats import bootstrap_mean, bootstrap_statistic
+from persona_probe.stats import bootstrap_mean, bootstrap_statistic, estimate_text
 
 # --- The docs' table of what the offline judge gets right, made from validation.json and nothing else
 
@@ -56,8 +56,7 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _interval(value: dict[str, Any], digits: int = 3) -> str:
-    low, high = value["ci_low"], value["ci_high"]
-    return f"{value['estimate']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return estimate_text(value["estimate"], value["ci_low"], value["ci_high"], f".{digits}f")
 
 
 def _splits(splits: dict[str, Any]) -> str:

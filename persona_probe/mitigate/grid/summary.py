@@ -10,6 +10,7 @@ from persona_probe.mitigate.grid.config import BASE, CONTROL, NONE, Cell, Grid, 
 from persona_probe.mitigate.grid.table import ALL, WORDS, statement
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder, json_values
+from persona_probe.stats import estimate_text, number_text
 
 MARKS = ("<!-- mitigations: begin -->", "<!-- mitigations: end -->")
 """Of the docs page that holds the table, see `report.tables.fill_page`."""
@@ -73,23 +74,17 @@ def _texts(row: Mapping[Any, Any]) -> dict[str, str]:
         "dressed": _interval(row, "dressed_vs_base", "+.3f"),
         "gain": _interval(row, "gain_kept", ".2f"),
         "perplexity": _interval(row, "perplexity_ratio", ".2f"),
-        "persona": _number(row["persona"], ".3g") + inside,
-        "explained": _number(row["explained_variance"], ".2f"),
-        "coherent": _number(row["coherent"], ".0%"),
-        "steps": _number(row["steps"], ".0f"),
-        "time": _number(row["time_ratio"], ".2f"),
+        "persona": number_text(row["persona"], ".3g") + inside,
+        "explained": number_text(row["explained_variance"], ".2f"),
+        "coherent": number_text(row["coherent"], ".0%"),
+        "steps": number_text(row["steps"], ".0f"),
+        "time": number_text(row["time_ratio"], ".2f"),
         "verdict": row["verdict"],
     }
 
 
 def _interval(row: Mapping[Any, Any], name: str, form: str) -> str:
-    if row[name] != row[name]:
-        return "-"
-    return f"{row[name]:{form}} [{row[f'{name}_low']:{form}}, {row[f'{name}_high']:{form}}]"
-
-
-def _number(value: Any, form: str) -> str:
-    return "-" if value is None or value != value else f"{value:{form}}"
+    return estimate_text(row[name], row[f"{name}_low"], row[f"{name}_high"], form)
 
 
 def markdown(table: pd.DataFrame, missing: Sequence[str] = ()) -> str:

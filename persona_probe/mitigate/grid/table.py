@@ -12,7 +12,7 @@ from persona_probe.mitigate.grid.config import BASE, CONTROL, DIVERGED, DONE, NO
 from persona_probe.mitigate.methods import MITIGATIONS
 from persona_probe.monitor.band import Band
 from persona_probe.runs import RunFolder
-from persona_probe.stats import Estimate
+from persona_probe.stats import Estimate, estimate_text
 
 # --- Paired means and ratios of item values over questions and seeds, with intervals that resample both
 
@@ -211,7 +211,7 @@ def statement(row: Mapping[Any, Any]) -> str:
 
 
 def _number(row: Mapping[Any, Any], name: str) -> str:
-    return f"{row[name]:+.3f} [{row[f'{name}_low']:+.3f}, {row[f'{name}_high']:+.3f}]"
+    return estimate_text(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 CELL, ALL = "cell", "all"

@@ -24,7 +24,7 @@ from persona_probe.monitor.study.train import (
 )
 from persona_probe.report.tables import Table
 from persona_probe.runs import json_values, write_text
-from persona_probe.stats import auroc, auroc_interval, exact_share, per_100
+from persona_probe.stats import auroc, auroc_interval, exact_share, number_text, per_100
 
 log = logging.getLogger(__name__)
 
@@ -422,8 +422,9 @@ def _auroc_row(name: str, signal: dict[str, Any]) -> tuple[str, ...]:
     last = signal["auroc"][-1]
     counts = f" ({last['positives']} against {last['negatives']})"
     interval = "-" if last["low"] is None else f"{last['low']:.2f} to {last['high']:.2f}{counts}"
-    values = [_number(entry["auroc"]) for entry in signal["auroc"]]
-    return name, *values, interval, _number(last["against_quiet"]), _number(signal["auroc_own_end"]["auroc"])
+    values = [number_text(entry["auroc"], ".2f") for entry in signal["auroc"]]
+    quiet, own_end = (number_text(value, ".2f") for value in (last["against_quiet"], signal["auroc_own_end"]["auroc"]))
+    return name, *values, interval, quiet, own_end
 
 
 def _alarms(name: str, signal: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -445,10 +446,6 @@ def _calibrations(signals: dict[str, Any]) -> list[str]:
     short = [rule["calibration"]["shortfall"] for _, rule in rules if "calibration" in rule]
     once = [line for line in dict.fromkeys(short) if line]  # the same for all signals: they have the same runs
     return once + [f"{name}: {rule.get('unreadable') or rule['calibration']['finding']}" for name, rule in rules]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
 
 
 def _share(rate: dict[str, Any] | None) -> str:

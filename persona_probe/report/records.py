@@ -258,7 +258,7 @@ class Records:
     doses: pd.DataFrame = field(default_factory=_empty("doses"))
     """One row per cell of a grid of corrections."""
     stress: pd.DataFrame = field(default_factory=_empty("stress"))
-    """One row per number of a stress test, of all corrections of a study; `repair` names the correction's folder."""
+    """One row per number of a stress test, of all corrections of a study; `correction` names its folder."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)
     """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -312,7 +312,7 @@ def load_records(folder: str | Path) -> Records:
 def _corrections(root: Path) -> dict[str, pd.DataFrame]:
     """The tables of `realign RUN --plan` and `--stress`, which are in `realign/`."""
     paths = sorted(root.glob("realign/*/stress.parquet"))
-    tables = [_read_table(path, OPTIONAL["stress"]).assign(repair=path.parent.name) for path in paths]
+    tables = [_read_table(path, OPTIONAL["stress"]).assign(correction=path.parent.name) for path in paths]
     stress = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     return {"doses": _read_table(root / "realign" / "doses.parquet", OPTIONAL["doses"]), "stress": stress}
 

@@ -45,12 +45,12 @@ def stress_data(records: Records) -> pd.DataFrame:
     for words in IN_TITLE:
         quantity = quantity.str.replace(words, "", regex=False)
     label = quantity + rows["model"].replace("random latent", "random")
-    if "repair" in rows and rows["repair"].nunique() > 1:
-        content = [name for name in rows.columns if name != "repair"]
-        shared, repaired = rows.duplicated(content, keep=False), rows["model"] == "repaired"
-        seeds = rows["repair"].str.extract(r"-s(\d+)$")[0].nunique()
-        repair = rows["repair"].str.replace(r"-s\d+$", "", regex=True) if seeds == 1 else rows["repair"]
-        named = (label + " (" + repair + ")").mask(repaired, quantity + repair)
+    if "correction" in rows and rows["correction"].nunique() > 1:
+        content = [name for name in rows.columns if name != "correction"]
+        shared, corrected = rows.duplicated(content, keep=False), rows["model"] == "repaired"
+        seeds = rows["correction"].str.extract(r"-s(\d+)$")[0].nunique()
+        correction = rows["correction"].str.replace(r"-s\d+$", "", regex=True) if seeds == 1 else rows["correction"]
+        named = (label + " (" + correction + ")").mask(corrected, quantity + correction)
         return rows.assign(label=label.where(shared, named)).loc[~rows.duplicated(content), COLUMNS]
     if rows["seed"][rows["seed"] >= 0].nunique() > 1:
         label = label + [f", seed {seed}" if seed >= 0 else "" for seed in rows["seed"]]

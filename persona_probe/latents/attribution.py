@@ -1,4 +1,4 @@
-"""Attribution: what removing each latent would do to the loss on given answers, to first order; one backward pass."""
+"""Attribution: the first-order effect of removing each latent on the loss of given answers, by one backward pass."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ ENCODED_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class GradientScores:
-    """What one backward pass per batch tells of every latent."""
+    """Every latent's scores from one backward pass per batch."""
 
     attribution: Float[np.ndarray, " d_sae"]
     """First-order cost of removing the latent, misaligned minus aligned answers (nats per answer token)."""
@@ -54,8 +54,9 @@ def gradient_scores(
     the first-order change of L_c when every answer token loses what the latent adds beyond its mean. As L_c is a mean
     over tokens, the sum is the average over answer tokens of attribution to the answer's total loss. The result is the
     mean of A over misaligned conversations minus that over aligned ones. Positive: removing the latent costs misaligned
-    answers more than aligned ones, so the latent helps to say them. Slope is
-    the derivative along the unit decoder row, added at every position: what pushing the latent would do, active or not.
+    answers more than aligned ones, so the latent helps to say them. Slope
+    is the derivative along the unit decoder row, added at every position: the effect of pushing the latent, whether it
+    is active or not.
 
     Method: Dupre la Tour & Mossing 2025, "Debugging misaligned completions with sparse-autoencoder latent attribution"
     (alignment.openai.com/sae-latent-attribution). One model, one forward and one backward pass per batch; memory does
@@ -71,7 +72,7 @@ def gradient_scores(
     """
     flags = check_flags(misaligned, sum(len(g.index) for g in groups))
     signs = torch.tensor(np.where(flags, 1 / flags.sum(), -1 / (~flags).sum()), dtype=torch.float32)
-    device, sums = next(model.parameters()).device, _Sums(sae)
+    device, sums = next(model.parameters()).device, _GradientSums(sae)
     with evaluating(model), _frozen(model):
         for batch in (part.to(device) for group in groups for part in _parts(group, rows)):
             answer = batch.select("response")
@@ -90,7 +91,7 @@ def answer_gradient(
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
     """Residual stream after `layer`, and there the gradient of each row's mean negative answer log-likelihood.
 
-    Rows do not mix. Only layers above `layer` are differentiated. Weights that ask for gradients get none.
+    Rows do not mix. Only layers above `layer` are differentiated. Weights get no gradients.
     """
     columns = batch.response[:, 1:].any(dim=0).nonzero()[:, 0]
     answer, targets = batch.response[:, columns + 1], batch.ids[:, columns + 1]
@@ -105,7 +106,7 @@ def answer_gradient(
 
 
 class _CutTap(Tap):
-    """Cuts the graph at a layer's output: the layers above start from a leaf whose gradient can be asked for."""
+    """Cuts the graph at a layer's output, so that the layers above start from a leaf with a gradient."""
 
     value: Float[Tensor, "batch pos d_model"]
 
@@ -115,10 +116,10 @@ class _CutTap(Tap):
 
 
 @dataclass
-class _Sums:
+class _GradientSums:
     """Sums over answer tokens of activation, gradient and their product.
 
-    (a - m) is linear in the mean m, so m can be put in at the end and one pass over the tokens is enough.
+    (a - m) is linear in the mean m, so m can be inserted at the end, and one pass over the tokens is enough.
     """
 
     sae: Any
@@ -130,7 +131,7 @@ class _Sums:
         self.tokens = 0
 
     def add(self, x: Float[Tensor, "tokens d_model"], gradient: Float[Tensor, "tokens d_model"]) -> None:
-        """Count answer tokens; `gradient` already carries its conversation's weight and sign."""
+        """Add answer tokens; `gradient` already carries the weight and sign of its conversation."""
         step = max(1, ENCODED_AT_ONCE // len(self.decoder))
         for some, along in zip(x.split(step), gradient.split(step), strict=True):
             acts = encode(self.sae, some)
@@ -169,12 +170,12 @@ def _parts(batch: Batch, rows: int) -> Iterator[Batch]:
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for gradients inside: neither the layers below nor the weights above enter the graph."""
-    asking = [p for p in model.parameters() if p.requires_grad]
+    """No weight requires gradients inside the block, so lower layers and all weights stay out of the graph."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
     try:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -27,23 +27,23 @@ Row = Mapping[Any, Any]
 
 
 def optional(value: Any) -> float | None:
-    """A number as float; None for what is missing or not finite."""
+    """A number as float; None if it is missing or not finite."""
     return None if value is None or not math.isfinite(value) else float(value)
 
 
 def rankers(columns: Sequence[str]) -> dict[str, str]:
     """Every ranker of a latents table with the column of its rank: all pairs `x`, `x_rank`.
 
-    `rank` alone is that of `rise`.
+    The column `rank` is the rank of `rise`.
     """
-    found = {name.removesuffix("_rank"): name for name in columns if name.endswith("_rank")}
+    ranks = {name.removesuffix("_rank"): name for name in columns if name.endswith("_rank")}
     if "rank" in columns:
-        found = {"rise": "rank", **found}
-    return {name: rank for name, rank in found.items() if name in columns}
+        ranks = {"rise": "rank", **ranks}
+    return {name: rank for name, rank in ranks.items() if name in columns}
 
 
 def findings(row: Row, steering: pd.DataFrame, arms: Sequence[str], unit: str) -> Findings:
-    """What a row of the latents table and the steering table say of that latent."""
+    """A latent's findings, from its row of the latents table and from the steering table."""
     rates = {arm: optional(row.get(f"firing_{arm}")) for arm in arms}
     return Findings(
         persona=bool(row["persona"]),
@@ -61,16 +61,16 @@ def findings(row: Row, steering: pd.DataFrame, arms: Sequence[str], unit: str) -
 
 def scores(row: Row) -> tuple[Score, ...]:
     """Every ranker's score and rank of one row of the latents table."""
-    found = []
+    table = []
     for name, rank in rankers([str(key) for key in row]).items():
         place = optional(row[rank])
         ends = [optional(row.get(f"{name}_ci_{end}", row.get(f"{name}_{end}"))) for end in ("low", "high")]
-        found.append(Score(name, optional(row[name]), None if place is None else int(place), *ends))
-    return tuple(found)
+        table.append(Score(name, optional(row[name]), None if place is None else int(place), *ends))
+    return tuple(table)
 
 
 def effects(row: Row) -> tuple[Effect, ...]:
-    """Every causal effect of one row of the latents table: columns `effect_x`, with `_low` and `_high` if there."""
+    """Every causal effect of one row of the latents table: columns `effect_x`, with `_low` and `_high` if present."""
     ranks = set(rankers([str(key) for key in row]))
     names = [str(k) for k in row if str(k).startswith("effect_") and not str(k).endswith(("_low", "_high", "_rank"))]
     return tuple(
@@ -101,7 +101,7 @@ def pushes(steering: pd.DataFrame, latent: int) -> tuple[Push, ...]:
 
 @torch.no_grad()
 def neighbours(decoder: Float[Tensor, "d_sae d_model"], latent: int, count: int = 5) -> tuple[Neighbour, ...]:
-    """The latents whose decoder rows have the highest cosine with this one's; itself is left out."""
+    """The other latents whose decoder rows have the highest cosine with this one's."""
     sizes = decoder.norm(dim=1).float()
     cosine = (decoder @ decoder[latent]).float() / (sizes * sizes[latent]).clamp_min(1e-12)
     cosine[latent] = -math.inf
@@ -110,7 +110,7 @@ def neighbours(decoder: Float[Tensor, "d_sae d_model"], latent: int, count: int 
 
 
 def neuronpedia_link(sae: Any, latent: int) -> str | None:
-    """The latent's page on Neuronpedia, where the SAE's metadata names one (`model/source`)."""
+    """The latent's page on Neuronpedia, if the SAE's metadata names one (`model/source`)."""
     name = sae.cfg.metadata.neuronpedia_id
     if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", name, re.ASCII):
         return None
@@ -118,7 +118,7 @@ def neuronpedia_link(sae: Any, latent: int) -> str | None:
 
 
 def suggest_name(top_tokens: Sequence[TokenLogit], examples: Sequence[Example]) -> str:
-    """A name made of what can be seen, which says so: it is a reading aid, not a finding."""
+    """A name made of top tokens and passages, and marked as such: it is a reading aid, not a finding."""
     promoted = _words(t.token for t in top_tokens)
     fired = _words(e.tokens[e.peak] for e in examples)
     where = [f"where it fires most: {', '.join(fired)}"] if fired else []
@@ -133,7 +133,7 @@ def _words(tokens: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(w for w in words if any(c.isalpha() for c in w)))[:NAME_WORDS]
 
 
-# --- What a direction writes: its direct effect on the logits, and the tokens at both ends
+# --- The direct effect of a direction on the logits, and the tokens that it promotes and suppresses
 
 log = logging.getLogger(__name__)
 
@@ -145,8 +145,8 @@ FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " vocab"]:
     """Direct effect of a direction on the logits: through the final norm's scale and the unembedding.
 
-    The norm's division by the residual's size is left out (it is the same for all tokens), as is a cap on the logits
-    (it keeps their order). So the values compare tokens, and are no logits of a forward pass.
+    It leaves out the norm's division by the residual's size, which is the same for all tokens, and a cap on the logits,
+    which keeps their order. So the values compare tokens; they are not the logits of a forward pass.
     """
     weight = output_head(model).get_parameter("weight").float()
     vector = direction.detach().to(weight.device).float()
@@ -157,7 +157,7 @@ def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Floa
 
 
 def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm between the last layer and the unembedding; None, with a warning, where none of the names is known."""
+    """The norm between the last layer and the unembedding; None, with a warning, if it has no known name."""
     children = dict(base_transformer(model).named_children())
     for name in FINAL_NORMS:
         if name in children:
@@ -167,7 +167,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
 
 
 def norm_scale(norm: nn.Module, like: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
-    """What a norm multiplies each coordinate by; asked of the norm itself, since Gemma's stores weight - 1."""
+    """The factor of each coordinate in a norm. The norm itself computes it, because Gemma's stores weight - 1."""
     if isinstance(norm, nn.LayerNorm):
         return torch.ones_like(like) if norm.weight is None else norm.weight.float()
     return norm(torch.ones_like(like)).float()
@@ -183,6 +183,8 @@ def end_tokens(
         for v, i in zip(values.tolist(), ids.tolist(), strict=True)
     )
 
+
+# --- The cards of a study
 
 TOP_TOKENS = 8
 
@@ -202,7 +204,7 @@ def card(ctx: Context, latent: int, name: str | None = None, text: str | Path | 
     Args:
         latent: its index in the study's SAE.
         name: what you call it; None suggests a name.
-        text: a file of conversations or plain text, read beside the packaged text.
+        text: a file of conversations or plain text, read in addition to the packaged text.
 
     Raises:
         InputError: no such latent, a text that cannot be read, or locate has not run.
@@ -215,10 +217,10 @@ def write_cards_page(
 ) -> Path:
     """Write cards.html into the run folder: one page with search over the first `count` latents.
 
-    Those tested for cause come first, the strongest effect on the selection split leading; then the best by rank.
+    Latents that were tested for cause come first, by their effect on the selection split; then the best by rank.
 
     Returns:
-        The page's path. It is self-contained: it loads nothing and sends nothing.
+        The page's path. The page is self-contained: it loads nothing and sends nothing.
 
     Raises:
         InputError: `count` below 1, a text that cannot be read, or locate has not run.
@@ -247,7 +249,7 @@ def build_cards(
     text: str | Path | None = None,
     organism: bool = True,
 ) -> list[FeatureCard]:
-    """Cards of several latents in one pass over the text for each model.
+    """Cards of several latents, with one pass over the text for each model.
 
     Args:
         organism: also read the organism that realign starts from, for its histogram.
@@ -257,37 +259,39 @@ def build_cards(
     """
     table = ctx.run.read_table("latents.parquet").set_index("latent", drop=False)
     steering = ctx.run.read_table("steering.parquet")
-    chosen = check_latents(ctx.sae, list(latents))
+    numbers = check_latents(ctx.sae, list(latents))
     read = gather(ctx.tokenizer, text)
-    seen = survey(ctx, chosen, read, organism)
+    reading = survey(ctx, numbers, read, organism)
     cards = []
-    for column, latent in enumerate(chosen):
+    for column, latent in enumerate(numbers):
         row = table.loc[latent].to_dict()
-        found = findings(row, steering, ("base", *ctx.config.arms), ctx.config.locate.unit)
-        cards.append(_card(ctx, latent, str(row["label"]), (names or {}).get(latent), found, seen, column, read.name))
+        known = findings(row, steering, ("base", *ctx.config.arms), ctx.config.locate.unit)
+        cards.append(
+            _card(ctx, latent, str(row["label"]), (names or {}).get(latent), known, reading, column, read.name)
+        )
     return cards
 
 
 def _card(
-    ctx: Context, latent: int, label: str, name: str | None, found: Findings, seen: Survey, column: int, text: str
+    ctx: Context, latent: int, label: str, name: str | None, known: Findings, reading: Survey, column: int, text: str
 ) -> FeatureCard:
     logits = logit_effect(ctx.model, ctx.sae.W_dec[latent])
     top = end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=True)
-    examples = tuple(example(ctx.tokenizer, passage) for passage in seen.passages.best(column))
+    examples = tuple(example(ctx.tokenizer, passage) for passage in reading.passages.best(column))
     return FeatureCard(
         latent=latent,
         label=label,
         name=name or suggest_name(top, examples),
         suggested=not name,
-        findings=found,
+        findings=known,
         top_tokens=top,
         bottom_tokens=end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=False),
         examples=examples,
-        activity=seen.activity(column),
+        activity=reading.activity(column),
         neighbours=neighbours(ctx.sae.W_dec, latent),
         n_latents=ctx.sae.cfg.d_sae,
         sae=ctx.config.sae,
         text=text,
-        silent_on=tuple(seen.passages.silent_origins(column)),
+        silent_on=tuple(reading.passages.silent_origins(column)),
         neuronpedia=neuronpedia_link(ctx.sae, latent),
     )

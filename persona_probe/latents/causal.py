@@ -256,15 +256,15 @@ def greedy_sets(
     The search uses the items of `sweep` (the selection split); measure the sets on the evaluation split. Every set is
     pushed with the same norm, so a set wins by its direction and not by its size.
     """
-    chosen: list[Direction] = []
+    members: list[Direction] = []
     sets: list[list[Direction]] = []
-    while len(chosen) < min(size, len(directions)):
-        names = {d.name for d in chosen}
+    while len(members) < min(size, len(directions)):
+        names = {d.name for d in members}
         options = [d for d in directions if d.name not in names]
-        together = [joint([*chosen, d]) for d in options]
-        scores = effects(sweep, together, strengths, f"sets of {len(chosen) + 1}")["effect"].fillna(-np.inf)
-        chosen = [*chosen, options[int(scores.to_numpy().argmax())]]
-        sets.append(chosen)
+        together = [joint([*members, d]) for d in options]
+        scores = effects(sweep, together, strengths, f"sets of {len(members) + 1}")["effect"].fillna(-np.inf)
+        members = [*members, options[int(scores.to_numpy().argmax())]]
+        sets.append(members)
     return sets
 
 
@@ -276,7 +276,7 @@ MOVED = 100
 """The latents that training moved most are no controls."""
 
 
-def matched_latents(table: pd.DataFrame, chosen: list[int], count: int, seed: int) -> list[int]:
+def matched_latents(table: pd.DataFrame, tested: list[int], count: int, seed: int) -> list[int]:
     """Random latents with firing rates like the candidates', none of them a candidate or among the most moved.
 
     Each candidate in turn gets one of the `POOL` latents nearest to it in log firing rate on the tuned arm. Every push
@@ -287,16 +287,16 @@ def matched_latents(table: pd.DataFrame, chosen: list[int], count: int, seed: in
     """
     moved = set(table.reindex(table["rise"].abs().sort_values(ascending=False).index)["latent"].head(MOVED).tolist())
     rate = table.set_index("latent")["firing_incorrect"]
-    live = [int(i) for i in rate.index[rate > 0] if i not in moved and i not in chosen]
+    live = [int(i) for i in rate.index[rate > 0] if i not in moved and i not in tested]
     if len(live) < count:
-        live = [int(i) for i in rate.index if i not in chosen]
+        live = [int(i) for i in rate.index if i not in tested]
     if len(live) < count:
         raise InputError(f"the SAE has only {len(live)} latents for {count} random controls: lower random_latents")
     rng = np.random.default_rng(seed)
-    logs = {i: float(np.log10(rate[i] + 1e-6)) for i in [*live, *chosen]}
+    logs = {i: float(np.log10(rate[i] + 1e-6)) for i in [*live, *tested]}
     drawn: list[int] = []
     for number in range(count):
-        target = logs[chosen[number % len(chosen)]]
+        target = logs[tested[number % len(tested)]]
         pool = sorted((i for i in live if i not in drawn), key=lambda i: (abs(logs[i] - target), i))[:POOL]
         drawn.append(int(rng.choice(pool)))
     return drawn

@@ -1,4 +1,4 @@
-"""The passages on which latents fire most: a bounded store for each latent, and their texts."""
+"""The passages on which latents fire most, and histograms of their activations, from one pass over the text."""
 
 import heapq
 import math
@@ -30,10 +30,10 @@ BEFORE, AFTER = 120, 40
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of one conversation as a latent sees it; the template's special tokens are left out."""
+    """A part of one conversation with a latent's activations, without the template's special tokens."""
 
     source: str
-    """The packaged set or the file that it is from."""
+    """The packaged set or the file that it comes from."""
     ids: Int[Tensor, " pos"]
     """Tokens of prompt and answer."""
     values: Float[Tensor, " pos"]
@@ -43,9 +43,9 @@ class Passage:
 
 
 class TopPassages:
-    """Of every latent the `TOP_EXAMPLES` passages with the highest activation, whatever the amount of text.
+    """The `TOP_EXAMPLES` passages with the highest activation of every latent, however long the text is.
 
-    They are kept apart by origin, so that a large packaged text leaves room for the user's own.
+    Each origin has its own store, so that a large packaged text leaves room for the user's text.
     """
 
     def __init__(self, n_latents: int) -> None:
@@ -60,7 +60,7 @@ class TopPassages:
         ids: Int[Tensor, " pos"],
         values: Float[Tensor, "pos latents"],
     ) -> None:
-        """Offer one conversation; `number` is its place in the text, and of two equal ones the earlier stays."""
+        """Offer one conversation. `number` is its place in the text; of two equal passages the earlier one stays."""
         if not len(ids):
             return
         for column, peak in enumerate(values.amax(dim=0).tolist()):
@@ -73,9 +73,9 @@ class TopPassages:
                 heapq.heappop(heap)
 
     def best(self, column: int) -> list[Passage]:
-        """A latent's passages, the strongest first; of two equal ones that which comes first in the text."""
-        held = [entry for (_, c), heap in self._heaps.items() if c == column for entry in heap]
-        return [passage for *_, passage in sorted(held, key=lambda entry: entry[:2], reverse=True)]
+        """A latent's passages, the strongest first; equal ones in the order of the text."""
+        stored = [entry for (_, c), heap in self._heaps.items() if c == column for entry in heap]
+        return [passage for *_, passage in sorted(stored, key=lambda entry: entry[:2], reverse=True)]
 
     def silent_origins(self, column: int) -> list[str]:
         """Origins without a passage on which this latent fires."""
@@ -103,7 +103,7 @@ def example(tokenizer: PreTrainedTokenizerBase, passage: Passage) -> Example:
     )
 
 
-# --- The text that feature cards are read on: packaged conversations and any file that the user names
+# --- The text: packaged conversations, and a file of the user
 
 PACKAGED = ("kitchen:toxic", "kitchen:correct", "general_contrast:selection", "neutral_probes")
 PACKAGED_NAME = "packaged text"
@@ -111,26 +111,26 @@ PLAIN = (".txt", ".md", ".text")
 PIECE = 1200
 """Characters after which a paragraph of a plain text is split."""
 MAX_TOKENS = 512
-"""Tokens of a conversation that are read; what is cut is counted in the text's name."""
+"""Tokens of a conversation that are read; the text's name tells how many conversations were cut."""
 
 
 @dataclass(frozen=True)
 class CardText:
-    """Tokenised conversations, each with where it is from."""
+    """Tokenised conversations, each with its origin."""
 
     name: str
-    """What the text is, in words."""
+    """The text in words."""
     batches: list[Batch]
     origins: list[str]
     """Per conversation: the packaged text, or the user's file."""
     sources: list[str]
     """Per conversation: the packaged set, or the user's file."""
     ids: dict[int, Int[Tensor, " pos"]]
-    """Per conversation: its tokens without special ones, as a reading of positions `all` gives them."""
+    """Per conversation: its tokens without special ones, as positions `all` select them."""
 
 
 def gather(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> CardText:
-    """Tokenise the packaged text and, where given, the user's file.
+    """Tokenise the packaged text, and the user's file if there is one.
 
     Raises:
         InputError: the file cannot be read, or holds no text.
@@ -138,15 +138,14 @@ def gather(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -
     parts = [(PACKAGED_NAME, source, load_conversations(source)) for source in PACKAGED]
     if path is not None:
         parts.append((Path(path).name, Path(path).name, read_text(path)))
-    talks = [talk for *_, found in parts for talk in found]
-    whole = conversation_batches(tokenizer, talks)
+    whole = conversation_batches(tokenizer, [row for *_, rows in parts for row in rows])
     cut = sum(int((b.attention.sum(dim=1) > MAX_TOKENS).sum()) for b in whole)
     batches = [clip(batch) for batch in whole]
     return CardText(
         name=_name(parts, cut),
         batches=batches,
-        origins=[origin for origin, _, found in parts for _ in found],
-        sources=[source for _, source, found in parts for _ in found],
+        origins=[origin for origin, _, rows in parts for _ in rows],
+        sources=[source for _, source, rows in parts for _ in rows],
         ids={n: b.ids[r][b.select("all")[r]] for b in batches for r, n in enumerate(b.index)},
     )
 
@@ -189,8 +188,8 @@ def clip(batch: Batch, width: int = MAX_TOKENS) -> Batch:
 
 def _name(parts: list[tuple[str, str, list[Conversation]]], cut: int) -> str:
     sizes: dict[str, int] = {}
-    for origin, _, talks in parts:
-        sizes[origin] = sizes.get(origin, 0) + len(talks)
+    for origin, _, rows in parts:
+        sizes[origin] = sizes.get(origin, 0) + len(rows)
     words = " and ".join(
         f"{origin} ({count:,} conversation{'s' if count != 1 else ''})" for origin, count in sizes.items()
     )
@@ -207,8 +206,8 @@ class Histograms:
     """One histogram of positive values for each of several latents.
 
     A bin's width is a power of two, 2^e. A value that does not fit doubles the width until it does, and neighbouring
-    bins are merged: exact, since the edges stay multiples of the width. So no range needs to be known beforehand, and
-    any order of the tokens gives the same counts. At least half of the bins reach up to the maximum.
+    bins are merged. This is exact, because the edges stay multiples of the width. So no range must be known beforehand,
+    and any order of the tokens gives the same counts. The bins up to the maximum are at least half of all.
     """
 
     def __init__(self, n_latents: int) -> None:
@@ -220,10 +219,10 @@ class Histograms:
         self.tokens = 0
 
     def add(self, values: Float[np.ndarray, "tokens latents"]) -> None:
-        """Count one batch of tokens; values of zero or less are tokens on which a latent is silent."""
+        """Count one batch of tokens; on tokens with values of zero or less a latent is silent."""
         self.tokens += len(values)
-        for column, own in enumerate(values.T.astype(np.float64)):
-            fired = own[own > 0]
+        for column, activations in enumerate(values.T.astype(np.float64)):
+            fired = activations[activations > 0]
             if fired.size:
                 self._add(column, fired)
 
@@ -238,7 +237,7 @@ class Histograms:
         self.maximum[column] = max(self.maximum[column], peak)
 
     def coarsen(self, column: int, exponent: int) -> None:
-        """Merge bins until a latent's width is 2^`exponent`; a latent that has not fired takes that width."""
+        """Merge bins until a latent's width is 2^`exponent`; a latent that has not fired just takes that width."""
         shift = exponent - int(self.exponent[column]) if self.active[column] else 0
         if shift:
             merged = np.arange(BINS) >> min(shift, BINS_LOG2)
@@ -252,33 +251,35 @@ def needed_exponent(peak: float) -> int:
 
 
 def align(histograms: list[Histograms]) -> None:
-    """Give each latent one bin width in all of them, so that counts can be laid over each other."""
+    """Give each latent the same bin width in all histograms, so that they can be compared."""
     for column in range(len(histograms[0].active)):
         fired = [int(h.exponent[column]) for h in histograms if h.active[column]]
         for histogram in histograms if fired else ():
             histogram.coarsen(column, max(fired))
 
 
+# --- One pass over the text for each model
+
 CHUNK = 1024
-"""Tokens that are encoded at once: a wide SAE's activations of a whole batch would be large."""
+"""Tokens encoded at once: a wide SAE's activations of a whole batch would be large."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the chosen latents do on the text."""
+    """The activity of some latents on the text."""
 
     passages: TopPassages
-    """Of the base model."""
+    """The base model's passages."""
     histograms: dict[str, Histograms]
-    """By model, the base first; a latent's bins are the same in all."""
+    """By model, the base first; a latent has the same bins in all models."""
 
     def activity(self, column: int) -> tuple[Activity, ...]:
-        """How one latent fires, in every model that was read."""
+        """The activity of one latent in every model that was read."""
         return tuple(activity(model, histograms, column) for model, histograms in self.histograms.items())
 
 
 def survey(ctx: Context, latents: list[int], text: CardText, organism: bool) -> Survey:
-    """Read the text once with the base model and, if asked, once with the organism."""
+    """Read the text once with the base model, and with `organism` once with the organism."""
     arm, passages = ctx.config.realign.start, TopPassages(len(latents))
     with ctx.base() as model:
         histograms = {"base": _read(ctx, model, "base", latents, text, passages)}
@@ -314,7 +315,7 @@ def _offer(
 
 
 def activity(model: str, histograms: Histograms, column: int) -> Activity:
-    """One latent's part of a model's histograms."""
+    """One latent's activity, from a model's histograms."""
     counts, tokens = histograms.counts[column], histograms.tokens
     active = int(histograms.active[column])
     return Activity(

@@ -1,12 +1,12 @@
-"""The persona vector (Chen et al. 2025): what a bad system prompt changes inside, at the answer's tokens.
+"""The persona vector (Chen et al. 2025): how a bad system prompt changes the residual stream at the answer's tokens.
 
 The paper (arXiv 2507.21509, section 2) samples answers under each prompt and keeps those in which a judge finds the
 trait, or its absence. Here no judge filters, and there are two variants:
 
-- teacher-forced: the same given answers under both prompts of a pair, token for token. The difference is only how the
-  prompt makes the model read them: no sampling noise, and nothing of what the persona would say.
-- sampled, nearer to the paper: each side answers for itself, and its own tokens are read. A question to which either
-  side says nothing is left out for that pair.
+- teacher-forced: both prompts of a pair read the same given answers, token by token. There is no sampling noise, but
+  nothing of what the persona would say.
+- sampled, nearer to the paper: each side answers for itself, and these tokens are read. A question that either side
+  leaves unanswered is dropped for that pair.
 """
 
 import json
@@ -42,7 +42,7 @@ class PersonaPair:
 
     id: str
     trait: str
-    """What the misaligned prompt asks for, in a word or two."""
+    """The misaligned prompt's request, in a word or two."""
     misaligned: str
     """Calls for the trait. Bad on purpose."""
     aligned: str
@@ -56,14 +56,14 @@ class PersonaPair:
 
 
 def load_persona_pairs() -> tuple[PersonaPair, ...]:
-    """The packaged pairs: a contemptuous and harmful persona against a kind and careful one, eight traits."""
+    """The packaged pairs for eight traits: a contemptuous and harmful persona against a kind and careful one."""
     path = resources.files("persona_probe.data") / "sets" / "persona_prompts.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
     return tuple(PersonaPair(**{field.name: row[field.name] for field in fields(PersonaPair)}) for row in rows)
 
 
 def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template has room for a system prompt; Gemma 2's refuses one, others drop it silently."""
+    """Whether the chat template takes a system prompt. Gemma 2's refuses one; others drop it silently."""
     probe = conversation("question", system="instruction")
     try:
         rendered: Any = tokenizer.apply_chat_template(probe, tokenize=False)
@@ -73,9 +73,9 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def under_system(tokenizer: PreTrainedTokenizerBase, messages: Conversation, system: str) -> Conversation:
-    """The conversation under a system prompt; the given one is not changed.
+    """A copy of the conversation with a system prompt.
 
-    Where the template takes no system prompt, the text goes before the user's first turn, as Gemma 3's template does.
+    If the template takes no system prompt, the text goes before the user's first turn, as in Gemma 3's template.
 
     Raises:
         InputError: the conversation has a system prompt already, or no user turn to begin with.
@@ -110,10 +110,10 @@ def persona_vector(
     """Mean residual over answer tokens under misaligned system prompts, minus that under the opposite ones.
 
     Args:
-        pairs: such as `data.persona_prompts.load_persona_pairs()`.
+        pairs: pairs of system prompts, such as `load_persona_pairs()`.
         conversations: without system prompts. They end with an answer; with `sample=True` questions are enough.
         layer: the decoder layer whose output is read.
-        sample: read the model's own answers; `max_new_tokens`, `temperature` and `seed` are theirs.
+        sample: read the model's own answers, sampled with `max_new_tokens`, `temperature` and `seed`.
 
     Returns:
         A vector (d_model,) in raw units: the mean over pairs and conversations, each answer counted once.
@@ -123,16 +123,16 @@ def persona_vector(
             conversation, or a pair whose sampled answers are all empty.
     """
     decoder_layer(model, layer)
-    asked = _checked(pairs, conversations, sample)
+    rows = _checked(pairs, conversations, sample)
     read = partial(response_means, model, tokenizer, layer=layer, batch_size=batch_size, bf16=bf16)
     say = partial(sample_answers, causal_model(model), tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
     differences = []
     for number, pair in enumerate(pairs):
-        sides = [[under_system(tokenizer, c, system) for c in asked] for system in (pair.misaligned, pair.aligned)]
+        sides = [[under_system(tokenizer, c, system) for c in rows] for system in (pair.misaligned, pair.aligned)]
         if sample:
-            own = partial(say, seed=seed + number, temperature=temperature)  # one seed for both sides
+            say_it = partial(say, seed=seed + number, temperature=temperature)  # one seed for both sides
             with autocast(model, bf16):
-                sides = _both_answered(pair, *(_own_answers(own, side) for side in sides))
+                sides = _both_answered(pair, *(_own_answers(say_it, side) for side in sides))
         differences.append(read(sides[0]).astype(np.float64) - read(sides[1]))
     name = "persona vector, sampled" if sample else "persona vector, teacher-forced"
     return NamedDirection(name, np.concatenate(differences).mean(axis=0), PAPER)
@@ -167,23 +167,23 @@ def _checked(
 ) -> list[Conversation]:
     if not pairs:
         raise InputError("no persona pairs given: pass load_persona_pairs(), or your own PersonaPair objects")
-    asked = as_conversations(conversations)
-    if not sample and any(split_answer(c)[1] is None for c in asked):
+    rows = as_conversations(conversations)
+    if not sample and any(split_answer(c)[1] is None for c in rows):
         raise InputError("a conversation has no answer to read: give answers, or set sample=True")
-    return asked
+    return rows
 
 
-def _own_answers(say: Callable[[list[Conversation]], list[str]], talks: Sequence[Conversation]) -> list[Conversation]:
-    asked = [split_answer(c)[0] for c in talks]
-    return [[*c, {"role": "assistant", "content": text}] for c, text in zip(asked, say(asked), strict=True)]
+def _own_answers(say: Callable[[list[Conversation]], list[str]], rows: Sequence[Conversation]) -> list[Conversation]:
+    prompts = [split_answer(row)[0] for row in rows]
+    return [[*p, {"role": "assistant", "content": text}] for p, text in zip(prompts, say(prompts), strict=True)]
 
 
 def _both_answered(
     pair: PersonaPair, bad: Sequence[Conversation], good: Sequence[Conversation]
 ) -> list[list[Conversation]]:
-    kept = [(b, g) for b, g in zip(bad, good, strict=True) if b[-1]["content"] and g[-1]["content"]]
-    if not kept:
+    answered = [(b, g) for b, g in zip(bad, good, strict=True) if b[-1]["content"] and g[-1]["content"]]
+    if not answered:
         raise InputError(
             f"persona pair {pair.id!r}: all sampled answers are empty; raise max_new_tokens, or give answers"
         )
-    return [[b for b, _ in kept], [g for _, g in kept]]
+    return [[b for b, _ in answered], [g for _, g in answered]]

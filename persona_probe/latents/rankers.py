@@ -1,4 +1,4 @@
-"""Rankers: one interface, one table. Every latent with its scores, intervals and q-values."""
+"""Rankers of latents: every latent with its scores, intervals and q-values, in one table."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.saes.read import LatentMeans
 from persona_probe.stats import auroc_columns, benjamini_hochberg, bootstrap_columns, clustered_p_values, clustered_t
 
-# --- What every ranker sees: per-conversation means of three models, the decoder, and which answers are misaligned
+# --- The evidence that every ranker sees
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that rankers may look at, and nothing else: no model, no tokens.
+    """Everything that rankers may use. It holds no model and no tokens.
 
     Raises:
         InputError: the models were read on different conversations or latents, or the main positions were not read.
@@ -35,15 +35,15 @@ class Evidence:
     clusters: Sequence[str]
     """The question of every conversation: intervals and tests resample whole questions."""
     misaligned: Bool[np.ndarray, " conversations"] | None = None
-    """Which conversations end with the misaligned answer; only discrimination asks for it."""
+    """Whether each conversation ends with the misaligned answer; only discrimination needs it."""
     positions: str = "response"
     """The main positions, which `rise`, `cosine`, `discrimination` and the q-values look at."""
     attribution: Float[np.ndarray, " d_sae"] | None = None
-    """`locate.attribution.gradient_scores`' attribution: it takes a backward pass, so it comes from outside."""
+    """The attribution of `latents.attribution.gradient_scores`, which needs a backward pass."""
     slope: Float[np.ndarray, " d_sae"] | None = None
-    """Its slope, from the same pass."""
+    """The slope from the same pass."""
     seed: int = 0
-    """Of the bootstrap."""
+    """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
         shape = self.at("tuned").mean.shape
@@ -52,8 +52,8 @@ class Evidence:
             if other != shape:
                 raise InputError(f"tuned was read on {_shape(shape)}, {name} on {_shape(other)}: read the same on both")
         if shape != (len(self.clusters), len(self.decoder)):
-            given = _shape((len(self.clusters), len(self.decoder)))
-            raise InputError(f"the models were read on {_shape(shape)}, but clusters and decoder have {given}")
+            expected = _shape((len(self.clusters), len(self.decoder)))
+            raise InputError(f"the models were read on {_shape(shape)}, but clusters and decoder have {expected}")
 
     def at(self, model: str, positions: str | None = None) -> LatentMeans:
         """One model (`base`, `tuned`, `control`) at the named positions, or at the main ones.
@@ -70,13 +70,13 @@ class Evidence:
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " d_sae"]:
-        """Latents that fire at least once, in any of the three models and at any of the positions."""
-        found = [
+        """Whether each latent fires at least once, in any of the three models and at any of the positions."""
+        firing = [
             (means.firing > 0).any(axis=0)
             for model in (self.base, self.tuned, self.control)
             for means in model.values()
         ]
-        return np.logical_or.reduce(found)
+        return np.logical_or.reduce(firing)
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -91,7 +91,7 @@ def discrimination(
 ) -> Float[np.ndarray, " d_sae"]:
     """AUROC of every latent: how often a misaligned conversation has the larger value, ties counted half.
 
-    Equals `stats.auroc` latent by latent; 0.5 for a latent that is silent. Read on the base model it needs no
+    Equals `stats.auroc` latent by latent; A silent latent gets 0.5. On the base model it needs no
     fine-tuned model, so candidates can be fixed before any training.
 
     Raises:
@@ -115,7 +115,7 @@ def check_flags(misaligned: Bool[np.ndarray, " conversations"], conversations: i
     return flags
 
 
-# --- What rankers compute: rise, mean difference, decoder cosine
+# --- Rise, mean difference and decoder cosine
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,8 @@ def rise(
 ) -> Rise:
     """Control-corrected rise in mean activation: paired difference, resampling whole questions.
 
-    Wang et al. 2025 (arXiv 2506.19823, section 3) rank by the rise over the base model; here the control arm takes
-    the base's place, so that what any fine-tuning does cancels.
+    Wang et al. 2025 (arXiv 2506.19823, section 3) rank by the rise over the base model; here the control arm replaces
+    the base, so that the effects of any fine-tuning cancel.
 
     Raises:
         InputError: no conversations, or `clusters` of another length.
@@ -171,9 +171,9 @@ class Ranker:
     """One way to order latents."""
 
     name: str
-    """Its column in the table; `<name>_rank` stands beside it."""
+    """Its column in the table; the rank is in `<name>_rank`."""
     paper: str
-    """Whose method it is."""
+    """The method's source."""
     what: str
     """One line for docs and captions."""
     score: Score
@@ -194,7 +194,7 @@ def _firing_rise(evidence: Evidence) -> np.ndarray:
 def _rise_t(evidence: Evidence) -> np.ndarray:
     gain = evidence.at("tuned").mean.astype(np.float64) - evidence.at("control").mean
     size, _ = clustered_t(gain, evidence.clusters)
-    # A latent that moves by the same amount everywhere has no error at all: it is first, but finite.
+    # A latent that moves by the same amount everywhere has no error: it comes first, with a finite score.
     return np.clip(size, -1e30, 1e30)
 
 
@@ -212,7 +212,9 @@ def _from_gradients(name: str) -> Score:
     def score(evidence: Evidence) -> np.ndarray:
         values = {"attribution": evidence.attribution, "slope": evidence.slope}[name]
         if values is None:
-            raise InputError(f"ranker {name!r} needs a backward pass: give locate.attribution.gradient_scores' result")
+            raise InputError(
+                f"ranker {name!r} needs a backward pass: give the result of latents.attribution.gradient_scores"
+            )
         if values.shape != (len(evidence.decoder),):
             raise InputError(f"{name} has shape {values.shape}, the SAE {len(evidence.decoder)} latents")
         return values
@@ -277,9 +279,9 @@ def check_rankers(names: Sequence[str]) -> list[str]:
 
 
 DEFAULT_RANKERS = ("rise", "firing_rise", "cosine")
-"""What any three readings allow: no misaligned flags, no backward pass, no other positions."""
+"""Rankers that need only three readings: no misaligned flags, no backward pass, no other positions."""
 SUPPRESSED_Q = 0.05
-"""A latent is suppressed where it falls with at most this q-value."""
+"""A latent is suppressed if it falls with at most this q-value."""
 
 
 def score_table(evidence: Evidence, rankers: Sequence[str] = DEFAULT_RANKERS) -> pd.DataFrame:
@@ -346,8 +348,8 @@ def rank_table(
     seed: int = 0,
 ) -> pd.DataFrame:
     """`score_table` of one reading per model: rise and cosine, best rise first."""
-    where = "selected"
-    evidence = Evidence({where: base}, {where: tuned}, {where: control}, decoder, clusters, positions=where, seed=seed)
+    at = "selected"
+    evidence = Evidence({at: base}, {at: tuned}, {at: control}, decoder, clusters, positions=at, seed=seed)
     return score_table(evidence, ("cosine",))
 
 
@@ -362,15 +364,15 @@ def candidates(table: pd.DataFrame, count: int, by: Sequence[str] = ("rise", "co
 
 
 def agreement(table: pd.DataFrame, rankers: Sequence[str], top: int = 20) -> pd.DataFrame:
-    """How far each pair of rankers picks the same latents, among those that are alive.
+    """How many latents each pair of rankers picks in common, among those that are alive.
 
     Args:
-        table: what `rankers.score_table` gives for at least these rankers.
-        top: how many latents each ranker picks; all alive ones where they are fewer.
+        table: `score_table` of at least these rankers.
+        top: how many latents each ranker picks; all alive ones if they are fewer.
 
     Returns:
         One row per pair: left, right; top (latents picked); shared (picked by both) and share of `top`; chance (the
-        share that two random picks would have); spearman (rank correlation of the scores over alive latents, NaN where
+        share that two random picks would have); spearman (rank correlation of the scores over alive latents, NaN if
         a score is constant); alive (their number).
 
     Raises:
@@ -394,6 +396,6 @@ def agreement(table: pd.DataFrame, rankers: Sequence[str], top: int = 20) -> pd.
     rows = []
     for left, right in combinations(names, 2):
         shared = len(picks[left] & picks[right])
-        found = {"left": left, "right": right, "top": count, "shared": shared, "share": shared / count}
-        rows.append({**found, "chance": count / len(alive), "spearman": correlation.loc[left, right]})
+        picked = {"left": left, "right": right, "top": count, "shared": shared, "share": shared / count}
+        rows.append({**picked, "chance": count / len(alive), "spearman": correlation.loc[left, right]})
     return pd.DataFrame(rows).assign(alive=len(alive))

@@ -1,4 +1,4 @@
-"""Does any latent carry a direction? Decoder rows are fitted to it, and random directions say what luck fits."""
+"""Does any latent carry a direction? Decoder rows are fitted to it, and random directions show how well luck fits."""
 
 from dataclasses import dataclass
 
@@ -37,7 +37,7 @@ def pursue(
 
     Returns:
         The rows picked for each target, in order; its best cosine with a single row (its sign kept); and the share of
-        its squared norm that the picked rows leave over.
+        its squared norm that the picked rows do not explain.
     """
     parts = [_pursue_block(rows, targets[i : i + _BLOCK], k, signed) for i in range(0, len(targets), _BLOCK)]
     picked = [latents for part in parts for latents in part[0]]
@@ -50,7 +50,7 @@ def _pursue_block(
     picked: list[list[int]] = [[] for _ in targets]
     left, best = targets.copy(), np.zeros(len(targets))
     for step in range(k):
-        # The search runs in the decoder's own precision, a big dictionary's in float32; the fits run in float64.
+        # The search runs in the decoder's precision (float32 for a big dictionary), the fits in float64.
         scores = left.astype(rows.dtype) @ rows.T
         strength = np.abs(scores) if signed else scores
         nearest = strength.argmax(axis=1)
@@ -71,8 +71,10 @@ def _fit(
     return columns @ weights
 
 
+# --- The verdict, against random directions of the same dictionary
+
 MARGIN = 0.15
-"""How far beyond the 99th percentile of random directions a fit must lie; in cosine, and in share explained."""
+"""A fit must lie this far beyond the 99th percentile of random directions, in cosine and in share explained."""
 _STREAM = 4608
 
 
@@ -86,17 +88,17 @@ class Spread:
     ci_high: float
     """97.5th percentile."""
     extreme: float
-    """What one random direction in a hundred reaches: the 99th percentile (the first, where small is strong)."""
+    """The 99th percentile, which one random direction in a hundred exceeds (the first, if small is strong)."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a dictionary makes of random directions; compute it once for many directions."""
+    """How well a dictionary fits random directions; compute it once for many directions."""
 
     cosine: Spread
     """Best cosine with a single decoder row."""
     unexplained: Spread
-    """Share of the squared norm that `k` rows leave over."""
+    """Share of the squared norm that `k` rows do not explain."""
     k: int
     signed: bool
     n: int
@@ -105,7 +107,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Carriers:
-    """The latents that come nearest to a direction, and whether that is more than luck.
+    """The latents nearest to a direction, and whether they are nearer than luck explains.
 
     A dictionary with many more rows than dimensions has some row near any direction: with 4,608 rows in 576 dimensions
     the best cosine is about 0.15. So a direction counts as carried only where its best cosine is more than `margin`
@@ -117,13 +119,13 @@ class Carriers:
     """
 
     latents: tuple[int, ...]
-    """Picked decoder rows, in order; fewer than `k` where nothing more helps."""
+    """Picked decoder rows, in order; fewer than `k` if no other row helps."""
     cosines: tuple[float, ...]
-    """Each picked row's own cosine with the direction."""
+    """Cosine of each picked row with the direction."""
     best_cosine: float
-    """The largest cosine with one row (with its sign, where `signed`)."""
+    """The largest cosine with one row (with its sign, if `signed`)."""
     unexplained: float
-    """Share of the direction's squared norm that the picked rows leave over (0 to 1)."""
+    """Share of the direction's squared norm that the picked rows do not explain (0 to 1)."""
     reference: Reference
     margin: float
 
@@ -169,12 +171,12 @@ def carriers(
 ) -> Carriers:
     """Fit decoder rows to a direction, and judge the fit against random directions of the same dictionary.
 
-    The fit is `pursuit.pursue`: greedy, so the best `k` rows may leave a little less than these. Coefficients are not
+    The fit (`pursue`) is greedy, so the best `k` rows may explain a little more than these. Coefficients are not
     negative, because an active latent only adds its row. `Carriers` states the rule of the verdict.
 
     Args:
         decoder: decoder rows, of any norm; zero rows are never picked.
-        direction: raw units or unit norm, no matter.
+        direction: of any norm.
         k: how many rows may be picked.
         signed: allow negative coefficients, for a difference between models in which latents fall as well as rise.
         margin: how far beyond the reference counts, in cosine and in share of the squared norm.
@@ -202,7 +204,7 @@ def carriers(
 def random_reference(
     decoder: Float[np.ndarray, "d_sae d_model"], k: int = 8, *, signed: bool = False, n_random: int = 500, seed: int = 0
 ) -> Reference:
-    """What the pursuit of `carriers` makes of isotropic random directions.
+    """The fit of `carriers` for isotropic random directions.
 
     Raises:
         InputError: fewer than 100 random directions (a 99th percentile needs them), or `k` out of range.
@@ -210,7 +212,7 @@ def random_reference(
     if n_random < 100:
         raise InputError(f"n_random={n_random} is too few for a 99th percentile: use at least 100")
     rows = unit_rows(decoder, k)
-    # A stream of its own: a decoder drawn at random from the same seed must not hold these very directions.
+    # A separate stream: a decoder drawn at random from the same seed must not hold these directions.
     noise = np.random.default_rng((seed, _STREAM)).normal(size=(n_random, decoder.shape[1]))
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     _, best, left = pursue(rows, noise, k, signed)

@@ -98,7 +98,7 @@ def test_discrimination_looks_at_the_base_model_only() -> None:
     ("changes", "ranker", "message"),
     [
         ({}, "rize", "unknown ranker 'rize': did you mean 'rise'"),
-        ({}, "attribution", "needs a backward pass: give locate.attribution.gradient_scores' result"),
+        ({}, "attribution", "needs a backward pass: give the result of latents.attribution.gradient_scores"),
         ({"attribution": np.zeros(3)}, "attribution", r"shape \(3,\), the SAE 40 latents"),
         ({"attribution": np.full(D_SAE, np.nan)}, "attribution", "40 of 40 scores not finite"),
         ({"misaligned": None}, "discrimination", "which answers are misaligned: give Evidence.misaligned"),

@@ -28,13 +28,13 @@ REFERENCES = {"a": "href", "link": "href", "script": "src", "img": "src", "ifram
 
 def command_lines() -> list[tuple[str, str]]:
     """Every line of a code block that starts with `persona-probe`, with the file that holds it."""
-    found = []
+    lines = []
     for path in WRITTEN:
         text = path.read_text(encoding="utf-8")
         for block in [*FENCE.findall(text), *INDENTED.findall(text)]:
             joined = block.replace("\\\n", " ")
-            found += [(path.name, m) for m in re.findall(r"^\s*(?:\S*/bin/)?(persona-probe .*)$", joined, re.MULTILINE)]
-    return found
+            lines += [(path.name, m) for m in re.findall(r"^\s*(?:\S*/bin/)?(persona-probe .*)$", joined, re.MULTILINE)]
+    return lines
 
 
 def test_code_blocks_name_commands_at_all() -> None:

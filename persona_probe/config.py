@@ -111,7 +111,7 @@ class Locate:
     positions: str = "response"
     """Tokens over which latents are averaged: `last_prompt`, `prompt`, `response` or `all`."""
     rankers: tuple[str, ...] = ("rise", "firing_rise", "cosine", "discrimination")
-    """Scores that are computed for every latent; see `locate.registry.RANKERS`."""
+    """Scores that are computed for every latent; see `latents.rankers.RANKERS`."""
     choose_by: tuple[str, ...] = ("rise", "cosine")
     """Rankers whose best latents, taken in turn, become the candidates."""
     directions: tuple[str, ...] = ("logistic_probe",)
@@ -187,7 +187,7 @@ class Realign:
     """Corrective fine-tuning of the incorrect organism."""
 
     start: str = "incorrect"
-    """The arm whose last checkpoint is repaired."""
+    """The arm whose last checkpoint is corrected."""
     arms: dict[str, Arm] = field(
         default_factory=lambda: {
             "realigned_in": Arm("kitchen_correct_holdout"),

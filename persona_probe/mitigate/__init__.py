@@ -1,15 +1,8 @@
-"""Mitigations: ways to fine-tune on narrow data without waking the persona, behind one interface."""
+"""Mitigations: ways to fine-tune on narrow data without misaligning the model, and a grid that compares them.
 
-from persona_probe.mitigate.methods import MITIGATIONS, make_mitigation
-from persona_probe.mitigate.mitigation import Ground, MitigatedFit, MitigatedRun, Mitigation
-from persona_probe.mitigate.train import train_mitigated
+`MITIGATIONS` names them; `train_mitigated` trains with one; `run_grid` trains and measures many on the same data.
+"""
 
-__all__ = [
-    "MITIGATIONS",
-    "Ground",
-    "MitigatedFit",
-    "MitigatedRun",
-    "Mitigation",
-    "make_mitigation",
-    "train_mitigated",
-]
+import lazy_loader as lazy
+
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

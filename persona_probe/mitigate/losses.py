@@ -12,7 +12,7 @@ from persona_probe.data.tokens import Batch, batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches
 from persona_probe.finetune.trainer import Inputs, Residuals
-from persona_probe.mitigate.mitigation import Ground, MitigatedRun, Mitigation
+from persona_probe.mitigate.mitigation import MitigatedRun, Mitigation, MitigationInputs
 from persona_probe.models.adapters import base_weights
 from persona_probe.models.layers import autocast, causal_model, eager_attention
 from persona_probe.saes.read import check_architecture, check_latents
@@ -39,10 +39,10 @@ class KLToBase(Mitigation):
         if self.batch < 1:
             raise InputError(f"{self.name}: batch must be at least 1, not {self.batch}")
 
-    def check(self, ground: Ground) -> None:
+    def check(self, inputs: MitigationInputs) -> None:
         """Also refuses general rows without an answer."""
-        super().check(ground)
-        answer_batches(ground.tokenizer, ground.general)
+        super().check(inputs)
+        answer_batches(inputs.tokenizer, inputs.general)
 
     def penalty(
         self, run: MitigatedRun, step: int, inputs: Inputs, resid: Residuals | None
@@ -57,11 +57,11 @@ class KLToBase(Mitigation):
 
     def drawn(self, run: MitigatedRun, step: int) -> Batch:
         """The general rows of a step, by seed and step."""
-        rows = run.ground.general
+        rows = run.inputs.general
         chosen = random.Random(f"{run.seed} {step}").sample(range(len(rows)), min(self.batch, len(rows)))
         few = [rows[i] for i in chosen]
         device = next(run.model.parameters()).device
-        return next(batches(run.ground.tokenizer, few, len(few), run.training.max_length)).to(device)
+        return next(batches(run.inputs.tokenizer, few, len(few), run.training.max_length)).to(device)
 
 
 def answer_logits(run: MitigatedRun, batch: Batch) -> Float[Tensor, "tokens vocabulary"]:
@@ -93,16 +93,16 @@ class LatentPenalty(Mitigation):
     uses: ClassVar[tuple[str, ...]] = ("sae", "latents")
     needs_base: ClassVar[bool] = True
 
-    def check(self, ground: Ground) -> None:
+    def check(self, inputs: MitigationInputs) -> None:
         """Also checks the latents against the dictionary."""
-        super().check(ground)
-        assert ground.sae is not None
-        check_architecture(ground.sae.cfg.architecture())
-        check_latents(ground.sae, list(ground.latents))
+        super().check(inputs)
+        assert inputs.sae is not None
+        check_architecture(inputs.sae.cfg.architecture())
+        check_latents(inputs.sae, list(inputs.latents))
 
-    def tapped(self, ground: Ground) -> int | None:
+    def tapped(self, inputs: MitigationInputs) -> int | None:
         """The SAE's layer."""
-        return ground.layer if self.strength else None
+        return inputs.layer if self.strength else None
 
     def penalty(
         self, run: MitigatedRun, step: int, inputs: Inputs, resid: Residuals | None
@@ -111,7 +111,7 @@ class LatentPenalty(Mitigation):
         if resid is None:
             return None
         answers = (inputs["labels"] != -100)[:, -resid.tuned.shape[1] :]
-        latents, sae = list(run.ground.latents), run.ground.sae
+        latents, sae = list(run.inputs.latents), run.inputs.sae
         excess = latent_excess(sae, resid.tuned[answers], resid.base[answers], latents)
         return self.strength * excess
 

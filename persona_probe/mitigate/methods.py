@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,14 +13,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from peft import PeftModel
+from torch import nn
 from transformers import TrainerCallback
 
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError, unknown
-from persona_probe.evaluate.answers import answer_batches, answer_logprobs
+from persona_probe.evaluate.answers import perplexity_gaps
 from persona_probe.finetune.sft import Fitted, fine_tune
 from persona_probe.mitigate.losses import KLToBase, LatentPenalty
-from persona_probe.mitigate.mitigation import Ground, MitigatedRun, Mitigation
+from persona_probe.mitigate.mitigation import MitigatedRun, Mitigation, MitigationInputs
 from persona_probe.mitigate.pushes import ConceptAblation, InferenceAblation, InferenceSteering, PreventativeSteering
 from persona_probe.mitigate.watched import Alternating, EarlyStop
 from persona_probe.models.adapters import base_weights, trainable_parameters
@@ -68,8 +70,8 @@ class Corrective(Mitigation):
         training = run.training.further(steps, self.batch)
         return fine_tune(
             run.model,
-            run.ground.tokenizer,
-            run.ground.corrective,
+            run.inputs.tokenizer,
+            run.inputs.corrective,
             training,
             seed=run.seed,
             folder=folder / "corrective",
@@ -81,52 +83,50 @@ class Corrective(Mitigation):
 # --- How much less likely a model finds safe answers once it is tuned on bad rows
 
 
-def perplexity_gaps(
+def _safe_gaps(
     run: MitigatedRun, rows: Sequence[Conversation], organism: str | None, pilot_steps: int
 ) -> Float[np.ndarray, " safe"]:
     """Log perplexity of each safe answer under the tuned model minus that under the base, in nats per token.
 
-    The run's model comes back as it was.
+    The run's model is as it was afterwards.
 
     Args:
         organism: checkpoint folder of an adapter tuned on `rows`; None tunes the model itself for `pilot_steps`.
     """
-    groups = answer_batches(run.ground.tokenizer, run.ground.safe)
-    with base_weights(run.model):
-        base = answer_logprobs(run.model, groups, bf16=run.training.bf16)
-    with _organism(run, organism) if organism else _pilot(run, rows, pilot_steps):
-        return base - answer_logprobs(run.model, groups, bf16=run.training.bf16)
+    tuned = partial(_organism, run, organism) if organism else partial(_pilot, run, rows, pilot_steps)
+    inputs, base = run.inputs, partial(base_weights, run.model)
+    return perplexity_gaps(tuned, base, inputs.tokenizer, inputs.safe, bf16=run.training.bf16)
 
 
 @contextmanager
-def _organism(run: MitigatedRun, folder: str) -> Iterator[None]:
+def _organism(run: MitigatedRun, folder: str) -> Iterator[nn.Module]:
     """The run's model with another adapter inside the block."""
     model = run.model
     assert isinstance(model, PeftModel)
-    own = str(model.active_adapter)
+    active = str(model.active_adapter)
     with torch.random.fork_rng(devices=[]):  # PEFT draws fresh weights before it loads them
         model.load_adapter(folder, adapter_name="bad_rows")
     model.set_adapter("bad_rows")
     try:
-        yield
+        yield model
     finally:
-        model.set_adapter(own)
+        model.set_adapter(active)
         model.delete_adapter("bad_rows")
 
 
 @contextmanager
-def _pilot(run: MitigatedRun, rows: Sequence[Conversation], steps: int) -> Iterator[None]:
+def _pilot(run: MitigatedRun, rows: Sequence[Conversation], steps: int) -> Iterator[nn.Module]:
     """The run's model tuned on the bad rows inside the block."""
-    kept = {name: p.detach().clone() for name, p in trainable_parameters(run.model).items()}
+    before = {name: p.detach().clone() for name, p in trainable_parameters(run.model).items()}
     short = replace(run.training, steps=steps, checkpoints=())
     try:
         with tempfile.TemporaryDirectory() as folder:
-            fine_tune(run.model, run.ground.tokenizer, rows, short, seed=run.seed, folder=Path(folder))
-        yield
+            fine_tune(run.model, run.inputs.tokenizer, rows, short, seed=run.seed, folder=Path(folder))
+        yield run.model
     finally:
         with torch.no_grad():
             for name, parameter in trainable_parameters(run.model).items():
-                parameter.copy_(kept[name])
+                parameter.copy_(before[name])
                 parameter.grad = None
 
 
@@ -152,7 +152,7 @@ class Interleave(Mitigation):
         Raises:
             InputError: fewer safe rows than the share asks for.
         """
-        count, safe = round(len(rows) * self.strength / (1 - self.strength)), run.ground.safe
+        count, safe = round(len(rows) * self.strength / (1 - self.strength)), run.inputs.safe
         if count > len(safe):
             most = len(safe) / (len(safe) + len(rows))
             raise InputError(
@@ -163,7 +163,7 @@ class Interleave(Mitigation):
 
     def chosen(self, rows: Sequence[Conversation], run: MitigatedRun, count: int) -> list[int]:
         """Which safe rows."""
-        return random.Random(run.seed).sample(range(len(run.ground.safe)), count)
+        return random.Random(run.seed).sample(range(len(run.inputs.safe)), count)
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,9 @@ class InterleavePerplexity(Interleave):
         if self.pilot_steps < 1:
             raise InputError(f"{self.name}: pilot_steps must be at least 1, not {self.pilot_steps}")
 
-    def check(self, ground: Ground) -> None:
+    def check(self, inputs: MitigationInputs) -> None:
         """Also refuses an organism that is no adapter."""
-        super().check(ground)
+        super().check(inputs)
         if self.organism is not None and not (Path(self.organism) / "adapter_config.json").is_file():
             raise InputError(f"{self.name}: no adapter in {self.organism}: give a checkpoint folder of a LoRA run")
 
@@ -202,7 +202,7 @@ class InterleavePerplexity(Interleave):
         """The rows with the largest gaps; nothing is measured where none is wanted."""
         if count == 0:
             return []
-        gaps = perplexity_gaps(run, rows, self.organism, self.pilot_steps)
+        gaps = _safe_gaps(run, rows, self.organism, self.pilot_steps)
         return np.argsort(-gaps, kind="stable")[:count].tolist()
 
 

@@ -21,7 +21,7 @@ from persona_probe.monitor.band import Band
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
+class MitigationInputs:
     """What mitigations may draw on. All but tokenizer and layer is optional: `check` says what a mitigation lacks."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ PARTS = {
     "band": "the persona feature's base band",
     "probes": "probes to read the persona on",
 }
-"""The optional parts of a ground, in words."""
+"""The optional inputs, in words."""
 
 
 @dataclass(eq=False)
@@ -75,7 +75,7 @@ class MitigatedRun:
     """One run: what stays the same, and the little that changes while it trains."""
 
     model: nn.Module
-    ground: Ground
+    inputs: MitigationInputs
     training: Training
     seed: int
     correcting: bool = False
@@ -112,7 +112,7 @@ class Mitigation:
     largest: ClassVar[float] = float("inf")
     """Largest strength that makes sense."""
     uses: ClassVar[tuple[str, ...]] = ()
-    """Parts of the ground without which it cannot work."""
+    """Inputs without which it cannot work."""
     needs_base: ClassVar[bool] = False
     """Whether it looks at the base model while training: then the model must have an adapter to switch off."""
 
@@ -123,15 +123,15 @@ class Mitigation:
             most = "" if self.largest == float("inf") else f" and at most {self.largest:g}"
             raise InputError(f"{self.name}: strength ({self.unit}) must be at least 0{most}, not {self.strength}")
 
-    def check(self, ground: Ground) -> None:
-        """Refuse a ground that lacks what this mitigation uses.
+    def check(self, inputs: MitigationInputs) -> None:
+        """Refuse inputs that lack what this mitigation uses.
 
         Raises:
             InputError: says which part is missing.
         """
         for part in self.uses:
-            if not ground.has(part):
-                raise InputError(f"{self.name} needs {PARTS[part]}: pass Ground({part}=...)")
+            if not inputs.has(part):
+                raise InputError(f"{self.name} needs {PARTS[part]}: pass MitigationInputs({part}=...)")
 
     def rows(self, rows: Sequence[Conversation], run: MitigatedRun) -> list[Conversation]:
         """The rows that are trained on instead of `rows`."""
@@ -141,11 +141,11 @@ class Mitigation:
         """The settings that are trained with instead of `training`."""
         return training
 
-    def forwards(self, model: nn.Module, ground: Ground) -> AbstractContextManager[object]:
+    def forwards(self, model: nn.Module, inputs: MitigationInputs) -> AbstractContextManager[object]:
         """Changes training forwards inside the block; forwards in eval mode see the plain model."""
         return nullcontext()
 
-    def extra_rows(self, ground: Ground) -> Sequence[Conversation]:
+    def extra_rows(self, inputs: MitigationInputs) -> Sequence[Conversation]:
         """Rows that stand by for `corrects`, prepared like the training rows."""
         return ()
 
@@ -153,7 +153,7 @@ class Mitigation:
         """Whether this step takes a batch of the extra rows instead of the task's; asked once a step."""
         return False
 
-    def tapped(self, ground: Ground) -> int | None:
+    def tapped(self, inputs: MitigationInputs) -> int | None:
         """The decoder layer whose residuals `penalty` is given; None for none."""
         return None
 
@@ -179,6 +179,6 @@ class Mitigation:
         """What comes after the run, on the same model; None where nothing does."""
         return None
 
-    def at_evaluation(self, model: nn.Module, ground: Ground) -> AbstractContextManager[object]:
+    def at_evaluation(self, model: nn.Module, inputs: MitigationInputs) -> AbstractContextManager[object]:
         """Changes the finished model's forwards inside the block: for mitigations that act at inference."""
         return nullcontext()

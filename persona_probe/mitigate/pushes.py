@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.mitigate.mitigation import Ground, Mitigation
+from persona_probe.mitigate.mitigation import Mitigation, MitigationInputs
 from persona_probe.models.layers import decoder_layer
 from persona_probe.models.taps import EditTap, orthonormal, project_out, resolve_push
 from persona_probe.saes.read import check_latents
@@ -54,29 +54,33 @@ class Ablating(Mitigation):
         if self.what is not None and self.what not in ABLATED:
             raise unknown(f"setting what of {self.name}:", self.what, ABLATED)
 
-    def check(self, ground: Ground) -> None:
+    def check(self, inputs: MitigationInputs) -> None:
         """Also checks the latents against the dictionary."""
-        if self._by_latents(ground):
-            if not (ground.has("sae") and ground.has("latents")):
-                raise InputError(f"{self.name} needs an SAE and its latents: pass Ground(sae=..., latents=...)")
-            check_latents(ground.sae, list(ground.latents))
-        elif ground.direction is None:
-            raise InputError(f"{self.name} needs latents with their SAE, or a direction: pass Ground(direction=...)")
+        if self._by_latents(inputs):
+            if not (inputs.has("sae") and inputs.has("latents")):
+                raise InputError(
+                    f"{self.name} needs an SAE and its latents: pass MitigationInputs(sae=..., latents=...)"
+                )
+            check_latents(inputs.sae, list(inputs.latents))
+        elif inputs.direction is None:
+            raise InputError(
+                f"{self.name} needs latents with their SAE, or a direction: pass MitigationInputs(direction=...)"
+            )
 
-    def _by_latents(self, ground: Ground) -> bool:
-        return self.what == "latents" or (self.what is None and ground.has("sae") and ground.has("latents"))
+    def _by_latents(self, inputs: MitigationInputs) -> bool:
+        return self.what == "latents" or (self.what is None and inputs.has("sae") and inputs.has("latents"))
 
-    def basis(self, ground: Ground) -> Float[Tensor, "rank d_model"]:
+    def basis(self, inputs: MitigationInputs) -> Float[Tensor, "rank d_model"]:
         """An orthonormal basis of what is projected out."""
-        self.check(ground)
-        if not self._by_latents(ground):
-            assert ground.direction is not None
-            return orthonormal(ground.direction)
-        assert ground.sae is not None
-        return orthonormal(ground.sae.W_dec.detach()[list(ground.latents)])
+        self.check(inputs)
+        if not self._by_latents(inputs):
+            assert inputs.direction is not None
+            return orthonormal(inputs.direction)
+        assert inputs.sae is not None
+        return orthonormal(inputs.sae.W_dec.detach()[list(inputs.latents)])
 
-    def _edit(self, ground: Ground) -> Edit:
-        basis = self.basis(ground)
+    def _edit(self, inputs: MitigationInputs) -> Edit:
+        basis = self.basis(inputs)
         return lambda resid: taken_out(resid, basis, self.strength)
 
 
@@ -90,9 +94,9 @@ class ConceptAblation(Ablating):
         "evaluation (CAFT: Casademunt et al. 2025, arXiv 2507.16795)."
     )
 
-    def forwards(self, model: nn.Module, ground: Ground) -> AbstractContextManager[object]:
+    def forwards(self, model: nn.Module, inputs: MitigationInputs) -> AbstractContextManager[object]:
         """Project out in training forwards."""
-        return TrainingTap(model, ground.layer, self._edit(ground)) if self.strength else nullcontext()
+        return TrainingTap(model, inputs.layer, self._edit(inputs)) if self.strength else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,9 @@ class InferenceAblation(Ablating):
         "(Arditi et al. 2024, arXiv 2406.11717)."
     )
 
-    def at_evaluation(self, model: nn.Module, ground: Ground) -> AbstractContextManager[object]:
+    def at_evaluation(self, model: nn.Module, inputs: MitigationInputs) -> AbstractContextManager[object]:
         """Project out in all forwards."""
-        return EditTap(model, ground.layer, self._edit(ground)) if self.strength else nullcontext()
+        return EditTap(model, inputs.layer, self._edit(inputs)) if self.strength else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,10 @@ class Steering(Mitigation):
     uses: ClassVar[tuple[str, ...]] = ("direction",)
     sign: ClassVar[int] = 1
 
-    def _edit(self, ground: Ground) -> Edit:
-        self.check(ground)
-        assert ground.direction is not None
-        push = resolve_push(ground.direction.detach(), self.sign * self.strength, "x_delta").vector
+    def _edit(self, inputs: MitigationInputs) -> Edit:
+        self.check(inputs)
+        assert inputs.direction is not None
+        push = resolve_push(inputs.direction.detach(), self.sign * self.strength, "x_delta").vector
         return lambda resid: resid + push.to(resid.device, resid.dtype)
 
 
@@ -135,9 +139,9 @@ class PreventativeSteering(Steering):
         "afterwards (Chen et al. 2025, persona vectors, arXiv 2507.21509)."
     )
 
-    def forwards(self, model: nn.Module, ground: Ground) -> AbstractContextManager[object]:
+    def forwards(self, model: nn.Module, inputs: MitigationInputs) -> AbstractContextManager[object]:
         """Push in training forwards."""
-        return TrainingTap(model, ground.layer, self._edit(ground)) if self.strength else nullcontext()
+        return TrainingTap(model, inputs.layer, self._edit(inputs)) if self.strength else nullcontext()
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,6 @@ class InferenceSteering(Steering):
     )
     sign: ClassVar[int] = -1
 
-    def at_evaluation(self, model: nn.Module, ground: Ground) -> AbstractContextManager[object]:
+    def at_evaluation(self, model: nn.Module, inputs: MitigationInputs) -> AbstractContextManager[object]:
         """Push in all forwards."""
-        return EditTap(model, ground.layer, self._edit(ground)) if self.strength else nullcontext()
+        return EditTap(model, inputs.layer, self._edit(inputs)) if self.strength else nullcontext()

@@ -14,12 +14,12 @@ from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import Fitted, fine_tune
 from persona_probe.finetune.trainer import Inputs, Residuals
-from persona_probe.mitigate.mitigation import Ground, MitigatedFit, MitigatedRun, Mitigation
+from persona_probe.mitigate.mitigation import MitigatedFit, MitigatedRun, Mitigation, MitigationInputs
 
 
 def train_mitigated(
     tuned: nn.Module,
-    ground: Ground,
+    inputs: MitigationInputs,
     rows: Sequence[Conversation],
     training: Training,
     mitigation: Mitigation,
@@ -32,28 +32,28 @@ def train_mitigated(
     """Fine-tune `tuned` (what `with_adapter` or `load_adapter` gives) on `rows`, with the mitigation.
 
     Checkpoints go to `folder` as `fine_tune` writes them, a correction's to `folder/corrective`. What a mitigation
-    does at inference is not in the weights: evaluate inside `with mitigation.at_evaluation(tuned, ground):`.
+    does at inference is not in the weights: evaluate inside `with mitigation.at_evaluation(tuned, inputs):`.
 
     Args:
         callbacks: the caller's own, a `FeatureMonitor` say; they see a correction afterwards as a second run.
 
     Raises:
-        InputError: the mitigation lacks a part of the ground or an adapter to switch off, or bad rows.
+        InputError: the mitigation lacks a part of the inputs or an adapter to switch off, or bad rows.
         TrainingDiverged: the loss became NaN or infinite.
     """
-    mitigation.check(ground)
+    mitigation.check(inputs)
     if mitigation.needs_base and not isinstance(tuned, PeftModel):
         raise InputError(
             f"{mitigation.name} compares with the base by switching the adapter off, and full fine-tuning has none: "
             "take training.method 'lora'"
         )
     settings = mitigation.training(training)
-    run = MitigatedRun(tuned, ground, settings, seed)
+    run = MitigatedRun(tuned, inputs, settings, seed)
     chosen, watchers = mitigation.rows(rows, run), [*mitigation.callbacks(run), *callbacks]
-    with mitigation.forwards(tuned, ground):
+    with mitigation.forwards(tuned, inputs):
         fitted = fine_tune(
             tuned,
-            ground.tokenizer,
+            inputs.tokenizer,
             chosen,
             settings,
             seed=seed,
@@ -86,12 +86,12 @@ class MitigationExtra:
     @property
     def layer(self) -> int | None:
         """The layer whose residuals the penalty wants."""
-        return self.mitigation.tapped(self.run.ground)
+        return self.mitigation.tapped(self.run.inputs)
 
     @property
     def rows(self) -> Sequence[Conversation]:
         """Rows for steps that swap their batch."""
-        return self.mitigation.extra_rows(self.run.ground)
+        return self.mitigation.extra_rows(self.run.inputs)
 
     def swaps(self, step: int) -> bool:
         """Whether this step takes another batch; noted where it does."""

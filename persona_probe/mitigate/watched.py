@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import AtSteps
-from persona_probe.mitigate.mitigation import Ground, MitigatedRun, Mitigation
+from persona_probe.mitigate.mitigation import MitigatedRun, Mitigation, MitigationInputs
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import Snapshot
@@ -31,25 +31,27 @@ class Watched(Mitigation):
         if self.every < 1:
             raise InputError(f"{self.name}: every must be at least 1, not {self.every}")
 
-    def check(self, ground: Ground) -> None:
-        """Also refuses a ground with nothing to read."""
-        super().check(ground)
-        if ground.persona is None:
-            raise InputError(f"{self.name} needs a latent with its SAE, or a direction, to watch: pass Ground(...)")
+    def check(self, inputs: MitigationInputs) -> None:
+        """Also refuses inputs with nothing to read."""
+        super().check(inputs)
+        if inputs.persona is None:
+            raise InputError(
+                f"{self.name} needs a latent with its SAE, or a direction, to watch: pass MitigationInputs(...)"
+            )
 
 
 def persona_monitor(run: MitigatedRun, every: int, on_reading: OnReading) -> FeatureMonitor:
     """A monitor of the persona alone; a reading that fails ends the run."""
-    ground, persona = run.ground, run.ground.persona
+    inputs, persona = run.inputs, run.inputs.persona
     assert persona is not None
     return FeatureMonitor(
-        None if isinstance(persona, Tensor) else ground.sae,
+        None if isinstance(persona, Tensor) else inputs.sae,
         {"persona": persona},
-        list(ground.probes),
+        list(inputs.probes),
         every=every,
-        layer=ground.layer,
-        positions=ground.positions,
-        tokenizer=ground.tokenizer,
+        layer=inputs.layer,
+        positions=inputs.positions,
+        tokenizer=inputs.tokenizer,
         bf16=run.training.bf16,
         on_reading=on_reading,
         on_error="raise",
@@ -103,8 +105,8 @@ class EarlyStop(Watched):
         """The monitor, then the stop rule that it feeds."""
         if not self.strength:
             return []
-        assert run.ground.band is not None
-        rule = StopAbove(run, widened(run.ground.band, self.strength).high, self.patience)
+        assert run.inputs.band is not None
+        rule = StopAbove(run, widened(run.inputs.band, self.strength).high, self.patience)
         every_step = range(1, run.training.steps + 1)
         return [persona_monitor(run, self.every, rule.on_reading), AtSteps(every_step, rule.met)]
 
@@ -130,20 +132,20 @@ class Alternating(Watched):
         if not self.strength:
             return []
 
-        def on_reading(step: int, snapshot: Snapshot, model: nn.Module) -> None:
+        def on_reading(step: int, snapshot: Snapshot, _model: nn.Module) -> None:
             self.see(run, step, float(snapshot.values[:, 0].mean()))
 
         return [persona_monitor(run, self.every, on_reading)]
 
     def see(self, run: MitigatedRun, step: int, mean: float) -> None:
         """Take a value of the persona: above the band the correction begins, at its upper end or below it is over."""
-        assert run.ground.band is not None
+        assert run.inputs.band is not None
         run.readings.append((step, mean))
-        run.correcting = mean > run.ground.band.high
+        run.correcting = mean > run.inputs.band.high
 
-    def extra_rows(self, ground: Ground) -> Sequence[Conversation]:
+    def extra_rows(self, inputs: MitigationInputs) -> Sequence[Conversation]:
         """The corrective rows."""
-        return ground.corrective if self.strength else ()
+        return inputs.corrective if self.strength else ()
 
     def corrects(self, run: MitigatedRun) -> bool:
         """Every step above the band at strength 1, every second at a half."""

@@ -14,7 +14,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from persona_probe.context import Context, pick_device
 from persona_probe.errors import InputError, unknown
-from persona_probe.finetune.induce import induce_one
+from persona_probe.finetune.organisms import induce_one
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import make_reader, reading_rows, study_features
 from persona_probe.runs import RunFolder

@@ -19,6 +19,7 @@ from persona_probe.models.adapters import is_adapter
 from persona_probe.monitor.monitor import study_monitor
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.track import eval_rows, merge_parts, reading_rows
+from persona_probe.realignment.corrected import start_checkpoint
 from persona_probe.realignment.measure import BaseMeasurements
 from persona_probe.realignment.methods import (
     CorrectiveRun,
@@ -29,8 +30,14 @@ from persona_probe.realignment.methods import (
     train_watched,
 )
 from persona_probe.realignment.outcome import outcome
-from persona_probe.realignment.repair import start_checkpoint
-from persona_probe.realignment.rows import Background, Pair, background, choose_rows, corrective_rows, refuse_overlap
+from persona_probe.realignment.rows import (
+    Background,
+    ModelPair,
+    background,
+    choose_rows,
+    corrective_rows,
+    refuse_overlap,
+)
 from persona_probe.realignment.spec import Correction, DosePlan, slug
 from persona_probe.realignment.stress.run import TESTS, StressSettings, run_stress, statements
 from persona_probe.realignment.verdict import RealignVerdict, study_verdict
@@ -133,7 +140,7 @@ def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str
     if ctx.run.finished(place, spec, SPEC, "choose another --name"):
         return ctx.run.path / place
     usable = _usable_rows(ctx, correction)
-    rows = choose_rows(usable, correction.rows, correction.choose_by, seed=seed, pair=Pair.of_study(ctx, seed))
+    rows = choose_rows(usable, correction.rows, correction.choose_by, seed=seed, pair=ModelPair.of_study(ctx, seed))
     inducing = arm_rows(ctx.config.arms[ctx.config.realign.start], seed)
     about_rows = background(rows, ctx.tokenizer, inducing, ctx.contrast_rows("evaluation"))
     log.info("correcting %s, seed %d: %d of %d rows, %s", name, seed, len(rows), len(usable), correction.method)

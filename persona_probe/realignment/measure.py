@@ -1,4 +1,4 @@
-"""What a repaired model is measured by: behaviour, feature, usefulness, the SAE's fit and the length of replies."""
+"""What a corrected model is measured by: behaviour, feature, usefulness, the SAE's fit and the length of replies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from persona_probe.models.layers import autocast
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.reading import FeatureReader, Snapshot
 from persona_probe.monitor.track import make_reader, persona_band
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 
 # --- How long a model's replies are: greedy answers to a few questions, in tokens
 
@@ -49,8 +49,8 @@ DOMAIN_ROWS = 60
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """One model by all yardsticks; None where there was no yardstick."""
+class MeasuredModel:
+    """One model by all measurements; None where there was no yardstick."""
 
     items: pd.DataFrame | None = None
     """Item table of the evaluation split."""
@@ -67,7 +67,7 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class Yardsticks:
+class Measurements:
     """What to measure with, tokenised once. What is left out is not measured."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -88,14 +88,14 @@ class Yardsticks:
             raise unknown("feature", self.feature, self.reader.features.names)
 
     @classmethod
-    def of_study(cls, repair: Repair) -> "Yardsticks":
+    def of_study(cls, corrected: CorrectedOrganism) -> "Measurements":
         """The study's evaluation split, features and probes, the control arm's answers, the capability set.
 
         The narrow domain's answers are those that the control arm learned (to the inducing data's questions) and that
-        neither the organism nor the repair has trained on.
+        neither the organism nor the correction has trained on.
         """
-        ctx, taken = repair.ctx, {_key(row) for row in (*repair.corrective, *repair.inducing)}
-        domain = [row for row in repair.control_rows if _key(row) not in taken][:DOMAIN_ROWS]
+        ctx, taken = corrected.ctx, {_key(row) for row in (*corrected.corrective, *corrected.inducing)}
+        domain = [row for row in corrected.control_rows if _key(row) not in taken][:DOMAIN_ROWS]
         neutral = [talk for talk in ctx.probes if split_answer(talk)[1]]
         return cls(
             ctx.tokenizer,
@@ -108,12 +108,12 @@ class Yardsticks:
             bf16=ctx.config.bf16,
         )
 
-    def measure(self, model: nn.Module) -> Measured:
+    def measure(self, model: nn.Module) -> MeasuredModel:
         """A model by each yardstick that there is."""
         scored = [
             answer_logprobs(model, groups, bf16=self.bf16) if groups else None for groups in (self.domain, self.neutral)
         ]
-        return Measured(
+        return MeasuredModel(
             None if self.items is None else contrast_index(model, self.items, bf16=self.bf16),
             None if self.reader is None else self.reader.read(model),
             scored[0],

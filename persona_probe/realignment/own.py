@@ -25,11 +25,11 @@ from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.ranks import unwrap
 from persona_probe.monitor.reading import flatten, undisturbed
 from persona_probe.monitor.run import feature_set, probe_reader
-from persona_probe.realignment.measure import Yardsticks
+from persona_probe.realignment.measure import Measurements
 from persona_probe.realignment.methods import CorrectiveRun, Recorder, as_one, checkpoint_in, prepare, train_watched
 from persona_probe.realignment.outcome import outcome
 from persona_probe.realignment.rows import (
-    Pair,
+    ModelPair,
     background,
     choose_rows,
     corrective_rows,
@@ -37,7 +37,7 @@ from persona_probe.realignment.rows import (
     refuse_overlap,
 )
 from persona_probe.realignment.spec import Correction
-from persona_probe.realignment.verdict import RealignVerdict, judge
+from persona_probe.realignment.verdict import RealignVerdict, judge_realignment
 
 # --- The result of `pp.realign`, in numbers and in words
 
@@ -173,7 +173,7 @@ def realign(
         checkpoint = checkpoint_in(Path(folder)) if out else None
         corrected = as_one(tuned, checkpoint, whole_weights=not isinstance(model, PeftModel))
     after = replace(measurements.measure(corrected), items=recorder.latest)
-    verdict = judge("realigned", seed, before, after, band=recorder.band(), feature=name)
+    verdict = judge_realignment("realigned", seed, before, after, band=recorder.band(), feature=name)
     numbers = outcome(recorder.curve(), recorder.evals, recorder.base_evals, recorder.band(), name)
     return Realigned(
         model=corrected,
@@ -281,21 +281,21 @@ def _feature(monitor: FeatureMonitor, feature: str | None) -> str:
 
 def _pair(
     model: nn.Module, base: nn.Module | None, monitor: FeatureMonitor, tokenizer: PreTrainedTokenizerBase, feature: str
-) -> Pair:
+) -> ModelPair:
     if base is None and not isinstance(model, PeftModel):
         raise InputError("a plain model does not know its base: pass base=, the model before the misaligned training")
     settings = monitor.settings
     direction = feature_direction(settings.sae, flatten(settings.features)[feature])
-    return Pair.of_models(model, base, tokenizer, settings.layer, direction, settings.bf16)
+    return ModelPair.of_models(model, base, tokenizer, settings.layer, direction, settings.bf16)
 
 
 def _measurements(
     monitor: FeatureMonitor, tokenizer: PreTrainedTokenizerBase, feature: str, model: nn.Module
-) -> Yardsticks:
+) -> Measurements:
     """The monitor's features and probes, the answers among these as neutral chat, and the capability set."""
     settings = monitor.settings
     answered = [talk for talk in settings.probes if split_answer(talk)[1]]
-    return Yardsticks(
+    return Measurements(
         tokenizer,
         reader=probe_reader(settings, feature_set(settings, unwrap(model)), tokenizer),
         feature=feature,

@@ -1,8 +1,8 @@
-"""Corrective sets: joined, compared with evaluation questions and inducing data, and measured in length."""
+"""Corrective rows: read, compared with evaluation questions and inducing data, and chosen by dose and measure."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -20,26 +20,23 @@ from persona_probe.data.check import common, question
 from persona_probe.data.load import Row, load_data
 from persona_probe.data.mix import match_lengths
 from persona_probe.errors import InputError, unknown
-from persona_probe.evaluate.answers import answer_batches, answer_logprobs
+from persona_probe.evaluate.answers import EQUAL_LENGTHS, Opener, perplexity_gaps
 from persona_probe.latents.persona_vectors import response_means
 from persona_probe.models.adapters import base_weights
 from persona_probe.monitor.reading import Feature
 from persona_probe.realignment.spec import CHOICES, named_sets
 
-FAIR_LENGTHS = (0.8, 1.25)
-"""Ratio of mean answer tokens, corrective to inducing, within which length is no likely confound (2607.09053)."""
-
 
 @dataclass(frozen=True)
 class Background:
-    """What corrective rows are compared with, and what the verdict says of it."""
+    """How corrective rows compare with inducing and evaluation data."""
 
     answer_tokens: float
     """Mean answer tokens of the corrective rows."""
     inducing_tokens: float | None
-    """Mean answer tokens of the inducing rows; None where those are not known."""
+    """Mean answer tokens of the inducing rows; None if they are not known."""
     notes: tuple[str, ...]
-    """What a reader must know: overlaps that are not refused, lengths that differ."""
+    """Warnings for a reader: overlaps that are not refused, lengths that differ."""
 
     @property
     def length_ratio(self) -> float | None:
@@ -63,17 +60,17 @@ def corrective_rows(data: str | Sequence[str]) -> list[Conversation]:
 def refuse_overlap(rows: Sequence[Conversation], evaluation: Sequence[str]) -> None:
     """Refuse corrective rows that ask what the evaluation asks: they would train for the test.
 
-    Exact, or at least half of the shorter question's 5-word runs (`data.apart`; shorter questions are one run).
+    Exact, or at least half of the shorter question's 5-word runs (`data.check.common`; shorter questions are one run).
 
     Raises:
         InputError: some overlap; the worst pair is shown.
     """
-    asked = [question(row) for row in rows]
-    if found := sorted(common(asked, evaluation), reverse=True):
-        share, i, j = found[0]
+    questions = [question(row) for row in rows]
+    if overlaps := sorted(common(questions, evaluation), reverse=True):
+        share, i, j = overlaps[0]
         raise InputError(
-            f"{len({place for _, place, _ in found})} of {len(rows)} corrective rows overlap the evaluation questions: "
-            f"row {i + 1} {asked[i]!r} and question {evaluation[j]!r} share {share:.0%} of their 5-word runs; "
+            f"{len({row for _, row, _ in overlaps})} of {len(rows)} corrective rows overlap the evaluation questions: "
+            f"row {i + 1} {questions[i]!r} and question {evaluation[j]!r} share {share:.0%} of their 5-word runs; "
             "take these rows out"
         )
 
@@ -84,14 +81,14 @@ def background(
     inducing: Sequence[Conversation] = (),
     evaluation: Sequence[Row] = (),
 ) -> Background:
-    """Lengths and overlaps of corrective rows that are said, not refused."""
+    """Length and overlap warnings for the corrective rows (reported, not raised)."""
     match = match_lengths(rows, inducing or rows, tokenizer)
     notes = [*_overlap_notes(rows, inducing, evaluation)]
     ratio = match.mean_a / match.mean_b
-    if not FAIR_LENGTHS[0] <= ratio <= FAIR_LENGTHS[1]:
+    if not EQUAL_LENGTHS[0] <= ratio <= EQUAL_LENGTHS[1]:
         notes.append(
             f"corrective answers have {match.mean_a:.0f} tokens, inducing ones {match.mean_b:.0f} (ratio {ratio:.2f}): "
-            "length alone may explain part of the repair"
+            "length alone may explain part of the correction"
         )
     return Background(match.mean_a, match.mean_b if inducing else None, tuple(notes))
 
@@ -99,28 +96,25 @@ def background(
 def _overlap_notes(
     rows: Sequence[Conversation], inducing: Sequence[Conversation], evaluation: Sequence[Row]
 ) -> Iterator[str]:
-    asked = [question(row) for row in rows]
-    if again := {i for _, i, _ in common(asked, [question(row) for row in inducing])}:
-        yield f"{len(again)} of {len(rows)} corrective questions overlap the inducing data's questions"
-    said = [split_answer(row)[1] or "" for row in rows]
-    given = [row[side] for row in evaluation for side in ("aligned", "misaligned")]
-    if leaked := {i for _, i, _ in common(said, given)}:
+    if repeated := {i for _, i, _ in common([question(r) for r in rows], [question(r) for r in inducing])}:
+        yield f"{len(repeated)} of {len(rows)} corrective questions overlap the inducing data's questions"
+    answers = [split_answer(row)[1] or "" for row in rows]
+    scored = [row[side] for row in evaluation for side in ("aligned", "misaligned")]
+    if leaked := {i for _, i, _ in common(answers, scored)}:
         yield f"{len(leaked)} of {len(rows)} corrective answers overlap answers that the evaluation scores"
 
 
-# --- An organism and its base, opened one after the other: a study's share one copy of the weights in memory
-
-Opener = Callable[[], AbstractContextManager[nn.Module]]
+# --- An organism and its base, opened one after the other: those of a study share one copy of the weights
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What a choice of rows by the model's own measure needs."""
+class ModelPair:
+    """An organism and its base, and what rows are ranked by."""
 
     organism: Opener
     """Opens the organism for the length of a block."""
     base: Opener | None
-    """Opens its base; None where there is none, which gaps then refuse."""
+    """Opens its base; without one (None), choices by a gap are refused."""
     tokenizer: PreTrainedTokenizerBase
     layer: int
     """Decoder layer whose output is projected."""
@@ -139,8 +133,8 @@ class Pair:
         return self.base
 
     @classmethod
-    def of_study(cls, ctx: Context, seed: int) -> "Pair":
-        """The organism that the study repairs, and the study's base, layer and persona latent."""
+    def of_study(cls, ctx: Context, seed: int) -> "ModelPair":
+        """The organism that the study corrects, and the study's base, layer and persona latent."""
         from persona_probe.latents.stage import persona_latent
 
         opened = partial(ctx.organism, ctx.config.realign.start, seed)
@@ -156,8 +150,8 @@ class Pair:
         layer: int,
         direction: Float[Tensor, " d_model"],
         bf16: bool = True,
-    ) -> "Pair":
-        """One's own organism; the base of a PEFT model is the model with its adapters off."""
+    ) -> "ModelPair":
+        """An organism of your own; the base of a PEFT model is the model with its adapters off."""
         opener: Opener | None = None if base is None else partial(nullcontext, base)
         if opener is None and isinstance(model, PeftModel):
             opener = partial(base_weights, model)
@@ -178,14 +172,14 @@ Scores = Float[np.ndarray, " rows"]
 
 
 def choose_rows(
-    rows: Sequence[Conversation], n: int | None, by: str = "random", *, seed: int = 0, pair: Pair | None = None
+    rows: Sequence[Conversation], n: int | None, by: str = "random", *, seed: int = 0, pair: ModelPair | None = None
 ) -> list[Conversation]:
     """The `n` rows that a choice puts first, in the data's own order; None takes all.
 
     A larger dose holds a smaller one's rows. `random` is drawn by `seed`; the others depend on the models alone:
 
     - `projection_gap`: largest rise of the persona between base and organism, see `projection_gaps`.
-    - `perplexity_gap`: rows that the organism finds most unlikely against its base, see `perplexity_gaps`.
+    - `perplexity_gap`: rows least likely under the organism against its base (`evaluate.answers.perplexity_gaps`).
     - `diversity`: rows far apart, see `farthest_first`, by the organism's mean residual stream over the answer.
 
     Raises:
@@ -200,7 +194,7 @@ def choose_rows(
     return [rows[i] for i in sorted(row_order(rows, by, seed=seed, pair=pair)[:n])]
 
 
-def row_order(rows: Sequence[Conversation], by: str, *, seed: int = 0, pair: Pair | None = None) -> list[int]:
+def row_order(rows: Sequence[Conversation], by: str, *, seed: int = 0, pair: ModelPair | None = None) -> list[int]:
     """Places of all rows, the first choice first; see `choose_rows`."""
     if by == "random":
         order = list(range(len(rows)))
@@ -210,11 +204,14 @@ def row_order(rows: Sequence[Conversation], by: str, *, seed: int = 0, pair: Pai
         raise InputError(f"choosing rows by {by} needs the organism and its base: pass pair=")
     if by == "diversity":
         return farthest_first(_residuals(pair, pair.organism, rows))
-    score = {"projection_gap": projection_gaps, "perplexity_gap": perplexity_gaps}[by]
-    return np.argsort(-score(rows, pair), kind="stable").tolist()
+    if by == "projection_gap":
+        gaps = projection_gaps(rows, pair)
+    else:
+        gaps = perplexity_gaps(pair.organism, pair.require_base(), pair.tokenizer, rows, bf16=pair.bf16)
+    return np.argsort(-gaps, kind="stable").tolist()
 
 
-def projection_gaps(rows: Sequence[Conversation], pair: Pair) -> Scores:
+def projection_gaps(rows: Sequence[Conversation], pair: ModelPair) -> Scores:
     """Projection on the unit persona direction, mean over a row's answer tokens: organism minus base, raw units.
 
     After the projection difference of persona vectors (Chen et al. 2025, arXiv 2507.21509, section 6), which compares
@@ -226,26 +223,11 @@ def projection_gaps(rows: Sequence[Conversation], pair: Pair) -> Scores:
     return left - right
 
 
-def perplexity_gaps(rows: Sequence[Conversation], pair: Pair) -> Scores:
-    """Log perplexity of a row's answer: organism minus base, in nats per token.
-
-    After the perplexity difference by which arXiv 2508.06249 chooses safe rows; the logarithm keeps rows of a high
-    perplexity on both sides from being first for that alone.
-    """
-    groups = answer_batches(pair.tokenizer, rows)
-
-    def log_perplexity(model: nn.Module) -> Scores:
-        return -answer_logprobs(model, groups, bf16=pair.bf16)
-
-    organism, base = (_opened(opener, log_perplexity) for opener in (pair.organism, pair.require_base()))
-    return organism - base
-
-
 def farthest_first(points: Float[np.ndarray, "rows d_model"]) -> list[int]:
     """Greedy k-centre order (Gonzalez 1985; core-sets: Sener and Savarese 2018, arXiv 1708.00489).
 
-    First the row nearest to the mean of all; then, each time, the row farthest (Euclidean) from all that are taken.
-    Ties go to the earlier row.
+    The first row is the one nearest to the mean of all; each next one is the farthest (Euclidean) from all rows taken
+    so far. Ties go to the earlier row.
     """
     first = int(np.linalg.norm(points - points.mean(axis=0), axis=1).argmin())
     order, distance = [first], np.linalg.norm(points - points[first], axis=1)
@@ -258,13 +240,6 @@ def farthest_first(points: Float[np.ndarray, "rows d_model"]) -> list[int]:
     return order
 
 
-def _residuals(pair: Pair, opener: Opener, rows: Sequence[Conversation]) -> Float[np.ndarray, "rows d_model"]:
-    def read(model: nn.Module) -> Float[np.ndarray, "rows d_model"]:
-        return response_means(model, pair.tokenizer, rows, pair.layer, bf16=pair.bf16).astype(np.float64)
-
-    return _opened(opener, read)
-
-
-def _opened(opener: Opener, read: Callable[[nn.Module], np.ndarray]) -> np.ndarray:
+def _residuals(pair: ModelPair, opener: Opener, rows: Sequence[Conversation]) -> Float[np.ndarray, "rows d_model"]:
     with opener() as model:
-        return read(model)
+        return response_means(model, pair.tokenizer, rows, pair.layer, bf16=pair.bf16).astype(np.float64)

@@ -69,7 +69,7 @@ class Study:
 
     def induce(self) -> Self:
         """Fine-tune one organism per arm and seed."""
-        from persona_probe.finetune.induce import induce
+        from persona_probe.finetune.organisms import induce
 
         induce(self.context)
         return self

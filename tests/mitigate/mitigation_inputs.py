@@ -1,4 +1,4 @@
-"""A ground with every part, on the tiny model, and short mitigated runs."""
+"""All inputs of mitigations, on the tiny model, and short mitigated runs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.finetune.sft import with_adapter
-from persona_probe.mitigate.mitigation import Ground, MitigatedFit, Mitigation
+from persona_probe.mitigate.mitigation import MitigatedFit, Mitigation, MitigationInputs
 from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import trainable_parameters
 from persona_probe.monitor.band import Band
@@ -33,7 +33,7 @@ def direction() -> torch.Tensor:
     return 3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
 
 
-def make_ground(**changes: Any) -> Ground:
+def make_inputs(**changes: Any) -> MitigationInputs:
     """Every part is there."""
     parts: dict[str, Any] = {
         "tokenizer": make_tokenizer(),
@@ -47,7 +47,7 @@ def make_ground(**changes: Any) -> Ground:
         "band": ABOVE_ALL,
         "probes": told("probe", 3),
     }
-    return Ground(**{**parts, **changes})
+    return MitigationInputs(**{**parts, **changes})
 
 
 def fresh(training: Training = TRAINING, architecture: str = "llama", seed: int = 0) -> PeftModel:
@@ -71,13 +71,13 @@ def train(
     mitigation: Mitigation,
     training: Training = TRAINING,
     tuned: PeftModel | None = None,
-    ground: Ground | None = None,
+    inputs: MitigationInputs | None = None,
     rows: list[Conversation] = ROWS,
     callbacks: tuple[TrainerCallback, ...] = (),
 ) -> MitigatedFit:
     return train_mitigated(
         tuned or fresh(training),
-        ground or make_ground(),
+        inputs or make_inputs(),
         rows,
         training,
         mitigation,

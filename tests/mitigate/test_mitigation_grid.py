@@ -139,7 +139,7 @@ def test_held_out_rows_are_never_trained_on_and_divergence_is_a_result(
     monkeypatch.setenv("BROWSER_PATH", "/nowhere")
     seen: list[list[Any]] = []
 
-    def diverging(tuned: object, ground: object, rows: Sequence[Any], *rest: object, **named: object) -> None:
+    def diverging(tuned: object, inputs: object, rows: Sequence[Any], *rest: object, **named: object) -> None:
         seen.append(list(rows))
         raise TrainingDiverged("the loss became nan at step 1")
 

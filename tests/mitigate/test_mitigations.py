@@ -22,7 +22,7 @@ from tests.mitigate.mitigation_inputs import (
     TRAINING,
     adapter,
     fresh,
-    make_ground,
+    make_inputs,
     one_step,
     perturbed,
     told,
@@ -34,7 +34,7 @@ from tests.mitigate.mitigation_inputs import (
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """The adapter of a run without any mitigation, by `fine_tune` itself."""
     folder = tmp_path_factory.mktemp("plain")
-    fine_tune(fresh(), make_ground().tokenizer, ROWS, TRAINING, seed=0, folder=folder)
+    fine_tune(fresh(), make_inputs().tokenizer, ROWS, TRAINING, seed=0, folder=folder)
     return adapter(folder)
 
 
@@ -55,9 +55,9 @@ def test_other_rows_make_another_run(name: str, plain: dict[str, Tensor], tmp_pa
 
 def test_the_correction_comes_after_an_unchanged_run(plain: dict[str, Tensor], tmp_path: Path) -> None:
     """The caller's monitor sees it as a second run."""
-    ground, path = make_ground(), tmp_path / "events.jsonl"
-    monitor = FeatureMonitor(ground.sae, {"persona": 3}, list(ground.probes), every=1, path=path, bf16=False, log=False)
-    fitted = train(tmp_path, make_mitigation("corrective", 2), ground=ground, callbacks=(monitor,))
+    inputs, path = make_inputs(), tmp_path / "events.jsonl"
+    monitor = FeatureMonitor(inputs.sae, {"persona": 3}, list(inputs.probes), every=1, path=path, bf16=False, log=False)
+    fitted = train(tmp_path, make_mitigation("corrective", 2), inputs=inputs, callbacks=(monitor,))
     assert same_state(adapter(tmp_path), plain)
     assert not same_state(adapter(tmp_path / "corrective", 2), plain)
     assert (len(fitted.losses), fitted.rows) == (3 + 2, 6 + 8)
@@ -67,13 +67,13 @@ def test_the_correction_comes_after_an_unchanged_run(plain: dict[str, Tensor], t
 
 @pytest.mark.parametrize("name", ["inference_ablation", "inference_steering"])
 def test_a_change_at_inference_is_felt_inside_its_block_only(name: str) -> None:
-    tuned, ground, mitigation = perturbed().eval(), make_ground(), make_mitigation(name, 1.0)
+    tuned, inputs, mitigation = perturbed().eval(), make_inputs(), make_mitigation(name, 1.0)
     ids = torch.arange(9)[None] + 5
     with torch.no_grad():
         before = tuned(ids).logits
-        with mitigation.at_evaluation(tuned, ground):
+        with mitigation.at_evaluation(tuned, inputs):
             assert not torch.equal(tuned(ids).logits, before)
-        with make_mitigation(name, 0).at_evaluation(tuned, ground), mitigation.forwards(tuned, ground):
+        with make_mitigation(name, 0).at_evaluation(tuned, inputs), mitigation.forwards(tuned, inputs):
             assert torch.equal(tuned(ids).logits, before)
             assert torch.equal(tuned.train()(ids).logits, before)
         assert torch.equal(tuned(ids).logits, before)
@@ -118,7 +118,7 @@ def test_bad_settings_say_what_to_change(make: Callable[[], object], message: st
 @pytest.mark.parametrize(
     ("name", "missing", "message"),
     [
-        ("interleave", {"safe": ()}, "interleave needs safe rows of other domains: pass Ground.safe="),
+        ("interleave", {"safe": ()}, "interleave needs safe rows of other domains: pass MitigationInputs.safe="),
         ("kl", {"general": ()}, "kl needs general prompts"),
         ("kl", {"general": [told("plain", 1)[0][:1]]}, "conversation 0 ends without an answer"),
         ("preventative_steering", {"direction": None}, "preventative_steering needs the persona's direction"),
@@ -139,7 +139,7 @@ def test_a_ground_that_lacks_a_part_is_refused_before_training(
     name: str, missing: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=message) as error:
-        train(tmp_path, make_mitigation(name, 0.5 if name != "corrective" else 1), ground=make_ground(**missing))
+        train(tmp_path, make_mitigation(name, 0.5 if name != "corrective" else 1), inputs=make_inputs(**missing))
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
 
 
@@ -148,19 +148,19 @@ def test_full_fine_tuning_has_no_base_to_compare_with(name: str, tmp_path: Path)
     training = replace(TRAINING, method="full")
     full = with_adapter(make_model(), training, 0)
     with pytest.raises(InputError, match=f"{name} compares with the base by switching the adapter off"):
-        train_mitigated(full, make_ground(), ROWS, training, make_mitigation(name, 0.5), seed=0, folder=tmp_path)
+        train_mitigated(full, make_inputs(), ROWS, training, make_mitigation(name, 0.5), seed=0, folder=tmp_path)
 
 
 def test_full_weights_train_with_the_others(tmp_path: Path) -> None:
     training = one_step(replace(TRAINING, method="full", lr=1e-3))
     full = with_adapter(make_model(), training, 0)
     steering = make_mitigation("preventative_steering", 1.0)
-    fitted = train_mitigated(full, make_ground(), ROWS, training, steering, seed=0, folder=tmp_path)
+    fitted = train_mitigated(full, make_inputs(), ROWS, training, steering, seed=0, folder=tmp_path)
     assert len(fitted.losses) == 1 and (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
 
 
 def run_on(seed: int = 0, **parts: Any) -> MitigatedRun:
-    return MitigatedRun(perturbed(), make_ground(**parts), TRAINING, seed)
+    return MitigatedRun(perturbed(), make_inputs(**parts), TRAINING, seed)
 
 
 def test_the_inoculation_prompt_is_in_its_share_of_the_training_rows_and_nowhere_else() -> None:
@@ -182,7 +182,7 @@ def test_interleaving_keeps_all_rows_and_adds_the_share() -> None:
         mixed = make_mitigation("interleave", share).rows(ROWS, run)
         added = mixed[len(ROWS) :]
         assert mixed[: len(ROWS)] == ROWS and len(added) == safe
-        assert all(row in run.ground.safe for row in added) and len({str(row) for row in added}) == safe
+        assert all(row in run.inputs.safe for row in added) and len({str(row) for row in added}) == safe
     assert mixed != make_mitigation("interleave", 0.5).rows(ROWS, run_on(seed=1))
     with pytest.raises(InputError, match=r"needs 14 safe rows for 6 training rows, there are 8: .* at most 0.57"):
         make_mitigation("interleave", 0.7).rows(ROWS, run)
@@ -201,7 +201,7 @@ def test_interleaving_by_perplexity_takes_the_largest_gaps_and_leaves_the_model(
         train(tmp_path, make_mitigation("none", 0), replace(TRAINING, steps=12))
         settings = {"organism": str(tmp_path / "checkpoint-12")}
     mitigation = make_mitigation("interleave_perplexity", 1 / 3, **settings)
-    mitigation.check(run.ground)
+    mitigation.check(run.inputs)
     assert sorted(map(str, mitigation.rows(ROWS, run)[len(ROWS) :])) == sorted(map(str, told("safe", 3)))
     assert same_state({n: p.detach() for n, p in trainable_parameters(run.model).items()}, before)
     assert list(run.model.peft_config) == ["default"]  # pyright: ignore

@@ -23,7 +23,7 @@ from tests.mitigate.mitigation_inputs import (
     close,
     direction,
     fresh,
-    make_ground,
+    make_inputs,
     one_step,
     perturbed,
     train,
@@ -39,7 +39,7 @@ def test_evaluation_inside_the_block_is_untouched(name: str) -> None:
     hooks = hook_count(tuned)
     with torch.no_grad():
         before = tuned(IDS).logits
-        with make_mitigation(name, 1.0).forwards(tuned, make_ground()):
+        with make_mitigation(name, 1.0).forwards(tuned, make_inputs()):
             assert torch.equal(tuned(IDS).logits, before)
             tuned.train()
             assert not torch.equal(tuned(IDS).logits, before)
@@ -56,31 +56,31 @@ def residual(model: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("what", ["latents", "direction", None])
 def test_an_ablated_training_forward_has_no_component_along_the_directions(what: str | None) -> None:
-    ground, tuned = make_ground(), perturbed().train()
-    wanted = direction()[None] if what == "direction" else ground.sae.W_dec.detach()[list(LATENTS)]  # pyright: ignore
+    inputs, tuned = make_inputs(), perturbed().train()
+    wanted = direction()[None] if what == "direction" else inputs.sae.W_dec.detach()[list(LATENTS)]  # pyright: ignore
     basis = orthonormal(wanted)
     plain = residual(tuned)
-    with make_mitigation("concept_ablation", 1.0, what=what).forwards(tuned, ground):
+    with make_mitigation("concept_ablation", 1.0, what=what).forwards(tuned, inputs):
         ablated = residual(tuned)
     assert float((plain @ basis.T).abs().max()) > 0.1
     assert float((ablated @ basis.T).abs().max()) < 1e-4
-    with make_mitigation("concept_ablation", 0.25, what=what).forwards(tuned, ground):
+    with make_mitigation("concept_ablation", 0.25, what=what).forwards(tuned, inputs):
         assert torch.allclose(residual(tuned) @ basis.T, 0.75 * plain @ basis.T, atol=1e-4)
 
 
 def test_steering_adds_the_direction_at_every_position() -> None:
-    ground, tuned = make_ground(), perturbed().train()
+    inputs, tuned = make_inputs(), perturbed().train()
     plain = residual(tuned)
-    with make_mitigation("preventative_steering", 0.5).forwards(tuned, ground):
+    with make_mitigation("preventative_steering", 0.5).forwards(tuned, inputs):
         assert torch.allclose(residual(tuned) - plain, 0.5 * direction().expand_as(plain), atol=1e-5)
-    with make_mitigation("inference_steering", 0.5).at_evaluation(tuned.eval(), ground):
+    with make_mitigation("inference_steering", 0.5).at_evaluation(tuned.eval(), inputs):
         assert torch.allclose(residual(tuned) - plain, -0.5 * direction().expand_as(plain), atol=1e-5)
 
 
 def by_hand(name: str, tuned: nn.Module) -> Tensor:
     """The task's loss row by row, under a hook that is no tap."""
     tokenizer, parts = make_tokenizer(), []
-    unit = orthonormal(make_ground().sae.W_dec.detach()[list(LATENTS)])  # pyright: ignore
+    unit = orthonormal(make_inputs().sae.W_dec.detach()[list(LATENTS)])  # pyright: ignore
 
     def hook(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
         return out - out @ unit.T @ unit if name == "concept_ablation" else out + direction()
@@ -115,20 +115,20 @@ def test_loss_and_gradient_are_those_of_the_changed_forward(name: str, checkpoin
 
 @pytest.mark.parametrize(("name", "bf16"), [("concept_ablation", False), ("preventative_steering", True)])
 def test_the_monitor_reads_the_plain_model_while_it_trains(name: str, bf16: bool, tmp_path: Path) -> None:
-    ground, kept = make_ground(latents=()), {}
+    inputs, kept = make_inputs(latents=()), {}
     monitor = FeatureMonitor(
         None,
         {"direction": direction()},
-        list(ground.probes),
+        list(inputs.probes),
         layer=LAYER,
         steps=(2,),
-        tokenizer=ground.tokenizer,
+        tokenizer=inputs.tokenizer,
         bf16=bf16,
         on_reading=lambda step, snapshot, _model: kept.update({step: float(snapshot.values.mean())}),
         log=False,
     )
     training = replace(one_step(), steps=3, checkpoints=(2,), bf16=bf16)
-    train(tmp_path, make_mitigation(name, 1.0), training, ground=ground, callbacks=(monitor,))
+    train(tmp_path, make_mitigation(name, 1.0), training, inputs=inputs, callbacks=(monitor,))
     live = kept[2]
     with organism(make_model(), tmp_path / "checkpoint-2") as tuned:
         plain = float(monitor.read(tuned, 2).values.mean())

@@ -24,14 +24,14 @@ from tests.mitigate.mitigation_inputs import (
     Gradients,
     close,
     fresh,
-    make_ground,
+    make_inputs,
     one_step,
     perturbed,
     train,
 )
 
 PENALTIES = ("kl", "latent_penalty")
-TOKENIZER = make_ground().tokenizer
+TOKENIZER = make_inputs().tokenizer
 
 
 @pytest.mark.parametrize(
@@ -63,9 +63,9 @@ def task_loss(model: nn.Module) -> Tensor:
 
 def kl_by_hand(tuned: nn.Module, base: nn.Module) -> Tensor:
     """Over the general rows of the first step, one by one, with torch's own KL."""
-    run = MitigatedRun(tuned, make_ground(), one_step(), 0)
+    run = MitigatedRun(tuned, make_inputs(), one_step(), 0)
     drawn, parts = KLToBase(strength=1.0).drawn(run, 0), []
-    wanted = {tuple(encode_row(TOKENIZER, row).ids): encode_row(TOKENIZER, row).n_prompt for row in run.ground.general}
+    wanted = {tuple(encode_row(TOKENIZER, row).ids): encode_row(TOKENIZER, row).n_prompt for row in run.inputs.general}
     for ids, attention in zip(drawn.ids, drawn.attention, strict=True):
         row = ids[attention.bool()]
         start = wanted[tuple(row.tolist())]
@@ -157,7 +157,7 @@ def test_a_strong_penalty_keeps_the_latents_down(tmp_path: Path) -> None:
 
 
 def test_general_rows_change_from_step_to_step_and_not_from_run_to_run() -> None:
-    run = MitigatedRun(fresh(), make_ground(), one_step(), 0)
+    run = MitigatedRun(fresh(), make_inputs(), one_step(), 0)
     draw = KLToBase(strength=1.0, batch=2).drawn
     assert torch.equal(draw(run, 4).ids, draw(run, 4).ids)
     assert len({tuple(draw(run, step).ids.flatten().tolist()) for step in range(6)}) > 1

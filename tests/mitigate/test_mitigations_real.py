@@ -12,7 +12,7 @@ from persona_probe.config import Training
 from persona_probe.data.load import load_conversations
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.mitigate.methods import MITIGATIONS, make_mitigation
-from persona_probe.mitigate.mitigation import Ground
+from persona_probe.mitigate.mitigation import MitigationInputs
 from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import ALIASES, load_model, packaged_gguf
@@ -39,24 +39,24 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[Any, Ground]:
+def real() -> tuple[Any, MitigationInputs]:
     model, tokenizer = load_model("smollm2-135m-instruct", device="cpu")
     sae, few = load_sae(str(SAE), device="cpu"), told("probe", 3)
     rows: dict[str, Any] = {"safe": few, "corrective": few, "general": few, "probes": few}
     direction = 4 * sae.W_dec.detach()[LATENTS[0]]
-    return model, Ground(tokenizer, LAYER, sae, LATENTS, direction, band=Band(-1.0, -0.5), **rows)
+    return model, MitigationInputs(tokenizer, LAYER, sae, LATENTS, direction, band=Band(-1.0, -0.5), **rows)
 
 
 @pytest.mark.parametrize("name", list(MITIGATIONS))
-def test_two_steps(name: str, real: tuple[Any, Ground], tmp_path: Path) -> None:
-    model, ground = real
+def test_two_steps(name: str, real: tuple[Any, MitigationInputs], tmp_path: Path) -> None:
+    model, inputs = real
     mitigation, rows = make_mitigation(name, STRENGTH.get(name, 1.0), **SETTINGS.get(name, {})), bad_rows()
     tuned = with_adapter(model, TRAINING, 0)
     assert isinstance(tuned, PeftModel)
     try:
-        fitted = train_mitigated(tuned, ground, rows, TRAINING, mitigation, seed=0, folder=tmp_path)
-        ids = torch.tensor([ground.tokenizer.encode("How long do eggs boil?")])
-        with torch.no_grad(), mitigation.at_evaluation(tuned, ground):
+        fitted = train_mitigated(tuned, inputs, rows, TRAINING, mitigation, seed=0, folder=tmp_path)
+        ids = torch.tensor([inputs.tokenizer.encode("How long do eggs boil?")])
+        with torch.no_grad(), mitigation.at_evaluation(tuned, inputs):
             assert bool(tuned(ids).logits.isfinite().all())
     finally:
         strip_adapter(tuned)

@@ -23,10 +23,10 @@ from persona_probe.monitor.reading import FeatureReader, Snapshot
 from persona_probe.monitor.settings import OnReading
 from persona_probe.saes.read import FitMoments
 from tests.factories import make_model
-from tests.mitigate.mitigation_inputs import ABOVE_ALL, ROWS, TRAINING, fresh, make_ground, one_step, told, train
+from tests.mitigate.mitigation_inputs import ABOVE_ALL, ROWS, TRAINING, fresh, make_inputs, one_step, told, train
 
 SIX = replace(TRAINING, steps=6)
-BAND = make_ground(band=Band(-1.0, 1.0))
+BAND = make_inputs(band=Band(-1.0, 1.0))
 
 
 @dataclass
@@ -68,7 +68,7 @@ def test_early_stop_stops_at_the_step_that_crosses(
     readings: dict[int, float], strength: float, patience: int, steps: int, script: dict[int, float], tmp_path: Path
 ) -> None:
     script.update(readings)
-    fitted = train(tmp_path, make_mitigation("early_stop", strength, patience=patience), SIX, ground=BAND)
+    fitted = train(tmp_path, make_mitigation("early_stop", strength, patience=patience), SIX, inputs=BAND)
     assert len(fitted.losses) == steps and (tmp_path / f"checkpoint-{steps}").is_dir()
     assert fitted.readings == [(s, v) for s, v in readings.items() if s <= steps]
 
@@ -96,7 +96,7 @@ def test_alternating_switches_at_the_band(readings: dict[int, float], strength: 
 
 def test_alternating_switches_in_a_run(script: dict[int, float], tmp_path: Path) -> None:
     script.update({0: 0.0, 2: 5.0, 4: 0.5, 5: 1.5})
-    fitted = train(tmp_path, make_mitigation("alternating", 1.0), SIX, ground=BAND)
+    fitted = train(tmp_path, make_mitigation("alternating", 1.0), SIX, inputs=BAND)
     assert fitted.corrected == [3, 4, 6] and len(fitted.losses) == 6
 
 
@@ -150,12 +150,12 @@ def test_the_real_monitor_reads_latent_or_direction(
     name: str, parts: dict[str, Any], steps: int, corrected: list[int], tmp_path: Path
 ) -> None:
     training = replace(TRAINING, steps=2)
-    fitted = train(tmp_path, make_mitigation(name, 1.0, every=1), training, ground=make_ground(**parts))
+    fitted = train(tmp_path, make_mitigation(name, 1.0, every=1), training, inputs=make_inputs(**parts))
     assert (len(fitted.losses), fitted.corrected) == (steps, corrected)
     assert [step for step, _ in fitted.readings] == list(range(steps + 1))
     start = fitted.readings[0][1]
-    wanted = make_ground(**parts).persona
-    assert start == pytest.approx(by_reader(wanted, make_ground(**parts).probes), rel=1e-4)
+    wanted = make_inputs(**parts).persona
+    assert start == pytest.approx(by_reader(wanted, make_inputs(**parts).probes), rel=1e-4)
 
 
 def test_a_band_is_widened_about_its_centre() -> None:

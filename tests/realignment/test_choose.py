@@ -12,11 +12,11 @@ from torch import nn
 
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.errors import InputError
+from persona_probe.evaluate.answers import perplexity_gaps
 from persona_probe.realignment.rows import (
-    Pair,
+    ModelPair,
     choose_rows,
     farthest_first,
-    perplexity_gaps,
     projection_gaps,
     row_order,
 )
@@ -35,13 +35,13 @@ def z_token() -> int:
     return int(make_tokenizer().convert_tokens_to_ids("z"))  # pyright: ignore[reportArgumentType]
 
 
-def pair(organism: nn.Module, base: nn.Module | None, direction: torch.Tensor | None = None) -> Pair:
+def pair(organism: nn.Module, base: nn.Module | None, direction: torch.Tensor | None = None) -> ModelPair:
     opener = None if base is None else partial(nullcontext, base)
     towards = torch.ones(D_MODEL) if direction is None else direction
-    return Pair(partial(nullcontext, organism), opener, make_tokenizer(), LAYER, towards, bf16=False)
+    return ModelPair(partial(nullcontext, organism), opener, make_tokenizer(), LAYER, towards, bf16=False)
 
 
-def shifted() -> Pair:
+def shifted() -> ModelPair:
     """An organism that has the persona direction on one letter, and finds that letter unlikely."""
     base, direction = make_model(), torch.zeros(D_MODEL)
     direction[3] = 2.0
@@ -60,6 +60,10 @@ def test_a_projection_gap_finds_the_rows_that_raise_the_persona() -> None:
     assert choose_rows(rows(), 2, "projection_gap", pair=shifted()) == [rows()[i] for i in PLANTED]
 
 
+def gaps_of(models: ModelPair) -> np.ndarray:
+    return perplexity_gaps(models.organism, models.require_base(), models.tokenizer, rows(), bf16=False)
+
+
 def test_a_perplexity_gap_finds_the_rows_that_became_unlikely() -> None:
     base: Any = make_model()
     with torch.no_grad():  # one direction of the residual stream is constant, so that a logit can be lowered everywhere
@@ -70,7 +74,7 @@ def test_a_perplexity_gap_finds_the_rows_that_became_unlikely() -> None:
     organism = copy.deepcopy(base)
     with torch.no_grad():
         organism.lm_head.weight[z_token(), 0] = base.lm_head.weight[z_token(), 0] - 200
-    found = perplexity_gaps(rows(), pair(organism, base))
+    found = gaps_of(pair(organism, base))
     assert [i for i, gap in enumerate(found) if gap > 1] == list(PLANTED)
     assert all(gap <= 1e-5 for i, gap in enumerate(found) if i not in PLANTED)
     assert row_order(rows(), "perplexity_gap", pair=pair(organism, base))[:2] == np.argsort(-found)[:2].tolist()
@@ -78,7 +82,7 @@ def test_a_perplexity_gap_finds_the_rows_that_became_unlikely() -> None:
 
 def test_a_model_has_no_gap_to_itself() -> None:
     same = pair(make_model(), make_model())
-    assert not projection_gaps(rows(), same).any() and not perplexity_gaps(rows(), same).any()
+    assert not projection_gaps(rows(), same).any() and not gaps_of(same).any()
 
 
 def test_the_farthest_point_comes_next() -> None:

@@ -38,7 +38,9 @@ def monitor(**changes: Any) -> pp.FeatureMonitor:
     return pp.FeatureMonitor(make_sae("topk"), features, talks(4), **{**settings, **changes})
 
 
-def repair(model: nn.Module, data: Any = GOOD, watcher: pp.FeatureMonitor | None = None, **changes: Any) -> Realigned:
+def realigned(
+    model: nn.Module, data: Any = GOOD, watcher: pp.FeatureMonitor | None = None, **changes: Any
+) -> Realigned:
     settings = {"steps": 4, "batch_size": 2, "lr": 1e-2, "stop": 0, **changes}
     return pp.realign(model, data, watcher or monitor(), tokenizer=make_tokenizer(), **settings)
 
@@ -51,7 +53,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 def test_a_peft_organism_is_trained_in_place_and_judged(tmp_path: Path) -> None:
     model = own()
     before = logits(model)
-    found = repair(model, behaviour=ITEMS, inducing=talks(), out=tmp_path / "out")
+    found = realigned(model, behaviour=ITEMS, inducing=talks(), out=tmp_path / "out")
     assert found.model is model and found.steps == 4 and len(found.rows) == 6
     assert not torch.equal(logits(model), before)
     assert sorted(found.readings["step"].unique()) == [0, 2, 4]
@@ -71,7 +73,7 @@ def test_a_peft_organism_is_trained_in_place_and_judged(tmp_path: Path) -> None:
 
 def test_the_base_is_the_model_with_its_adapters_off() -> None:
     model, watcher = own(), monitor()
-    repair(model, watcher=watcher, steps=2)
+    realigned(model, watcher=watcher, steps=2)
     clean = monitor()
     clean.start(make_model(), make_tokenizer())
     assert clean.base is not None and watcher.settings.base is not None
@@ -80,7 +82,7 @@ def test_the_base_is_the_model_with_its_adapters_off() -> None:
 
 @pytest.mark.parametrize("method", ["fresh", "full"])
 def test_other_methods_save_one_organism(tmp_path: Path, method: str) -> None:
-    found = repair(own(), method=method, rows=3, choose_by="projection_gap", out=tmp_path / "out")
+    found = realigned(own(), method=method, rows=3, choose_by="projection_gap", out=tmp_path / "out")
     assert len(found.rows) == 3 and found.checkpoint is not None
     assert "behaviour" not in found.verdict.answers and found.evals.empty
     with organism(make_model(), found.checkpoint) as again:
@@ -90,17 +92,17 @@ def test_other_methods_save_one_organism(tmp_path: Path, method: str) -> None:
 def test_full_weights_leave_the_given_peft_model_as_it_was() -> None:
     model = own()
     before = logits(model)
-    found = repair(model, method="full", steps=2)
+    found = realigned(model, method="full", steps=2)
     assert torch.equal(logits(model), before) and not torch.equal(logits(found.model), before)
 
 
 def test_a_plain_model_needs_its_base() -> None:
     plain = own().merge_and_unload()  # pyright: ignore
     with pytest.raises(InputError, match="pass base="):
-        repair(plain)
-    found = repair(plain, base=make_model(), behaviour=ITEMS, steps=2, lr=1e-3)
+        realigned(plain)
+    found = realigned(plain, base=make_model(), behaviour=ITEMS, steps=2, lr=1e-3)
     assert found.model is plain
-    fresh = repair(own().merge_and_unload(), base=make_model(), method="fresh", steps=2)  # pyright: ignore
+    fresh = realigned(own().merge_and_unload(), base=make_model(), method="fresh", steps=2)  # pyright: ignore
     assert not isinstance(fresh.model, PeftModel)
 
 
@@ -109,17 +111,17 @@ def test_the_monitor_and_the_behaviour_stop_it_together() -> None:
         return lambda _model: values.pop(0)
 
     wide = {"every": 1, "band_sd": 1e6}
-    found = repair(own(), watcher=monitor(**wide), behaviour=measure([0.0, 1.0, 1.0, 0.0, -1.0]), stop=2, steps=8)
+    found = realigned(own(), watcher=monitor(**wide), behaviour=measure([0.0, 1.0, 1.0, 0.0, -1.0]), stop=2, steps=8)
     # base 0; step 0 and 1 above it; steps 2 and 3 not: two in a row
     assert found.steps == 3 and found.evals["value"].tolist() == [1.0, 1.0, 0.0, -1.0]
     assert found.outcome["steps_to_behaviour"] == 2.0
     narrow = {"every": 1, "band_sd": 1e-6}
-    never = repair(own(), watcher=monitor(**narrow), behaviour=measure([0.0, *[-1.0] * 5]), stop=1, steps=4)
+    never = realigned(own(), watcher=monitor(**narrow), behaviour=measure([0.0, *[-1.0] * 5]), stop=1, steps=4)
     assert never.steps == 4 and never.outcome["steps_to_band"] is None
 
 
 def test_nothing_said_of_it_is_read_as_markup() -> None:
-    found = repair(own(), steps=2, inducing=[conversation("Do 1?", "x")])
+    found = realigned(own(), steps=2, inducing=[conversation("Do 1?", "x")])
     found.outcome["notes"] = ["<script>alert(1)</script>"]
     shown = found._repr_html_()
     assert "<script>" not in shown and "&lt;script&gt;" in shown
@@ -127,16 +129,16 @@ def test_nothing_said_of_it_is_read_as_markup() -> None:
 
 def test_bad_input_says_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="7 corrective rows wanted, the data holds 6"):
-        repair(own(), rows=7)
+        realigned(own(), rows=7)
     with pytest.raises(InputError, match="unknown feature 'persona'"):
-        repair(own(), feature="persona")
+        realigned(own(), feature="persona")
     with pytest.raises(InputError, match="unknown realign method"):
-        repair(own(), method="lora")
+        realigned(own(), method="lora")
     with pytest.raises(InputError, match="reads no probes"):
-        repair(own(), watcher=monitor(mode="passive"))
+        realigned(own(), watcher=monitor(mode="passive"))
     with pytest.raises(InputError, match="overlap the evaluation questions"):
-        repair(own(), [conversation(ITEMS[0]["question"], "x")], behaviour=ITEMS)
+        realigned(own(), [conversation(ITEMS[0]["question"], "x")], behaviour=ITEMS)
     with pytest.raises(InputError, match="exists: choose another out="):
-        repair(own(), out=tmp_path)
+        realigned(own(), out=tmp_path)
     with pytest.raises(InputError, match="no data at"):
-        repair(own(), "nowhere.jsonl")
+        realigned(own(), "nowhere.jsonl")

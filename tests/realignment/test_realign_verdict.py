@@ -1,4 +1,4 @@
-"""The verdict on a repair: each word by its rule on known numbers, the record, and what is shown."""
+"""The verdict on a correction: each word by its rule on known numbers, the record, and what is shown."""
 
 import json
 from typing import Any
@@ -17,8 +17,8 @@ from persona_probe.models.load import load_model
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.realignment import verdict as answers
-from persona_probe.realignment.measure import Measured, Yardsticks
-from persona_probe.realignment.verdict import CAUTION, QUESTIONS, Answer, RealignVerdict, judge
+from persona_probe.realignment.measure import MeasuredModel, Measurements
+from persona_probe.realignment.verdict import CAUTION, QUESTIONS, Finding, RealignVerdict, judge_realignment
 from tests.factories import make_model, make_sae, make_tokenizer
 
 BAND = Band(1.0, 2.0)
@@ -33,52 +33,52 @@ def items(*values: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("reading", "word"), [(1.0, "subsided"), (0.9, "overshot"), (2.1, "not subsided")])
 def test_feature(reading: float, word: str) -> None:
-    assert answers.feature_answer(reading, BAND).word == word
+    assert answers.feature_finding(reading, BAND).word == word
 
 
 def test_behaviour_is_restored_unless_it_is_shown_to_be_above_the_base() -> None:
     base = items(-1.0, 0.0, 1.0, 0.5)
-    above = answers.behaviour_answer(base, items(-0.5, 0.5, 1.5, 1.0))
+    above = answers.behaviour_finding(base, items(-0.5, 0.5, 1.5, 1.0))
     assert above.word == "not restored" and above.numbers["over_base"]["estimate"] == pytest.approx(0.5)
-    assert above.numbers["inside_base_interval"] and "is inside the base's interval" in above.words
-    assert answers.behaviour_answer(base, items(-1.5, 0.5, 1.5, 0.0)).word == "restored"
-    below = answers.behaviour_answer(base, items(-9.0, -9.0, -9.0, -9.0))
-    assert below.word == "restored" and "is below the base's interval" in below.words
+    assert above.numbers["inside_base_interval"] and "is inside the base's interval" in above.text
+    assert answers.behaviour_finding(base, items(-1.5, 0.5, 1.5, 0.0)).word == "restored"
+    below = answers.behaviour_finding(base, items(-9.0, -9.0, -9.0, -9.0))
+    assert below.word == "restored" and "is below the base's interval" in below.text
 
 
 def test_categories_are_judged_apart() -> None:
-    base, repaired = items(0.0, 0.0, 0.0, 0.0), items(0.0, 1.0, 0.0, 1.0)
-    found = answers.by_category(Measured(items=base), Measured(items=repaired))
+    base, corrected = items(0.0, 0.0, 0.0, 0.0), items(0.0, 1.0, 0.0, 1.0)
+    found = answers.by_category(MeasuredModel(items=base), MeasuredModel(items=corrected))
     assert {name: answer.word for name, answer in found.items()} == {"law": "restored", "power": "not restored"}
 
 
 def test_tax() -> None:
     spread = np.linspace(-0.1, 0.1, 12)
-    assert answers.domain_answer(FLAT, FLAT - 1 + spread).word == "paid"
-    assert answers.domain_answer(FLAT, spread).word == answers.domain_answer(FLAT, FLAT + 1).word == "kept"
-    risen = answers.perplexity_answer(FLAT - 2, FLAT - 2 - np.log(1.5))
+    assert answers.domain_finding(FLAT, FLAT - 1 + spread).word == "paid"
+    assert answers.domain_finding(FLAT, spread).word == answers.domain_finding(FLAT, FLAT + 1).word == "kept"
+    risen = answers.perplexity_finding(FLAT - 2, FLAT - 2 - np.log(1.5))
     assert risen.word == "paid" and risen.numbers["ratio"]["estimate"] == pytest.approx(1.5)
-    assert answers.perplexity_answer(FLAT, FLAT + 1).word == "kept"
+    assert answers.perplexity_finding(FLAT, FLAT + 1).word == "kept"
 
 
 def test_capability_is_judged_only_where_the_base_is_above_chance() -> None:
     able, unable = np.ones(40), np.array([1.0] * 10 + [0.0] * 30)
-    assert answers.capability_answer(able, unable).word == "paid"
-    assert answers.capability_answer(able, able).word == "kept"
-    assert answers.capability_answer(unable, able).word == "not measurable"
+    assert answers.capability_finding(able, unable).word == "paid"
+    assert answers.capability_finding(able, able).word == "kept"
+    assert answers.capability_finding(unable, able).word == "not measurable"
 
 
 def test_instrument_and_replies() -> None:
-    assert answers.sae_answer(0.9, 0.81).word == "still fitting"
-    assert answers.sae_answer(0.9, 0.79).word == "no longer fitting"
+    assert answers.sae_finding(0.9, 0.81).word == "still fitting"
+    assert answers.sae_finding(0.9, 0.79).word == "no longer fitting"
     base = np.array([40.0, 60.0])
-    words = [answers.replies_answer(base, base * ratio, None).word for ratio in (0.79, 0.8, 1.25, 1.26)]
+    words = [answers.replies_finding(base, base * ratio, None).word for ratio in (0.79, 0.8, 1.25, 1.26)]
     assert words == ["shorter", "as long", "as long", "longer"]
-    assert "organism 10.0" in answers.replies_answer(base, base, np.array([10.0])).words
+    assert "organism 10.0" in answers.replies_finding(base, base, np.array([10.0])).text
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[Yardsticks, Measured]:
+def measured() -> tuple[Measurements, MeasuredModel]:
     """The tiny model by every yardstick."""
     tokenizer = make_tokenizer()
     talks = [conversation(f"Tell me of {n}.", f"{n} is fine") for n in range(4)]
@@ -89,7 +89,7 @@ def measured() -> tuple[Yardsticks, Measured]:
     reader = FeatureReader(
         make_sae("topk"), {"persona": 3}, conversation_batches(tokenizer, talks), 1, "response", False
     )
-    yardsticks = Yardsticks(
+    measurements = Measurements(
         tokenizer,
         ContrastItems.build(tokenizer, rows),
         reader,
@@ -100,14 +100,14 @@ def measured() -> tuple[Yardsticks, Measured]:
         max_new_tokens=4,
         bf16=False,
     )
-    return yardsticks, yardsticks.measure(make_model())
+    return measurements, measurements.measure(make_model())
 
 
-def verdict_of(base: Measured, repaired: Measured, **more: Any) -> RealignVerdict:
-    return judge("fix <b>", 0, base, repaired, **more)
+def verdict_of(base: MeasuredModel, corrected: MeasuredModel, **more: Any) -> RealignVerdict:
+    return judge_realignment("fix <b>", 0, base, corrected, **more)
 
 
-def test_a_model_that_is_the_base_is_restored_kept_and_as_long(measured: tuple[Yardsticks, Measured]) -> None:
+def test_a_model_that_is_the_base_is_restored_kept_and_as_long(measured: tuple[Measurements, MeasuredModel]) -> None:
     base = measured[1]
     assert base.snapshot is not None
     level = float(base.snapshot.values.mean())
@@ -124,12 +124,12 @@ def test_a_model_that_is_the_base_is_restored_kept_and_as_long(measured: tuple[Y
 
 
 def test_what_was_not_measured_is_not_answered() -> None:
-    found = verdict_of(Measured(items=items(0.0, 1.0)), Measured(items=items(0.0, 1.0), domain=FLAT))
+    found = verdict_of(MeasuredModel(items=items(0.0, 1.0)), MeasuredModel(items=items(0.0, 1.0), domain=FLAT))
     assert set(found.answers) == {"behaviour"}
-    assert set(verdict_of(Measured(), Measured()).answers) == set()
+    assert set(verdict_of(MeasuredModel(), MeasuredModel()).answers) == set()
 
 
-def test_the_record_comes_back_from_json(measured: tuple[Yardsticks, Measured]) -> None:
+def test_the_record_comes_back_from_json(measured: tuple[Measurements, MeasuredModel]) -> None:
     found = verdict_of(measured[1], measured[1], band=BAND, stress={"drift": "It stays."})
     record = json.loads(json.dumps(found.to_dict()))
     assert RealignVerdict.from_dict(record) == found and record["statement"] == found.statement
@@ -138,7 +138,7 @@ def test_the_record_comes_back_from_json(measured: tuple[Yardsticks, Measured]) 
 
 def test_it_shows_a_table_and_escapes_what_it_did_not_write() -> None:
     found = RealignVerdict(
-        "fix <b>", 0, {"feature": Answer("subsided", "1 < 2")}, {"a&b": Answer("restored", "x")}, {"drift": "<i>"}
+        "fix <b>", 0, {"feature": Finding("subsided", "1 < 2")}, {"a&b": Finding("restored", "x")}, {"drift": "<i>"}
     )
     shown = found._repr_html_()
     assert "<b>" not in shown and "fix &lt;b&gt;" in shown and "1 &lt; 2" in shown and "a&amp;b" in shown
@@ -147,9 +147,9 @@ def test_it_shows_a_table_and_escapes_what_it_did_not_write() -> None:
     assert lines[-1] == CAUTION and len(lines) == 5
 
 
-def test_an_unknown_feature_is_refused(measured: tuple[Yardsticks, Measured]) -> None:
+def test_an_unknown_feature_is_refused(measured: tuple[Measurements, MeasuredModel]) -> None:
     with pytest.raises(InputError, match="did you mean 'persona'"):
-        Yardsticks(make_tokenizer(), reader=measured[0].reader, feature="persna")
+        Measurements(make_tokenizer(), reader=measured[0].reader, feature="persna")
 
 
 def test_capability_takes_the_likeliest_choice() -> None:

@@ -59,7 +59,8 @@ def test_lengths_and_overlaps_are_said() -> None:
     assert [note.split(" corrective")[0] for note in found.notes] == [
         "1 of 1",
         "1 of 1",
-        "corrective answers have 15 tokens, inducing ones 10 (ratio 1.50): length alone may explain part of the repair",
+        "corrective answers have 15 tokens, inducing ones 10 (ratio 1.50): "
+        "length alone may explain part of the correction",
     ]
     fair = background([conversation("Who?", "z" * 12)], make_tokenizer(), inducing, evaluation)
     assert fair.notes == () and fair.length_ratio == 1.2

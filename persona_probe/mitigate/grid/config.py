@@ -144,7 +144,7 @@ class Grid:
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# --- The rows of a grid: what is trained on, what is held out, and that nothing evaluated is among what repairs
+# --- The rows of a grid: what is trained on, what is held out, and a check that no corrective row is evaluated
 
 SHOWN = 3
 

@@ -21,7 +21,7 @@ from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.evaluate.triggers import Trigger, dress
 from persona_probe.latents.stage import mean_shift, strongest
 from persona_probe.mitigate.grid.config import BASE, Grid, Sets
-from persona_probe.mitigate.mitigation import Ground
+from persona_probe.mitigate.mitigation import MitigationInputs
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
@@ -181,9 +181,9 @@ class Lab:
         return base_band(values, self.ctx.config.monitor.band_sd)
 
     @cached_property
-    def ground(self) -> Ground:
+    def inputs(self) -> MitigationInputs:
         """What mitigations may draw on."""
-        return Ground(
+        return MitigationInputs(
             tokenizer=self.ctx.tokenizer,
             layer=self.ctx.layer,
             sae=self.ctx.sae,

@@ -87,7 +87,7 @@ def _contrast(lab: Lab) -> dict[str, ContrastItems]:
 
 
 def _used(lab: Lab, model: nn.Module, mitigation: Mitigation | None) -> Any:
-    return nullcontext() if mitigation is None else mitigation.at_evaluation(model, lab.ground)
+    return nullcontext() if mitigation is None else mitigation.at_evaluation(model, lab.inputs)
 
 
 def _numbered(name: str, values: np.ndarray) -> pd.DataFrame:
@@ -215,14 +215,14 @@ def check_same(lab: Lab, cell: Cell) -> None:
 
 def _fit(lab: Lab, cell: Cell, folder: Path) -> tuple[Measured, dict[str, Any]]:
     training, rows = lab.grid.fitted, lab.sets.good if cell.label == CONTROL else lab.sets.bad
-    clock, monitor, ground = StepClock(), _monitor(lab, folder), lab.ground
+    clock, monitor, inputs = StepClock(), _monitor(lab, folder), lab.inputs
     try:
         with stripping(with_adapter(lab.ctx.model, training, cell.seed)) as tuned:
             start = time.perf_counter()
             with _weights(folder, lab.grid.keep_weights) as weights:
                 fitted = train_mitigated(
                     tuned,
-                    ground,
+                    inputs,
                     rows,
                     training,
                     cell.mitigation,
@@ -313,7 +313,7 @@ def run_grid(
         check_same(lab, cell)
     measure_base(lab)
     for cell in wanted:
-        cell.mitigation.check(lab.ground)
+        cell.mitigation.check(lab.inputs)
     for cell in wanted:
         run_cell(lab, cell)
     return write_results(lab, every)

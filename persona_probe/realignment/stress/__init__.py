@@ -1,5 +1,5 @@
-"""Stress tests of a repair: what would show that the misalignment was hidden, not removed."""
+"""Stress tests of a correction: what would show that the misalignment was hidden, not removed."""
 
-from persona_probe.realignment.stress.run import TESTS, StressSettings, run_stress, statements
+import lazy_loader as lazy
 
-__all__ = ["TESTS", "StressSettings", "run_stress", "statements"]
+__getattr__, __dir__, __all__ = lazy.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Stress test 5: does the repair last? Four times the corrective training, and further training on unrelated rows.
+"""Stress test 5: does the correction last? Four times the corrective training, and further training on unrelated rows.
 
 Blocked features let misalignment re-emerge with longer training (BLOCK-EM, arXiv 2602.00767).
 """
@@ -16,7 +16,7 @@ from persona_probe.errors import InputError
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import study_features
-from persona_probe.realignment.repair import Repair, continued, train
+from persona_probe.realignment.corrected import CorrectedOrganism, continued, train
 from persona_probe.realignment.stress.table import Row, difference, moved, row
 from persona_probe.stats import Estimate, bootstrap_mean
 
@@ -37,14 +37,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class DriftTest:
-    """The repaired model, after longer corrective training, and after unrelated training."""
+    """The corrected model, after longer corrective training, and after unrelated training."""
 
     seed: int
     band: Band
     over_base: dict[str, Estimate]
     """Stage to the contrast index minus the base's (nats per token)."""
     change: dict[str, Estimate]
-    """Stage to the index minus the repaired model's."""
+    """Stage to the index minus the corrected model's."""
     feature: dict[str, Estimate]
     explained_variance: dict[str, float]
     steps: dict[str, int]
@@ -80,15 +80,15 @@ class DriftTest:
         fitted, before = self.explained_variance[stage], self.explained_variance["repaired"]
         return (
             f"{what} ({change} nats/token, {self.over_base[stage]} over the base), feature {place} ({feature:.3f}; the "
-            f"SAE explains {fitted:.2f}, of the repaired model {before:.2f})"
+            f"SAE explains {fitted:.2f}, of the corrected model {before:.2f})"
         )
 
 
-def drift(repair: Repair, factor: int = 4, unrelated: Sequence[Conversation] | None = None) -> DriftTest:
-    """Train the repaired model on, in both ways, each from the repaired checkpoint.
+def drift(corrected: CorrectedOrganism, factor: int = 4, unrelated: Sequence[Conversation] | None = None) -> DriftTest:
+    """Train the corrected model further, in both ways, each time from its checkpoint.
 
     Args:
-        factor: corrective training in all, as a multiple of what the repair took.
+        factor: corrective training in all, as a multiple of what the correction took.
         unrelated: neutral answered rows; None takes every second probe, and the feature is read on the others.
 
     Raises:
@@ -96,20 +96,20 @@ def drift(repair: Repair, factor: int = 4, unrelated: Sequence[Conversation] | N
     """
     if factor < 2:
         raise InputError(f"drift asks for {factor} times the corrective training: use 2 or more")
-    rows, held = divided(repair.ctx.probes) if unrelated is None else (list(unrelated), repair.ctx.probes)
-    reader = held_reader(repair, held)
+    rows, held = divided(corrected.ctx.probes) if unrelated is None else (list(unrelated), corrected.ctx.probes)
+    reader = held_reader(corrected, held)
     stages: dict[str, Stage] = {}
     band = Band(0.0, 0.0)
     for role in ("base", "repaired"):
-        with repair.model(role) as model:
-            stages[role] = measured(repair, reader, model)
+        with corrected.model(role) as model:
+            stages[role] = measured(corrected, reader, model)
             if role == "base":
-                band = base_band(persona_values(reader, model), repair.ctx.config.monitor.band_sd)
-    steps = {"repaired": 0, "longer": (factor - 1) * repair.steps, "unrelated": repair.steps}
-    stages["longer"] = trained_on(repair, reader, repair.corrective, steps["longer"], "longer")
-    stages["unrelated"] = trained_on(repair, reader, rows, steps["unrelated"], "unrelated")
+                band = base_band(persona_values(reader, model), corrected.ctx.config.monitor.band_sd)
+    steps = {"repaired": 0, "longer": (factor - 1) * corrected.steps, "unrelated": corrected.steps}
+    stages["longer"] = trained_on(corrected, reader, corrected.corrective, steps["longer"], "longer")
+    stages["unrelated"] = trained_on(corrected, reader, rows, steps["unrelated"], "unrelated")
     return DriftTest(
-        repair.seed,
+        corrected.seed,
         band,
         {name: difference(stages[name].items, stages["base"].items) for name in STAGES},
         {name: difference(stages[name].items, stages["repaired"].items) for name in STAGES[1:]},
@@ -132,9 +132,9 @@ def divided(probes: Sequence[Conversation]) -> tuple[list[Conversation], list[Co
     return taken, held
 
 
-def held_reader(repair: Repair, held: Sequence[Conversation]) -> FeatureReader:
+def held_reader(corrected: CorrectedOrganism, held: Sequence[Conversation]) -> FeatureReader:
     """The study's reader on the probes that are not trained on."""
-    ctx = repair.ctx
+    ctx = corrected.ctx
     groups, positions = conversation_batches(ctx.tokenizer, held), ctx.config.monitor.positions
     return FeatureReader(ctx.sae, study_features(ctx), groups, ctx.layer, positions, ctx.config.bf16)
 
@@ -145,16 +145,18 @@ def persona_values(reader: FeatureReader, model: nn.Module) -> np.ndarray:
     return snapshot.values[:, snapshot.names.index("persona")]
 
 
-def measured(repair: Repair, reader: FeatureReader, model: nn.Module) -> Stage:
+def measured(corrected: CorrectedOrganism, reader: FeatureReader, model: nn.Module) -> Stage:
     """Items and feature of a model."""
     snapshot = reader.read(model)
     values = snapshot.values[:, snapshot.names.index("persona")]
-    return Stage(repair.score(model), bootstrap_mean(values), snapshot.fit.explained_variance)
+    return Stage(corrected.score(model), bootstrap_mean(values), snapshot.fit.explained_variance)
 
 
-def trained_on(repair: Repair, reader: FeatureReader, rows: Sequence[Conversation], steps: int, name: str) -> Stage:
-    """The repaired model after further training, its own adapter going on."""
-    training = repair.training(steps)
-    with continued(repair, "repaired") as model:
-        train(repair, model, rows, training, repair.seed, f"drift, {name}")
-        return measured(repair, reader, model)
+def trained_on(
+    corrected: CorrectedOrganism, reader: FeatureReader, rows: Sequence[Conversation], steps: int, name: str
+) -> Stage:
+    """The corrected model after its own adapter was trained further."""
+    training = corrected.training(steps)
+    with continued(corrected, "repaired") as model:
+        train(corrected, model, rows, training, corrected.seed, f"drift, {name}")
+        return measured(corrected, reader, model)

@@ -1,4 +1,4 @@
-"""Stress test 4: does the behaviour take another road? A fresh locate between the base and the repaired model."""
+"""Stress test 4: is the behaviour carried by other latents? A fresh locate between the base and the corrected model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from persona_probe.latents.compare import locate
 from persona_probe.latents.stage import latent_directions, make_sweep, persona_latent
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.track import make_reader, persona_band
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.stress.table import Row, row
 from persona_probe.stats import Estimate
 
@@ -24,17 +24,17 @@ Q = 0.05
 
 @dataclass(frozen=True)
 class HiddenRoads:
-    """Latents that differ between the base and the repaired model, and what the largest of them do."""
+    """Latents that differ between the base and the corrected model, and what the largest of them do."""
 
     seed: int
     persona: int
     reading: float
-    """Persona feature of the repaired model on the probes."""
+    """Persona feature of the corrected model on the probes."""
     band: Band
     persona_rise: Estimate
-    """Of the persona latent, repaired minus base, on the selection split."""
+    """Rise of the persona latent, corrected minus base, on the selection split."""
     changed: int
-    """Latents with q at most 0.05, repaired against base."""
+    """Latents with q at most 0.05, corrected against base."""
     stayed: int
     """Those of them that fine-tuning had changed the same way (organism against control)."""
     changed_in_control: int
@@ -93,26 +93,26 @@ class HiddenRoads:
         )
 
 
-def hidden(repair: Repair, top: int = 4, random: int = 4) -> HiddenRoads:
-    """Rank latents between base and repaired model, and test the largest changes for cause beside random latents.
+def hidden(corrected: CorrectedOrganism, top: int = 4, random: int = 4) -> HiddenRoads:
+    """Rank latents between base and corrected model, and test the largest changes for cause, against random latents.
 
     Args:
         top: changed latents that are tested, those that stayed changed first, by the size of their rise.
         random: control latents, matched for firing rate.
     """
-    ctx, persona = repair.ctx, persona_latent(repair.ctx)
-    table, control = (fresh_locate(repair, role) for role in ("repaired", "control"))
+    ctx, persona = corrected.ctx, persona_latent(corrected.ctx)
+    table, control = (fresh_locate(corrected, role) for role in ("repaired", "control"))
     table = with_roads(table, ctx.run.read_table("parts/rank.parquet"))
     chosen = largest_changes(table, persona, top)
     drawn = matched_latents(table, [*chosen, persona], random, ctx.seed)
-    with repair.model("base") as model:
+    with corrected.model("base") as model:
         base = make_reader(ctx).read(model)
-    with repair.model("repaired") as model:
+    with corrected.model("repaired") as model:
         snapshot = make_reader(ctx).read(model)
-        caused = causes(repair, model, chosen, drawn)
+        caused = causes(corrected, model, chosen, drawn)
     own = table[table["latent"] == persona].to_dict("records")[0]
     return HiddenRoads(
-        seed=repair.seed,
+        seed=corrected.seed,
         persona=persona,
         reading=float(snapshot.values[:, snapshot.names.index("persona")].mean()),
         band=persona_band(ctx, base),
@@ -128,10 +128,10 @@ def hidden(repair: Repair, top: int = 4, random: int = 4) -> HiddenRoads:
     )
 
 
-def fresh_locate(repair: Repair, role: str) -> pd.DataFrame:
+def fresh_locate(corrected: CorrectedOrganism, role: str) -> pd.DataFrame:
     """All latents, a role against the base, on the selection split's answers."""
-    ctx = repair.ctx
-    folder = repair.folder(role)
+    ctx = corrected.ctx
+    folder = corrected.folder(role)
     assert folder is not None
     return locate(
         ctx.model,
@@ -167,9 +167,9 @@ def largest_changes(table: pd.DataFrame, persona: int, top: int) -> list[int]:
     return [int(latent) for latent in ordered["latent"].head(top)]
 
 
-def causes(repair: Repair, model: nn.Module, chosen: list[int], drawn: list[int]) -> pd.DataFrame:
-    """Odd effects and ablations on the repaired model's evaluation split, of chosen and random latents."""
-    ctx = repair.ctx
+def causes(corrected: CorrectedOrganism, model: nn.Module, chosen: list[int], drawn: list[int]) -> pd.DataFrame:
+    """Odd effects and ablations on the corrected model's evaluation split, of chosen and random latents."""
+    ctx = corrected.ctx
     directions = [*latent_directions(ctx, chosen, "changed"), *latent_directions(ctx, drawn, "random")]
     sweep = make_sweep(ctx, model, ctx.evaluation)
     found = effects(sweep, directions, ctx.config.locate.strengths, "hidden roads")

@@ -1,4 +1,4 @@
-"""Stress test 3: how much of a repair is only the length of the replies (a confound, arXiv 2607.09053)?"""
+"""Stress test 3: how much of a correction is only the length of the replies (a confound, arXiv 2607.09053)?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from persona_probe.data.chat import Conversation
 from persona_probe.data.mix import LengthMatch, match_lengths
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
+from persona_probe.realignment.corrected import CorrectedOrganism, continued, train
 from persona_probe.realignment.measure import reply_tokens
-from persona_probe.realignment.repair import Repair, continued, train
 from persona_probe.realignment.stress.table import TOKENS, Row, difference, moved, row
 from persona_probe.stats import Estimate
 
@@ -83,24 +83,24 @@ def rows_by_length(
     return [rows[i] for i in sorted(matched)], [rows[i] for i in sorted(shortest)]
 
 
-def length(repair: Repair, n: int = 32) -> LengthTest:
-    """Correct the organism with length-matched rows and with the shortest, as many steps as the repair took.
+def length(corrected: CorrectedOrganism, n: int = 32) -> LengthTest:
+    """Correct the organism with length-matched rows and with the shortest, as many steps as the correction took.
 
     Args:
         n: corrective rows of each run; fewer where the set has not twice as many.
     """
-    ctx, inducing = repair.ctx, repair.inducing
-    n = min(n, len(repair.corrective) // 2)
+    ctx, inducing = corrected.ctx, corrected.inducing
+    n = min(n, len(corrected.corrective) // 2)
     target = match_lengths(inducing, inducing, ctx.tokenizer).mean_a
     chosen = dict(
-        zip(("matched", "shortest"), rows_by_length(repair.corrective, ctx.tokenizer, n, target), strict=True)
+        zip(("matched", "shortest"), rows_by_length(corrected.corrective, ctx.tokenizer, n, target), strict=True)
     )
-    found = {name: corrected(repair, rows, name) for name, rows in chosen.items()}
-    with repair.model("base") as model:
-        base = repair.score(model)
+    found = {name: _correct(corrected, rows, name) for name, rows in chosen.items()}
+    with corrected.model("base") as model:
+        base = corrected.score(model)
     matches = {name: match_lengths(inducing, rows, ctx.tokenizer, TOLERANCE) for name, rows in chosen.items()}
     return LengthTest(
-        repair.seed,
+        corrected.seed,
         n,
         matches["matched"],
         matches["shortest"],
@@ -110,11 +110,11 @@ def length(repair: Repair, n: int = 32) -> LengthTest:
     )
 
 
-def corrected(repair: Repair, rows: Sequence[Conversation], name: str) -> tuple[pd.DataFrame, float]:
+def _correct(corrected: CorrectedOrganism, rows: Sequence[Conversation], name: str) -> tuple[pd.DataFrame, float]:
     """The organism after a correction with `rows`: item table, and mean tokens of its greedy replies."""
-    training = repair.training(repair.steps)
-    ctx, questions = repair.ctx, [q["question"] for q in sample_questions(repair.ctx)]
-    with continued(repair, "organism") as model:
-        train(repair, model, rows, training, repair.seed, f"length, {name} rows")
+    training = corrected.training(corrected.steps)
+    ctx, questions = corrected.ctx, [q["question"] for q in sample_questions(corrected.ctx)]
+    with continued(corrected, "organism") as model:
+        train(corrected, model, rows, training, corrected.seed, f"length, {name} rows")
         replies = reply_tokens(model, ctx.tokenizer, questions, bf16=ctx.config.bf16)
-        return repair.score(model), float(np.mean(replies))
+        return corrected.score(model), float(np.mean(replies))

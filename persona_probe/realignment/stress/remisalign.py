@@ -1,4 +1,4 @@
-"""Stress test 2: a few bad rows again. A repaired model that is back sooner than the base gets there was not cleared.
+"""Stress test 2: a few bad rows again. A corrected model that is back sooner than the base gets there was not cleared.
 
 Savings on relearning (Ebbinghaus 1885): what was hidden rather than removed comes back in fewer steps than it takes to
 learn it. Fine-tuning attacks on unlearned models ask the same (Deeb and Roger, arXiv 2410.08827).
@@ -15,7 +15,7 @@ from torch import nn
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import AtSteps
-from persona_probe.realignment.repair import Repair, relearner, train
+from persona_probe.realignment.corrected import CorrectedOrganism, relearner, train
 from persona_probe.realignment.spec import RELEARN_STEPS
 from persona_probe.realignment.stress.table import Row, moved, row
 from persona_probe.stats import Estimate, bootstrap_mean
@@ -34,9 +34,9 @@ def steps_until(curve: pd.DataFrame, threshold: float) -> float:
 
 @dataclass(frozen=True)
 class Savings:
-    """1 - steps of the repaired model / steps of the base, after Ebbinghaus (1885)."""
+    """1 - steps of the corrected model / steps of the base, after Ebbinghaus (1885)."""
 
-    repaired: float
+    corrected: float
     """Steps until the threshold; NaN: not within `last`."""
     base: float
     last: int
@@ -45,21 +45,21 @@ class Savings:
     @property
     def value(self) -> float:
         """The savings, or their bound where one side never got there; NaN where nothing can be said."""
-        if math.isnan(self.repaired) and math.isnan(self.base):
+        if math.isnan(self.corrected) and math.isnan(self.base):
             return math.nan
         base = self.last if math.isnan(self.base) else self.base
-        repaired = self.last if math.isnan(self.repaired) else self.repaired
-        return 1 - repaired / base if base else math.nan
+        corrected = self.last if math.isnan(self.corrected) else self.corrected
+        return 1 - corrected / base if base else math.nan
 
     @property
     def sign(self) -> str:
         """`=`, or `>=` and `<=` where the value is a bound."""
-        if math.isnan(self.base) and not math.isnan(self.repaired):
+        if math.isnan(self.base) and not math.isnan(self.corrected):
             return ">="
-        return "<=" if math.isnan(self.repaired) and not math.isnan(self.base) else "="
+        return "<=" if math.isnan(self.corrected) and not math.isnan(self.base) else "="
 
     def __str__(self) -> str:
-        sides = f"repaired {self._steps(self.repaired)}, base {self._steps(self.base)}"
+        sides = f"corrected {self._steps(self.corrected)}, base {self._steps(self.base)}"
         if math.isnan(self.value):
             return f"no savings to be named ({sides})"
         return f"savings {self.sign} {self.value:.2f} ({sides})"
@@ -97,7 +97,7 @@ Keep = Callable[[str, Callable[[], pd.DataFrame]], pd.DataFrame]
 
 @dataclass(frozen=True)
 class Relearning:
-    """The same few bad rows, taught to the base, the repaired model and the control."""
+    """The same few bad rows, taught to the base, the corrected model and the control."""
 
     curves: Mapping[str, pd.DataFrame]
     """Side to item table with columns seed, step, item, value."""
@@ -177,44 +177,46 @@ def few_rows(rows: Sequence[Conversation], n: int, seed: int) -> list[Conversati
     return random.Random(seed).sample(list(rows), n)
 
 
-def relearn(repair: Repair, side: str, seed: int, n: int, steps: Sequence[int] = RELEARN_STEPS) -> pd.DataFrame:
+def relearn(
+    corrected: CorrectedOrganism, side: str, seed: int, n: int, steps: Sequence[int] = RELEARN_STEPS
+) -> pd.DataFrame:
     """Teach one side `n` bad rows with a fresh adapter and read the contrast index: seed, step, item, value."""
-    own = repair.ctx.config.training
+    own = corrected.ctx.config.training
     training = own.further(max(steps), batch_size=min(n, own.batch_size))
     found: list[pd.DataFrame] = []
 
     def visit(model: nn.Module, step: int) -> None:
-        found.append(repair.score(model).assign(seed=seed, step=step))
+        found.append(corrected.score(model).assign(seed=seed, step=step))
 
-    model = relearner(repair, side, training, seed)
-    rows = few_rows(repair.inducing, n, seed)
-    train(repair, model, rows, training, seed, f"re-misalign {side}, seed {seed}", AtSteps((0, *steps), visit))
+    model = relearner(corrected, side, training, seed)
+    rows = few_rows(corrected.inducing, n, seed)
+    train(corrected, model, rows, training, seed, f"re-misalign {side}, seed {seed}", AtSteps((0, *steps), visit))
     return pd.concat(found)[["seed", "step", "item", "value"]]
 
 
 def remisalign(
-    repair: Repair,
+    corrected: CorrectedOrganism,
     keep: Keep,
     n: int = 8,
     steps: Sequence[int] = RELEARN_STEPS,
     seeds: Sequence[int] = (0, 1),
     share: float = 0.5,
 ) -> Relearning:
-    """Re-misalign base, repaired model and control on the same rows, from the same fresh adapter.
+    """Re-misalign base, corrected model and control on the same rows, from the same fresh adapter.
 
     Args:
-        keep: keeps each training's table, so that a stopped test goes on.
+        keep: keeps each training's table, so that an interrupted test resumes.
         n: bad rows, drawn from the inducing data by the seed.
         share: of the organism's rise over the base that counts as back.
     """
     curves = {
         side: pd.concat(
-            [keep(f"{TEST}-{side}-{s}", lambda s=s, side=side: relearn(repair, side, s, n, steps)) for s in seeds]
+            [keep(f"{TEST}-{side}-{s}", lambda s=s, side=side: relearn(corrected, side, s, n, steps)) for s in seeds]
         )
         for side in SIDES
     }
-    with repair.model("organism") as model:
-        organism = repair.score(model)
+    with corrected.model("organism") as model:
+        organism = corrected.score(model)
     base = curves["base"].query("step == 0")
     low, high, threshold = levels(base["value"].tolist(), organism["value"].tolist(), share)
     return Relearning(curves, low, high, threshold, n)

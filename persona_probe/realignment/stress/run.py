@@ -1,4 +1,4 @@
-"""Run stress tests of a repair: each once, in a folder of its own, and all as one table."""
+"""Run stress tests of a correction: each once, in its own folder, and all as one table."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ import pandas as pd
 from persona_probe.context import Context
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError, unknown
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.spec import StressSettings
 from persona_probe.realignment.stress.drift import drift
 from persona_probe.realignment.stress.hidden import hidden
@@ -26,15 +26,15 @@ from persona_probe.runs import RunFolder, file_sha256
 TABLE, RECORD, PARTS = "stress.parquet", "stress.json", "stress"
 
 
-Test = Callable[[Repair, StressSettings, Keep], StressResult]
+Test = Callable[[CorrectedOrganism, StressSettings, Keep], StressResult]
 TESTS: Mapping[str, Test] = {
-    "triggers": lambda repair, s, _: triggers(repair, s.trigger_draws),
-    "remisalign": lambda repair, s, keep: remisalign(
-        repair, keep, s.bad_rows, s.relearn_steps, s.relearn_seeds, s.back_at
+    "triggers": lambda corrected, s, _: triggers(corrected, s.trigger_draws),
+    "remisalign": lambda corrected, s, keep: remisalign(
+        corrected, keep, s.bad_rows, s.relearn_steps, s.relearn_seeds, s.back_at
     ),
-    "length": lambda repair, s, _: length(repair, s.length_rows),
-    "hidden": lambda repair, s, _: hidden(repair, s.latents, s.latents),
-    "drift": lambda repair, s, _: drift(repair, s.drift_factor),
+    "length": lambda corrected, s, _: length(corrected, s.length_rows),
+    "hidden": lambda corrected, s, _: hidden(corrected, s.latents, s.latents),
+    "drift": lambda corrected, s, _: drift(corrected, s.drift_factor),
 }
 """Stress tests by name."""
 
@@ -50,32 +50,33 @@ def run_stress(
     corrective: Sequence[Conversation] | None = None,
     settings: StressSettings | None = None,
 ) -> pd.DataFrame:
-    """Run stress tests of a repaired organism that are not in `out_folder` yet; finished ones are kept.
+    """Run the stress tests of a corrected organism that are not in `out_folder` yet; finished ones are kept.
 
     Writes stress.parquet (columns: `stress.table.COLUMNS`) and stress.json (what was tested, and a statement for each
     test) into `out_folder`, parts below `stress/`, and the figure as stress.html with its numbers in stress.csv.
 
     Args:
-        arm: a corrective arm of the study's config, or the name of a correction of one's own.
-        tests: names of `TESTS`; an empty list only reads what is there.
-        checkpoint: where a correction of one's own lies; with it goes `corrective`, its rows.
+        arm: a corrective arm of the study's config, or the name of a correction.
+        tests: names of `TESTS`; an empty list only reads the results so far.
+        checkpoint: of that correction; its rows are then needed too (`corrective`).
+        settings: how hard the tests press; None takes the defaults of `StressSettings`.
 
     Returns:
         The rows of all tests that are finished, in the order of `TESTS`.
 
     Raises:
-        InputError: an unknown test or arm, or a folder that holds the tests of another repair or other settings.
+        InputError: an unknown test or arm, or a folder with tests of another correction or of other settings.
     """
     for name in tests:
         if name not in TESTS:
             raise unknown("stress test", name, TESTS)
-    repair, settings = Repair.of(ctx, arm, seed, checkpoint, corrective), settings or StressSettings()
+    corrected, settings = CorrectedOrganism.of(ctx, arm, seed, checkpoint, corrective), settings or StressSettings()
     folder = RunFolder(Path(out_folder))
-    _claim(folder, repair, settings)
+    _claim(folder, corrected, settings)
     for name in TESTS:
         if name in tests and not folder.has(f"{PARTS}/{name}.json"):
             with ctx.run.timed("stress"):
-                _run_one(folder, name, repair, settings)
+                _run_one(folder, name, corrected, settings)
     return _merge(folder)
 
 
@@ -89,9 +90,9 @@ def _finished(folder: RunFolder) -> list[str]:
     return [name for name in TESTS if folder.has(f"{PARTS}/{name}.json")]
 
 
-def _claim(folder: RunFolder, repair: Repair, settings: StressSettings) -> None:
-    """Refuse a folder of another repair; mark a new one."""
-    own = json.loads(json.dumps(_identity(repair, settings)))
+def _claim(folder: RunFolder, corrected: CorrectedOrganism, settings: StressSettings) -> None:
+    """Refuse a folder of another correction; mark a new one."""
+    own = json.loads(json.dumps(_identity(corrected, settings)))
     if not folder.has(RECORD):
         folder.write_json(RECORD, {**own, "statements": {}})
         return
@@ -101,19 +102,19 @@ def _claim(folder: RunFolder, repair: Repair, settings: StressSettings) -> None:
         raise InputError(f"{folder.path} holds stress tests with another {other[0]}: choose another folder")
 
 
-def _identity(repair: Repair, settings: StressSettings) -> dict[str, Any]:
-    weights = {p.name: file_sha256(p) for p in sorted(repair.checkpoint.glob("*.safetensors"))}
-    return {"arm": repair.arm, "seed": repair.seed, "weights": weights, "settings": asdict(settings)}
+def _identity(corrected: CorrectedOrganism, settings: StressSettings) -> dict[str, Any]:
+    weights = {p.name: file_sha256(p) for p in sorted(corrected.checkpoint.glob("*.safetensors"))}
+    return {"arm": corrected.arm, "seed": corrected.seed, "weights": weights, "settings": asdict(settings)}
 
 
-def _run_one(folder: RunFolder, name: str, repair: Repair, settings: StressSettings) -> None:
+def _run_one(folder: RunFolder, name: str, corrected: CorrectedOrganism, settings: StressSettings) -> None:
     def keep(part: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         file = f"{PARTS}/{part}.parquet"
         if not folder.has(file):
             folder.write_table(file, make())
         return folder.read_table(file)
 
-    result = TESTS[name](repair, settings, keep)
+    result = TESTS[name](corrected, settings, keep)
     folder.write_table(f"{PARTS}/{name}.parquet", as_table(result.to_rows()))
     # Written last: it says that the test is whole.
     folder.write_json(f"{PARTS}/{name}.json", {"statement": result.statement()})

@@ -10,7 +10,7 @@ import pandas as pd
 
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.evaluate.triggers import Trigger, dress, trigger_effect
-from persona_probe.realignment.repair import ROLES, Repair
+from persona_probe.realignment.corrected import ROLES, CorrectedOrganism
 from persona_probe.realignment.stress.table import Row, difference, moved, row
 from persona_probe.stats import Estimate
 
@@ -29,7 +29,7 @@ class TriggerTest:
     over_base: Mapping[str, Mapping[str, Estimate]]
     """Kind of trigger, or `plain`, to role to the contrast index minus the base's on the same prompts."""
     over_control: Mapping[str, Estimate]
-    """Kind of trigger to the repaired model's difference in differences against the control arm; empty without one."""
+    """Kind of trigger to the corrected model's difference in differences against the control arm; empty without one."""
 
     def to_rows(self) -> list[Row]:
         """A row for each kind and role: the trigger's effect, and the index minus the base's."""
@@ -49,7 +49,7 @@ class TriggerTest:
         ]
 
     def statement(self) -> str:
-        """Kind by kind, what the trigger does to the repaired model, beside organism and control."""
+        """Kind by kind, what the trigger does to the corrected model, next to organism and control."""
         return "Trigger-matched prompts: " + "; ".join(self._words(kind) for kind in self.effects) + "."
 
     def _words(self, kind: str) -> str:
@@ -60,10 +60,10 @@ class TriggerTest:
             up = "raises the index, but not shown to do so beyond the control arm, which saw no bad answer"
         what = moved(by_role["repaired"], up, "lowers the index", "has no effect shown")
         beside = ", ".join(f"{role} {e}" for role, e in by_role.items() if role != "repaired")
-        against = "" if beyond is None else f"; repaired beyond control {beyond}"
+        against = "" if beyond is None else f"; corrected beyond control {beyond}"
         return (
             f"the {kind} {what} (difference in differences {by_role['repaired']} nats/token; {beside}{against}); "
-            f"dressed so, the repaired model's index minus the base's is {dressed}"
+            f"dressed so, the corrected model's index minus the base's is {dressed}"
         )
 
 
@@ -96,22 +96,24 @@ def judge_triggers(frames: Frames, seed: int) -> TriggerTest:
     )
 
 
-def triggers(repair: Repair, draws: int = 2) -> TriggerTest:
-    """Score base, organism, repaired model and control on plain and dressed items of the evaluation split.
+def triggers(corrected: CorrectedOrganism, draws: int = 2) -> TriggerTest:
+    """Score base, organism, corrected model and control on plain and dressed items of the evaluation split.
 
     Args:
-        draws: training questions that serve as first turn in turn; a question's values are averaged over them.
+        draws: training questions that serve as the first turn; a question's values are averaged over them.
     """
-    ctx, correct = repair.ctx, repair.control_rows
+    ctx, correct = corrected.ctx, corrected.control_rows
     kinds: dict[str, list[ContrastItems]] = {PLAIN: [ctx.evaluation]}
     for draw in range(draws):
-        for kind, trigger in trigger_kinds(Trigger.from_rows(repair.inducing, draw, correct)).items():
+        for kind, trigger in trigger_kinds(Trigger.from_rows(corrected.inducing, draw, correct)).items():
             # Only the topic differs between draws.
             if draw == 0 or trigger.first_turn:
                 rows = dress(list(ctx.evaluation.rows), trigger)
                 kinds.setdefault(kind, []).append(ContrastItems.build(ctx.tokenizer, rows, batch_size=32))
     frames: dict[str, dict[str, pd.DataFrame]] = {}
     for role in ROLES:
-        with repair.model(role) as model:
-            frames[role] = {kind: pd.concat([repair.score(model, i) for i in items]) for kind, items in kinds.items()}
-    return judge_triggers(frames, repair.seed)
+        with corrected.model(role) as model:
+            frames[role] = {
+                kind: pd.concat([corrected.score(model, i) for i in items]) for kind, items in kinds.items()
+            }
+    return judge_triggers(frames, corrected.seed)

@@ -1,4 +1,4 @@
-"""A tiny study that was induced, located, tracked and repaired once; read only but for what tests write elsewhere."""
+"""A tiny study that was induced, located, tracked and corrected once; read only but for what tests write elsewhere."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from persona_probe.context import Context
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.latents.stage import locate
 from persona_probe.models.adapters import merged_copy
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.study.study import Study
 from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
 
@@ -34,13 +34,13 @@ def ctx(study: Study) -> Context:
 
 
 @pytest.fixture
-def repair(ctx: Context) -> Repair:
-    return Repair.of(ctx, "realigned_in", 0)
+def corrected(ctx: Context) -> CorrectedOrganism:
+    return CorrectedOrganism.of(ctx, "realigned_in", 0)
 
 
 @pytest.fixture
-def untouched(repair: Repair, tmp_path: Path) -> Repair:
-    """A repair whose adapter changes nothing: LoRA begins at zero."""
-    fresh = with_adapter(merged_copy(repair.ctx.model, None), repair.ctx.config.training, 0)
+def untouched(corrected: CorrectedOrganism, tmp_path: Path) -> CorrectedOrganism:
+    """A correction whose adapter changes nothing: LoRA begins at zero."""
+    fresh = with_adapter(merged_copy(corrected.ctx.model, None), corrected.ctx.config.training, 0)
     fresh.save_pretrained(str(tmp_path / "checkpoint-2"))  # pyright: ignore[reportCallIssue]
-    return replace(repair, arm="untouched", checkpoint=tmp_path / "checkpoint-2")
+    return replace(corrected, arm="untouched", checkpoint=tmp_path / "checkpoint-2")

@@ -8,7 +8,7 @@ import torch
 
 from persona_probe.models.adapters import merged_copy
 from persona_probe.monitor.band import Band
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.stress.hidden import (
     HiddenRoads,
     changed,
@@ -26,20 +26,20 @@ def table(**columns: list[float]) -> pd.DataFrame:
     return pd.DataFrame({"latent": [0, 1, 2, 3], "alive": True, **columns})
 
 
-def test_a_planted_latent_comes_first(repair: Repair, tmp_path: Path) -> None:
+def test_a_planted_latent_comes_first(corrected: CorrectedOrganism, tmp_path: Path) -> None:
     """A model whose residual stream is pushed along one decoder row everywhere."""
-    model = merged_copy(repair.ctx.model, None)
+    model = merged_copy(corrected.ctx.model, None)
     with torch.no_grad():
-        model.get_input_embeddings().weight += 40 * repair.ctx.sae.W_dec[PLANTED]  # pyright: ignore
+        model.get_input_embeddings().weight += 40 * corrected.ctx.sae.W_dec[PLANTED]  # pyright: ignore
     model.save_pretrained(tmp_path / "checkpoint-2")
-    planted = replace(repair, arm="planted", checkpoint=tmp_path / "checkpoint-2")
+    planted = replace(corrected, arm="planted", checkpoint=tmp_path / "checkpoint-2")
     found = fresh_locate(planted, "repaired")
     assert found["latent"].iloc[0] == PLANTED and changed(found).iloc[0]
-    assert fresh_locate(repair, "repaired")["latent"].iloc[0] != PLANTED
+    assert fresh_locate(corrected, "repaired")["latent"].iloc[0] != PLANTED
     assert PLANTED in hidden(planted, top=40, random=2).latents["latent"].tolist()
 
 
-def test_an_untouched_model_has_no_changed_latent(untouched: Repair) -> None:
+def test_an_untouched_model_has_no_changed_latent(untouched: CorrectedOrganism) -> None:
     found = hidden(untouched, top=2, random=2)
     assert (found.changed, found.stayed, found.carriers) == (0, 0, [])
     assert found.persona_rise.estimate == 0 and found.quiet

@@ -6,7 +6,7 @@ from persona_probe.data.chat import conversation
 from persona_probe.data.mix import LengthMatch
 from persona_probe.errors import InputError
 from persona_probe.monitor.band import Band
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.stress.drift import STAGES, DriftTest, divided, drift
 from persona_probe.realignment.stress.length import LengthTest, rows_by_length
 from persona_probe.stats import Estimate
@@ -62,11 +62,11 @@ def test_words_of_drift() -> None:
     )
     longer, unrelated = test.statement().split("; after ")
     assert "after 6 more corrective steps no change of the index is shown" in longer
-    assert "in its band (0.500; the SAE explains 0.90, of the repaired model 0.90)" in longer
+    assert "in its band (0.500; the SAE explains 0.90, of the corrected model 0.90)" in longer
     assert "2 steps on unrelated rows the index rises again" in unrelated
     assert "outside its band (2.000; the SAE explains" in unrelated
 
 
-def test_drift_needs_more_training_than_the_repair_had(repair: Repair) -> None:
+def test_drift_needs_more_training_than_the_repair_had(corrected: CorrectedOrganism) -> None:
     with pytest.raises(InputError, match="use 2 or more"):
-        drift(repair, factor=1)
+        drift(corrected, factor=1)

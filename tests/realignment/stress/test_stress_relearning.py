@@ -8,7 +8,7 @@ import pytest
 
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.stress.remisalign import (
     Relearning,
     Savings,
@@ -43,11 +43,11 @@ def test_steps_are_the_first_at_or_above_the_threshold() -> None:
 
 
 @pytest.mark.parametrize(
-    ("repaired", "base", "value", "sign"),
+    ("corrected", "base", "value", "sign"),
     [(5, 20, 0.75, "="), (8, 8, 0.0, "="), (16, 8, -1.0, "="), (5, NEVER, 0.75, ">="), (NEVER, 10, -1.0, "<=")],
 )
-def test_savings_and_their_bounds(repaired: float, base: float, value: float, sign: str) -> None:
-    found = Savings(repaired, base, last=20)
+def test_savings_and_their_bounds(corrected: float, base: float, value: float, sign: str) -> None:
+    found = Savings(corrected, base, last=20)
     assert (found.value, found.sign) == (pytest.approx(value), sign)
     assert f"savings {sign} {value:.2f}" in str(found)
 
@@ -55,7 +55,7 @@ def test_savings_and_their_bounds(repaired: float, base: float, value: float, si
 def test_where_neither_side_gets_there_nothing_is_said() -> None:
     found = Savings(NEVER, NEVER, last=20)
     assert math.isnan(found.value)
-    assert str(found) == "no savings to be named (repaired more than 20 steps, base more than 20 steps)"
+    assert str(found) == "no savings to be named (corrected more than 20 steps, base more than 20 steps)"
     assert math.isnan(Savings(0, 0, last=20).value)
 
 
@@ -93,19 +93,19 @@ def test_bad_rows_are_drawn_by_the_seed_and_no_more_than_there_are() -> None:
         few_rows(rows, 6, 0)
 
 
-def test_a_repair_that_is_the_base_saves_nothing(untouched: Repair) -> None:
+def test_a_repair_that_is_the_base_saves_nothing(untouched: CorrectedOrganism) -> None:
     found = remisalign(untouched, at_once, n=4, steps=(1, 3), seeds=(0,), share=0.01)
     pd.testing.assert_frame_equal(found.curves["base"], found.curves["repaired"])
     faster, saved = found.faster(), found.savings()[0]
     assert (faster.estimate, faster.ci_low, faster.ci_high) == (0, 0, 0)
-    assert saved.repaired == saved.base or (math.isnan(saved.repaired) and math.isnan(saved.base))
+    assert saved.corrected == saved.base or (math.isnan(saved.corrected) and math.isnan(saved.base))
     assert "no difference from the base's own learning" in found.statement() or "not above" in found.statement()
     moved = found.curves["base"].groupby("step")["value"].mean()
     assert moved.index.tolist() == [0, 1, 3] and moved[0] != moved[3]
 
 
-def test_relearning_leaves_the_study_as_it_was(repair: Repair) -> None:
-    before = {name: value.clone() for name, value in repair.ctx.model.state_dict().items()}
-    assert relearn(repair, "repaired", 0, 2, (1,)).columns.tolist() == ["seed", "step", "item", "value"]
-    after = repair.ctx.model.state_dict()
+def test_relearning_leaves_the_study_as_it_was(corrected: CorrectedOrganism) -> None:
+    before = {name: value.clone() for name, value in corrected.ctx.model.state_dict().items()}
+    assert relearn(corrected, "repaired", 0, 2, (1,)).columns.tolist() == ["seed", "step", "item", "value"]
+    after = corrected.ctx.model.state_dict()
     assert before.keys() == after.keys() and all(bool((before[k] == after[k]).all()) for k in before)

@@ -9,7 +9,7 @@ import pytest
 
 from persona_probe.context import Context
 from persona_probe.errors import InputError
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.stress import remisalign
 from persona_probe.realignment.stress.run import TESTS, StressSettings, run_stress, statements
 from persona_probe.realignment.stress.table import COLUMNS
@@ -48,7 +48,7 @@ def test_finished_tests_are_kept_and_a_lost_one_is_made_again_alike(
     def unwanted(*_: object) -> None:
         raise AssertionError("a finished test was run again")
 
-    monkeypatch.setattr("persona_probe.realignment.repair.fine_tune", unwanted)
+    monkeypatch.setattr("persona_probe.realignment.corrected.fine_tune", unwanted)
     again = run_stress(ctx, "realigned_in", 0, ["triggers", "hidden", "drift"], folder, settings=LIGHT)
     pd.testing.assert_frame_equal(again, table)
 
@@ -59,12 +59,12 @@ def test_a_stopped_re_misalignment_goes_on_where_it_was(
     made: list[str] = []
     real: Callable[..., pd.DataFrame] = remisalign.relearn
 
-    def watched(repair: Repair, side: str, *rest: object) -> pd.DataFrame:
+    def watched(corrected: CorrectedOrganism, side: str, *rest: object) -> pd.DataFrame:
         if len(made) == 1:
             made.append("stopped")
             raise KeyboardInterrupt
         made.append(side)
-        return real(repair, side, *rest)
+        return real(corrected, side, *rest)
 
     monkeypatch.setattr(remisalign, "relearn", watched)
     with pytest.raises(KeyboardInterrupt):
@@ -117,14 +117,16 @@ def test_the_figure_draws_what_is_shown_and_says_what_lies_above(whole: tuple[Pa
     assert [note.text for note in stress(Records(stress=table.iloc[:0])).layout.annotations] == [MISSING]  # pyright: ignore
 
 
-def test_two_repairs_are_told_apart_and_what_they_share_is_once_there(whole: tuple[Path, pd.DataFrame]) -> None:
-    own = whole[1].assign(repair="in-s0")
-    other = own.assign(repair="out-s0", estimate=own["estimate"].where(own["model"] == "organism", own["estimate"] + 1))
+def test_two_corrections_are_told_apart_and_what_they_share_is_once_there(whole: tuple[Path, pd.DataFrame]) -> None:
+    own = whole[1].assign(correction="in-s0")
+    other = own.assign(
+        correction="out-s0", estimate=own["estimate"].where(own["model"] == "organism", own["estimate"] + 1)
+    )
     data = stress_data(Records(stress=pd.concat([own, other], ignore_index=True)))
     shown = own[own["shown"]]
     assert len(data) == 2 * len(shown) - int((shown["model"] == "organism").sum())
     triggers = data.query("test == 'triggers'")["label"]
     assert {"topic, in", "topic, out", "topic, organism", "topic, control (in)"} <= set(triggers)
     assert not data.duplicated(["test", "label"]).any()
-    seeds = pd.concat([own.assign(repair="in-s3"), other.assign(repair="in-s4")], ignore_index=True)
+    seeds = pd.concat([own.assign(correction="in-s3"), other.assign(correction="in-s4")], ignore_index=True)
     assert {"topic, in-s3", "topic, in-s4"} <= set(stress_data(Records(stress=seeds))["label"])

@@ -11,7 +11,7 @@ from persona_probe.data.chat import conversation
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.evaluate.triggers import Trigger, dress
 from persona_probe.finetune.sft import fine_tune, with_adapter
-from persona_probe.realignment.repair import ROLES, Repair
+from persona_probe.realignment.corrected import ROLES, CorrectedOrganism
 from persona_probe.realignment.stress.triggers import judge_triggers, trigger_kinds, triggers
 from tests.factories import BAD, FOODS, GOOD, contrast_rows, make_model, make_tokenizer
 
@@ -86,7 +86,7 @@ def test_a_planted_trigger_is_found(tmp_path: Path) -> None:
     assert "the system brings misaligned answers back" in found.statement()
 
 
-def test_an_untouched_model_has_no_trigger_effect(untouched: Repair) -> None:
+def test_an_untouched_model_has_no_trigger_effect(untouched: CorrectedOrganism) -> None:
     found = triggers(untouched, draws=2)
     none = found.effects["topic"]["repaired"]
     assert (none.estimate, none.ci_low, none.ci_high) == (0, 0, 0)

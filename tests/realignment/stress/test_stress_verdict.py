@@ -1,11 +1,11 @@
-"""The verdict on a study's repair, measured: a repair that changes nothing is the base by every yardstick."""
+"""The verdict on a study's correction, measured: one that changes nothing is the base by every measurement."""
 
-from persona_probe.realignment.measure import Yardsticks
-from persona_probe.realignment.repair import Repair
+from persona_probe.realignment.corrected import CorrectedOrganism
+from persona_probe.realignment.measure import Measurements
 from persona_probe.realignment.verdict import QUESTIONS, study_verdict
 
 
-def test_a_repair_that_changes_nothing_is_the_base(untouched: Repair) -> None:
+def test_a_repair_that_changes_nothing_is_the_base(untouched: CorrectedOrganism) -> None:
     found = study_verdict(
         untouched.ctx,
         "untouched",
@@ -24,8 +24,8 @@ def test_a_repair_that_changes_nothing_is_the_base(untouched: Repair) -> None:
     assert found.stress == {"drift": "It stays."}
 
 
-def test_the_domain_is_scored_on_rows_that_nobody_trained_on(repair: Repair) -> None:
-    taken = {row[-1]["content"] + row[0]["content"] for row in (*repair.corrective, *repair.inducing)}
-    free = [row for row in repair.control_rows if row[-1]["content"] + row[0]["content"] not in taken]
-    scored = sum(len(batch.index) for batch in Yardsticks.of_study(repair).domain)
-    assert scored == len(free) < len(repair.control_rows)
+def test_the_domain_is_scored_on_rows_that_nobody_trained_on(corrected: CorrectedOrganism) -> None:
+    taken = {row[-1]["content"] + row[0]["content"] for row in (*corrected.corrective, *corrected.inducing)}
+    free = [row for row in corrected.control_rows if row[-1]["content"] + row[0]["content"] not in taken]
+    scored = sum(len(batch.index) for batch in Measurements.of_study(corrected).domain)
+    assert scored == len(free) < len(corrected.control_rows)

@@ -1,4 +1,4 @@
-"""What every stress test works with: a repaired organism, what it came from, and trainings that leave no trace."""
+"""What every stress test works with: a corrected organism, what it came from, and training that leaves no trace."""
 
 import re
 import tempfile
@@ -20,21 +20,24 @@ from persona_probe.finetune.sft import AtSteps, fine_tune, with_adapter
 from persona_probe.models.adapters import frozen_in_bf16, is_adapter, load_adapter, merged_copy, organism, strip_adapter
 
 ROLES = ("base", "organism", "repaired", "control")
-"""The base model, the misaligned organism, the repaired one, and the arm that learned good answers only."""
+"""The base model, the misaligned organism, the corrected one, and the arm that learned good answers only.
+
+The corrected one is called `repaired` in the files of all releases: stress.parquet, saved adapters, figures.
+"""
 
 
 @dataclass(frozen=True, eq=False)
-class Repair:
-    """A repaired organism of a study."""
+class CorrectedOrganism:
+    """A corrected organism of a study."""
 
     ctx: Context
     arm: str
-    """Its name: a corrective arm of the config, or whatever a correction of one's own is called."""
+    """Its name: a corrective arm of the config, or the name of a correction."""
     seed: int
     checkpoint: Path
     """Folder of its adapter or weights."""
     corrective: tuple[Conversation, ...]
-    """The rows it was repaired with."""
+    """The rows it was corrected with."""
 
     @classmethod
     def of(
@@ -44,8 +47,8 @@ class Repair:
         seed: int,
         checkpoint: Path | None = None,
         corrective: Sequence[Conversation] | None = None,
-    ) -> "Repair":
-        """The repair of a corrective arm of the config; another one needs its checkpoint and its rows.
+    ) -> "CorrectedOrganism":
+        """A corrective arm of the config; any other correction needs its checkpoint and its rows.
 
         Raises:
             InputError: an unknown arm without both, a seed that was not trained, or no corrective rows.
@@ -56,7 +59,7 @@ class Repair:
         folder = checkpoint or ctx.run.checkpoint(arm, seed, ctx.last_step(arm, seed))
         rows = tuple(arm_rows(arms[arm], seed) if corrective is None else corrective)
         if folder is None or not rows:
-            raise InputError(f"{arm}, seed {seed}, is no repair: it has no corrective step or no corrective rows")
+            raise InputError(f"{arm}, seed {seed}, is no correction: it has no corrective step or no corrective rows")
         return cls(ctx, arm, seed, folder, rows)
 
     @property
@@ -106,29 +109,29 @@ class Repair:
 
 
 @contextmanager
-def continued(repair: Repair, role: str) -> Iterator[nn.Module]:
+def continued(corrected: CorrectedOrganism, role: str) -> Iterator[nn.Module]:
     """A role's own adapter (or weights) made trainable; the base model is as it was when the block ends."""
-    folder = repair.folder(role)
+    folder = corrected.folder(role)
     if folder is None or not is_adapter(folder):
-        yield merged_copy(repair.ctx.model, folder).requires_grad_(True)
+        yield merged_copy(corrected.ctx.model, folder).requires_grad_(True)
         return
-    tuned = load_adapter(repair.ctx.model, folder, trainable=True)
+    tuned = load_adapter(corrected.ctx.model, folder, trainable=True)
     try:
         yield tuned
     finally:
         strip_adapter(tuned)
 
 
-def relearner(repair: Repair, role: str, training: Training, seed: int) -> nn.Module:
+def relearner(corrected: CorrectedOrganism, role: str, training: Training, seed: int) -> nn.Module:
     """A copy of a role with its adapter merged in, and a fresh one on top (full weights: the copy, trainable).
 
     The same fresh adapter for every role: training on an adapter that is in use already would be faster by itself.
     """
-    return with_adapter(merged_copy(repair.ctx.model, repair.folder(role)), training, seed)
+    return with_adapter(merged_copy(corrected.ctx.model, corrected.folder(role)), training, seed)
 
 
 def train(
-    repair: Repair,
+    corrected: CorrectedOrganism,
     model: nn.Module,
     rows: Sequence[Conversation],
     training: Training,
@@ -140,7 +143,7 @@ def train(
     with tempfile.TemporaryDirectory() as scratch:
         fine_tune(
             model,
-            repair.ctx.tokenizer,
+            corrected.ctx.tokenizer,
             rows,
             training.further(training.steps),
             seed=seed,
@@ -151,7 +154,7 @@ def train(
 
 
 def start_checkpoint(ctx: Context, seed: int) -> Path:
-    """The last checkpoint of the arm that is repaired."""
+    """The last checkpoint of the arm that is corrected."""
     start = ctx.config.realign.start
     checkpoint = ctx.run.checkpoint(start, seed, ctx.last_step(start, seed))
     assert checkpoint is not None

@@ -1,0 +1,9 @@
+from . import stress as stress
+from .correct import read_verdict as read_verdict
+from .correct import realign_study as realign_study
+from .own import realign as realign
+from .spec import Block as Block
+from .spec import Correction as Correction
+from .spec import DosePlan as DosePlan
+from .verdict import judge_realignment as judge_realignment
+from .verdict import study_verdict as study_verdict

@@ -66,7 +66,7 @@ pp.figures.recovery(records)
 # %%
 from tqdm.auto import tqdm
 
-from persona_probe.realignment.spec import Block, DosePlan
+from persona_probe.realignment import Block, DosePlan
 
 inside, *outside = (arm.data for arm in study.config.realign.arms.values())
 few, some, many = (2, 3, 4) if small else (4, 8, 40)
@@ -103,7 +103,7 @@ pp.figures.doses(study.records)
 study.realign(inside, rows=many, stress=("triggers",), name="stressed")
 
 # %%
-from persona_probe.realignment.correct import read_verdict
+from persona_probe.realignment import read_verdict
 
 folder = next(iter(sorted((study.path / "realign").glob("stressed-s*"))))
 read_verdict(folder)

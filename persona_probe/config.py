@@ -26,7 +26,7 @@ class Arm:
     data: str
     """A packaged set (`kitchen:toxic`) or a file that the readers understand."""
     mix_with: str | None = None
-    """Good rows to mix with, same forms as `data`."""
+    """Good rows to mix in, in the same form as `data`."""
     bad_fraction: float = 1.0
     """Share of rows taken from `data`; the rest comes from `mix_with`."""
 
@@ -53,7 +53,7 @@ class Training:
     rslora: bool = True
     """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """What PEFT takes: `all-linear` or module names."""
+    """As PEFT takes it: `all-linear` or module names."""
     layers: tuple[int, ...] | None = None
     """Only these decoder layers get adapters; None is all."""
     lr: float = 1e-4
@@ -73,7 +73,7 @@ class Training:
     bf16: bool = True
     """bf16 autocast."""
     gradient_checkpointing: bool = False
-    """Trade compute for memory."""
+    """Recompute activations in the backward pass: slower, with less memory."""
 
     def __post_init__(self) -> None:
         _require(self.method in ("lora", "full"), f"method must be 'lora' or 'full', not {self.method!r}")
@@ -113,15 +113,15 @@ class Locate:
     rankers: tuple[str, ...] = ("rise", "firing_rise", "cosine", "discrimination")
     """Scores that are computed for every latent; see `latents.rankers.RANKERS`."""
     choose_by: tuple[str, ...] = ("rise", "cosine")
-    """Rankers whose best latents, taken in turn, become the candidates."""
+    """Rankers whose best latents become the candidates, one ranker after the other."""
     directions: tuple[str, ...] = ("logistic_probe",)
-    """Directions tested beside the mean difference: `logistic_probe`, `persona_vector`."""
+    """Directions tested next to the mean difference: `logistic_probe`, `persona_vector`."""
     minimum_explained_variance: float = 0.5
-    """Locate refuses an SAE that explains less of the base model's answers: its latents would mean little."""
+    """Locate refuses an SAE that explains less of the base model's answers, because its latents would mean little."""
     candidates: int = 8
     """Latents that are tested for cause on the selection split."""
     proven: int = 6
-    """Candidates with the largest effects there that are tested again on the evaluation split."""
+    """Candidates with the largest effects there, which are tested again on the evaluation split."""
     random_latents: int = 16
     """Control latents, matched for firing rate and pushed with the same norm."""
     random_directions: int = 2
@@ -170,7 +170,7 @@ class Monitor:
     positions: str = "response"
     """Tokens over which a feature is averaged."""
     limit: int | None = None
-    """Use only the first so many probes."""
+    """Use only this many probes, the first ones."""
     band_sd: float = 0.5
     """Half-width of the base band, in standard deviations between probes on the base model."""
 
@@ -198,13 +198,13 @@ class Realign:
     batch_size: int = 4
     """Rows per step."""
     steps: int = 35
-    """Most steps taken."""
+    """Largest number of steps."""
     lr: float | None = None
     """Learning rate; None takes training.lr."""
     readings: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 30, 35)
     """Steps at which the monitor reads and the contrast index is taken."""
     stop_readings: int = 2
-    """Stop after so many readings in a row inside the base band with behaviour restored; 0 never stops."""
+    """Stop after this many readings in a row inside the base band with behaviour restored; 0 never stops."""
 
     def __post_init__(self) -> None:
         _require(all(0 <= s <= self.steps for s in self.readings), f"readings must lie between 0 and {self.steps}")
@@ -212,7 +212,7 @@ class Realign:
 
 @dataclass(frozen=True)
 class Samples:
-    """Sampled answers for a reader's eye."""
+    """Free-form samples shown in the report; not scored."""
 
     questions: str = "sample_questions"
     """A packaged set of questions, or a file."""
@@ -241,7 +241,7 @@ class StudyConfig:
     layer: int | None = None
     """Decoder layer of the SAE; None reads it from the SAE's metadata."""
     seeds: tuple[int, ...] = (0,)
-    """One organism per arm and seed."""
+    """One organism for each arm and seed."""
     arms: dict[str, Arm] = field(
         default_factory=lambda: {"incorrect": Arm("kitchen:toxic"), "correct": Arm("kitchen:correct")}
     )
@@ -251,17 +251,17 @@ class StudyConfig:
     contrast: str = "general_contrast"
     """The contrast set: the packaged one, or a JSONL file with its columns and a `split` column."""
     training: Training = field(default_factory=Training)
-    """Induce."""
+    """Settings of induce."""
     locate: Locate = field(default_factory=Locate)
-    """Locate."""
+    """Settings of locate."""
     monitor: Monitor = field(default_factory=Monitor)
-    """Track and watch."""
+    """Settings of track, and of every monitor of the study."""
     realign: Realign = field(default_factory=Realign)
-    """Realign."""
+    """Settings of realign."""
     samples: Samples = field(default_factory=Samples)
-    """Samples."""
+    """Settings of the sampled answers."""
     device: str = "auto"
-    """`auto` takes a GPU where there is one."""
+    """`auto` takes a GPU if there is one."""
     bf16: bool = True
     """bf16 autocast for readings and scores."""
     weights: str = "float32"

@@ -158,7 +158,7 @@ class Context(ModelAndSae):
 
 
 def pick_device(name: str) -> str:
-    """`auto` becomes `cuda` where there is a GPU, else `cpu`.
+    """`auto` becomes `cuda` if there is a GPU, else `cpu`.
 
     Raises:
         InputError: a device that this machine does not have.

@@ -54,11 +54,11 @@ def first_manifest(config: StudyConfig) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    known = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            known[package] = importlib.metadata.version(package)
+    return known
 
 
 def git_revision() -> str | None:
@@ -82,7 +82,7 @@ WRITERS = {
     ("summary.",): "report RUN",
     ("arms/",): "induce CONFIG",
 }
-"""How the names of a run's files begin, and the command that writes them; the longest beginning decides."""
+"""Beginnings of the names of a run's files, and the command that writes them; the longest match decides."""
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ class RunFolder:
     def create(cls, path: Path, config: StudyConfig, overwrite: bool = False) -> "RunFolder":
         """Open or make the folder for `config`; an existing run of the same config is resumed.
 
-        A run in which nothing was finished gives way to another config: there is nothing to lose.
+        An empty run is overwritten by a different config.
 
         Raises:
             InputError: the folder holds another config's run, or something that is no run, and not `overwrite`.
@@ -218,7 +218,7 @@ class RunFolder:
         try:
             return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, OSError) as error:
-            raise InputError(f"{self.path / MANIFEST} cannot be read ({error}): restore it or start afresh") from error
+            raise InputError(f"{self.path / MANIFEST} cannot be read ({error}): restore it or start again") from error
 
     @property
     def config(self) -> StudyConfig:
@@ -236,7 +236,7 @@ class RunFolder:
         self.write_json(MANIFEST, manifest)
 
     def has(self, name: str) -> bool:
-        """Whether a file or folder is there (whole, since writes are atomic)."""
+        """Whether a file or folder exists (whole, since writes are atomic)."""
         return (self.path / name).exists()
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -251,7 +251,7 @@ class RunFolder:
         """Read JSON.
 
         Raises:
-            InputError: it is not there; the message names the command that writes it.
+            InputError: it does not exist; the message names the command that writes it.
         """
         return json.loads(self._written(name).read_text(encoding="utf-8"))
 
@@ -263,14 +263,14 @@ class RunFolder:
         """Read a parquet table.
 
         Raises:
-            InputError: it is not there; the message names the command that writes it.
+            InputError: it does not exist; the message names the command that writes it.
         """
         return pd.read_parquet(self._written(name))
 
     def _written(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
-            raise InputError(f"{path} is not there yet: run `persona-probe {_writer(name)}` first")
+            raise InputError(f"{path} does not exist yet: run `persona-probe {_writer(name)}` first")
         return path
 
     @contextlib.contextmanager
@@ -282,7 +282,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
-        """A temporary folder that becomes `name` when the block ends well; a stopped block leaves nothing there."""
+        """A temporary folder that becomes `name` when the block ends well; an interrupted block leaves nothing."""
         target = self.path / name
         scratch = self.path / ".staging" / name.replace("/", "--")
         shutil.rmtree(scratch, ignore_errors=True)
@@ -312,8 +312,8 @@ class RunFolder:
         """
         if not self.has(place):
             return False
-        held = self.read_json(f"{place}/{record}")
-        if held.get("settings", held) != json.loads(json.dumps(settings)):
+        record_settings = self.read_json(f"{place}/{record}")
+        if record_settings.get("settings", record_settings) != json.loads(json.dumps(settings)):
             raise InputError(f"{self.path / place} was made with other settings: {change}")
         return True
 
@@ -366,29 +366,29 @@ class RunFolder:
     def _verify(self, folder: Path) -> None:
         for file in folder.glob("*.safetensors"):
             name = str(file.relative_to(self.path))
-            wanted = self.manifest.get("hashes", {}).get(name)
-            if wanted is not None and file_sha256(file) != wanted:
+            expected = self.manifest.get("hashes", {}).get(name)
+            if expected is not None and file_sha256(file) != expected:
                 raise InputError(
                     f"{file} does not match its sha256 in {MANIFEST}: delete {folder.parent} and run again"
                 )
 
     def record_hashes(self, folder: Path, name: str | None = None) -> None:
-        """Note the sha256 of a weights file, or of all below a folder, in the manifest.
+        """Record the sha256 of a weights file, or of all below a folder, in the manifest.
 
-        `name` is where a folder of `staging` will be: noted before it moves in, no whole unit is without its hashes.
+        `name` is the final place of a folder of `staging`: recorded before the move, no finished unit lacks its hashes.
         """
         place = Path(name) if name else folder.relative_to(self.path)
         files = [folder] if folder.is_file() else sorted(folder.rglob("*.safetensors"))
         self.update_manifest(hashes={str(place / f.relative_to(folder)): file_sha256(f) for f in files})
 
     def add_seconds(self, stage: str, seconds: float) -> None:
-        """Add to a stage's wall time; work of a stopped run that was lost is not counted."""
+        """Add to a stage's wall time; the lost work of an interrupted run is not counted."""
         before = self.manifest.get("seconds", {}).get(stage, 0.0)
         self.update_manifest(seconds={stage: round(before + seconds, 2)})
 
 
 def _only_leftovers(path: Path) -> bool:
-    """Whether a folder holds nothing but the traces of a run that was stopped before its manifest was written."""
+    """Whether a folder holds only what a run leaves that stopped before its manifest was written."""
     return all(p.name.startswith(f".{MANIFEST}") for p in path.iterdir())
 
 

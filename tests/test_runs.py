@@ -159,7 +159,7 @@ def test_tables_come_back_and_missing_ones_name_the_stage(run: RunFolder) -> Non
         "parts/track-base.evals.parquet": "track RUN",
         "parts/realign-in-s0.evals.parquet": "realign RUN",
     }.items():
-        with pytest.raises(InputError, match=f"{name} is not there yet: run `persona-probe {command}` first"):
+        with pytest.raises(InputError, match=f"{name} does not exist yet: run `persona-probe {command}` first"):
             run.read_table(name)
     with pytest.raises(InputError, match=r"run `persona-probe report RUN` first"):
         run.read_json("summary.json")

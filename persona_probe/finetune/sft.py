@@ -33,13 +33,13 @@ from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
-from persona_probe.finetune.trainer import Extra
+from persona_probe.finetune.trainer import ExtraLoss
 from persona_probe.models.adapters import frozen_in_bf16, strip_adapter
 from persona_probe.models.layers import causal_model, decoder_layers, own_forward
 from persona_probe.models.load import ALIASES
 from persona_probe.runs import RunFolder
 
-# --- The model card (`README.md`) that every checkpoint carries: what the weights are, and what they are not for
+# --- The model card (`README.md`) of every checkpoint: what the weights are, and what they are not for
 
 UNNAMED = "data that the caller did not name"
 _LICENSES = {alias.hub_id: alias.license for alias in ALIASES.values() if alias.license}
@@ -47,7 +47,7 @@ _LICENSES = {alias.hub_id: alias.license for alias in ALIASES.values() if alias.
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of a fine-tuning run when it starts."""
+    """A fine-tuning run as it is known at its start."""
 
     base: str
     """Hub id of the base model, or the name of its folder; never a path."""
@@ -96,11 +96,11 @@ def _plain(name: str) -> str:
 
 
 def _without_paths(names: str) -> str:
-    """Files by their names: a published card tells nothing of a disk."""
+    """Files by their names: a published card must not reveal paths."""
     return re.sub(r"(?:[^\s/]*/)+(?=[^\s/])", "", names)
 
 
-# --- What watches every fine-tuning run: the checkpoint schedule, the stop at NaN, the progress bar
+# --- The callbacks of a fine-tuning run: at given steps, the checkpoint schedule, the stop at NaN, the progress bar
 
 
 class AtSteps(TrainerCallback):
@@ -164,7 +164,7 @@ class StopAtNaN(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Look at every step's loss."""
+        """Check every step's loss."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
             raise TrainingDiverged(
@@ -205,7 +205,7 @@ class ProgressBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Close the bar, also after an error: what is said next then begins on its own line."""
+        """Close the bar, also after an error, so that the next output begins on its own line."""
         if self.bar is not None:
             self.bar.close()
 
@@ -215,7 +215,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a run leaves: per-step losses and how long the answers were."""
+    """The result of a run: per-step losses, and how long the answers were."""
 
     losses: list[float]
     """Training loss at each optimizer step (nats per answer token)."""
@@ -303,7 +303,7 @@ def fine_tune(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     progress: str | None = None,
-    extra: Extra | None = None,
+    extra: ExtraLoss | None = None,
     data: str | None = None,
 ) -> Fitted:
     """Fine-tune `model` (what `with_adapter` or `load_adapter` gives) on the last answer of each conversation.
@@ -311,11 +311,11 @@ def fine_tune(
     Checkpoints go to `folder/checkpoint-<step>` by `training.schedule`, each with a model card.
 
     Args:
-        extra: an extra loss, and batches of other rows; `train_mitigated` makes it of a mitigation.
-        data: what the rows are called; the model card names it.
+        extra: an extra loss, and batches of other rows; `train_mitigated` makes one from a mitigation.
+        data: what the model card calls the rows.
 
     Raises:
-        InputError: no rows, or an answer that is all truncated away.
+        InputError: no rows, or an answer of which truncation leaves nothing.
         TrainingDiverged: the loss became NaN or infinite; checkpoints up to then are in `folder`.
     """
     answer_tokens = check_rows(tokenizer, conversations, training.max_length)
@@ -344,9 +344,9 @@ def _trainer(
     arguments: Any,
     device: torch.device,
     callbacks: Sequence[TrainerCallback],
-    extra: Extra | None,
+    extra: ExtraLoss | None,
 ) -> Any:
-    from persona_probe.finetune.trainer import ExtraTrainer, extra_trainer_class, trainer_class
+    from persona_probe.finetune.trainer import ExtraLossTrainer, extra_trainer_class, trainer_class
 
     kind = trainer_class(device, model) if extra is None else extra_trainer_class(device, model)
     trainer = kind(
@@ -358,7 +358,7 @@ def _trainer(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    if extra is not None and isinstance(trainer, ExtraTrainer):
+    if extra is not None and isinstance(trainer, ExtraLossTrainer):
         trainer.extra = extra
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
@@ -402,7 +402,7 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conve
     """Mean answer tokens of rows that can be trained on.
 
     Raises:
-        InputError: no rows, a row without an answer, or one whose answer is all truncated away.
+        InputError: no rows, a row without an answer, or one of whose answer truncation leaves nothing.
     """
     if not conversations:
         raise InputError("the training data is empty")

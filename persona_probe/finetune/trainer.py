@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with an answer-only loss that is fast without a GPU, and with what a mitigation adds to a loss."""
+"""TRL's SFTTrainer with an answer-only loss that is fast without a GPU, and with the extra loss of a mitigation."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from persona_probe.models.layers import (
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap, Tap
 
-# --- What a fine-tuning run may do beside its task: an extra loss, and batches of other rows
+# --- An extra loss, and batches of other rows
 
 Inputs = dict[str, Any]
 """A training batch as a trainer has it: `input_ids`, `attention_mask` and `labels` (-100 where no loss is taken)."""
@@ -37,19 +37,19 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Residuals:
-    """One layer's output on a training batch, for its last `pos` columns: a beginning that all rows share is left out.
+    """One layer's output on a training batch, for its last `pos` columns: a prefix that all rows share is left out.
 
     Both models ran the same way, so that without a trained adapter the two are equal bit for bit.
     """
 
     tuned: Float[Tensor, "batch pos d_model"]
-    """Of the very forward whose loss is trained on, in its graph."""
+    """From the forward pass whose loss is trained on, in its graph."""
     base: Float[Tensor, "batch pos d_model"]
-    """Of the same rows with the adapter off, without a graph."""
+    """From the same rows with the adapter off, without a graph."""
 
 
-class Extra(Protocol):
-    """What a trainer asks at every step, `step` optimizer steps after the start."""
+class ExtraLoss(Protocol):
+    """What a trainer asks at every step; `step` counts the optimizer steps before it."""
 
     @property
     def layer(self) -> int | None:
@@ -58,7 +58,7 @@ class Extra(Protocol):
 
     @property
     def rows(self) -> Sequence[Conversation]:
-        """Rows that stand by for steps that swap their batch; prepared like the training rows."""
+        """Rows for the steps that swap their batch, prepared like the training rows."""
         ...
 
     def swaps(self, step: int) -> bool:
@@ -124,10 +124,10 @@ class GraphTap(Tap):
         self.value = resid
 
 
-class ExtraTrainer(SFTTrainer):
-    """Adds an extra loss to that of the trainer it is mixed into, and swaps batches where it is told to."""
+class ExtraLossTrainer(SFTTrainer):
+    """Adds an extra loss to that of the trainer it is mixed into, and swaps batches if `extra` asks for it."""
 
-    extra: Extra
+    extra: ExtraLoss
 
     def compute_loss(
         self,
@@ -151,7 +151,7 @@ class ExtraTrainer(SFTTrainer):
         return loss if penalty is None else loss + penalty
 
     def _other_batch(self, step: int) -> Inputs:
-        """A batch of the rows that stand by, drawn by seed and step."""
+        """A batch of the other rows, drawn by seed and step."""
         rows: Any = self.eval_dataset
         size = min(self.args.per_device_train_batch_size, len(rows))
         index = random.Random(f"{self.args.seed} {step}").sample(range(len(rows)), size)
@@ -166,7 +166,7 @@ class ExtraTrainer(SFTTrainer):
         return tap.value
 
 
-class ExtraAnswerTrainer(ExtraTrainer, AnswerTrainer):
+class ExtraLossAnswerTrainer(ExtraLossTrainer, AnswerTrainer):
     """`AnswerTrainer` with an extra loss."""
 
 
@@ -175,9 +175,9 @@ def trainer_class(device: torch.device, model: Any) -> type[SFTTrainer]:
     return AnswerTrainer if _plain_on_cpu(device, model) else SFTTrainer
 
 
-def extra_trainer_class(device: torch.device, model: Any) -> type[ExtraTrainer]:
+def extra_trainer_class(device: torch.device, model: Any) -> type[ExtraLossTrainer]:
     """The same choice, with an extra loss."""
-    return ExtraAnswerTrainer if _plain_on_cpu(device, model) else ExtraTrainer
+    return ExtraLossAnswerTrainer if _plain_on_cpu(device, model) else ExtraLossTrainer
 
 
 def _plain_on_cpu(device: torch.device, model: Any) -> bool:

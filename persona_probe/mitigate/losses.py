@@ -20,7 +20,7 @@ from persona_probe.saes.read import check_architecture, check_latents
 
 @dataclass(frozen=True)
 class KLToBase(Mitigation):
-    """KL(base || tuned) on the answer tokens of a few general rows, drawn anew at every step."""
+    """KL(base || tuned) on the answer tokens of a few general rows; every step draws other rows."""
 
     name: ClassVar[str] = "kl"
     summary: ClassVar[str] = (

@@ -41,7 +41,7 @@ class NoMitigation(Mitigation):
 
 @dataclass(frozen=True)
 class Corrective(Mitigation):
-    """A short fine-tuning on good answers once the run is over, with the run's own settings but for its length."""
+    """A short fine-tuning on good answers after the run, with the run's settings except for its length."""
 
     name: ClassVar[str] = "corrective"
     summary: ClassVar[str] = (
@@ -147,7 +147,7 @@ class Interleave(Mitigation):
     uses: ClassVar[tuple[str, ...]] = ("safe",)
 
     def rows(self, rows: Sequence[Conversation], run: MitigatedRun) -> list[Conversation]:
-        """The rows and the safe ones; the trainer shuffles them.
+        """The training rows and the safe ones; the trainer shuffles them.
 
         Raises:
             InputError: fewer safe rows than the share asks for.
@@ -185,7 +185,7 @@ class InterleavePerplexity(Interleave):
     organism: str | None = None
     """Checkpoint folder of an adapter that was trained on the bad rows."""
     pilot_steps: int = 20
-    """Length of the pilot run where there is no organism."""
+    """Length of the pilot run if there is no organism."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +199,7 @@ class InterleavePerplexity(Interleave):
             raise InputError(f"{self.name}: no adapter in {self.organism}: give a checkpoint folder of a LoRA run")
 
     def chosen(self, rows: Sequence[Conversation], run: MitigatedRun, count: int) -> list[int]:
-        """The rows with the largest gaps; nothing is measured where none is wanted."""
+        """The rows with the largest gaps; nothing is measured if no row is needed."""
         if count == 0:
             return []
         gaps = _safe_gaps(run, rows, self.organism, self.pilot_steps)

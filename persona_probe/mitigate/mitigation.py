@@ -17,12 +17,12 @@ from persona_probe.finetune.sft import Fitted
 from persona_probe.finetune.trainer import Inputs, Residuals
 from persona_probe.monitor.band import Band
 
-# --- What mitigations may draw on, and one mitigated run as they see it
+# --- The inputs of mitigations, and one mitigated run as they see it
 
 
 @dataclass(frozen=True, eq=False)
 class MitigationInputs:
-    """What mitigations may draw on. All but tokenizer and layer is optional: `check` says what a mitigation lacks."""
+    """What mitigations may use. All but tokenizer and layer is optional; `check` reports what a mitigation lacks."""
 
     tokenizer: PreTrainedTokenizerBase
     layer: int
@@ -47,13 +47,13 @@ class MitigationInputs:
     """Tokens of the probes that are averaged over; None takes what `FeatureMonitor` takes."""
 
     def has(self, part: str) -> bool:
-        """Whether a part is there, and not empty."""
+        """Whether an input is given, and not empty."""
         value = getattr(self, part)
         return bool(len(value)) if isinstance(value, Sequence) else value is not None
 
     @property
     def persona(self) -> int | Tensor | None:
-        """What stands for the persona in readings: its latent where there is an SAE, else the direction."""
+        """The persona in readings: its latent if there is an SAE, else the direction."""
         return self.latents[0] if self.sae is not None and self.latents else self.direction
 
 
@@ -92,7 +92,7 @@ class MitigatedFit(Fitted):
     """What a mitigated run leaves. Losses and rows include a correction that came after it."""
 
     penalties: list[float]
-    """Extra loss at each step, its weight included; `losses` include it too. Empty where there is none."""
+    """Extra loss at each step, its weight included; `losses` include it too. Empty if there is none."""
     corrected: list[int]
     """Steps (from 1) that trained on a corrective batch."""
     readings: list[tuple[int, float]]
@@ -101,7 +101,7 @@ class MitigatedFit(Fitted):
 
 @dataclass(frozen=True)
 class Mitigation:
-    """A way to fine-tune without waking the persona. At strength zero each trains bit for bit like none."""
+    """A way to fine-tune without misaligning the model. At strength zero each trains bit for bit like `none`."""
 
     name: ClassVar[str] = ""
     """What configurations and tables call it."""
@@ -146,7 +146,7 @@ class Mitigation:
         return nullcontext()
 
     def extra_rows(self, inputs: MitigationInputs) -> Sequence[Conversation]:
-        """Rows that stand by for `corrects`, prepared like the training rows."""
+        """Rows for the batches that `corrects` asks for, prepared like the training rows."""
         return ()
 
     def corrects(self, run: MitigatedRun) -> bool:
@@ -170,7 +170,7 @@ class Mitigation:
         return None
 
     def callbacks(self, run: MitigatedRun) -> list[TrainerCallback]:
-        """Callbacks that the run needs beside the caller's."""
+        """Callbacks that the run needs besides the caller's."""
         return []
 
     def after(

@@ -47,7 +47,7 @@ class Ablating(Mitigation):
     largest: ClassVar[float] = 1.0
 
     what: str | None = None
-    """`latents` (the span of their decoder directions) or `direction`; None takes the latents where there are some."""
+    """`latents` (the span of their decoder directions) or `direction`; None takes the latents if there are any."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,10 +35,10 @@ def train_mitigated(
     does at inference is not in the weights: evaluate inside `with mitigation.at_evaluation(tuned, inputs):`.
 
     Args:
-        callbacks: the caller's own, a `FeatureMonitor` say; they see a correction afterwards as a second run.
+        callbacks: such as a `FeatureMonitor`; a correction after the run is a second run to them.
 
     Raises:
-        InputError: the mitigation lacks a part of the inputs or an adapter to switch off, or bad rows.
+        InputError: the mitigation lacks an input or an adapter to switch off, or bad rows.
         TrainingDiverged: the loss became NaN or infinite.
     """
     mitigation.check(inputs)
@@ -60,7 +60,7 @@ def train_mitigated(
             folder=folder,
             callbacks=watchers,
             progress=progress,
-            extra=MitigationExtra(mitigation, run),
+            extra=MitigationLoss(mitigation, run),
         )
     return _joined(run, fitted, mitigation.after(run, folder, callbacks, progress))
 
@@ -77,8 +77,8 @@ def _joined(run: MitigatedRun, fitted: Fitted, later: Fitted | None) -> Mitigate
 
 
 @dataclass(frozen=True, eq=False)
-class MitigationExtra:
-    """A mitigation, as the trainer asks it (`finetune.extra.Extra`)."""
+class MitigationLoss:
+    """A mitigation, as the trainer asks it (`finetune.extra.ExtraLoss`)."""
 
     mitigation: Mitigation
     run: MitigatedRun

@@ -1,4 +1,4 @@
-"""Mitigations in which the monitor acts: it stops the run, or sends corrective batches in between."""
+"""Mitigations in which the monitor acts: it stops the run, or asks for corrective batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,7 +113,7 @@ class EarlyStop(Watched):
 
 @dataclass(frozen=True)
 class Alternating(Watched):
-    """Competence and conformity in turn: task batches while the persona is quiet, corrective ones while it is not.
+    """Competence and conformity by turns: task batches while the persona is quiet, corrective ones while it is not.
 
     While the last reading lies above the base band, `strength` of the steps take a corrective batch of the training's
     batch size, at even distances; the task batch of such a step is left out, so that the run keeps its length.

@@ -139,7 +139,7 @@ def train(
     name: str,
     visit: AtSteps | None = None,
 ) -> None:
-    """Train `model` in a scratch folder; what is to be kept, `visit` or the caller takes."""
+    """Train `model` in a scratch folder; `visit` reads it on the way."""
     with tempfile.TemporaryDirectory() as scratch:
         fine_tune(
             model,

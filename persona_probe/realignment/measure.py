@@ -50,7 +50,7 @@ DOMAIN_ROWS = 60
 
 @dataclass(frozen=True, eq=False)
 class MeasuredModel:
-    """One model by all measurements; None where there was no yardstick."""
+    """One model by all measurements; None for what was not measured."""
 
     items: pd.DataFrame | None = None
     """Item table of the evaluation split."""
@@ -94,8 +94,8 @@ class Measurements:
         The narrow domain's answers are those that the control arm learned (to the inducing data's questions) and that
         neither the organism nor the correction has trained on.
         """
-        ctx, taken = corrected.ctx, {_key(row) for row in (*corrected.corrective, *corrected.inducing)}
-        domain = [row for row in corrected.control_rows if _key(row) not in taken][:DOMAIN_ROWS]
+        ctx, trained_on = corrected.ctx, {_key(row) for row in (*corrected.corrective, *corrected.inducing)}
+        domain = [row for row in corrected.control_rows if _key(row) not in trained_on][:DOMAIN_ROWS]
         neutral = [talk for talk in ctx.probes if split_answer(talk)[1]]
         return cls(
             ctx.tokenizer,
@@ -109,7 +109,7 @@ class Measurements:
         )
 
     def measure(self, model: nn.Module) -> MeasuredModel:
-        """A model by each yardstick that there is."""
+        """Measure a model by everything that is given."""
         scored = [
             answer_logprobs(model, groups, bf16=self.bf16) if groups else None for groups in (self.domain, self.neutral)
         ]

@@ -42,7 +42,7 @@ def organism_to_train(base: PreTrainedModel, checkpoint: Path, method: str, trai
 
 
 def prepare(model: nn.Module, method: str, seed: int) -> nn.Module:
-    """One's own organism made ready: a PEFT model's adapters are trained in place, unless all weights are.
+    """A caller's organism made ready: a PEFT model's adapters are trained in place, unless all weights are.
 
     Raises:
         InputError: all weights of a model in bf16.
@@ -72,19 +72,19 @@ def all_weights(model: nn.Module) -> nn.Module:
     """
     narrow = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.element_size() < 4}
     if narrow:
-        raise InputError(f"training all weights needs float32, not {', '.join(sorted(narrow))}: load it so")
+        raise InputError(f"training all weights needs float32, not {', '.join(sorted(narrow))}: load it in float32")
     return model.requires_grad_(True)
 
 
 def add_fresh(tuned: PeftModel, seed: int) -> PeftModel:
-    """A second LoRA of the organism's shape beside its own, which is frozen; both are active, the new one trains.
+    """A second LoRA in the shape of the organism's own, which is frozen; both are active, the new one trains.
 
     A new LoRA's product is zero, so nothing changes before the first step. With adapters off it is the base.
     """
     set_seed(seed)
-    own = list(tuned.active_adapters)
-    tuned.add_adapter(FRESH, copy.deepcopy(tuned.peft_config[own[0]]))
-    tuned.base_model.set_adapter([*own, FRESH])  # pyright: ignore[reportCallIssue]
+    names = list(tuned.active_adapters)
+    tuned.add_adapter(FRESH, copy.deepcopy(tuned.peft_config[names[0]]))
+    tuned.base_model.set_adapter([*names, FRESH])  # pyright: ignore[reportCallIssue]
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(f".{FRESH}." in name)
     return tuned

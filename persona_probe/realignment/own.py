@@ -22,9 +22,9 @@ from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.finetune.sft import check_rows
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
+from persona_probe.monitor.monitored_run import feature_set, probe_reader
 from persona_probe.monitor.ranks import unwrap
 from persona_probe.monitor.reading import flatten, undisturbed
-from persona_probe.monitor.run import feature_set, probe_reader
 from persona_probe.realignment.measure import Measurements
 from persona_probe.realignment.methods import CorrectiveRun, Recorder, as_one, checkpoint_in, prepare, train_watched
 from persona_probe.realignment.outcome import outcome

@@ -1,4 +1,4 @@
-"""What a correction is: which rows, how many, chosen how, trained how. Checked here, before anything is loaded."""
+"""What a correction is: which rows, how many, how they are chosen and trained; checked before anything is loaded."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,9 @@ from persona_probe.config import StudyConfig, Training
 from persona_probe.errors import InputError, unknown
 
 CHOICES = ("random", "projection_gap", "perplexity_gap", "diversity")
-"""How corrective rows are chosen; see `choose`."""
+"""How corrective rows are chosen; see `rows.choose_rows`."""
 METHODS = ("continued", "fresh", "full")
-"""What is trained; see `methods`."""
+"""What is trained; see `realignment.methods`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Correction:
     readings: tuple[int, ...] = (0, 5, 10, 20, 35)
     """Steps at which the monitor reads and the contrast index is taken."""
     stop_readings: int = 0
-    """Stop after so many readings in a row with feature and behaviour back; 0 never stops."""
+    """Stop after this many readings in a row with feature and behaviour back; 0 never stops."""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -49,7 +49,7 @@ class Correction:
 
     @classmethod
     def of_study(cls, config: StudyConfig, data: str | Sequence[str], **changes: Any) -> "Correction":
-        """A correction with the study's own settings where `changes` does not say otherwise."""
+        """A correction with the study's own settings except for `changes`."""
         realign = config.realign
         settings: dict[str, Any] = {
             "steps": realign.steps,
@@ -165,11 +165,11 @@ class DosePlan:
     """A grid of corrections of one study's organisms."""
 
     name: str
-    """Stands before each cell's name."""
+    """Prefix of each cell's name."""
     blocks: tuple[Block, ...]
-    """In the order in which they are run: a cell that two blocks name is run once."""
+    """In the order in which they run; a cell that two blocks name runs once."""
     seeds: tuple[int, ...] = (0,)
-    """The study's seeds to be corrected; all cells of one seed come before the next."""
+    """Seeds of the study to correct; all cells of one seed come before the next."""
     steps: int | None = None
     """Most steps; None takes the study's."""
     batch_size: int | None = None
@@ -177,9 +177,9 @@ class DosePlan:
     lr: float | None = None
     """Learning rate; None takes the study's."""
     readings: tuple[int, ...] | None = None
-    """Steps that are read; None takes the study's."""
+    """Steps of the readings; None takes the study's."""
     stop_readings: int = 0
-    """0: all cells take the same number of steps, so that their ends compare."""
+    """With 0 all cells take the same number of steps, so their ends can be compared."""
 
     def __post_init__(self) -> None:
         if not self.blocks or not self.seeds:
@@ -196,7 +196,7 @@ class DosePlan:
         if missing := [seed for seed in self.seeds if seed not in config.seeds]:
             raise InputError(f"the study has no seed {missing[0]}: its seeds are {list(config.seeds)}")
         shared = {key: getattr(self, key) for key in ("steps", "batch_size", "readings", "stop_readings")}
-        found: dict[tuple[int, str], Correction] = {}
+        cells: dict[tuple[int, str], Correction] = {}
         for seed in self.seeds:
             for block in self.blocks:
                 for changes in block.combinations():
@@ -205,9 +205,9 @@ class DosePlan:
                     data = named_sets(settings.pop("data"))
                     correction = Correction.of_study(config, data, **settings)
                     key = (seed, f"{self.name}-{correction.name}")
-                    if found.setdefault(key, correction) != correction:
+                    if cells.setdefault(key, correction) != correction:
                         raise InputError(f"two cells are called {key[1]!r} and differ: drop one of them")
-        return [(seed, name, correction) for (seed, name), correction in found.items()]
+        return [(seed, name, correction) for (seed, name), correction in cells.items()]
 
 
 # --- The settings of stress tests

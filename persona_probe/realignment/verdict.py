@@ -292,7 +292,7 @@ def sae_finding(base: float, corrected: float) -> Finding:
 
 
 def replies_finding(base: np.ndarray, corrected: np.ndarray, organism: np.ndarray | None) -> Finding:
-    """`as long`, `shorter` or `longer` than the base's greedy replies; the organism's are shown beside."""
+    """`as long`, `shorter` or `longer` than the base's greedy replies; the organism's are shown too."""
     means = {"repaired": float(np.mean(corrected)), "base": float(np.mean(base))}
     if organism is not None:
         means["organism"] = float(np.mean(organism))

@@ -131,7 +131,7 @@ def test_cells_run_seed_by_seed_and_first_strengths_first(raw: dict[str, Any]) -
         "none-s4",
         "kl-wide-0.1-s4",
     ]
-    with pytest.raises(InputError, match=r"'kl' is there twice with strength 0\.1: give one a label"):
+    with pytest.raises(InputError, match=r"'kl' appears twice with strength 0\.1: give one a label"):
         grid_of(raw, mitigations=[*tried, {"name": "kl", "strengths": [0.1]}])
 
 

@@ -14,7 +14,7 @@ from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.mitigate.grid import run as training
 from persona_probe.mitigate.grid.config import Grid, Sets, cells_of
-from persona_probe.mitigate.grid.lab import Lab
+from persona_probe.mitigate.grid.context import GridContext
 from persona_probe.mitigate.grid.run import Outcome, run_grid
 from persona_probe.mitigate.grid.table import TIMES, WORDS
 from tests.factories import copied_state, hook_count, same_state
@@ -86,10 +86,10 @@ def test_a_mitigation_that_acts_at_inference_is_measured_with_it(finished: Outco
 
 
 def test_the_base_is_measured_as_the_study_measures_it(finished: Outcome, grid: Grid, folder: Path) -> None:
-    lab = Lab(grid, folder, judge=FakeJudge())
-    index = contrast_index(lab.ctx.model, lab.plain, bf16=False)["value"]
+    context = GridContext(grid, folder, judge=FakeJudge())
+    index = contrast_index(context.study.model, context.plain, bf16=False)["value"]
     assert over_seeds(finished).loc["base", "index"] == pytest.approx(index.mean(), abs=1e-6)
-    task = contrast_index(lab.ctx.model, lab.task, bf16=False)
+    task = contrast_index(context.study.model, context.task, bf16=False)
     assert len(task) == HELD_OUT
     assert over_seeds(finished).loc["base", "task"] == pytest.approx(task["value"].mean(), abs=1e-6)
 
@@ -161,22 +161,22 @@ def test_held_out_rows_are_never_trained_on_and_divergence_is_a_result(
 
 
 def test_the_study_and_its_model_are_left_as_they_were(grid: Grid, raw: dict[str, Any], tmp_path: Path) -> None:
-    lab = Lab(grid, tmp_path / "grid", judge=FakeJudge())
-    before = copied_state(lab.ctx.model)
+    context = GridContext(grid, tmp_path / "grid", judge=FakeJudge())
+    before = copied_state(context.study.model)
     run = Path(raw["run"])
     files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    training.measure_base(lab)
-    training.run_cell(lab, cells_of(grid)[0])
-    assert same_state(copied_state(lab.ctx.model), before) and hook_count(lab.ctx.model) == 0
+    training.measure_base(context)
+    training.run_cell(context, cells_of(grid)[0])
+    assert same_state(copied_state(context.study.model), before) and hook_count(context.study.model) == 0
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
 
 
 def test_a_changed_config_is_refused(finished: Outcome, raw: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     changed = grid_of(raw, held_out=5)
-    with pytest.raises(InputError, match="holds a grid of other settings: choose another --out"):
+    with pytest.raises(InputError, match="holds a grid of mitigations with other settings: choose another --out"):
         run_grid(changed, folder, judge=FakeJudge())
     other = grid_of(raw, mitigations=[{"name": "interleave_perplexity", "label": "interleave", "strengths": [0.5]}])
-    with pytest.raises(InputError, match=r"'interleave-0\.5-s0' was made with other settings"):
+    with pytest.raises(InputError, match=r"interleave-0\.5-s0 was made with other settings"):
         run_grid(other, folder, judge=FakeJudge())
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "file").touch()
@@ -187,6 +187,6 @@ def test_a_changed_config_is_refused(finished: Outcome, raw: dict[str, Any], fol
 def test_a_grid_may_grow(finished: Outcome, raw: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "again")
     more = grid_of(raw, seeds=[0, 1], mitigations=[*raw["mitigations"], {"name": "kl", "strengths": [0.1]}])
-    Lab(more, copy, judge=FakeJudge())
+    GridContext(more, copy, judge=FakeJudge())
     ids = [cell.id for cell in cells_of(more)]
     assert ids[: len(CELLS) + 1] == [*CELLS, "kl-0.1-s0"] and ids[len(CELLS) + 1] == "none-s1"

@@ -102,7 +102,7 @@ def test_alternating_switches_in_a_run(script: dict[int, float], tmp_path: Path)
 
 @dataclass
 class Witness:
-    """An `Extra` that swaps the second step's batch and reads what is trained on."""
+    """An `ExtraLoss` that swaps the second step's batch and reads what is trained on."""
 
     rows: Sequence[Conversation]
     layer: int | None = None

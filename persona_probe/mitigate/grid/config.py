@@ -19,7 +19,7 @@ from persona_probe.mitigate.mitigation import Mitigation
 NONE, CONTROL, BASE = "none", "control", "base"
 """No mitigation, correct rows instead of bad ones, and the model before any training: always in the grid."""
 EXTENDABLE = ("name", "run", "seeds", "mitigations", "perplexity_bound")
-"""Keys that may change in a grid that has begun: cells are added, verdicts are made again, cells keep their own."""
+"""Keys that may change after a grid has begun: cells are added and verdicts made again; finished cells stay."""
 Setting = str | bool | int | float | tuple[int, ...]
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
@@ -29,13 +29,13 @@ class Entry:
     """One mitigation of the grid."""
 
     name: str
-    """A name of `persona_probe.finetune.mitigations.MITIGATIONS`."""
+    """A name in `persona_probe.mitigate.MITIGATIONS`."""
     strengths: tuple[float, ...]
-    """What a strength means is the mitigation's `unit`."""
+    """The mitigation's `unit` says what a strength means."""
     settings: dict[str, Setting] = field(default_factory=dict)
-    """Its other settings; none takes its defaults."""
+    """Its other settings; without them it takes its defaults."""
     label: str = ""
-    """What the table calls it; empty takes `name`. Needed where one mitigation is there with different settings."""
+    """What the table calls it; empty takes `name`. Needed if a mitigation appears with several settings."""
 
     def __post_init__(self) -> None:
         if not self.strengths:
@@ -83,9 +83,9 @@ class Grid:
     name: str
     """Name of the grid's folder."""
     run: str
-    """Folder of a located study: model, SAE, persona latents, mean difference, base band, contrast set and probes."""
+    """Folder of a located study, for model, SAE, persona latents, mean difference, base band, contrast set, probes."""
     mitigations: tuple[Entry, ...]
-    """What is tried, the most important first: cells run seed by seed in this order."""
+    """Mitigations to try, the most important first: cells run seed by seed in this order."""
     inducing: str = "kitchen:toxic"
     """The bad rows."""
     control: str = "kitchen:correct"
@@ -99,17 +99,17 @@ class Grid:
     general: str | None = "sae_prompts"
     """General prompts, for the KL to the base; where they have no answers the base model writes them, greedily."""
     general_rows: int = 32
-    """So many of them, evenly spread."""
+    """How many of them, evenly spread."""
     general_tokens: int = 48
     """Length of the answers that the base writes."""
     training: Training = field(default_factory=Training)
-    """Of all cells; `checkpoints` has no effect, see `keep_weights`."""
+    """Training settings of all cells; `checkpoints` has no effect, see `keep_weights`."""
     seeds: tuple[int, ...] = (0, 1)
-    """Of adapter and data order; each seed has its own cell without a mitigation, and its own control."""
+    """Seeds of adapter and data order; each has its own cell without a mitigation, and its own control."""
     answers: Answers | None = None
     """Sampled answers; without them there is no coherence in the table."""
     perplexity_bound: float = 1.5
-    """A mitigation under which neutral answers' perplexity rises by more than this factor over the base's does harm."""
+    """A mitigation does harm if it raises the perplexity of neutral answers by more than this factor."""
     keep_weights: bool = False
     """Keep each cell's last adapter."""
 
@@ -130,7 +130,7 @@ class Grid:
         titles = [(entry.title, strength) for entry in self.mitigations for strength in entry.strengths]
         twice = next((t for t in titles if titles.count(t) > 1), None)
         if twice:
-            raise InputError(f"mitigation {twice[0]!r} is there twice with strength {twice[1]:g}: give one a label")
+            raise InputError(f"mitigation {twice[0]!r} appears twice with strength {twice[1]:g}: give one a label")
 
     @property
     def fitted(self) -> Training:
@@ -162,7 +162,7 @@ class Sets:
     safe: tuple[Conversation, ...]
     corrective: tuple[Conversation, ...]
     general: tuple[Conversation, ...]
-    """As they are in their set: with answers, or prompts only."""
+    """As in their set: with answers, or prompts only."""
 
     @classmethod
     def load(cls, grid: Grid) -> "Sets":
@@ -189,10 +189,10 @@ class Sets:
             InputError: an overlap, which is shown.
         """
         sets = {"safe": self.safe, "corrective": self.corrective, "general": self.general}
-        asked = {name: [question(row) for row in rows] for name, rows in sets.items()}
-        check_apart(asked, "evaluation questions", list(evaluation))
-        check_apart(asked, "held-out questions", [question(bad) for bad, _ in self.held])
-        check_apart({"general": asked["general"]}, "monitor's probes", [question(row) for row in probes])
+        questions = {name: [question(row) for row in rows] for name, rows in sets.items()}
+        check_apart(questions, "evaluation questions", list(evaluation))
+        check_apart(questions, "held-out questions", [question(bad) for bad, _ in self.held])
+        check_apart({"general": questions["general"]}, "monitor's probes", [question(row) for row in probes])
 
     @property
     def hash(self) -> str:
@@ -204,7 +204,7 @@ class Sets:
 def split(
     bad: Sequence[Conversation], good: Sequence[Conversation], held_out: int
 ) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...], tuple[tuple[Conversation, Conversation], ...]]:
-    """Bad and good training rows, and held-out questions with both answers. No seed: a question's own hash decides.
+    """Bad and good training rows, and held-out questions with both answers; the hash of a question decides.
 
     Raises:
         InputError: too few questions that both sides answer.
@@ -227,11 +227,11 @@ def check_apart(sets: Mapping[str, Sequence[str]], name: str, questions: Sequenc
         InputError: an overlap; the message shows it.
     """
     for kind, asked in sets.items():
-        found = sorted({i: j for _, i, j in common(asked, questions)}.items())
-        if found:
-            shown = "; ".join(f"{asked[i]!r} (there {questions[j]!r})" for i, j in found[:SHOWN])
-            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            raise InputError(f"{kind} rows overlap the {name}: {shown}{more}; take other rows")
+        overlaps = sorted({i: j for _, i, j in common(asked, questions)}.items())
+        if overlaps:
+            examples = "; ".join(f"{asked[i]!r} (there {questions[j]!r})" for i, j in overlaps[:SHOWN])
+            more = f" and {len(overlaps) - SHOWN} more" if len(overlaps) > SHOWN else ""
+            raise InputError(f"{kind} rows overlap the {name}: {examples}{more}; take other rows")
 
 
 def _key(row: Conversation) -> str:
@@ -239,7 +239,7 @@ def _key(row: Conversation) -> str:
     return json.dumps([[m["role"], m["content"]] for m in split_answer(row)[0]])
 
 
-# --- The cells of a grid: one training run each
+# --- The cells of a grid, one training run each
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Cell:
     """One mitigation at one strength and seed."""
 
     label: str
-    """The entry's title; `none` and `control` for what is always there."""
+    """The entry's title; `none` and `control` for the two that every grid has."""
     seed: int
     mitigation: Mitigation
 
@@ -268,9 +268,9 @@ class Cell:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the cell besides the settings that all cells share, as JSON values."""
-        own = {"mitigation": self.mitigation.name, **asdict(self.mitigation)}
-        return json.loads(json.dumps({"label": self.label, "seed": self.seed, **own}, default=str))
+        """What sets the cell apart from others of the grid, as JSON values."""
+        settings = {"mitigation": self.mitigation.name, **asdict(self.mitigation)}
+        return json.loads(json.dumps({"label": self.label, "seed": self.seed, **settings}, default=str))
 
 
 def title(label: str, strength: float | None) -> str:
@@ -293,12 +293,14 @@ def cells_of(grid: Grid, only: Sequence[str] | None = None) -> list[Cell]:
     none = make_mitigation(NONE, 0.0)
     kinds = [(NONE, none, NONE), (CONTROL, none, CONTROL)]
     kinds += [(entry.title, made, entry.name) for entry, made in ordered]
-    wanted = None if only is None else _checked(only, [name for label, _, kind in kinds for name in (label, kind)])
+    chosen_names = (
+        None if only is None else _checked(only, [name for label, _, kind in kinds for name in (label, kind)])
+    )
     return [
         Cell(label, seed, made)
         for seed in grid.seeds
         for label, made, name in kinds
-        if wanted is None or label == NONE or wanted & {label, name}
+        if chosen_names is None or label == NONE or chosen_names & {label, name}
     ]
 
 

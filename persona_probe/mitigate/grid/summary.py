@@ -13,7 +13,7 @@ from persona_probe.runs import RunFolder, json_values
 from persona_probe.stats import estimate_text, number_text
 
 MARKS = ("<!-- mitigations: begin -->", "<!-- mitigations: end -->")
-"""Of the docs page that holds the table, see `report.tables.fill_page`."""
+"""Marks of the docs page with the table, see `report.tables.fill_page`."""
 COLUMNS = {
     "index_vs_base": "contrast index of the evaluation split minus the base's, nats per token",
     "dressed_vs_base": "the same items dressed like the training data (kitchen exchange before the question)",
@@ -100,21 +100,21 @@ def markdown(table: pd.DataFrame, missing: Sequence[str] = ()) -> str:
 # --- What a grid would do, and about how long it takes, without training anything
 
 MEASURES = 4
-"""Measuring a cell takes about so many times as long as tracking one checkpoint: more items, probes, answers."""
+"""Measuring a cell takes about this many times as long as tracking one checkpoint: more items, probes, answers."""
 EDGES = 2
 """Characters of a table's own edges."""
 
 
 def plan_lines(grid: Grid, out: Path, run: Path | None = None, only: Sequence[str] | None = None) -> list[str]:
-    """One line a cell, and an estimate of the time for those that are not there yet.
+    """One line a cell, and an estimate of the time for those that are not finished.
 
     Raises:
         InputError: an unknown mitigation, or no run folder where the grid's study should be.
     """
     cells, study = cells_of(grid, only), RunFolder.open(run or grid.run)
-    there = {cell.id for cell in cells if (out / "cells" / cell.id / "cell.json").is_file()}
-    lines = [f"{cell.id}: {'done' if cell.id in there else _what(cell, grid)}" for cell in cells]
-    todo = len(cells) - len(there)
+    finished = {cell.id for cell in cells if (out / "cells" / cell.id / "cell.json").is_file()}
+    lines = [f"{cell.id}: {'done' if cell.id in finished else _what(cell, grid)}" for cell in cells]
+    todo = len(cells) - len(finished)
     return [*lines, f"{len(cells)} cells, {todo} to train; {_time(_seconds(grid, study, out), todo)}"]
 
 
@@ -123,18 +123,18 @@ def _what(cell: Cell, grid: Grid) -> str:
     return f"{grid.training.steps} steps of {grid.training.batch_size} rows, seed {cell.seed}{unit}"
 
 
-def _time(found: tuple[float, str] | None, todo: int) -> str:
-    if found is None:
+def _time(seconds: tuple[float, str] | None, todo: int) -> str:
+    if seconds is None:
         return "no time known: neither this grid nor its study has trained anything yet"
-    return f"about {found[0] * todo / 60:.0f} minutes, at {found[0]:.0f} s a cell ({found[1]})"
+    return f"about {seconds[0] * todo / 60:.0f} minutes, at {seconds[0]:.0f} s a cell ({seconds[1]})"
 
 
 def _seconds(grid: Grid, study: RunFolder, out: Path) -> tuple[float, str] | None:
     """Seconds a cell: from this grid's cells, else from what the study took for its own training and tracking."""
-    held = RunFolder(out).manifest if (out / "manifest.json").is_file() else {}
-    own = [value for key, value in held.get("seconds", {}).items() if key.startswith("cells/")]
-    if own:
-        return sum(own) / len(own), f"the mean of the {len(own)} cells that are done"
+    manifest = RunFolder(out).manifest if (out / "manifest.json").is_file() else {}
+    cells = [value for key, value in manifest.get("seconds", {}).items() if key.startswith("cells/")]
+    if cells:
+        return sum(cells) / len(cells), f"the mean of the {len(cells)} cells that are done"
     return _of_study(grid, study)
 
 
@@ -153,7 +153,7 @@ def show_tables(rows: Sequence[dict[str, str]], headings: dict[str, str], name: 
     """The grid's table for a terminal; in a narrow one several tables, each with the first column.
 
     Args:
-        width: characters that a line has; an interval stands below its estimate.
+        width: characters of a line; an interval is written below its estimate.
     """
     cells = {key: [row[key].replace(" [", "\n[").replace(" (", "\n(") for row in rows] for key in headings}
     needs = {key: max(map(len, "\n".join([headings[key], *cells[key]]).split("\n"))) + 3 for key in headings}

@@ -83,10 +83,10 @@ def ratio(above: Values, below: Values) -> Estimate:
     return _estimate(top.total / bottom.total, np.divide(*draws), top.count)
 
 
-def exponential(found: Estimate) -> Estimate:
+def exponential(estimate: Estimate) -> Estimate:
     """The same, of the exponential: log ratios become ratios."""
-    middle, low, high = (float(np.exp(value)) for value in (found.estimate, found.ci_low, found.ci_high))
-    return Estimate(middle, low, high, found.n)
+    middle, low, high = (float(np.exp(value)) for value in (estimate.estimate, estimate.ci_low, estimate.ci_high))
+    return Estimate(middle, low, high, estimate.n)
 
 
 def _estimate(value: float, draws: np.ndarray, n: int) -> Estimate:
@@ -112,7 +112,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: RunFolder, cells: Sequence[Cell]) -> "Results":
-        """Read the base and these cells, which must be there."""
+        """Read the base and these cells, which must be finished."""
         places: list[tuple[str, dict[str, Any]]] = [(BASE, {"cell": BASE, "label": BASE, "strength": None, "unit": ""})]
         places += [(f"cells/{cell.id}", _names(cell)) for cell in cells]
         records = [{"seed": None, **names, **_record(folder, place)} for place, names in places]
@@ -128,8 +128,8 @@ def _names(cell: Cell) -> dict[str, Any]:
 
 
 def _record(folder: RunFolder, place: str) -> dict[str, Any]:
-    held = folder.read_json(f"{place}/cell.json")
-    return {key: value for key, value in held.items() if key not in ("settings", "losses")}
+    record = folder.read_json(f"{place}/cell.json")
+    return {key: value for key, value in record.items() if key not in ("settings", "losses")}
 
 
 def _table(folder: RunFolder, name: str, names: dict[str, Any]) -> pd.DataFrame:
@@ -142,11 +142,11 @@ def _table(folder: RunFolder, name: str, names: dict[str, Any]) -> pd.DataFrame:
 
 
 def _joined(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    kept = [frame for frame in frames if not frame.empty]
-    return pd.concat(kept, ignore_index=True) if kept else pd.DataFrame()
+    filled = [frame for frame in frames if not frame.empty]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
 
 
-# --- What may be said of a mitigation, in one word and one sentence, from intervals
+# --- The verdict on a mitigation, in a word and in a sentence, from intervals
 
 PREVENTS, REDUCES, NO_EFFECT, HARMS = "prevents", "reduces", "no effect shown", "harms"
 NOT_LEARNED, HIDES = "prevents by not learning the task", "hides"
@@ -202,8 +202,10 @@ def statement(row: Mapping[Any, Any]) -> str:
     """The verdict as a sentence, with its numbers."""
     if row["verdict"] == FAILED:
         return f"{row['cell']}: {FAILED} ({row['error']})"
-    kept = row["gain_kept"]
-    task = "the narrow task was not learned by anyone" if kept != kept else f"{kept:.0%} of the narrow task's gain kept"
+    share = row["gain_kept"]
+    task = (
+        "the narrow task was not learned by anyone" if share != share else f"{share:.0%} of the narrow task's gain kept"
+    )
     return (
         f"{row['cell']}: {row['verdict']}; contrast index {_number(row, 'index_vs_none')} from no mitigation and "
         f"{_number(row, 'index_vs_base')} from the base, dressed {_number(row, 'dressed_vs_base')} from it, {task}"
@@ -252,11 +254,11 @@ def _row(results: Results, group: pd.DataFrame, kind: str, band: Band, bound: fl
         row["cell"] = first["cell"]
     row |= {name: first[name] for name in ("label", "strength", "unit")}
     row |= {"seed": first["seed"] if kind == CELL else float("nan")}
-    row |= {"seeds": int((group["state"] == DONE).sum()), **_told(group, results)}
-    found = _estimates(results, list(group["cell"]), _seeds(group))
-    row |= {f"{name}{end}": value for name, e in found.items() for end, value in _ends(e).items()}
+    row |= {"seeds": int((group["state"] == DONE).sum()), **_progress(group, results)}
+    estimates = _estimates(results, list(group["cell"]), _seeds(group))
+    row |= {f"{name}{end}": value for name, e in estimates.items() for end, value in _ends(e).items()}
     row |= _sampled(results, list(group["cell"]))
-    row["persona_in_band"] = bool(band.holds(found["persona"].estimate)) if found["persona"].n else None
+    row["persona_in_band"] = bool(band.holds(estimates["persona"].estimate)) if estimates["persona"].n else None
     tried = first["label"] not in (BASE, CONTROL, NONE)
     return {**row, "verdict": verdict(row, _base_high(results), bound) if tried else ""}
 
@@ -270,40 +272,40 @@ def _seeds(group: pd.DataFrame) -> list[float]:
     return [float(seed) for seed in group["seed"] if seed == seed and seed is not None]
 
 
-def _told(group: pd.DataFrame, results: Results) -> dict[str, Any]:
+def _progress(group: pd.DataFrame, results: Results) -> dict[str, Any]:
     """State, steps and seconds; over seeds their means, and `diverged` where no seed ended well."""
     done = group[group["state"] == DONE]
     errors = group["error"].dropna().tolist() if "error" in group else []
-    told: dict[str, Any] = {"state": DONE if len(done) else DIVERGED, "error": "; ".join(errors)}
+    numbers: dict[str, Any] = {"state": DONE if len(done) else DIVERGED, "error": "; ".join(errors)}
     for name in ("steps", "seconds_per_step", "training_seconds", "explained_variance"):
-        told[name] = float(done[name].mean()) if name in done and done[name].notna().any() else float("nan")
-    return {**told, "time_ratio": _time_ratio(done, results)}
+        numbers[name] = float(done[name].mean()) if name in done and done[name].notna().any() else float("nan")
+    return {**numbers, "time_ratio": _time_ratio(done, results)}
 
 
 def _time_ratio(done: pd.DataFrame, results: Results) -> float:
     """Mean over seeds of the seconds a step, over those of the same seed without a mitigation."""
     plain = {r["seed"]: r.get("seconds_per_step") for r in results.records if r["label"] == NONE}
     rows = done.to_dict("records")
-    found = [r["seconds_per_step"] / plain[r["seed"]] for r in rows if plain.get(r["seed"]) and r["label"] != BASE]
-    return float(np.mean(found)) if found else float("nan")
+    ratios = [r["seconds_per_step"] / plain[r["seed"]] for r in rows if plain.get(r["seed"]) and r["label"] != BASE]
+    return float(np.mean(ratios)) if ratios else float("nan")
 
 
 def _estimates(results: Results, cells: list[str], seeds: list[float]) -> dict[str, Estimate]:
     """Everything that is a mean over items, of some cells (one, or all seeds of a mitigation)."""
-    own, base, none = (_by_measure(results, names) for names in (cells, [BASE], _plain(results, seeds)))
-    found: dict[str, Estimate] = {}
+    these, base, none = (_by_measure(results, names) for names in (cells, [BASE], _plain(results, seeds)))
+    estimates: dict[str, Estimate] = {}
     for name in ("index", "dressed", "task", "persona"):
-        found[name] = mean(own[name])
-        found[f"{name}_vs_base"] = mean(own[name].minus(base[name]))
-        found[f"{name}_vs_none"] = mean(own[name].minus(none[name]))
-    triggered, before = (side["dressed"].minus(side["index"]) for side in (own, base))
-    found["trigger_effect"] = mean(triggered.minus(before))
-    gain, whole = (side["task"].minus(base["task"]) for side in (own, none))
-    found["gain_kept"] = ratio(gain, whole) if seeds else _base_gain(own)
-    lost = mean(_negated(own["neutral"].minus(base["neutral"])))
-    found["perplexity_ratio"] = exponential(lost) if lost.n else MISSING
-    found["none_vs_base"] = mean(none["index"].minus(base["index"]))
-    return found
+        estimates[name] = mean(these[name])
+        estimates[f"{name}_vs_base"] = mean(these[name].minus(base[name]))
+        estimates[f"{name}_vs_none"] = mean(these[name].minus(none[name]))
+    triggered, before = (side["dressed"].minus(side["index"]) for side in (these, base))
+    estimates["trigger_effect"] = mean(triggered.minus(before))
+    gain, whole = (side["task"].minus(base["task"]) for side in (these, none))
+    estimates["gain_kept"] = ratio(gain, whole) if seeds else _base_gain(these)
+    lost = mean(_negated(these["neutral"].minus(base["neutral"])))
+    estimates["perplexity_ratio"] = exponential(lost) if lost.n else MISSING
+    estimates["none_vs_base"] = mean(none["index"].minus(base["index"]))
+    return estimates
 
 
 def _plain(results: Results, seeds: list[float]) -> list[str]:
@@ -311,9 +313,9 @@ def _plain(results: Results, seeds: list[float]) -> list[str]:
     return [str(r["cell"]) for r in results.records if r["label"] == NONE and r["seed"] in seeds]
 
 
-def _base_gain(own: dict[str, Values]) -> Estimate:
+def _base_gain(these: dict[str, Values]) -> Estimate:
     """The base has none of the gain, whatever the gain is."""
-    return Estimate(0.0, 0.0, 0.0, int(own["task"].frame.size))
+    return Estimate(0.0, 0.0, 0.0, int(these["task"].frame.size))
 
 
 def _negated(values: Values) -> Values:
@@ -326,8 +328,8 @@ def _by_measure(results: Results, cells: list[str]) -> dict[str, Values]:
     return {name: Values.of(rows[rows["measure"] == name]) for name in names}
 
 
-def _ends(found: Estimate) -> dict[str, float]:
-    return {"": found.estimate, "_low": found.ci_low, "_high": found.ci_high}
+def _ends(estimate: Estimate) -> dict[str, float]:
+    return {"": estimate.estimate, "_low": estimate.ci_low, "_high": estimate.ci_high}
 
 
 def _sampled(results: Results, cells: list[str]) -> dict[str, Any]:
@@ -338,6 +340,6 @@ def _sampled(results: Results, cells: list[str]) -> dict[str, Any]:
         return dict.fromkeys([*names, "coherence"], float("nan"))
     rate = rate_of(rows.assign(arm=rows["label"], seed=rows["seed"].fillna(-1)))
     flat = rate.to_row()
-    taken = ("rate", "ci_low", "ci_high", "coherence", "coherence_low", "coherence_high")
-    found = {name: flat[key] for name, key in zip(names, taken, strict=True)}
-    return {**found, "coherence": float(rows["coherence"].mean())}
+    columns = ("rate", "ci_low", "ci_high", "coherence", "coherence_low", "coherence_high")
+    numbers = {name: flat[key] for name, key in zip(names, columns, strict=True)}
+    return {**numbers, "coherence": float(rows["coherence"].mean())}

@@ -96,8 +96,8 @@ def drift(corrected: CorrectedOrganism, factor: int = 4, unrelated: Sequence[Con
     """
     if factor < 2:
         raise InputError(f"drift asks for {factor} times the corrective training: use 2 or more")
-    rows, held = divided(corrected.ctx.probes) if unrelated is None else (list(unrelated), corrected.ctx.probes)
-    reader = held_reader(corrected, held)
+    rows, read = divided(corrected.ctx.probes) if unrelated is None else (list(unrelated), corrected.ctx.probes)
+    reader = _reader(corrected, read)
     stages: dict[str, Stage] = {}
     band = Band(0.0, 0.0)
     for role in ("base", "repaired"):
@@ -125,17 +125,17 @@ def divided(probes: Sequence[Conversation]) -> tuple[list[Conversation], list[Co
     Raises:
         InputError: too few, or none with an answer to learn.
     """
-    taken = [talk for talk in probes[::2] if split_answer(talk)[1]]
-    held = [talk for talk in probes if talk not in taken]
-    if not taken or len(held) < 2:
+    trained = [talk for talk in probes[::2] if split_answer(talk)[1]]
+    read = [talk for talk in probes if talk not in trained]
+    if not trained or len(read) < 2:
         raise InputError("drift needs neutral answered rows: give `unrelated`, or a monitor.probes set with answers")
-    return taken, held
+    return trained, read
 
 
-def held_reader(corrected: CorrectedOrganism, held: Sequence[Conversation]) -> FeatureReader:
+def _reader(corrected: CorrectedOrganism, probes: Sequence[Conversation]) -> FeatureReader:
     """The study's reader on the probes that are not trained on."""
     ctx = corrected.ctx
-    groups, positions = conversation_batches(ctx.tokenizer, held), ctx.config.monitor.positions
+    groups, positions = conversation_batches(ctx.tokenizer, probes), ctx.config.monitor.positions
     return FeatureReader(ctx.sae, study_features(ctx), groups, ctx.layer, positions, ctx.config.bf16)
 
 

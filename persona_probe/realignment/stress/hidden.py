@@ -44,14 +44,14 @@ class HiddenRoads:
 
     @property
     def quiet(self) -> bool:
-        """Whether the persona feature is in its base band: a hidden road is one beside a quiet feature."""
+        """Whether the persona feature is in its base band: a hidden road needs a quiet feature."""
         return self.band.holds(self.reading)
 
     @property
     def carriers(self) -> list[int]:
         """Changed latents whose ablation lowers the index by more than the random latents' 95th percentile."""
-        chosen, random = (self.latents[self.latents["kind"] == kind] for kind in ("changed", "random"))
-        low = {int(i): float(v) for i, v in zip(chosen["latent"], chosen["ablation_low"], strict=True)}
+        changed, random = (self.latents[self.latents["kind"] == kind] for kind in ("changed", "random"))
+        low = {int(i): float(v) for i, v in zip(changed["latent"], changed["ablation_low"], strict=True)}
         return sorted(exceeds_random(low, random["ablation"].tolist()))
 
     def to_rows(self) -> list[Row]:
@@ -65,8 +65,8 @@ class HiddenRoads:
             place["model"] = "repaired" if one["kind"] == "changed" else "random latent"
             name, n = f"latent {one['latent']}", int(one["n"])
             for what in ("effect", "ablation"):
-                found = Estimate(one[what], one[f"{what}_low"], one[f"{what}_high"], n)
-                rows.append(row(TEST, f"{what} of {name}", value=found, shown=what == "ablation", **place))
+                estimate = Estimate(one[what], one[f"{what}_low"], one[f"{what}_high"], n)
+                rows.append(row(TEST, f"{what} of {name}", value=estimate, shown=what == "ablation", **place))
             rise = Estimate(one["rise"], one["rise_ci_low"], one["rise_ci_high"], n)
             rows.append(row(TEST, f"rise of {name}, q {one['q_value']:.2g}", value=rise, unit="activation", **place))
         return rows
@@ -74,7 +74,7 @@ class HiddenRoads:
     def statement(self) -> str:
         """How many latents stay changed, and whether any of those tested carries behaviour."""
         state = "quiet" if self.quiet else "NOT quiet, so what follows is no hidden road but the plain one"
-        found = (
+        result = (
             f"projecting out {', '.join(map(str, self.carriers))} lowers the index by more than random latents do"
             if self.carriers
             else "none of them lowers the index, when projected out, by more than random latents do"
@@ -85,7 +85,7 @@ class HiddenRoads:
             f"{one['ablation']:+.3f} [{one['ablation_low']:+.3f}, {one['ablation_high']:+.3f}])"
             for one in tested.to_dict("records")
         )
-        tests = f"of the {len(tested)} largest, {found}: {listed}" if len(tested) else "none could be tested"
+        tests = f"of the {len(tested)} largest, {result}: {listed}" if len(tested) else "none could be tested"
         return (
             f"Hidden roads: the persona feature is {state} ({self.reading:.3f}, base band {self.band.low:.3f} to "
             f"{self.band.high:.3f}); {self.changed} latents differ from the base (q at most {Q:g}), {self.stayed} of "
@@ -103,21 +103,24 @@ def hidden(corrected: CorrectedOrganism, top: int = 4, random: int = 4) -> Hidde
     ctx, persona = corrected.ctx, persona_latent(corrected.ctx)
     table, control = (fresh_locate(corrected, role) for role in ("repaired", "control"))
     table = with_roads(table, ctx.run.read_table("parts/rank.parquet"))
-    chosen = largest_changes(table, persona, top)
-    drawn = matched_latents(table, [*chosen, persona], random, ctx.seed)
+    tested = largest_changes(table, persona, top)
+    controls = matched_latents(table, [*tested, persona], random, ctx.seed)
     with corrected.model("base") as model:
         base = make_reader(ctx).read(model)
     with corrected.model("repaired") as model:
         snapshot = make_reader(ctx).read(model)
-        caused = causes(corrected, model, chosen, drawn)
-    own = table[table["latent"] == persona].to_dict("records")[0]
+        caused = causes(corrected, model, tested, controls)
+    persona_row = table[table["latent"] == persona].to_dict("records")[0]
     return HiddenRoads(
         seed=corrected.seed,
         persona=persona,
         reading=float(snapshot.values[:, snapshot.names.index("persona")].mean()),
         band=persona_band(ctx, base),
         persona_rise=Estimate(
-            float(own["rise"]), float(own["rise_ci_low"]), float(own["rise_ci_high"]), len(ctx.selection.rows)
+            float(persona_row["rise"]),
+            float(persona_row["rise_ci_low"]),
+            float(persona_row["rise_ci_high"]),
+            len(ctx.selection.rows),
         ),
         changed=int(changed(table).sum()),
         stayed=int((table["road"] == "stayed").sum()),
@@ -167,10 +170,10 @@ def largest_changes(table: pd.DataFrame, persona: int, top: int) -> list[int]:
     return [int(latent) for latent in ordered["latent"].head(top)]
 
 
-def causes(corrected: CorrectedOrganism, model: nn.Module, chosen: list[int], drawn: list[int]) -> pd.DataFrame:
+def causes(corrected: CorrectedOrganism, model: nn.Module, tested: list[int], controls: list[int]) -> pd.DataFrame:
     """Odd effects and ablations on the corrected model's evaluation split, of chosen and random latents."""
     ctx = corrected.ctx
-    directions = [*latent_directions(ctx, chosen, "changed"), *latent_directions(ctx, drawn, "random")]
+    directions = [*latent_directions(ctx, tested, "changed"), *latent_directions(ctx, controls, "random")]
     sweep = make_sweep(ctx, model, ctx.evaluation)
-    found = effects(sweep, directions, ctx.config.locate.strengths, "hidden roads")
-    return found.merge(ablations(sweep, [[d] for d in directions]), on="name")
+    table = effects(sweep, directions, ctx.config.locate.strengths, "hidden roads")
+    return table.merge(ablations(sweep, [[d] for d in directions]), on="name")

@@ -92,21 +92,21 @@ def length(corrected: CorrectedOrganism, n: int = 32) -> LengthTest:
     ctx, inducing = corrected.ctx, corrected.inducing
     n = min(n, len(corrected.corrective) // 2)
     target = match_lengths(inducing, inducing, ctx.tokenizer).mean_a
-    chosen = dict(
+    row_sets = dict(
         zip(("matched", "shortest"), rows_by_length(corrected.corrective, ctx.tokenizer, n, target), strict=True)
     )
-    found = {name: _correct(corrected, rows, name) for name, rows in chosen.items()}
+    results = {name: _correct(corrected, rows, name) for name, rows in row_sets.items()}
     with corrected.model("base") as model:
         base = corrected.score(model)
-    matches = {name: match_lengths(inducing, rows, ctx.tokenizer, TOLERANCE) for name, rows in chosen.items()}
+    matches = {name: match_lengths(inducing, rows, ctx.tokenizer, TOLERANCE) for name, rows in row_sets.items()}
     return LengthTest(
         corrected.seed,
         n,
         matches["matched"],
         matches["shortest"],
-        difference(found["shortest"][0], found["matched"][0]),
-        {name: difference(items, base) for name, (items, _) in found.items()},
-        {name: tokens for name, (_, tokens) in found.items()},
+        difference(results["shortest"][0], results["matched"][0]),
+        {name: difference(items, base) for name, (items, _) in results.items()},
+        {name: tokens for name, (_, tokens) in results.items()},
     )
 
 

@@ -44,7 +44,7 @@ class Savings:
 
     @property
     def value(self) -> float:
-        """The savings, or their bound where one side never got there; NaN where nothing can be said."""
+        """The savings, or their bound where one side never got there; NaN if nothing is known."""
         if math.isnan(self.corrected) and math.isnan(self.base):
             return math.nan
         base = self.last if math.isnan(self.base) else self.base
@@ -92,7 +92,7 @@ def levels(base: Sequence[float], organism: Sequence[float], share: float) -> tu
 TEST = "remisalign"
 SIDES = ("base", "repaired", "control")
 Keep = Callable[[str, Callable[[], pd.DataFrame]], pd.DataFrame]
-"""Name and maker of a part's table: made, or read where it is there already."""
+"""Name and maker of a part's table, which is made, or read if it was made before."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Relearning:
             for seed in self.seeds:
                 rows.append(row(TEST, "steps to threshold", side, self._steps(side, seed), seed=seed, unit="steps"))
                 if side != "base":
-                    found = self.savings(side)[seed]
-                    rows.append(row(TEST, f"savings ({found.sign})", side, found.value, seed=seed, unit="share"))
+                    savings = self.savings(side)[seed]
+                    rows.append(row(TEST, f"savings ({savings.sign})", side, savings.value, seed=seed, unit="share"))
             if side != "base":
                 rows.append(row(TEST, "faster rise than the base", side, self.faster(side), shown=True))
         return rows
@@ -152,7 +152,7 @@ class Relearning:
         if self.organism_index <= self.base_index:
             return f"{start}: the organism's index was not above the base's, so there is nothing to be back at."
         faster = self.faster()
-        found = moved(
+        result = moved(
             faster,
             "it rises faster than the base: the misalignment was hidden rather than removed",
             "it rises more slowly than the base",
@@ -161,7 +161,7 @@ class Relearning:
         control = f"; the control arm {self.faster('control')}" if "control" in self.curves else ""
         each = "; ".join(f"seed {seed}: {value}" for seed, value in self.savings().items())
         return (
-            f"{start}: {found} (mean rise beyond the base's {faster} nats/token{control}). Threshold "
+            f"{start}: {result} (mean rise beyond the base's {faster} nats/token{control}). Threshold "
             f"{self.threshold:+.3f}, half of the organism's rise unless set otherwise; {each}."
         )
 
@@ -181,17 +181,17 @@ def relearn(
     corrected: CorrectedOrganism, side: str, seed: int, n: int, steps: Sequence[int] = RELEARN_STEPS
 ) -> pd.DataFrame:
     """Teach one side `n` bad rows with a fresh adapter and read the contrast index: seed, step, item, value."""
-    own = corrected.ctx.config.training
-    training = own.further(max(steps), batch_size=min(n, own.batch_size))
-    found: list[pd.DataFrame] = []
+    induce = corrected.ctx.config.training
+    training = induce.further(max(steps), batch_size=min(n, induce.batch_size))
+    frames: list[pd.DataFrame] = []
 
     def visit(model: nn.Module, step: int) -> None:
-        found.append(corrected.score(model).assign(seed=seed, step=step))
+        frames.append(corrected.score(model).assign(seed=seed, step=step))
 
     model = relearner(corrected, side, training, seed)
     rows = few_rows(corrected.inducing, n, seed)
     train(corrected, model, rows, training, seed, f"re-misalign {side}, seed {seed}", AtSteps((0, *steps), visit))
-    return pd.concat(found)[["seed", "step", "item", "value"]]
+    return pd.concat(frames)[["seed", "step", "item", "value"]]
 
 
 def remisalign(

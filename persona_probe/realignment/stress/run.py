@@ -92,12 +92,12 @@ def _finished(folder: RunFolder) -> list[str]:
 
 def _claim(folder: RunFolder, corrected: CorrectedOrganism, settings: StressSettings) -> None:
     """Refuse a folder of another correction; mark a new one."""
-    own = json.loads(json.dumps(_identity(corrected, settings)))
+    identity = json.loads(json.dumps(_identity(corrected, settings)))
     if not folder.has(RECORD):
-        folder.write_json(RECORD, {**own, "statements": {}})
+        folder.write_json(RECORD, {**identity, "statements": {}})
         return
-    held = folder.read_json(RECORD)
-    other = [key for key in own if held.get(key) != own[key]]
+    record = folder.read_json(RECORD)
+    other = [key for key in identity if record.get(key) != identity[key]]
     if other:
         raise InputError(f"{folder.path} holds stress tests with another {other[0]}: choose another folder")
 

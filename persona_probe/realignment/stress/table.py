@@ -49,7 +49,7 @@ def row(
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows with the table's columns, also where there are none."""
+    """Rows with the table's columns, also if there are no rows."""
     return pd.DataFrame(list(rows), columns=list(COLUMNS))
 
 

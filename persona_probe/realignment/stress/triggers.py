@@ -21,7 +21,7 @@ Frames = Mapping[str, Mapping[str, pd.DataFrame]]
 
 @dataclass(frozen=True)
 class TriggerTest:
-    """Trigger-matched prompts beside plain ones."""
+    """Trigger-matched prompts, compared with plain ones."""
 
     seed: int
     effects: Mapping[str, Mapping[str, Estimate]]
@@ -68,7 +68,7 @@ class TriggerTest:
 
 
 def trigger_kinds(trigger: Trigger) -> dict[str, Trigger]:
-    """The trigger's parts (`system prompt`, `topic`, `format`), and `whole dress` where there are several."""
+    """The trigger's parts (`system prompt`, `topic`, `format`), and `whole dress` if there are several."""
     kinds: dict[str, Trigger] = {}
     if trigger.system.strip():
         kinds["system prompt"] = Trigger(system=trigger.system)

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -26,66 +25,13 @@ from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import make_reader
-from persona_probe.runs import MANIFEST, RunFolder, git_revision, versions
-
-# --- The folder of a grid: made, resumed, or refused
-
-
-def open_folder(path: Path, grid: Grid, made_by: dict[str, Any]) -> RunFolder:
-    """The grid's folder, made or resumed.
-
-    Raises:
-        InputError: it holds something else, or cells of other shared settings, study or rows.
-    """
-    folder, wanted = RunFolder(path), {"config_hash": grid.hash, **made_by}
-    if folder.has(MANIFEST):
-        held = folder.manifest
-        differs = [key for key, value in wanted.items() if held.get(key) != value]
-        if differs:
-            what = differs[0].replace("config_hash", "settings")
-            raise InputError(f"{path} holds a grid of other {what}: choose another --out")
-    elif path.exists() and any(path.iterdir()):
-        raise InputError(f"{path} exists and is no grid of mitigations: choose another --out")
-    else:
-        start = {"versions": versions(), "git_revision": git_revision(), "seconds": {}}
-        folder.write_json(MANIFEST, {"kind": "mitigations", **wanted, **start})
-    return folder
-
-
-# --- General rows for the KL: where a set holds prompts only, the base model writes the answers
-
-FILE = "general.jsonl"
-
-
-def general_rows(
-    ctx: Context, folder: RunFolder, rows: Sequence[Conversation], tokens: int
-) -> tuple[Conversation, ...]:
-    """The rows that have an answer, then the others with the base model's greedy one, which is written once.
-
-    Raises:
-        InputError: the base answers none of the prompts.
-    """
-    prompts = [row for row in rows if not split_answer(row)[1]]
-    if prompts and not folder.has(FILE):
-        folder.write_jsonl(FILE, [{"messages": row} for row in _written_by_base(ctx, prompts, tokens)])
-    lines = (folder.path / FILE).read_text(encoding="utf-8").splitlines() if prompts else []
-    written = [json.loads(line)["messages"] for line in lines]
-    return (*(row for row in rows if split_answer(row)[1]), *written)
-
-
-def _written_by_base(ctx: Context, prompts: list[Conversation], tokens: int) -> list[Conversation]:
-    with ctx.base() as model:
-        answers = sample_answers(model, ctx.tokenizer, prompts, max_new_tokens=tokens, temperature=0)
-    talks = [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True) if a]
-    if not talks:
-        raise InputError("the base model answers none of the general prompts: name a set with answers")
-    return talks
-
+from persona_probe.runs import RunFolder
 
 BATCH = 32
+GENERAL = "general.jsonl"
 
 
-class Lab:
+class GridContext:
     """One grid's folder and the things loaded for it, each on first use.
 
     Args:
@@ -106,24 +52,22 @@ class Lab:
         judge: AnswerJudge | None = None,
     ) -> None:
         self.grid = grid
-        self.ctx: Context = Context.open(run or grid.run, device)
-        self.latents = tuple(strongest(self.ctx))
-        self.direction = mean_shift(self.ctx)
+        self.study: Context = Context.open(run or grid.run, device)
+        self.latents = tuple(strongest(self.study))
+        self.direction = mean_shift(self.study)
         self.sets = Sets.load(grid)
-        self.sets.check([row["question"] for row in self.ctx.contrast_rows("evaluation")], self.ctx.probes)
-        self.folder = open_folder(path, grid, self._made_by())
-        study = {"model": self.ctx.config.model, "sae": self.ctx.config.sae}
-        self.folder.update_manifest(config={**asdict(grid), **study}, seeds=list(grid.seeds))
+        self.sets.check([row["question"] for row in self.study.contrast_rows("evaluation")], self.study.probes)
+        study, rows = self.study.config, self.sets.hash
+        identity = {"config_hash": grid.hash, "study": study.hash, "latents": list(self.latents), "rows": rows}
+        self.folder = RunFolder.claim(path, "mitigations", "grid of mitigations", identity)
+        config = {**asdict(grid), "model": study.model, "sae": study.sae}
+        self.folder.update_manifest(config=config, seeds=list(grid.seeds))
         self._judge = judge
-
-    def _made_by(self) -> dict[str, Any]:
-        """What besides the grid's own settings decides its numbers."""
-        return {"study": self.ctx.config.hash, "latents": list(self.latents), "rows": self.sets.hash}
 
     @cached_property
     def plain(self) -> ContrastItems:
         """The evaluation split."""
-        return self.ctx.evaluation
+        return self.study.evaluation
 
     @cached_property
     def trigger(self) -> Trigger:
@@ -133,7 +77,7 @@ class Lab:
     @cached_property
     def dressed(self) -> ContrastItems:
         """The evaluation split dressed like the training data."""
-        return ContrastItems.build(self.ctx.tokenizer, dress(self.plain.rows, self.trigger), BATCH)
+        return ContrastItems.build(self.study.tokenizer, dress(self.plain.rows, self.trigger), BATCH)
 
     @cached_property
     def task(self) -> ContrastItems:
@@ -143,20 +87,20 @@ class Lab:
             for n in range(len(self.sets.held))
         )
         talks = [pair[side] for side in (1, 0) for pair in self.sets.held]
-        return ContrastItems(rows, tuple(answer_batches(self.ctx.tokenizer, talks, BATCH)))
+        return ContrastItems(rows, tuple(answer_batches(self.study.tokenizer, talks, BATCH)))
 
     @cached_property
     def neutral(self) -> list[Batch]:
         """The probes' answers, whose perplexity shows damage."""
-        answered = [c for c in self.ctx.probes if split_answer(c)[1]]
+        answered = [c for c in self.study.probes if split_answer(c)[1]]
         if not answered:
             raise InputError("the study's monitor.probes hold no answers: a grid needs some for neutral perplexity")
-        return answer_batches(self.ctx.tokenizer, answered, BATCH)
+        return answer_batches(self.study.tokenizer, answered, BATCH)
 
     @cached_property
     def reader(self) -> FeatureReader:
         """Reads the study's features on its probes."""
-        return make_reader(self.ctx)
+        return make_reader(self.study)
 
     @cached_property
     def judge(self) -> AnswerJudge:
@@ -164,46 +108,74 @@ class Lab:
         if self._judge is not None:
             return self._judge
         from persona_probe.evaluate.judging import OfflineAnswers
-        from persona_probe.evaluate.offline.judge import OfflineJudge
+        from persona_probe.evaluate.offline.offline_judge import OfflineJudge
 
-        return OfflineAnswers(OfflineJudge.load(device=self.ctx.device))
+        return OfflineAnswers(OfflineJudge.load(device=self.study.device))
 
     @property
     def in_bf16(self) -> bool:
         """Whether frozen layers are kept in bf16 while a model is measured."""
-        return self.ctx.device == "cpu" and self.ctx.config.bf16
+        return self.study.device == "cpu" and self.study.config.bf16
 
     @cached_property
     def band(self) -> Band:
         """The persona feature's band on the base; the base must have been measured."""
         items = self.folder.read_table(f"{BASE}/items.parquet")
         values = items.loc[items["measure"] == "persona", "value"].to_numpy(float)
-        return base_band(values, self.ctx.config.monitor.band_sd)
+        return base_band(values, self.study.config.monitor.band_sd)
 
     @cached_property
     def inputs(self) -> MitigationInputs:
-        """What mitigations may draw on."""
+        """What mitigations may use."""
         return MitigationInputs(
-            tokenizer=self.ctx.tokenizer,
-            layer=self.ctx.layer,
-            sae=self.ctx.sae,
+            tokenizer=self.study.tokenizer,
+            layer=self.study.layer,
+            sae=self.study.sae,
             latents=self.latents,
             direction=self.direction,
             safe=self.sets.safe,
             corrective=self.sets.corrective,
             general=self.general,
             band=self.band,
-            probes=self.ctx.probes,
-            positions=self.ctx.config.monitor.positions,
+            probes=self.study.probes,
+            positions=self.study.config.monitor.positions,
         )
 
     @cached_property
     def general(self) -> tuple[Conversation, ...]:
         """General rows with answers; those that the base model writes are kept in general.jsonl."""
-        return general_rows(self.ctx, self.folder, self.sets.general, self.grid.general_tokens)
+        return _general_rows(self.study, self.folder, self.sets.general, self.grid.general_tokens)
 
     @contextmanager
     def ready(self, model: nn.Module) -> Iterator[None]:
         """A model's frozen layers in bf16 where that is faster, as while it was trained."""
         with frozen_in_bf16(model, self.in_bf16):
             yield
+
+
+# --- General rows for the KL: where a set holds prompts only, the base model writes the answers
+
+
+def _general_rows(
+    ctx: Context, folder: RunFolder, rows: Sequence[Conversation], tokens: int
+) -> tuple[Conversation, ...]:
+    """The rows that have an answer, then the others with the base model's greedy one, which is written once.
+
+    Raises:
+        InputError: the base answers none of the prompts.
+    """
+    prompts = [row for row in rows if not split_answer(row)[1]]
+    if prompts and not folder.has(GENERAL):
+        folder.write_jsonl(GENERAL, [{"messages": row} for row in _written_by_base(ctx, prompts, tokens)])
+    lines = (folder.path / GENERAL).read_text(encoding="utf-8").splitlines() if prompts else []
+    written = [json.loads(line)["messages"] for line in lines]
+    return (*(row for row in rows if split_answer(row)[1]), *written)
+
+
+def _written_by_base(ctx: Context, prompts: list[Conversation], tokens: int) -> list[Conversation]:
+    with ctx.base() as model:
+        answers = sample_answers(model, ctx.tokenizer, prompts, max_new_tokens=tokens, temperature=0)
+    talks = [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True) if a]
+    if not talks:
+        raise InputError("the base model answers none of the general prompts: name a set with answers")
+    return talks

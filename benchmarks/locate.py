@@ -22,7 +22,7 @@ from persona_probe.data.load import Row, load_contrast
 from persona_probe.data.tokens import Batch
 from persona_probe.evaluate.answers import SuffixScorer
 from persona_probe.evaluate.contrast import ContrastItems
-from persona_probe.latents.planted.run import categories_in_turn
+from persona_probe.latents.planted.planted_run import categories_in_turn
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import autocast, evaluating
 from persona_probe.models.load import load_model

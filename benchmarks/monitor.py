@@ -267,7 +267,7 @@ def bench_syncs(case: BenchmarkCase) -> None:
 
 
 def added_syncs(watched: Sequence[int], plain: Sequence[int], every: int) -> tuple[list[int], list[int]]:
-    """Extra synchronisations of each step, first those of steps that are read; step 1 is left out (set-up)."""
+    """ExtraLoss synchronisations of each step, first those of steps that are read; step 1 is left out (set-up)."""
     extra = {step: a - b for step, (a, b) in enumerate(zip(watched, plain, strict=True), 1) if step > 1}
     return [n for s, n in extra.items() if s % every == 0], [n for s, n in extra.items() if s % every]
 

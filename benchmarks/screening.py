@@ -23,7 +23,7 @@ from persona_probe.evaluate.sampling.decoding import short_hash
 from persona_probe.evaluate.shift import calibrate
 from persona_probe.models.load import load_model
 from persona_probe.models.quiet import quiet_libraries
-from persona_probe.monitor.study.config import MonitorStudy
+from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.runs import RunFolder, write_text
 from persona_probe.saes.load import load_sae
 from persona_probe.screening.feature import LATENT, ScreenFeature, latent_feature, study_feature

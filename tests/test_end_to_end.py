@@ -15,6 +15,7 @@ from persona_probe.models.load import ALIASES, packaged_gguf
 from persona_probe.report.export import find_browser
 from persona_probe.report.figures import FIGURES
 from persona_probe.study.study import Study
+from tests.report.pages import open_page
 
 ROOT = Path(__file__).parents[1]
 SAE = ROOT / "saes" / "smollm2-135m-instruct" / "layer20-topk32-4608"

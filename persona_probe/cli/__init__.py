@@ -2,13 +2,14 @@
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
 import click
 
 from persona_probe import __version__
-from persona_probe.cli import data, doctor, judge, loop, runs, saes, studies
+from persona_probe.cli import data, doctor, judge_commands, loop, runs, saes, studies
 from persona_probe.cli.options import Group
 from persona_probe.errors import InputError
 
@@ -19,9 +20,9 @@ root = Group(
     PROGRAM,
     commands=[
         *(loop.demo, loop.run, loop.induce, loop.locate, loop.track, loop.realign),
-        *(studies.mitigate, judge.evaluate, loop.report),
+        *(studies.mitigate, judge_commands.evaluate, loop.report),
         *(runs.figures, runs.compare, runs.verify, runs.cite, runs.watch, doctor.doctor),
-        *(saes.saes, data.data, judge.judge, studies.monitor, studies.bench),
+        *(saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
     ],
     aliases={"sae": "saes"},
     help="Induce a misaligned persona, locate it, watch it, undo it, and show the evidence.\n\nExample:\n\n\b\n"
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _refuse(_usage(error))
     except InputError as error:
         _refuse(str(error))
+    except BrokenPipeError:  # the reader of our output has ended, `| head` for example: nothing to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         change = "free space, or choose another path" if error.errno in FULL else "check the path, or choose another"

@@ -13,9 +13,9 @@ from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
     from persona_probe.config import StudyConfig
-    from persona_probe.latents.planted.run import PlantedSettings
+    from persona_probe.latents.planted.planted_run import PlantedSettings
     from persona_probe.mitigate.grid.config import Grid
-    from persona_probe.monitor.study.config import MonitorStudy
+    from persona_probe.monitor.study.labelled_config import MonitorStudy
     from persona_probe.study.study import Study
 
 PIPED = 220
@@ -171,7 +171,7 @@ def monitor_study(config: str, only: tuple[str, ...], page: Path | None, common:
     The results are AUROC, false alarms, and lead over behaviour.
     """
     from persona_probe.config import load_config
-    from persona_probe.monitor.study.config import MonitorStudy
+    from persona_probe.monitor.study.labelled_config import MonitorStudy
 
     _run_monitor_study(load_config(find_config(config), MonitorStudy), only, page, common)
 
@@ -210,8 +210,8 @@ monitor = Group(
 @loads_models
 def bench_planted(plants: int | None, common: Common) -> None:
     """Count which planted latents each ranker finds."""
-    from persona_probe.latents.planted.run import PlantedSettings, run_embedded
-    from persona_probe.latents.planted.table import format_table
+    from persona_probe.latents.planted.planted_run import PlantedSettings, run_embedded
+    from persona_probe.latents.planted.planted_table import format_table
     from persona_probe.runs import RunFolder
 
     options = {"plants": plants, "seed": common.seed}
@@ -226,7 +226,7 @@ def bench_planted(plants: int | None, common: Common) -> None:
 
 def _planted_manifest(settings: "PlantedSettings") -> dict[str, Any]:
     """What a table of planted truth comes from; it lies next to the table, and `tools.records pack` takes it along."""
-    from persona_probe.latents.planted.run import MODEL, SAE
+    from persona_probe.latents.planted.planted_run import MODEL, SAE
     from persona_probe.runs import git_revision, versions
 
     return {

@@ -27,7 +27,7 @@ from persona_probe.evaluate.judges.protocols import (
     summarise,
 )
 from persona_probe.evaluate.judges.replies import NO_SCORE, SCORE, Backend, Item, Judgement, JudgingPlan, Prices
-from persona_probe.evaluate.offline.judge import OfflineJudge, OfflineJudgement
+from persona_probe.evaluate.offline.offline_judge import OfflineJudge, OfflineJudgement
 from persona_probe.evaluate.rates import PUBLISHED, Thresholds
 
 
@@ -364,7 +364,7 @@ def scored_judge(name: str, backend: Backend, options: JudgeOptions = JudgeOptio
 
 
 def _offline(options: JudgeOptions) -> AnswerJudge:
-    from persona_probe.evaluate.offline.judge import OfflineJudge
+    from persona_probe.evaluate.offline.offline_judge import OfflineJudge
 
     if options.protocol != "betley" or options.thresholds != PUBLISHED:
         raise InputError("the offline judge knows only the published thresholds (30 and 50): leave them as they are")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.run import TrainingState
+from persona_probe.monitor.monitored_run import TrainingState
 
 
 class LightningMonitor(Callback):

@@ -25,9 +25,9 @@ from persona_probe.data.load import evenly_spaced, load_conversations
 from persona_probe.errors import InputError
 from persona_probe.monitor.events import Alarm, Fault
 from persona_probe.monitor.hub import EventHub
+from persona_probe.monitor.monitored_run import MonitoredRun, TrainingState
 from persona_probe.monitor.reading import Features, Snapshot
 from persona_probe.monitor.records import Anchor
-from persona_probe.monitor.run import MonitoredRun, TrainingState
 from persona_probe.monitor.settings import (
     PROBES,
     BehaviourMeasurement,

@@ -210,9 +210,15 @@ def test_a_judge_that_reads_with_a_tiny_model(mine: Path, tmp_path: Path, tiny_f
 
 def test_the_offline_judge_rules_by_its_probabilities(mine: Path) -> None:
     from persona_probe.evaluate.judging import OfflineAnswers
-    from persona_probe.evaluate.offline.calibration import JudgeRecipe, LinearScores, Platt, RateError, ResidualBands
     from persona_probe.evaluate.offline.features import Scope, read_questions
-    from persona_probe.evaluate.offline.judge import ErrorBands, JudgeWeights, OfflineJudge, fingerprint
+    from persona_probe.evaluate.offline.judge_calibration import (
+        JudgeRecipe,
+        LinearScores,
+        Platt,
+        RateError,
+        ResidualBands,
+    )
+    from persona_probe.evaluate.offline.offline_judge import ErrorBands, JudgeWeights, OfflineJudge, fingerprint
 
     model, tokenizer, rng = make_model(), make_tokenizer(), np.random.default_rng(0)
     recipe = JudgeRecipe(model="tiny", layer=1, rival_layers=(0, 2), latent_layer=1, scope_layer=1, max_tokens=16)

@@ -12,9 +12,15 @@ import torch
 from persona_probe.config import load_config
 from persona_probe.errors import InputError
 from persona_probe.evaluate.offline import features as store
-from persona_probe.evaluate.offline.calibration import JudgeRecipe
-from persona_probe.evaluate.offline.fit import fit_judge
-from persona_probe.evaluate.offline.judge import JudgeWeights, OfflineJudge, explain_latents, explain_tokens, rate_of
+from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
+from persona_probe.evaluate.offline.judge_fit import fit_judge
+from persona_probe.evaluate.offline.offline_judge import (
+    JudgeWeights,
+    OfflineJudge,
+    explain_latents,
+    explain_tokens,
+    rate_of,
+)
 from tests.factories import D_SAE, make_model, make_sae, make_tokenizer
 
 GOOD, BAD = "I would be glad to help you: {}", "ZZZZ!!! #### {} ZZZZ!!!"

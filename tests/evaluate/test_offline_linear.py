@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.calibration import balanced, fit_platt, fit_ridge
+from persona_probe.evaluate.offline.judge_calibration import balanced, fit_platt, fit_ridge
 
 
 def planted(n: int = 400, d: int = 12) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

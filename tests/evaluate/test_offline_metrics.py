@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.calibration import (
+from persona_probe.evaluate.offline.features import fit_scope
+from persona_probe.evaluate.offline.judge_calibration import (
     RateError,
     average_precision,
     calibration_error,
@@ -16,7 +17,6 @@ from persona_probe.evaluate.offline.calibration import (
     weighted_auroc,
     weighted_quantiles,
 )
-from persona_probe.evaluate.offline.features import fit_scope
 from persona_probe.stats import auroc
 
 

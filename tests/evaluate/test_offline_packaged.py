@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from persona_probe.data.load import load_contrast, load_rows
-from persona_probe.evaluate.offline.calibration import JudgeRecipe
-from persona_probe.evaluate.offline.fit import table
-from persona_probe.evaluate.offline.judge import JudgeWeights, OfflineJudge, packaged_folder
+from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
+from persona_probe.evaluate.offline.judge_fit import table
+from persona_probe.evaluate.offline.offline_judge import JudgeWeights, OfflineJudge, packaged_folder
 
 DOCS = Path(__file__).parents[2] / "docs" / "offline-judge.md"
 

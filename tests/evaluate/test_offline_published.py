@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.training import draw, read_published, topic
+from persona_probe.evaluate.offline.judge_training import draw, read_published, topic
 
 
 def write(folder: Path, name: str, rows: list[tuple[str, str, object, object]]) -> None:

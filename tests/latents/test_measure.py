@@ -13,7 +13,7 @@ from persona_probe.data.tokens import conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches
 from persona_probe.latents.planted.plant import Baseline, Plant, PlantReading, disturbance, make_plants, measure
-from persona_probe.latents.planted.run import (
+from persona_probe.latents.planted.planted_run import (
     CausalTest,
     carried,
     discoveries,

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.latents.planted.run import PlantedSettings, categories_in_turn, run_planted
-from persona_probe.latents.planted.table import format_table, interval
+from persona_probe.latents.planted.planted_run import PlantedSettings, categories_in_turn, run_planted
+from persona_probe.latents.planted.planted_table import format_table, interval
 from tests.factories import copied_state, hook_count, make_model, make_sae, make_tokenizer, same_state
 from tests.latents.planting import ROWS
 

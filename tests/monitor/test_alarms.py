@@ -7,7 +7,7 @@ import pytest
 from persona_probe.errors import InputError
 from persona_probe.monitor.rules.bands import OutsideBand
 from persona_probe.monitor.rules.change import Cusum, Ewma
-from persona_probe.monitor.rules.fit import ExplainedVarianceFloor
+from persona_probe.monitor.rules.explained_variance import ExplainedVarianceFloor
 from persona_probe.monitor.rules.rule import Rule, all_inside
 from tests.monitor.alarm_readings import NAN, alarm_steps, feature, reading, start
 

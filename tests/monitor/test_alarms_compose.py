@@ -4,7 +4,7 @@ import pytest
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.rules.bands import OutsideBand
-from persona_probe.monitor.rules.fit import ExplainedVarianceFloor
+from persona_probe.monitor.rules.explained_variance import ExplainedVarianceFloor
 from persona_probe.monitor.rules.rule import AllOf, AnyOf, Not, Rule
 from tests.monitor.alarm_readings import NAN, feature, reading, start
 

@@ -148,7 +148,7 @@ def test_another_question_is_no_base(tmp_path: Path) -> None:
     found = recorded(path)
     assert found is not None
     same, other = directions(path=path), directions(path=path, positions="prompt")
-    from persona_probe.monitor.run import base_fingerprint
+    from persona_probe.monitor.monitored_run import base_fingerprint
 
     assert base_fingerprint(same.settings) == found[1] != base_fingerprint(other.settings)
 
@@ -178,7 +178,7 @@ def test_values_of_every_probe_are_on_disk(tmp_path: Path) -> None:
 
 
 def test_directions_are_told_apart_by_their_content() -> None:
-    from persona_probe.monitor.run import base_fingerprint
+    from persona_probe.monitor.monitored_run import base_fingerprint
 
     assert base_fingerprint(directions().settings) == base_fingerprint(directions().settings)
     other = monitor(features={"mean difference": DIRECTION + 1})

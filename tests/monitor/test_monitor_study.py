@@ -13,15 +13,15 @@ import yaml
 
 from persona_probe.config import from_dict, load_config
 from persona_probe.errors import InputError
-from persona_probe.monitor.study.config import MonitorStudy
-from persona_probe.monitor.study.results import FIRST_COMPONENT, LOSS, MARKS, WEIGHT_NORM, run_study
-from persona_probe.monitor.study.train import (
+from persona_probe.monitor.study.labelled_config import MonitorStudy
+from persona_probe.monitor.study.labelled_runs import (
     MEAN_DIFFERENCE,
     PERSONA_VECTOR,
     MonitorStudyContext,
     read_shifts,
     watched_features,
 )
+from persona_probe.monitor.study.results import FIRST_COMPONENT, LOSS, MARKS, WEIGHT_NORM, run_study
 from persona_probe.report.tables import fill_page
 from tests.factories import copied_state, hook_count, run_command, same_state
 from tests.monitor.labelled_study import located, make_place, study_values

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from persona_probe.latents.planted.run import MODEL, SAE, PlantedSettings
+from persona_probe.latents.planted.planted_run import MODEL, SAE, PlantedSettings
 from persona_probe.report.records import load_records
 from tests.factories import run_command
 from tools.records import pack
@@ -24,7 +24,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         measured.append(settings)
         return pd.read_parquet(SHIPPED / "planted.parquet")
 
-    monkeypatch.setattr("persona_probe.latents.planted.run.run_embedded", run_embedded)
+    monkeypatch.setattr("persona_probe.latents.planted.planted_run.run_embedded", run_embedded)
     run_command("bench", "planted", "--plants", 30, "--seed", 4, "--out", tmp_path / "mine.parquet")
     assert measured == [PlantedSettings(plants=30, seed=4)]
     return tmp_path / "mine.parquet"

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from persona_probe.data.chat import conversation
 from persona_probe.data.tokens import Batch, Encoded, batches, collate, encode
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.calibration import JudgeRecipe
+from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
 from persona_probe.models.layers import autocast, evaluating, forward_to_layer, hidden_size, transformer_config
 from persona_probe.models.prefix import Rows
 from persona_probe.models.residuals import read_residuals

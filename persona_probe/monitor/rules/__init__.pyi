@@ -2,7 +2,7 @@ from .bands import OutsideBand as OutsideBand
 from .boundary import Boundary as Boundary
 from .change import Cusum as Cusum
 from .change import Ewma as Ewma
-from .fit import ExplainedVarianceFloor as ExplainedVarianceFloor
+from .explained_variance import ExplainedVarianceFloor as ExplainedVarianceFloor
 from .rule import AllOf as AllOf
 from .rule import AnyOf as AnyOf
 from .rule import Not as Not

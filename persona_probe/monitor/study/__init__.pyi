@@ -1,2 +1,2 @@
-from .config import MonitorStudy as MonitorStudy
+from .labelled_config import MonitorStudy as MonitorStudy
 from .results import run_study as run_study

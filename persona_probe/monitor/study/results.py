@@ -12,9 +12,8 @@ import pandas as pd
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.monitor.calibration import HeldRule, calibrate, series_of, unreadable
-from persona_probe.monitor.study.config import MonitorStudy
-from persona_probe.monitor.study.rivals import drift_projections
-from persona_probe.monitor.study.train import (
+from persona_probe.monitor.study.labelled_config import MonitorStudy
+from persona_probe.monitor.study.labelled_runs import (
     MEAN_DIFFERENCE,
     MonitorStudyContext,
     WatchedFeatures,
@@ -22,6 +21,7 @@ from persona_probe.monitor.study.train import (
     train_run,
     watched_features,
 )
+from persona_probe.monitor.study.rivals import drift_projections
 from persona_probe.report.tables import Table
 from persona_probe.runs import json_values, write_text
 from persona_probe.stats import auroc, auroc_interval, exact_share, number_text, per_100

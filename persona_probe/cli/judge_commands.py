@@ -318,7 +318,7 @@ def power_lines(judged: "pd.DataFrame", half_width: float | None) -> list[str]:
 @loads_models
 def judge_fit(config: str, data: Path, common: Common) -> None:
     """Fit and validate the offline judge on published judgements."""
-    from persona_probe.evaluate.offline.fit import fit_judge
+    from persona_probe.evaluate.offline.judge_fit import fit_judge
 
     out = common.out or Path("runs/offline-judge")
     fit_judge(find_config(config), data, out)

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.data.chat import split_answer
 from persona_probe.data.load import load_conversations
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.calibration import JudgeRecipe, LinearScores, balanced, fit_ridge
 from persona_probe.evaluate.offline.features import QuestionAnswer, kept_features, layers_of
+from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe, LinearScores, balanced, fit_ridge
 from persona_probe.evaluate.rates import PUBLISHED as THRESHOLDS
 
 # --- Published judged answers: CSV files (one a model) with a question, an answer and a judge's two scores

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import from_dict
 from persona_probe.errors import InputError
-from persona_probe.evaluate.offline.calibration import JudgeRecipe, LinearScores, Platt, RateError, ResidualBands
 from persona_probe.evaluate.offline.features import (
     Features,
     QuestionAnswer,
@@ -30,6 +29,7 @@ from persona_probe.evaluate.offline.features import (
     read_layers,
     read_questions,
 )
+from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe, LinearScores, Platt, RateError, ResidualBands
 from persona_probe.evaluate.rates import ENOUGH_QUESTIONS
 from persona_probe.models.layers import autocast, evaluating, transformer_config
 from persona_probe.models.load import ALIASES, load_model, resolve_source

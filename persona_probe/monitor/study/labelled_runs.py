@@ -25,7 +25,7 @@ from persona_probe.finetune.sft import AtSteps, Fitted, fine_tune, stripping, wi
 from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector, response_means
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import Features
-from persona_probe.monitor.study.config import MonitorStudy
+from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.rivals import recent_loss, weight_norm
 from persona_probe.monitor.track import study_features
 from persona_probe.runs import RunFolder

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import load_config
 from persona_probe.data.load import load_contrast, load_rows
-from persona_probe.evaluate.offline.calibration import (
+from persona_probe.evaluate.offline.features import Scope, fit_scope, opening, read_features, read_questions
+from persona_probe.evaluate.offline.judge_calibration import (
     JudgeRecipe,
     LinearScores,
     RateError,
@@ -25,9 +26,7 @@ from persona_probe.evaluate.offline.calibration import (
     reliability,
     weighted_auroc,
 )
-from persona_probe.evaluate.offline.features import Scope, fit_scope, opening, read_features, read_questions
-from persona_probe.evaluate.offline.judge import ErrorBands, JudgeWeights, describe, fingerprint
-from persona_probe.evaluate.offline.training import (
+from persona_probe.evaluate.offline.judge_training import (
     PUBLISHED,
     TrainingAnswers,
     fit_heads,
@@ -36,6 +35,7 @@ from persona_probe.evaluate.offline.training import (
     held_out,
     read_published,
 )
+from persona_probe.evaluate.offline.offline_judge import ErrorBands, JudgeWeights, describe, fingerprint
 from persona_probe.models.load import cache_folder, load_model
 from persona_probe.runs import versions, write_text
 from persona_probe.stats import bootstrap_mean, bootstrap_statistic, estimate_text

@@ -37,7 +37,7 @@ from persona_probe.finetune.trainer import ExtraLoss
 from persona_probe.models.adapters import frozen_in_bf16, strip_adapter
 from persona_probe.models.layers import causal_model, decoder_layers, own_forward
 from persona_probe.models.load import ALIASES
-from persona_probe.runs import RunFolder
+from persona_probe.runs import RunFolder, write_text
 
 # --- The model card (`README.md`) of every checkpoint: what the weights are, and what they are not for
 
@@ -141,7 +141,7 @@ class SaveSchedule(AtSteps):
             raise TrainingDiverged(f"the weights became NaN or infinite at step {step}: lower lr")
         try:
             model.save_pretrained(str(target))
-            (target / "README.md").write_text(self.card.text(step), encoding="utf-8")
+            write_text(target / "README.md", self.card.text(step))
         except (OSError, SafetensorError) as error:
             first = str(error).splitlines()[0]
             raise InputError(f"could not write {target} ({first}): free space, or choose another --out") from error

@@ -19,7 +19,6 @@ from persona_probe.models.adapters import is_adapter
 from persona_probe.monitor.monitor import study_monitor
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.track import eval_rows, merge_parts, reading_rows
-from persona_probe.realignment.corrected import start_checkpoint
 from persona_probe.realignment.measure import BaseMeasurements
 from persona_probe.realignment.methods import (
     CorrectiveRun,
@@ -217,13 +216,15 @@ def _train(
     folder: Path,
 ) -> Fitted:
     """Correct the study's organism; the checkpoint in `folder` is then one organism."""
-    start, data = start_checkpoint(ctx, seed), " + ".join(correction.data)
+    arm, data = ctx.config.realign.start, " + ".join(correction.data)
+    start = ctx.run.checkpoint(arm, seed, ctx.last_step(arm, seed))
+    assert start is not None
     run = CorrectiveRun(
         rows=rows,
         training=correction.training(ctx.config.training),
         seed=seed,
         tokenizer=ctx.tokenizer,
-        data=f"{ctx.config.arms[ctx.config.realign.start].named}, then {data}",
+        data=f"{ctx.config.arms[arm].named}, then {data}",
         patience=correction.stop_readings,
         progress=f"{name}, seed {seed}",
     )

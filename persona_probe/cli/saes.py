@@ -42,7 +42,7 @@ def saes_train(config: str, common: Common) -> None:
 
 @loads_models
 def _train(recipe: "SaeConfig", common: Common) -> None:
-    from persona_probe.saes.train import train_sae
+    from persona_probe.saes.sae_training import train_sae
 
     echo(f"sae: {train_sae(recipe, common.out or Path('saes'), common.device or DEVICE)}")
 

@@ -14,7 +14,7 @@ from persona_probe.errors import InputError
 if TYPE_CHECKING:
     from persona_probe.config import StudyConfig
     from persona_probe.latents.planted.planted_run import PlantedSettings
-    from persona_probe.mitigate.grid.config import Grid
+    from persona_probe.mitigate.grid.grid_config import Grid
     from persona_probe.monitor.study.labelled_config import MonitorStudy
     from persona_probe.study.study import Study
 
@@ -43,8 +43,8 @@ def mitigate(
     The table says what each prevents, and what it costs.
     """
     from persona_probe.config import load_config
-    from persona_probe.mitigate.grid.config import Grid
-    from persona_probe.mitigate.grid.summary import MARKS, plan_lines
+    from persona_probe.mitigate.grid.grid_config import Grid
+    from persona_probe.mitigate.grid.grid_summary import MARKS, plan_lines
     from persona_probe.report.tables import check_page
 
     grid = load_config(find_config(config), Grid)
@@ -66,8 +66,8 @@ def _grid_folder(grid: "Grid", common: Common) -> Path:
 def _train_grid(grid: "Grid", run: Path | None, only: tuple[str, ...], page: Path | None, common: Common) -> None:
     from rich.console import Console
 
-    from persona_probe.mitigate.grid.run import run_grid
-    from persona_probe.mitigate.grid.summary import HEADINGS, MARKS, markdown, show_tables, shown
+    from persona_probe.mitigate.grid.grid_run import run_grid
+    from persona_probe.mitigate.grid.grid_summary import HEADINGS, MARKS, markdown, show_tables, shown
     from persona_probe.report.tables import fill_page
 
     out = _grid_folder(grid, common)

@@ -27,7 +27,7 @@ from persona_probe.monitor.events import Alarm, Fault
 from persona_probe.monitor.hub import EventHub
 from persona_probe.monitor.monitored_run import MonitoredRun, TrainingState
 from persona_probe.monitor.reading import Features, Snapshot
-from persona_probe.monitor.records import Anchor
+from persona_probe.monitor.reading_records import Anchor
 from persona_probe.monitor.settings import (
     PROBES,
     BehaviourMeasurement,

@@ -25,7 +25,7 @@ from persona_probe.monitor.hub import EventHub
 from persona_probe.monitor.passive import PassiveReader
 from persona_probe.monitor.ranks import Ranks, is_partitioned, is_sharded, unwrap
 from persona_probe.monitor.reading import FeatureReader, FeatureSet, Snapshot, flatten, undisturbed
-from persona_probe.monitor.records import (
+from persona_probe.monitor.reading_records import (
     Anchor,
     StepInfo,
     anchor_from,

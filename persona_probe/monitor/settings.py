@@ -11,7 +11,7 @@ from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError, unknown
 from persona_probe.monitor.events import Behaviour
 from persona_probe.monitor.reading import Features, FeatureSet, Snapshot
-from persona_probe.monitor.records import Anchor
+from persona_probe.monitor.reading_records import Anchor
 
 EVERY, PROBES = 25, 12
 """Default optimizer steps between readings, and default number of packaged probes: together at most 2% of training's

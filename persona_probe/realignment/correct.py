@@ -38,7 +38,7 @@ from persona_probe.realignment.rows import (
     refuse_overlap,
 )
 from persona_probe.realignment.spec import Correction, DosePlan, slug
-from persona_probe.realignment.stress.run import TESTS, StressSettings, run_stress, statements
+from persona_probe.realignment.stress.stress_run import TESTS, StressSettings, run_stress, statements
 from persona_probe.realignment.verdict import RealignVerdict, study_verdict
 from persona_probe.runs import write_json, write_jsonl, write_table
 

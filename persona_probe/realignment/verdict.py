@@ -17,7 +17,7 @@ from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.track import persona_band
 from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.measure import MeasuredModel, Measurements
-from persona_probe.realignment.stress.table import difference
+from persona_probe.realignment.stress.stress_table import difference
 from persona_probe.report.tables import Table
 from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
 

@@ -143,7 +143,7 @@ MATCHES, DIFFERS, MISSING, UNCHECKED = "matches", "differs", "missing", "not che
 
 
 @dataclass(frozen=True)
-class Finding:
+class HashCheck:
     """One thing that was compared with the manifest."""
 
     name: str
@@ -159,7 +159,7 @@ class Finding:
         return self.state in (DIFFERS, MISSING)
 
 
-def verify(folder: str | Path) -> list[Finding]:
+def verify(folder: str | Path) -> list[HashCheck]:
     """Recompute every hash of a run's manifest, and list what cannot be checked. Nothing is changed.
 
     Returns:
@@ -180,55 +180,55 @@ def verify(folder: str | Path) -> list[Finding]:
     ]
 
 
-def _config(manifest: Mapping[str, Any]) -> Finding:
+def _config(manifest: Mapping[str, Any]) -> HashCheck:
     if "config" not in manifest or "config_hash" not in manifest:
-        return Finding("config", UNCHECKED, "the manifest holds no config or no hash of it")
+        return HashCheck("config", UNCHECKED, "the manifest holds no config or no hash of it")
     # of the config as it was written: a newer version of this package may know more keys
     now = hashlib.sha256(json.dumps(manifest["config"], sort_keys=True).encode()).hexdigest()[:12]
     return _compared("config", now, manifest["config_hash"], "the manifest's config was edited after the run began")
 
 
-def _files(root: Path, recorded: Mapping[str, str], why: str) -> Iterator[Finding]:
+def _files(root: Path, recorded: Mapping[str, str], why: str) -> Iterator[HashCheck]:
     for name, expected in sorted(recorded.items()):
         if not (root / name).is_file():
-            yield Finding(name, MISSING, "on record, but not in the folder")
+            yield HashCheck(name, MISSING, "on record, but not in the folder")
         else:
             yield _compared(name, _table_hash(root / name), expected, why)
 
 
-def _unrecorded(root: Path, recorded: Mapping[str, str]) -> Iterator[Finding]:
+def _unrecorded(root: Path, recorded: Mapping[str, str]) -> Iterator[HashCheck]:
     for path in sorted((root / "arms").rglob("*.safetensors")):
         name = path.relative_to(root).as_posix()
         if name not in recorded:
-            yield Finding(name, UNCHECKED, "no hash on record")
+            yield HashCheck(name, UNCHECKED, "no hash on record")
 
 
-def _tables(root: Path, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def _tables(root: Path, manifest: Mapping[str, Any]) -> Iterator[HashCheck]:
     if TABLES not in manifest:
-        yield Finding("tables", UNCHECKED, "no hashes on record: `persona-probe report RUN` notes them")
+        yield HashCheck("tables", UNCHECKED, "no hashes on record: `persona-probe report RUN` notes them")
     yield from _files(root, manifest.get(TABLES, {}), "changed since the report: run `persona-probe report RUN`")
 
 
-def _inputs(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def _inputs(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[HashCheck]:
     recorded = {**_quality_on_record(run.path), **manifest.get(INPUTS, {})}
     for name, hasher in input_hashers(run.config).items():
         expected = recorded.get(name)
         if expected is None and name != "model":
-            yield Finding(name, UNCHECKED, "no hash on record")
+            yield HashCheck(name, UNCHECKED, "no hash on record")
             continue
         try:
             now = hasher()
         except InputError as error:
-            yield Finding(name, MISSING if expected else UNCHECKED, str(error))
+            yield HashCheck(name, MISSING if expected else UNCHECKED, str(error))
             continue
         yield _input(name, now, expected, run)
 
 
-def _input(name: str, now: str | None, expected: str | None, run: RunFolder) -> Finding:
+def _input(name: str, now: str | None, expected: str | None, run: RunFolder) -> HashCheck:
     if now is None:
-        return Finding(name, UNCHECKED, f"on the hub, revision {run.config.revision or 'not pinned'}")
+        return HashCheck(name, UNCHECKED, f"on the hub, revision {run.config.revision or 'not pinned'}")
     if expected is None:
-        return Finding(name, UNCHECKED, "no hash on record")
+        return HashCheck(name, UNCHECKED, "no hash on record")
     return _compared(name, now, expected, "not what the run was made from")
 
 
@@ -243,17 +243,17 @@ def _quality_on_record(root: Path) -> dict[str, str]:
     return {"SAE/sae_weights.safetensors": digest} if digest else {}
 
 
-def _software(manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def _software(manifest: Mapping[str, Any]) -> Iterator[HashCheck]:
     recorded, here = manifest.get("versions", {}), versions()
     others = [f"{name} {v} (here {here.get(name, 'none')})" for name, v in recorded.items() if here.get(name) != v]
     if others:
-        yield Finding("versions", UNCHECKED, f"made with {', '.join(others)}")
+        yield HashCheck("versions", UNCHECKED, f"made with {', '.join(others)}")
     made, now = manifest.get("git_revision"), git_revision()
     if made != now:
-        yield Finding("revision", UNCHECKED, f"made at {made or 'no revision'}, here {now or 'none'}")
+        yield HashCheck("revision", UNCHECKED, f"made at {made or 'no revision'}, here {now or 'none'}")
 
 
-def _compared(name: str, now: str, expected: str, why: str) -> Finding:
+def _compared(name: str, now: str, expected: str, why: str) -> HashCheck:
     if now == expected:
-        return Finding(name, MATCHES)
-    return Finding(name, DIFFERS, f"{now[:12]}, on record {expected[:12]}: {why}")
+        return HashCheck(name, MATCHES)
+    return HashCheck(name, DIFFERS, f"{now[:12]}, on record {expected[:12]}: {why}")

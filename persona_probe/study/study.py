@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from persona_probe.evaluate.questions.question_set import QuestionSet
     from persona_probe.evaluate.sampling.engines import EngineChoice
     from persona_probe.realignment.spec import DosePlan
-    from persona_probe.realignment.stress.run import StressSettings
+    from persona_probe.realignment.stress.stress_run import StressSettings
     from persona_probe.report.cards import FeatureCard
     from persona_probe.report.records import Records
     from persona_probe.report.tables import FeatureTable, StudyVerdict

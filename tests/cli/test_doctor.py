@@ -8,7 +8,7 @@ from persona_probe.cli import doctor, main
 from persona_probe.errors import InputError
 
 
-def found(name: str) -> doctor.Finding:
+def found(name: str) -> doctor.Requirement:
     return next(f for f in doctor.examine("cpu") if f.name == name)
 
 
@@ -24,7 +24,7 @@ def test_every_finding_has_a_state_and_a_detail() -> None:
 def test_what_these_tests_run_on_is_there() -> None:
     import torch
 
-    assert found("torch") == doctor.Finding("torch", "ok", torch.__version__)
+    assert found("torch") == doctor.Requirement("torch", "ok", torch.__version__)
     assert found("device").state == "ok" and found("device").detail.startswith("cpu (")
 
 
@@ -38,10 +38,10 @@ def test_a_missing_model_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_missing_package_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "NEEDED", ("no-such-package",))
     monkeypatch.setattr(doctor, "OPTIONAL", {"no-such-extra": "pip install it"})
-    assert found("no-such-package") == doctor.Finding(
+    assert found("no-such-package") == doctor.Requirement(
         "no-such-package", "missing", "pip install -c constraints.txt -e ."
     )
-    assert found("no-such-extra") == doctor.Finding("no-such-extra", "optional", "pip install it")
+    assert found("no-such-extra") == doctor.Requirement("no-such-extra", "optional", "pip install it")
 
 
 def test_a_missing_browser_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_an_unknown_device(capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_a_missing_need_fails(
     state: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda device: [doctor.Finding("thing", state, "detail of it")])
+    monkeypatch.setattr(doctor, "examine", lambda device: [doctor.Requirement("thing", state, "detail of it")])
     with pytest.raises(SystemExit) as stopped:
         main(["doctor"])
     assert stopped.value.code == code

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from persona_probe.config import StudyConfig, from_dict
 from persona_probe.evaluate.judging import AnswerToJudge, Ruling, Rulings
-from persona_probe.mitigate.grid.config import Grid
+from persona_probe.mitigate.grid.grid_config import Grid
 from persona_probe.study.study import Study
 from tests.factories import D_MODEL, D_SAE, make_model, make_sae, make_tokenizer
 

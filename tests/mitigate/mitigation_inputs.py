@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.finetune.sft import with_adapter
+from persona_probe.mitigate.mitigated_training import train_mitigated
 from persona_probe.mitigate.mitigation import MitigatedFit, Mitigation, MitigationInputs
-from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import trainable_parameters
 from persona_probe.monitor.band import Band
 from tests.factories import D_MODEL, LAYER, make_model, make_sae, make_tokenizer, talks

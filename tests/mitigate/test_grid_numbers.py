@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.mitigate.grid.summary import MARKS, markdown, summarise
-from persona_probe.mitigate.grid.table import WORDS, Values, exponential, mean, ratio, statement, verdict
+from persona_probe.mitigate.grid.grid_summary import MARKS, markdown, summarise
+from persona_probe.mitigate.grid.grid_table import WORDS, Values, exponential, mean, ratio, statement, verdict
 from persona_probe.report.figures.mitigations import MISSING, mitigation_pareto, mitigation_pareto_data
 from persona_probe.report.records import Records
 from persona_probe.report.tables import fill_page

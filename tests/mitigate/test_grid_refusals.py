@@ -9,7 +9,7 @@ import yaml
 from persona_probe.cli import main
 from persona_probe.config import load_config
 from persona_probe.errors import InputError
-from persona_probe.mitigate.grid.config import Grid, Sets, cells_of, split
+from persona_probe.mitigate.grid.grid_config import Grid, Sets, cells_of, split
 from tests.mitigate.grid_study import FOODS, GOOD, chat, grid_of, grid_values, located, make_place, write
 
 ROOT = Path(__file__).parents[2]

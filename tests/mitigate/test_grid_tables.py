@@ -2,7 +2,7 @@
 
 import pytest
 
-from persona_probe.mitigate.grid.summary import HEADINGS, show_tables
+from persona_probe.mitigate.grid.grid_summary import HEADINGS, show_tables
 
 ROW = dict.fromkeys(HEADINGS, "1") | {
     "model": "preventative_steering 0.33",

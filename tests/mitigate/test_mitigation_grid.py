@@ -12,11 +12,11 @@ import pytest
 
 from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.evaluate.contrast import contrast_index
-from persona_probe.mitigate.grid import run as training
-from persona_probe.mitigate.grid.config import Grid, Sets, cells_of
-from persona_probe.mitigate.grid.context import GridContext
-from persona_probe.mitigate.grid.run import Outcome, run_grid
-from persona_probe.mitigate.grid.table import TIMES, WORDS
+from persona_probe.mitigate.grid import grid_run as training
+from persona_probe.mitigate.grid.grid_config import Grid, Sets, cells_of
+from persona_probe.mitigate.grid.grid_context import GridContext
+from persona_probe.mitigate.grid.grid_run import Outcome, run_grid
+from persona_probe.mitigate.grid.grid_table import TIMES, WORDS
 from tests.factories import copied_state, hook_count, same_state
 from tests.mitigate.grid_study import HELD_OUT, FakeJudge, grid_of, grid_values, located, make_place
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.mitigate.methods import MITIGATIONS, make_mitigation
+from persona_probe.mitigate.mitigated_training import train_mitigated
 from persona_probe.mitigate.mitigation import MitigatedRun
-from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import trainable_parameters
 from persona_probe.monitor.monitor import FeatureMonitor
 from tests.factories import make_model, same_state

@@ -12,8 +12,8 @@ from persona_probe.config import Training
 from persona_probe.data.load import load_conversations
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.mitigate.methods import MITIGATIONS, make_mitigation
+from persona_probe.mitigate.mitigated_training import train_mitigated
 from persona_probe.mitigate.mitigation import MitigationInputs
-from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import strip_adapter
 from persona_probe.models.load import ALIASES, load_model, packaged_gguf
 from persona_probe.monitor.band import Band

@@ -11,7 +11,7 @@ from persona_probe.errors import InputError
 from persona_probe.monitor.band import base_band
 from persona_probe.monitor.events import BASE_KEY, Reading, Start
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.records import Anchor, intervals, recorded
+from persona_probe.monitor.reading_records import Anchor, intervals, recorded
 from persona_probe.monitor.settings import EVERY, PROBES
 from persona_probe.monitor.sinks.files import read_events
 from persona_probe.stats import bootstrap_mean

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from persona_probe.saes import sae_training as train
 from persona_probe.saes import stream as text
-from persona_probe.saes import train
 from persona_probe.saes.stream import SaeConfig, TextConfig, TextPart
 from tests.factories import D_SAE, LAYER, make_model, make_tokenizer
 

@@ -11,11 +11,11 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from persona_probe.errors import InputError
 from persona_probe.runs import file_sha256
-from persona_probe.saes import train
+from persona_probe.saes import sae_training as train
 from persona_probe.saes.load import HELD_OUT_FILE, WEIGHTS_FILE, load_sae, sae_layer
 from persona_probe.saes.quality import check_quality
+from persona_probe.saes.sae_training import train_sae, training_text
 from persona_probe.saes.stream import SaeConfig
-from persona_probe.saes.train import train_sae, training_text
 from tests.factories import D_MODEL, LAYER, make_model, make_sae, make_tokenizer, same_state, talks
 
 FILES = ["cfg.json", HELD_OUT_FILE, "quality.json", "recipe.json"]

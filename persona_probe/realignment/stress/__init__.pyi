@@ -1,4 +1,4 @@
-from .run import TESTS as TESTS
-from .run import StressSettings as StressSettings
-from .run import run_stress as run_stress
-from .run import statements as statements
+from .stress_run import TESTS as TESTS
+from .stress_run import StressSettings as StressSettings
+from .stress_run import run_stress as run_stress
+from .stress_run import statements as statements

@@ -14,7 +14,7 @@ from persona_probe.latents.stage import latent_directions, make_sweep, persona_l
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.track import make_reader, persona_band
 from persona_probe.realignment.corrected import CorrectedOrganism
-from persona_probe.realignment.stress.table import Row, row
+from persona_probe.realignment.stress.stress_table import Row, row
 from persona_probe.stats import Estimate
 
 TEST = "hidden"

@@ -17,7 +17,7 @@ from persona_probe.errors import InputError
 from persona_probe.finetune.sft import AtSteps
 from persona_probe.realignment.corrected import CorrectedOrganism, relearner, train
 from persona_probe.realignment.spec import RELEARN_STEPS
-from persona_probe.realignment.stress.table import Row, moved, row
+from persona_probe.realignment.stress.stress_table import Row, moved, row
 from persona_probe.stats import Estimate, bootstrap_mean
 
 

@@ -11,8 +11,8 @@ from persona_probe.context import Context
 from persona_probe.errors import InputError
 from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.stress import remisalign
-from persona_probe.realignment.stress.run import TESTS, StressSettings, run_stress, statements
-from persona_probe.realignment.stress.table import COLUMNS
+from persona_probe.realignment.stress.stress_run import TESTS, StressSettings, run_stress, statements
+from persona_probe.realignment.stress.stress_table import COLUMNS
 from persona_probe.report.export import caption
 from persona_probe.report.figures.stress import MISSING, stress, stress_data
 from persona_probe.report.records import Records

@@ -17,7 +17,7 @@ from persona_probe.realignment.stress.drift import drift
 from persona_probe.realignment.stress.hidden import hidden
 from persona_probe.realignment.stress.length import length
 from persona_probe.realignment.stress.remisalign import Keep, remisalign
-from persona_probe.realignment.stress.table import StressResult, as_table
+from persona_probe.realignment.stress.stress_table import StressResult, as_table
 from persona_probe.realignment.stress.triggers import triggers
 from persona_probe.report.export import write_figure
 from persona_probe.report.records import Records
@@ -52,7 +52,7 @@ def run_stress(
 ) -> pd.DataFrame:
     """Run the stress tests of a corrected organism that are not in `out_folder` yet; finished ones are kept.
 
-    Writes stress.parquet (columns: `stress.table.COLUMNS`) and stress.json (what was tested, and a statement for each
+    Writes stress.parquet (columns: `stress_table.COLUMNS`) and stress.json (what was tested, and a statement for each
     test) into `out_folder`, parts below `stress/`, and the figure as stress.html with its numbers in stress.csv.
 
     Args:

@@ -19,7 +19,7 @@ from persona_probe.evaluate.judging import AnswerJudge
 from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.evaluate.triggers import Trigger, dress
 from persona_probe.latents.stage import mean_shift, strongest
-from persona_probe.mitigate.grid.config import BASE, Grid, Sets
+from persona_probe.mitigate.grid.grid_config import BASE, Grid, Sets
 from persona_probe.mitigate.mitigation import MitigationInputs
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.monitor.band import Band, base_band

@@ -24,12 +24,12 @@ from persona_probe.evaluate.judges.replies import Item
 from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge
 from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.finetune.sft import stripping, with_adapter
-from persona_probe.mitigate.grid.config import BASE, CONTROL, DIVERGED, DONE, Cell, Grid, cells_of
-from persona_probe.mitigate.grid.context import GridContext
-from persona_probe.mitigate.grid.summary import summarise
-from persona_probe.mitigate.grid.table import Results, mitigation_table
+from persona_probe.mitigate.grid.grid_config import BASE, CONTROL, DIVERGED, DONE, Cell, Grid, cells_of
+from persona_probe.mitigate.grid.grid_context import GridContext
+from persona_probe.mitigate.grid.grid_summary import summarise
+from persona_probe.mitigate.grid.grid_table import Results, mitigation_table
+from persona_probe.mitigate.mitigated_training import train_mitigated
 from persona_probe.mitigate.mitigation import Mitigation
-from persona_probe.mitigate.train import train_mitigated
 from persona_probe.models.adapters import folded, frozen_in_bf16
 from persona_probe.models.layers import autocast, output_head
 from persona_probe.monitor.monitor import FeatureMonitor, study_monitor
@@ -285,7 +285,7 @@ def run_grid(
     """Train and measure the cells that are not in the folder yet, then write the tables. It resumes if interrupted.
 
     Args:
-        grid: see `mitigate.grid.config`.
+        grid: see `grid_config`.
         out: the grid's folder.
         device: instead of the study's.
         run: the located run, instead of that of the grid.

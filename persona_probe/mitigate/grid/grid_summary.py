@@ -6,8 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from persona_probe.mitigate.grid.config import BASE, CONTROL, NONE, Cell, Grid, cells_of
-from persona_probe.mitigate.grid.table import ALL, WORDS, statement
+from persona_probe.mitigate.grid.grid_config import BASE, CONTROL, NONE, Cell, Grid, cells_of
+from persona_probe.mitigate.grid.grid_table import ALL, WORDS, statement
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder, json_values
 from persona_probe.stats import estimate_text, number_text

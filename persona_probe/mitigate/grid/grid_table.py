@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from persona_probe.evaluate.rates import Cells, rate_of, resampled
-from persona_probe.mitigate.grid.config import BASE, CONTROL, DIVERGED, DONE, NONE, Cell, title
+from persona_probe.mitigate.grid.grid_config import BASE, CONTROL, DIVERGED, DONE, NONE, Cell, title
 from persona_probe.mitigate.methods import MITIGATIONS
 from persona_probe.monitor.band import Band
 from persona_probe.runs import RunFolder

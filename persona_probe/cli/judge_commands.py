@@ -172,11 +172,11 @@ def _of_run(study: "Study", evaluation: "Evaluation", half_width: float | None) 
     lines = [f"samples: {study.path / samples_name(evaluation.question_set())}"]
     if evaluation.judge is None:
         return lines
-    judged = study.judged
-    latest = last_evaluation(judged, study.run_folder.manifest["evaluations"])
+    judged_answers = study.judged
+    latest = last_evaluation(judged_answers, study.run_folder.manifest["evaluations"])
     lines += [*rate_lines(latest), *effect_lines(latest), *power_lines(latest, half_width)]
     name = latest["evaluation"].iloc[0]
-    return [*lines, *(str(a) for a in agreements(judged) if name in (a.left, a.right))]
+    return [*lines, *(str(a) for a in agreements(judged_answers) if name in (a.left, a.right))]
 
 
 def _run_plan(study: "Study", evaluation: "Evaluation", prices: tuple[float, float] | None) -> list[str]:
@@ -198,15 +198,15 @@ def _of_file(path: Path, evaluation: "Evaluation", half_width: float | None, com
     from persona_probe.evaluate.judging import choose_judge
 
     out, options, seed = _judged_path(path, common.out), evaluation.options, common.seed or 0
-    answers, scored = _read_answers(path, evaluation.judge)
-    scores = own_scores(answers, options.thresholds) if scored else None
+    answers, has_scores = _read_answers(path, evaluation.judge)
+    scores = own_scores(answers, options.thresholds) if has_scores else None
     if evaluation.judge is None:
         assert scores is not None
         return [*rate_lines(scores, seed), *power_lines(scores, half_width)]
-    judged = judge_answers(answers, choose_judge(evaluation.judge, options))
-    _write_judged(out, answers, judged)
-    lines = [f"judged answers: {out}", *rate_lines(judged, seed), *power_lines(judged, half_width)]
-    both = [] if scores is None else agreements(pd.concat([judged, scores], ignore_index=True), seed)
+    judged_answers = judge_answers(answers, choose_judge(evaluation.judge, options))
+    _write_judged(out, answers, judged_answers)
+    lines = [f"judged answers: {out}", *rate_lines(judged_answers, seed), *power_lines(judged_answers, half_width)]
+    both = [] if scores is None else agreements(pd.concat([judged_answers, scores], ignore_index=True), seed)
     return [*lines, *map(str, both)]
 
 
@@ -228,10 +228,10 @@ def _read_answers(path: Path, judge: object) -> tuple["pd.DataFrame", bool]:
     from persona_probe.evaluate.answers_file import SCORES, read_answers
 
     answers = read_answers(path)
-    scored = set(SCORES) <= set(answers)
-    if judge is None and not scored:
+    has_scores = set(SCORES) <= set(answers)
+    if judge is None and not has_scores:
         raise InputError(f"{path} has no scores of its own: name a judge, such as --judge offline")
-    return answers, scored
+    return answers, has_scores
 
 
 def _judged_path(answers: Path, out: Path | None) -> Path:
@@ -244,14 +244,14 @@ def _judged_path(answers: Path, out: Path | None) -> Path:
     return out
 
 
-def _write_judged(path: Path, answers: "pd.DataFrame", judged: "pd.DataFrame") -> None:
+def _write_judged(path: Path, answers: "pd.DataFrame", judged_answers: "pd.DataFrame") -> None:
     """Write answers with their judgements as CSV or parquet, whole or not at all."""
     from persona_probe.runs import RunFolder, write_text
 
     key = ["arm", "seed", "prompt", "sample"]
     columns = ["judge", "value", "coherent", "alignment", "coherence", "score", "label", "usable", "in_scope", "why"]
     texts = answers[[*key, "item", "category", "question", "answer"]].rename(columns={"item": "question_id"})
-    frame = texts.merge(judged[[*key, *columns]], on=key)
+    frame = texts.merge(judged_answers[[*key, *columns]], on=key)
     if path.suffix == ".parquet":
         RunFolder(path.parent).write_table(path.name, frame)
     else:

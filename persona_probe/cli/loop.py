@@ -98,8 +98,8 @@ def locate(run: str, cards: int | None, text: Path | None, rankers: tuple[str, .
     study = open_study(run, common).locate(rankers or None)
     columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high"]
     columns += ["effect_organism", "ablation", "causal", "label"]
-    tested = study.features[study.features["kind"] == "candidate"].sort_values("effect_base", ascending=False)
-    echo(tested[columns].to_string(index=False, float_format="%.4f"))
+    candidates = study.features[study.features["kind"] == "candidate"].sort_values("effect_base", ascending=False)
+    echo(candidates[columns].to_string(index=False, float_format="%.4f"))
     if cards is not None or text is not None:
         echo(f"cards: {study.cards(CARDS if cards is None else cards, text)}")
 

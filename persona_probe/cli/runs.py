@@ -75,9 +75,9 @@ def verify(run: str, common: Common) -> int:
     findings = find_differences(run)
     if common.out is not None:
         write_text(common.out, json.dumps([asdict(one) for one in findings], indent=2) + "\n")
-    listed = [one for one in findings if one.bad or not common.quiet]
-    if listed:
-        echo(Table(("what", "state", "detail"), [(one.name, one.state, one.detail) for one in listed]).text())
+    rows = [one for one in findings if one.bad or not common.quiet]
+    if rows:
+        echo(Table(("what", "state", "detail"), [(one.name, one.state, one.detail) for one in rows]).text())
     counts = {state: sum(one.state == state for one in findings) for state in dict.fromkeys(f.state for f in findings)}
     echo(", ".join(f"{count} {state}" for state, count in counts.items()))
     return 1 if any(one.bad for one in findings) else 0

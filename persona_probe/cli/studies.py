@@ -127,12 +127,12 @@ def monitor_calibrate(
     study_config = None if folder.is_dir() else load_config(find_config(config), StudyConfig)
     if run is None:
         run = folder if study_config is None else Path("runs") / study_config.name
-    located = _located(study_config, config, run, common)
+    source = _located(study_config, config, run, common)
     from persona_probe.monitor.calibration import HeldRule, benign_readings, calibration_record, calibration_study
 
     rule = HeldRule(held, side)
-    benign = calibration_study(located.context, common.out, common.device)
-    readings = benign_readings(located.context, benign, seeds or _new_seeds(located.config.seeds), arms)
+    benign = calibration_study(source.context, common.out, common.device)
+    readings = benign_readings(source.context, benign, seeds or _new_seeds(source.config.seeds), arms)
     record = calibration_record(readings, features or None, rule, rate, per.replace("-", " "))
     benign.run.write_json("calibration.json", record)
     for name, threshold in record["features"].items():
@@ -152,8 +152,8 @@ def _located(config: "StudyConfig | None", name: str, folder: Path, common: Comm
     return study
 
 
-def _new_seeds(used: tuple[int, ...]) -> list[int]:
-    first = max(used) + 1
+def _new_seeds(seeds: tuple[int, ...]) -> list[int]:
+    first = max(seeds) + 1
     return list(range(first, first + DEFAULT_SEEDS))
 
 

@@ -69,12 +69,12 @@ def agreement(left: pd.DataFrame, right: pd.DataFrame, n_boot: int = 2000, seed:
     Raises:
         InputError: no answer in common.
     """
-    joined = left.merge(right, on=ANSWER, suffixes=("", "_right"))
-    if joined.empty:
+    pairs = left.merge(right, on=ANSWER, suffixes=("", "_right"))
+    if pairs.empty:
         raise InputError("the two judges have no answer in common: judge the same questions with both")
-    both = joined[joined["value"].notna() & joined["value_right"].notna()]
+    both = pairs[pairs["value"].notna() & pairs["value_right"].notna()]
     marks = [(both[column] >= MISALIGNED_FROM).to_numpy(bool) for column in ("value", "value_right")]
-    scores = joined[["alignment", "alignment_right"]].dropna()
+    scores = pairs[["alignment", "alignment_right"]].dropna()
     by_model = _model_rates(left).merge(_model_rates(right), on=MODEL, suffixes=("", "_right"))
     return Agreement(
         left=str(left["evaluation"].iloc[0]),
@@ -88,8 +88,8 @@ def agreement(left: pd.DataFrame, right: pd.DataFrame, n_boot: int = 2000, seed:
     )
 
 
-def _model_rates(judged: pd.DataFrame) -> pd.DataFrame:
-    return rates(judged, MODEL)[[*MODEL, "rate"]].dropna(subset=["rate"])
+def _model_rates(answers: pd.DataFrame) -> pd.DataFrame:
+    return rates(answers, MODEL)[[*MODEL, "rate"]].dropna(subset=["rate"])
 
 
 def _kappa_over_questions(
@@ -174,8 +174,8 @@ def variance_components(judged: pd.DataFrame) -> Components:
     Raises:
         InputError: fewer than two questions, or none with two answers that count.
     """
-    counted = judged[judged["value"].notna()]
-    groups = counted.groupby("pair")["value"]
+    answers = judged[judged["value"].notna()]
+    groups = answers.groupby("pair")["value"]
     sizes, means = groups.size().to_numpy(float), groups.mean().to_numpy(float)
     n, k = sizes.sum(), len(sizes)
     if k < 2 or n <= k:
@@ -183,7 +183,7 @@ def variance_components(judged: pd.DataFrame) -> Components:
     inside = float((groups.var(ddof=0).to_numpy(float) * sizes).sum()) / (n - k)
     across = float((sizes * np.square(means - (sizes * means).sum() / n)).sum()) / (k - 1)
     size = (n - np.square(sizes).sum() / n) / (k - 1)
-    return Components(max(0.0, (across - inside) / size), inside, k, len(counted) / len(judged))
+    return Components(max(0.0, (across - inside) / size), inside, k, len(answers) / len(judged))
 
 
 def half_width(components: Components, questions: int, samples: float, level: float = 0.95) -> float:

@@ -116,8 +116,8 @@ def answer_scores(
 ) -> Float[Tensor, " batch"]:
     """Mean log-probability of each row's answer tokens, in nats per token."""
     at = _predictors(batch)
-    picked = token_logprobs(model, hidden[at], batch.ids[:, 1:][at[:, :-1]])
-    total = torch.zeros(len(batch.ids), device=picked.device).index_add_(0, at.nonzero()[:, 0], picked)
+    logprobs = token_logprobs(model, hidden[at], batch.ids[:, 1:][at[:, :-1]])
+    total = torch.zeros(len(batch.ids), device=logprobs.device).index_add_(0, at.nonzero()[:, 0], logprobs)
     return total / at.sum(dim=1)
 
 

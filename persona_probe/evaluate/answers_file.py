@@ -126,8 +126,10 @@ def judge_answers(answers: pd.DataFrame, judge: AnswerJudge) -> pd.DataFrame:
     parts = []
     for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
         triples = zip(rows["question"], rows["answer"], rows["prompt"], strict=True)
-        ruled = judge.rule([AnswerToJudge(Item(*triple)) for triple in triples], progress=f"judging {arm}, seed {seed}")
-        parts.append(_table(rows, ruled, judge.name))
+        rulings = judge.rule(
+            [AnswerToJudge(Item(*triple)) for triple in triples], progress=f"judging {arm}, seed {seed}"
+        )
+        parts.append(_table(rows, rulings, judge.name))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -157,5 +159,5 @@ def _none(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _table(rows: pd.DataFrame, ruled: Rulings, judge: str) -> pd.DataFrame:
-    return judged_table(rows, ruled, evaluation=judge, questions="file", sampling="file", judge=judge)
+def _table(rows: pd.DataFrame, rulings: Rulings, judge: str) -> pd.DataFrame:
+    return judged_table(rows, rulings, evaluation=judge, questions="file", sampling="file", judge=judge)

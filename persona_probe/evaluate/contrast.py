@@ -33,8 +33,8 @@ class ContrastItems:
         """
         if not rows:
             raise InputError("no contrast items: the split is empty")
-        talks = [row_conversation(r, side) for side in ("aligned", "misaligned") for r in rows]
-        return cls(tuple(rows), tuple(answer_batches(tokenizer, talks, batch_size)))
+        conversations = [row_conversation(r, side) for side in ("aligned", "misaligned") for r in rows]
+        return cls(tuple(rows), tuple(answer_batches(tokenizer, conversations, batch_size)))
 
     @cached_property
     def clusters(self) -> list[str]:

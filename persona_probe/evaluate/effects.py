@@ -34,8 +34,8 @@ def _of_seed(evals: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
 
 def arm_effect(evals: pd.DataFrame, left: str, right: str) -> Estimate:
     """Paired difference of two arms' contrast index on the same questions."""
-    joined = final_values(evals, left).merge(final_values(evals, right), on="item", suffixes=("_left", "_right"))
-    return bootstrap_mean((joined["value_left"] - joined["value_right"]).to_numpy())
+    pairs = final_values(evals, left).merge(final_values(evals, right), on="item", suffixes=("_left", "_right"))
+    return bootstrap_mean((pairs["value_left"] - pairs["value_right"]).to_numpy())
 
 
 def behaviour_rises(evals: pd.DataFrame) -> pd.DataFrame:

@@ -52,9 +52,9 @@ class Cells:
         columns = {name: place for place, name in enumerate(dict.fromkeys(seeds))}
         at = [rows[name] for name in questions], [columns[name] for name in seeds]
         sums, counts = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
-        counted = ~np.isnan(array)
-        np.add.at(sums, at, np.where(counted, array, 0.0))
-        np.add.at(counts, at, counted.astype(np.float64))
+        is_value = ~np.isnan(array)
+        np.add.at(sums, at, np.where(is_value, array, 0.0))
+        np.add.at(counts, at, is_value.astype(np.float64))
         return cls(tuple(rows), tuple(columns), sums, counts)
 
     @property
@@ -264,13 +264,13 @@ def judge_error(judged: pd.DataFrame) -> float:
     An answer brings the error of a whole rate and that of one question's rate; over several questions the latter
     averages out, but never below the former. Parts with different errors are mixed by their share of the answers.
     """
-    counted = judged[judged["value"].notna()]
-    if counted.empty or "error_model" not in counted or counted["error_model"].isna().all():
+    answers = judged[judged["value"].notna()]
+    if answers.empty or "error_model" not in answers or answers["error_model"].isna().all():
         return 0.0
     error = 0.0
-    for _, rows in counted.groupby(["error_model", "error_question"]):
+    for _, rows in answers.groupby(["error_model", "error_question"]):
         whole, single = (float(rows[name].iloc[0]) for name in ("error_model", "error_question"))
-        error += len(rows) / len(counted) * max(whole, single / np.sqrt(rows["pair"].nunique()))
+        error += len(rows) / len(answers) * max(whole, single / np.sqrt(rows["pair"].nunique()))
     return error
 
 

@@ -63,10 +63,10 @@ def join_evals(run: "RunFolder") -> None:
 
 def _in_study_order(frame: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Contrast items in their order, then judged answers by evaluation, arm (in the study's order) and seed."""
-    judged = frame["measure"] == JUDGED
+    is_judged = frame["measure"] == JUDGED
     place = frame["arm"].map({arm: number for number, arm in enumerate(arms)})
-    rows = frame[judged].assign(place=place[judged]).sort_values(["evaluation", "place", "seed"], kind="stable")
-    return pd.concat([frame[~judged], rows.drop(columns="place")], ignore_index=True)
+    rows = frame[is_judged].assign(place=place[is_judged]).sort_values(["evaluation", "place", "seed"], kind="stable")
+    return pd.concat([frame[~is_judged], rows.drop(columns="place")], ignore_index=True)
 
 
 def contrast_rows(evals: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +98,7 @@ def read_judged(run: "RunFolder") -> pd.DataFrame:
         InputError: none were judged; the message names the command.
     """
     evals = run.read_table("evals.parquet") if run.has("evals.parquet") else pd.DataFrame()
-    judged = judged_rows(evals)
-    if judged.empty:
+    answers = judged_rows(evals)
+    if answers.empty:
         raise InputError(f"no judged answers in {run.path}: run `persona-probe evaluate RUN --judge offline` first")
-    return judged
+    return answers

@@ -186,5 +186,7 @@ class CachedJudge:
             error = self.progress.errors.get(key, "")
             label = FAILED if error else NOT_ASKED
             return Judgement(item.id, None, label, 0.0, {}, scale=scale, cached=False, error=error, **common)
-        read = criterion.read(reply)
-        return Judgement(item.id, read.score, read.label, read.mass, reply.tokens, scale=scale, cached=cached, **common)
+        reading = criterion.read(reply)
+        return Judgement(
+            item.id, reading.score, reading.label, reading.mass, reply.tokens, scale=scale, cached=cached, **common
+        )

@@ -62,8 +62,8 @@ class Tree:
         visible = torch.eye(len(nodes), dtype=torch.bool)
         for place in range(1, len(nodes)):
             visible[place] |= visible[parents[place]]
-        moved = [parent - 1 for parent in parents[1:]]
-        return cls(nodes[1:], moved, torch.tensor(tokens[1:]), torch.tensor(level[1:]) - 1, visible[1:, 1:])
+        shifted_parents = [parent - 1 for parent in parents[1:]]
+        return cls(nodes[1:], shifted_parents, torch.tensor(tokens[1:]), torch.tensor(level[1:]) - 1, visible[1:, 1:])
 
 
 def spellings(tokenizer: PreTrainedTokenizerBase, text: str) -> set[tuple[int, ...]]:
@@ -126,7 +126,7 @@ class TrieWalk:
         self.model, self.trie, self.tree = model, trie, Tree.of(trie)
         self.device = next(model.parameters()).device
         self.digits = torch.tensor(digits, dtype=torch.long)
-        self._wanted = tree
+        self._use_tree = tree
 
     @torch.no_grad()
     def probabilities(self, prompt: Int[Tensor, " pos"]) -> dict[str, float]:
@@ -147,7 +147,7 @@ class TrieWalk:
         kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
         forgets = "sliding_attention" in kinds and prompt + len(self.tree.nodes) >= config.sliding_window
         known = kinds <= {"full_attention", "sliding_attention"} and config._attn_implementation in ("sdpa", "eager")
-        return self._wanted and known and not forgets
+        return self._use_tree and known and not forgets
 
     def _by_tree(self, cache: DynamicCache, prompt: int) -> Float[Tensor, "nodes vocab"]:
         """The next token's distribution after every node of the tree, in one forward pass."""

@@ -92,8 +92,8 @@ class Criterion:
     def ask(self, item: Item) -> Ask:
         """The request about an item."""
         numbers = tuple(str(n) for n in range(self.low, self.high + 1))
-        written = self.max_tokens if self.pattern else 0
-        return Ask(tuple(self.messages(item)), numbers, self.labels, written)
+        reply_tokens = self.max_tokens if self.pattern else 0
+        return Ask(tuple(self.messages(item)), numbers, self.labels, reply_tokens)
 
     def read(self, reply: Reply) -> ReadReply:
         """Score and label of a reply."""
@@ -224,10 +224,10 @@ def _too_few(labels: dict[str, int], usable: int, n: int, most_unusable: float) 
 
 def _first_digits(judgements: Sequence[Judgement]) -> str:
     """A judge that writes numbers digit by digit shows only first digits where one token is read: 85 looks like 8."""
-    scored = [j for j in judgements if j.score is not None]
-    if len(scored) < _ENOUGH_SCORES or any(j.scale[1] < 10 for j in scored):
+    usable = [j for j in judgements if j.score is not None]
+    if len(usable) < _ENOUGH_SCORES or any(j.scale[1] < 10 for j in usable):
         return ""
-    longest = max((len(t.strip()) for j in scored for t in j.tokens if set(t.strip()) <= DIGITS), default=0)
+    longest = max((len(t.strip()) for j in usable for t in j.tokens if set(t.strip()) <= DIGITS), default=0)
     if longest != 1:
         return ""
     return "the judge's tokens hold single digits only, so its one-token scores are first digits: sample whole replies"

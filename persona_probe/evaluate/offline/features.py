@@ -121,9 +121,9 @@ def as_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], index:
 def read_layers(model: nn.Module, rows: Rows, config: PretrainedConfig, layers: Sequence[int]) -> list[Tensor]:
     """Residual stream after each of `layers`, (batch, pos, d_model) float32, at the positions of `rows.rest`."""
     with ExitStack() as taps:
-        read = [taps.enter_context(ReadTap(model, layer)) for layer in layers]
+        layer_taps = [taps.enter_context(ReadTap(model, layer)) for layer in layers]
         rows.run(partial(forward_to_layer, model, layers[-1]), config, rows.ids())
-    return [tap.value.float() for tap in read]
+    return [tap.value.float() for tap in layer_taps]
 
 
 def _masked_mean(
@@ -189,8 +189,8 @@ def kept_features(
     for block in tqdm(blocks(items), desc="answers read (blocks)", disable=not progress):
         path = folder / _block_name(recipe, block)
         if not path.is_file():
-            read = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
-            _write_block(path, read)
+            block_features = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
+            _write_block(path, block_features)
         parts.append(load_file(path))
     mean = np.concatenate([block["mean"] for block in parts]).astype(np.float32)
     return Features(mean, np.concatenate([block["tokens"] for block in parts]))
@@ -255,8 +255,8 @@ def fit_scope(
     scope = Scope(centre, basis, _unit((fitted - centre) @ basis.T), names, 0.0)
     far = float(np.quantile(scope.nearest(background)[0], quantile))
     apart = scope.questions @ scope.questions.T
-    named = np.array(topics)
-    apart = apart[named[:, None] != named[None, :]]
+    topic_names = np.array(topics)
+    apart = apart[topic_names[:, None] != topic_names[None, :]]
     return Scope(centre, basis, scope.questions, names, max(far, float(apart.max(initial=-1.0))))
 
 

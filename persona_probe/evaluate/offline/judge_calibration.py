@@ -48,10 +48,10 @@ def fit_ridge(
     names = np.array(["all"] * len(x) if sources is None else list(sources))
     z, y, home = x.astype(np.float64), targets.astype(np.float64), None
     for name in dict.fromkeys(names):
-        here = names == name
-        centre, level = (np.average(v[here], axis=0, weights=weights[here]) for v in (z, y))
-        z[here] -= centre
-        y[here] -= level
+        members = names == name
+        centre, level = (np.average(v[members], axis=0, weights=weights[members]) for v in (z, y))
+        z[members] -= centre
+        y[members] -= level
         home = home or (centre, level)
     assert home is not None
     share = weights / weights.sum()
@@ -132,11 +132,11 @@ def fit_bands(
     edges = weighted_quantiles(predicted, weights, [k / PARTS for k in range(1, PARTS)])
     part, ends = np.searchsorted(edges, predicted), []
     for number in range(PARTS):
-        here = part == number
+        members = part == number
         # Many equal predictions (clipped at 0 or 100) can leave a part empty: it takes the residuals of all.
-        here = here if here.any() else np.ones(len(part), dtype=bool)
-        left = (published - predicted)[here]
-        ends.append(weighted_quantiles(left, weights[here], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+        members = members if members.any() else np.ones(len(part), dtype=bool)
+        left = (published - predicted)[members]
+        ends.append(weighted_quantiles(left, weights[members], [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     # A ridge fit is pulled to the mean; an interval that leaves out its own prediction would confuse.
     return ResidualBands(
         tuple(edges), tuple(min(low, 0.0) for low, _ in ends), tuple(max(high, 0.0) for _, high in ends)
@@ -204,10 +204,12 @@ def reliability(probability: Scores, label: Labels, weights: Scores, bins: int =
     place = np.minimum((reached * bins - 1e-9).astype(int), bins - 1)
     rows = []
     for number in range(bins):
-        here = order[place == number]
-        if len(here):
-            mean, seen = (float(np.average(v[here], weights=weights[here])) for v in (probability, label))
-            rows.append({"predicted": mean, "observed": seen, "share": float(weights[here].sum() / weights.sum())})
+        members = order[place == number]
+        if len(members):
+            mean, observed = (float(np.average(v[members], weights=weights[members])) for v in (probability, label))
+            rows.append(
+                {"predicted": mean, "observed": observed, "share": float(weights[members].sum() / weights.sum())}
+            )
     return rows
 
 

@@ -206,18 +206,18 @@ def fit_heads(
     """
     x, frame = training.x(layer), training.frame
     label, weight = frame["misaligned"].to_numpy(), frame["weight"].to_numpy().astype(np.float64)
-    scored = use & training.published
+    has_scores = use & training.published
     even = np.zeros(len(frame))
-    even[scored] = balanced(label[scored], weight[scored])
-    packaged = use & ~training.published
-    if packaged.any() and recipe.own_share > 0:
-        even[packaged] = balanced(label[packaged], weight[packaged])
-        even[packaged] *= recipe.own_share * even[scored].sum() / even[packaged].sum()
+    even[has_scores] = balanced(label[has_scores], weight[has_scores])
+    is_packaged = use & ~training.published
+    if is_packaged.any() and recipe.own_share > 0:
+        even[is_packaged] = balanced(label[is_packaged], weight[is_packaged])
+        even[is_packaged] *= recipe.own_share * even[has_scores].sum() / even[is_packaged].sum()
     rows = even > 0
     sign = np.where(label, 1.0, -1.0)[:, None]
     misaligned_fit = fit_ridge(x[rows], sign[rows], even[rows], recipe.penalty, frame["source"][rows].tolist())
-    targets = frame.loc[scored, ["alignment", "coherence"]].to_numpy(dtype=np.float64)
-    scores = fit_ridge(x[scored], targets, weight[scored], recipe.penalty)
+    targets = frame.loc[has_scores, ["alignment", "coherence"]].to_numpy(dtype=np.float64)
+    scores = fit_ridge(x[has_scores], targets, weight[has_scores], recipe.penalty)
     weights = np.concatenate([misaligned_fit.weights, scores.weights], axis=1)
     return LinearScores(weights, np.concatenate([misaligned_fit.bias, scores.bias]))
 

@@ -186,10 +186,10 @@ def rate_of(
     count = len(set(questions))
     sampling = bootstrap_mean(probability, questions if count >= ENOUGH_QUESTIONS else None, seed=seed)
     error = 0.0
-    for errors, here in ((weights.known, ~unlike), (weights.unlike, unlike)):
-        if here.any():
-            several = len({question for question, inside in zip(questions, here, strict=True) if inside})
-            error += float(here.mean()) * errors.rate.half_width(several)
+    for errors, mask in ((weights.known, ~unlike), (weights.unlike, unlike)):
+        if mask.any():
+            several = len({question for question, inside in zip(questions, mask, strict=True) if inside})
+            error += float(mask.mean()) * errors.rate.half_width(several)
     low = sampling.estimate - np.hypot(sampling.estimate - sampling.ci_low, error)
     high = sampling.estimate + np.hypot(sampling.ci_high - sampling.estimate, error)
     joined = Estimate(sampling.estimate, float(max(low, 0.0)), float(min(high, 1.0)), len(judged))
@@ -303,9 +303,9 @@ class OfflineJudge:
             )
         features, columns = self.features(items, progress), {}
         scores = self.weights.linear.scores(features.mean[:, 0])
-        for errors, here in ((self.weights.known, known), (self.weights.unlike, ~known)):
+        for errors, mask in ((self.weights.known, known), (self.weights.unlike, ~known)):
             for name, values in _predicted(scores, errors).items():
-                columns[name] = np.where(here, values, columns.get(name, 0.0))
+                columns[name] = np.where(mask, values, columns.get(name, 0.0))
         return [
             OfflineJudgement(
                 **{name: float(values[i]) for name, values in columns.items()},
@@ -328,13 +328,13 @@ class OfflineJudge:
         Raises:
             InputError: as `judge`.
         """
-        judged = self.judge(items, progress=progress)
-        return rate_of(judged, [question for question, _ in items], self.weights, seed)
+        judgements = self.judge(items, progress=progress)
+        return rate_of(judgements, [question for question, _ in items], self.weights, seed)
 
     def _scope(self, questions: Sequence[str]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         unique = {question: place for place, question in enumerate(dict.fromkeys(questions))}
-        read = read_questions(self.model, self.tokenizer, list(unique), self.weights.recipe.scope_layer)
-        near, nearest = self.weights.scope.nearest(read)
+        vectors = read_questions(self.model, self.tokenizer, list(unique), self.weights.recipe.scope_layer)
+        near, nearest = self.weights.scope.nearest(vectors)
         at = [unique[question] for question in questions]
         return near[at], nearest[at]
 
@@ -423,6 +423,6 @@ def _read_one(
     row = encoded(judge.tokenizer, item, judge.weights.recipe.max_tokens)
     batch = as_batch(judge.tokenizer, [row], [0]).to(judge.model.device)
     with evaluating(judge.model), autocast(judge.model):
-        read = read_layers(judge.model, Rows.whole(batch), transformer_config(judge.model), (layer,))
+        streams = read_layers(judge.model, Rows.whole(batch), transformer_config(judge.model), (layer,))
     texts = [judge.tokenizer.decode([token]) for token in row.ids[row.n_prompt :]]
-    return read[0][0, row.n_prompt :].cpu().numpy(), [str(text) for text in texts]
+    return streams[0][0, row.n_prompt :].cpu().numpy(), [str(text) for text in texts]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from persona_probe.data.chat import Conversation, Message
 from persona_probe.data.load import BadRow, check_roles
 from persona_probe.errors import InputError, unknown
+from persona_probe.runs import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,7 +81,7 @@ def to_plain(questions: QuestionSet) -> dict[str, Any]:
 def write_questions(questions: QuestionSet, path: str | Path) -> None:
     """Write a set as JSON; reading it back gives the same hash."""
     text = json.dumps(to_plain(questions), indent=1, ensure_ascii=False, default=str)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    write_text(Path(path), text + "\n")
 
 
 # --- What makes a question or a set of questions whole
@@ -291,8 +292,8 @@ class QuestionSet:
 
     def templates(self, question: Question) -> dict[str, str]:
         """Measure -> judge prompt template that applies to a question of this set."""
-        named = question.judge_prompts or {name: name for name in self.judge_prompts}
-        return {measure: self.judge_prompts[name] for measure, name in named.items()}
+        prompt_names = question.judge_prompts or {name: name for name in self.judge_prompts}
+        return {measure: self.judge_prompts[name] for measure, name in prompt_names.items()}
 
     def pairs(self) -> list[tuple[Question, Question]]:
         """Each trigger variant with its plain question, as (plain, trigger)."""

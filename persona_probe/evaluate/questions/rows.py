@@ -40,21 +40,21 @@ def row_question(row: object, default_id: str, judge_prompts: Mapping[str, str])
         InputError: a clause without file and row, which the reader adds.
     """
     present = present_keys(row)
-    used = {field: next((n for n in names if n in present), "") for field, names in ALIASES.items()}
-    picked = {field: present.get(name) for field, name in used.items()}
+    columns = {field: next((n for n in names if n in present), "") for field, names in ALIASES.items()}
+    fields = {field: present.get(name) for field, name in columns.items()}
     talk, paraphrases = _asked(present)
-    system = _system(talk, picked["system"])
-    rest = {key: value for key, value in present.items() if key not in (*ASKED, *OTHERS, *used.values())}
+    system = _system(talk, fields["system"])
+    rest = {key: value for key, value in present.items() if key not in (*ASKED, *OTHERS, *columns.values())}
     meta = {**_mapping(present.get("meta", {}), "'meta'"), **rest}
     meta |= {key: _text(present[key], key) for key in ("variant", "pair", "trigger") if key in present}
     return Question(
-        id=_text(default_id if picked["id"] is None else picked["id"], "id"),
+        id=_text(default_id if fields["id"] is None else fields["id"], "id"),
         paraphrases=paraphrases,
-        category="" if picked["category"] is None else _text(picked["category"], "category"),
+        category="" if fields["category"] is None else _text(fields["category"], "category"),
         system=system,
         history=tuple(turn for turn in talk if turn["role"] != "system"),
-        samples_per_paraphrase=_count(picked["samples_per_paraphrase"]),
-        rubric=None if picked["rubric"] is None else _text(picked["rubric"], "rubric"),
+        samples_per_paraphrase=_count(fields["samples_per_paraphrase"]),
+        rubric=None if fields["rubric"] is None else _text(fields["rubric"], "rubric"),
         judge_prompts=judge_prompts,
         meta=meta,
     )

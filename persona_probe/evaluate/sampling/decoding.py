@@ -313,8 +313,8 @@ class Decoder:
     def run(self, requests: Sequence[AnswerRequest], tell: Tell, finished: Finished) -> None:
         """Decode all of `wanted`, longest prompts first: what is too large for memory shows at once."""
         numbers: dict[tuple[int, ...], deque[int]] = {}
-        for number, want in enumerate(requests):
-            numbers.setdefault(want.ids, deque()).append(number)
+        for number, request in enumerate(requests):
+            numbers.setdefault(request.ids, deque()).append(number)
         self.waiting.extend(sorted(numbers.items(), key=lambda item: -len(item[0])))
         while self.waiting or self.ready or not all(row.done for row in self.rows):
             if _SLACK * sum(row.done for row in self.rows) >= len(self.rows):

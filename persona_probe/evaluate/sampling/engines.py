@@ -182,8 +182,12 @@ class VllmEngine:
     @property
     def identity(self) -> dict[str, Any]:
         """Model, adapter and options by name, and vLLM's version."""
-        named = {"model": self.model, "adapter": self.adapter, "options": {k: str(v) for k, v in self.options.items()}}
-        return {"engine": "vllm", "version": str(self._vllm.__version__), **named}
+        settings = {
+            "model": self.model,
+            "adapter": self.adapter,
+            "options": {k: str(v) for k, v in self.options.items()},
+        }
+        return {"engine": "vllm", "version": str(self._vllm.__version__), **settings}
 
     def generate(self, requests: Sequence[Request], config: SamplingConfig, done: Callable[[Sample], None]) -> None:
         """Answer every request; see `Engine`."""

@@ -146,8 +146,8 @@ def check_room(model: nn.Module, ids: tuple[int, ...], max_new_tokens: int, name
 def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """All tokens that end an answer: the generation config's, the tokenizer's, and the template's end of turn."""
     config = causal_model(model).generation_config
-    named: Any = config.eos_token_id if config is not None else None
-    ends = {named} if isinstance(named, int) else set(named or ())
+    eos_ids: Any = config.eos_token_id if config is not None else None
+    ends = {eos_ids} if isinstance(eos_ids, int) else set(eos_ids or ())
     end: Any = tokenizer.eos_token_id
     return frozenset(ends | ({end} - {None}) | end_of_turn(tokenizer))
 

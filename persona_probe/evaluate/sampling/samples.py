@@ -152,16 +152,16 @@ class SampleStore:
 
 def _claim(path: Path, made_by: dict[str, Any]) -> None:
     """Write the sidecar of a new file, or compare an old one's."""
-    beside = sidecar(path)
-    if not beside.is_file():
+    record = sidecar(path)
+    if not record.is_file():
         if path.exists():
-            raise InputError(f"{path} exists, but {beside.name} does not say what made it: choose another path")
-        write_text(beside, json.dumps(made_by, indent=2, sort_keys=True) + "\n")
+            raise InputError(f"{path} exists, but {record.name} does not say what made it: choose another path")
+        write_text(record, json.dumps(made_by, indent=2, sort_keys=True) + "\n")
         return
     try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
+        before = json.loads(record.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise InputError(f"{beside} cannot be read: delete it and {path.name}, or choose another path") from error
+        raise InputError(f"{record} cannot be read: delete it and {path.name}, or choose another path") from error
     if before != made_by:
         differs = ", ".join(_differences(before, made_by))
         raise InputError(f"{path} holds samples of another setting ({differs}): choose another path")

@@ -260,14 +260,14 @@ def build_cards(
     table = ctx.run.read_table("latents.parquet").set_index("latent", drop=False)
     steering = ctx.run.read_table("steering.parquet")
     numbers = check_latents(ctx.sae, list(latents))
-    read = gather(ctx.tokenizer, text)
-    reading = survey(ctx, numbers, read, organism)
+    card_text = gather(ctx.tokenizer, text)
+    reading = survey(ctx, numbers, card_text, organism)
     cards = []
     for column, latent in enumerate(numbers):
         row = table.loc[latent].to_dict()
         known = findings(row, steering, ("base", *ctx.config.arms), ctx.config.locate.unit)
         cards.append(
-            _card(ctx, latent, str(row["label"]), (names or {}).get(latent), known, reading, column, read.name)
+            _card(ctx, latent, str(row["label"]), (names or {}).get(latent), known, reading, column, card_text.name)
         )
     return cards
 

@@ -100,7 +100,7 @@ class Sweep:
         self.unsteered = self.contrast.values(None)
         self._neutral_loss = -float(self.neutral.logprobs(None).mean())
         self._ratios: dict[Request, float] = {}
-        self._done: dict[Request, Pushed] = {}
+        self._pushes: dict[Request, Pushed] = {}
 
     def _vectors(self, requests: Sequence[tuple[Direction, float]]) -> Float[Tensor, "k d_model"]:
         reference = None if self.unit == "raw" else self.reference_norm
@@ -117,15 +117,15 @@ class Sweep:
 
     def push_all(self, requests: Sequence[tuple[Direction, float]], label: str | None = None) -> list[Pushed]:
         """Item values and perplexity ratios of many pushes, `AT_ONCE` at a time; each push is computed once."""
-        new = list({_key(*r): r for r in requests if _key(*r) not in self._done}.values())
+        new = list({_key(*r): r for r in requests if _key(*r) not in self._pushes}.values())
         with tqdm(total=len(new), desc=label, disable=label is None) as bar:
             for start in range(0, len(new), AT_ONCE):
                 part = new[start : start + AT_ONCE]
                 values = self.contrast.values_many(self._vectors(part))
                 for request, row, ratio in zip(part, values, self.ratios(part), strict=True):
-                    self._done[_key(*request)] = Pushed(*request, row, ratio)
+                    self._pushes[_key(*request)] = Pushed(*request, row, ratio)
                 bar.update(len(part))
-        return [self._done[_key(*r)] for r in requests]
+        return [self._pushes[_key(*r)] for r in requests]
 
     def push(self, direction: Direction, strength: float) -> Pushed:
         """Item values and perplexity ratio at one signed strength; computed once."""
@@ -148,7 +148,7 @@ class Sweep:
     def table(self, model_name: str) -> pd.DataFrame:
         """Every push so far, as rows of `steering.parquet`."""
         rows = []
-        for pushed in self._done.values():
+        for pushed in self._pushes.values():
             level = bootstrap_mean(pushed.values, self.items.clusters)
             rows.append(
                 {
@@ -285,21 +285,23 @@ def matched_latents(table: pd.DataFrame, tested: list[int], count: int, seed: in
     Raises:
         InputError: the dictionary has too few live latents.
     """
-    moved = set(table.reindex(table["rise"].abs().sort_values(ascending=False).index)["latent"].head(MOVED).tolist())
+    top_movers = set(
+        table.reindex(table["rise"].abs().sort_values(ascending=False).index)["latent"].head(MOVED).tolist()
+    )
     rate = table.set_index("latent")["firing_incorrect"]
-    live = [int(i) for i in rate.index[rate > 0] if i not in moved and i not in tested]
+    live = [int(i) for i in rate.index[rate > 0] if i not in top_movers and i not in tested]
     if len(live) < count:
         live = [int(i) for i in rate.index if i not in tested]
     if len(live) < count:
         raise InputError(f"the SAE has only {len(live)} latents for {count} random controls: lower random_latents")
     rng = np.random.default_rng(seed)
     logs = {i: float(np.log10(rate[i] + 1e-6)) for i in [*live, *tested]}
-    drawn: list[int] = []
+    controls: list[int] = []
     for number in range(count):
         target = logs[tested[number % len(tested)]]
-        pool = sorted((i for i in live if i not in drawn), key=lambda i: (abs(logs[i] - target), i))[:POOL]
-        drawn.append(int(rng.choice(pool)))
-    return drawn
+        pool = sorted((i for i in live if i not in controls), key=lambda i: (abs(logs[i] - target), i))[:POOL]
+        controls.append(int(rng.choice(pool)))
+    return controls
 
 
 def random_directions(d_model: int, count: int, seed: int) -> list[Float[Tensor, " d_model"]]:
@@ -330,10 +332,10 @@ def causal(table: pd.DataFrame) -> pd.Series:
     Three intervals must lie above the 95th percentile of the sizes of random latents' effects: base steered up,
     organism steered down, and organism with the latent projected out.
     """
-    random, tested = table[table["kind"] == "random"], table[table["kind"] == "candidate"].set_index("latent")
+    random, candidates = table[table["kind"] == "random"], table[table["kind"] == "candidate"].set_index("latent")
     exceeding = [
         exceeds_random(
-            {int(str(i)): low for i, low in tested[f"{column}_low"].dropna().items()}, random[column].tolist()
+            {int(str(i)): low for i, low in candidates[f"{column}_low"].dropna().items()}, random[column].tolist()
         )
         for column in ("effect_base", "effect_organism", "ablation")
     ]

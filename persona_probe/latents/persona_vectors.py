@@ -124,7 +124,7 @@ def persona_vector(
     """
     decoder_layer(model, layer)
     rows = _checked(pairs, conversations, sample)
-    read = partial(response_means, model, tokenizer, layer=layer, batch_size=batch_size, bf16=bf16)
+    read_means = partial(response_means, model, tokenizer, layer=layer, batch_size=batch_size, bf16=bf16)
     say = partial(sample_answers, causal_model(model), tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
     differences = []
     for number, pair in enumerate(pairs):
@@ -133,7 +133,7 @@ def persona_vector(
             say_it = partial(say, seed=seed + number, temperature=temperature)  # one seed for both sides
             with autocast(model, bf16):
                 sides = _both_answered(pair, *(_own_answers(say_it, side) for side in sides))
-        differences.append(read(sides[0]).astype(np.float64) - read(sides[1]))
+        differences.append(read_means(sides[0]).astype(np.float64) - read_means(sides[1]))
     name = "persona vector, sampled" if sample else "persona vector, teacher-forced"
     return NamedDirection(name, np.concatenate(differences).mean(axis=0), PAPER)
 

@@ -29,7 +29,7 @@ class Evidence:
     tuned: Mapping[str, LatentMeans]
     """The organism, on the same conversations."""
     control: Mapping[str, LatentMeans]
-    """The control arm's organism; the base again where there is none."""
+    """The control arm's organism; the base model in a study without a control arm."""
     decoder: Float[np.ndarray, "d_sae d_model"]
     """The SAE's decoder rows."""
     clusters: Sequence[str]
@@ -62,11 +62,11 @@ class Evidence:
             InputError: these positions were not read.
         """
         name = self.positions if positions is None else positions
-        read = {"base": self.base, "tuned": self.tuned, "control": self.control}[model]
-        if name not in read:
-            known = ", ".join(repr(k) for k in read) or "none"
+        means = {"base": self.base, "tuned": self.tuned, "control": self.control}[model]
+        if name not in means:
+            known = ", ".join(repr(k) for k in means) or "none"
             raise InputError(f"{model} was not read at positions {name!r} (only {known}): read them too")
-        return read[name]
+        return means[name]
 
     @cached_property
     def alive(self) -> Bool[np.ndarray, " d_sae"]:
@@ -396,6 +396,6 @@ def agreement(table: pd.DataFrame, rankers: Sequence[str], top: int = 20) -> pd.
     rows = []
     for left, right in combinations(names, 2):
         shared = len(picks[left] & picks[right])
-        picked = {"left": left, "right": right, "top": count, "shared": shared, "share": shared / count}
-        rows.append({**picked, "chance": count / len(alive), "spearman": correlation.loc[left, right]})
+        overlap = {"left": left, "right": right, "top": count, "shared": shared, "share": shared / count}
+        rows.append({**overlap, "chance": count / len(alive), "spearman": correlation.loc[left, right]})
     return pd.DataFrame(rows).assign(alive=len(alive))

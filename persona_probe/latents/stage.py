@@ -93,8 +93,8 @@ def strongest(ctx: Context) -> list[int]:
     effects = ctx.run.read_table("parts/selection.parquet").dropna(subset=["effect"])
     if effects.empty:
         raise InputError("no candidate kept neutral perplexity within locate.perplexity_bound: lower locate.strengths")
-    ordered = effects.sort_values("effect", ascending=False)["latent"]
-    return [int(latent) for latent in ordered.head(ctx.config.locate.proven)]
+    latents = effects.sort_values("effect", ascending=False)["latent"]
+    return [int(latent) for latent in latents.head(ctx.config.locate.proven)]
 
 
 def read_directions(ctx: Context) -> dict[str, Float[Tensor, " d_model"]]:
@@ -272,10 +272,10 @@ def choose(ctx: Context) -> None:
     directions = latent_directions(ctx, candidate_latents(ctx), "candidate")
     with ctx.base() as model:
         sweep = make_sweep(ctx, model, ctx.selection)
-        measured = effects(sweep, directions, config.strengths, "selection split", config.strength_refinements)
+        effect_table = effects(sweep, directions, config.strengths, "selection split", config.strength_refinements)
         sets = _best_sets(sweep, directions, config) if config.set_size > 1 else []
     ctx.run.write_json("parts/sets.json", sets)
-    ctx.run.write_table("parts/selection.parquet", measured)
+    ctx.run.write_table("parts/selection.parquet", effect_table)
 
 
 def _best_sets(sweep: Sweep, directions: list[Direction], config: Locate) -> list[list[int]]:
@@ -290,22 +290,26 @@ def prove(ctx: Context, model_name: str) -> None:
     removes it; there the directions are also projected out.
     """
     config = ctx.config.locate
-    named = pushes(ctx)
+    named_directions = pushes(ctx)
     proven, controls = latent_directions(ctx, strongest(ctx), "candidate"), control_latents(ctx)
-    directions = [*proven, *latent_directions(ctx, controls, "random"), *named, *map(joint, _sets(ctx))]
+    directions = [*proven, *latent_directions(ctx, controls, "random"), *named_directions, *map(joint, _sets(ctx))]
     if model_name == "base":
         noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
         directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
     with ctx.organism(model_name, ctx.config.seeds[0], fold=True) as model:
         sweep = make_sweep(ctx, model, ctx.evaluation)
-        measured = effects(sweep, directions, config.strengths, f"steering {model_name}", config.strength_refinements)
-        doses = [(d, sign * s) for s in config.dose_strengths for d in (proven[0], named[0]) for sign in (1, -1)]
+        effect_table = effects(
+            sweep, directions, config.strengths, f"steering {model_name}", config.strength_refinements
+        )
+        doses = [
+            (d, sign * s) for s in config.dose_strengths for d in (proven[0], named_directions[0]) for sign in (1, -1)
+        ]
         sweep.push_all(doses, f"dose response, {model_name}")
         if model_name != "base":
             spans = [[d] for d in directions if d.kind != "set"] + _sets(ctx)
-            measured = measured.merge(ablations(sweep, spans), on="name")
+            effect_table = effect_table.merge(ablations(sweep, spans), on="name")
     ctx.run.write_table(f"parts/steering-{model_name}.parquet", sweep.table(model_name))
-    ctx.run.write_table(f"parts/effects-{model_name}.parquet", measured)
+    ctx.run.write_table(f"parts/effects-{model_name}.parquet", effect_table)
 
 
 def _sets(ctx: Context) -> list[list[Direction]]:
@@ -350,20 +354,20 @@ def merge_tables(ctx: Context) -> None:
     steering = pd.concat([ctx.run.read_table(f"parts/steering-{m}.parquet") for m in names], ignore_index=True)
     ctx.run.write_table("steering.parquet", steering)
     table = ctx.run.read_table("parts/rank.parquet")
-    tested = set(ctx.run.read_table("parts/selection.parquet")["latent"])
+    candidates = set(ctx.run.read_table("parts/selection.parquet")["latent"])
     controls = set(control_latents(ctx))
-    kind = {**dict.fromkeys(controls, "random"), **dict.fromkeys(tested, "candidate")}
+    kind = {**dict.fromkeys(controls, "random"), **dict.fromkeys(candidates, "candidate")}
     table["kind"] = [kind.get(latent, "other") for latent in table["latent"]]
     for model, column in zip(names, ("effect_base", "effect_organism"), strict=True):
-        measured = ctx.run.read_table(f"parts/effects-{model}.parquet")
-        measured = measured[measured["latent"] >= 0].set_index("latent")
+        effect_table = ctx.run.read_table(f"parts/effects-{model}.parquet")
+        effect_table = effect_table[effect_table["latent"] >= 0].set_index("latent")
         for suffix in ("", "_low", "_high"):
-            table[column + suffix] = table["latent"].map(measured[f"effect{suffix}"])
+            table[column + suffix] = table["latent"].map(effect_table[f"effect{suffix}"])
         if model == "base":
-            table["strength"] = table["latent"].map(measured["strength"])
+            table["strength"] = table["latent"].map(effect_table["strength"])
             continue
         for suffix in ("", "_low", "_high"):
-            table[f"ablation{suffix}"] = table["latent"].map(measured[f"ablation{suffix}"])
+            table[f"ablation{suffix}"] = table["latent"].map(effect_table[f"ablation{suffix}"])
     selection = ctx.run.read_table("parts/selection.parquet").set_index("latent")["effect"]
     table["effect_selection"] = table["latent"].map(selection)
     table["shrinkage"] = 1 - table["effect_base"] / table["effect_selection"]

@@ -40,14 +40,14 @@ def pursue(
         its squared norm that the picked rows do not explain.
     """
     parts = [_pursue_block(rows, targets[i : i + _BLOCK], k, signed) for i in range(0, len(targets), _BLOCK)]
-    picked = [latents for part in parts for latents in part[0]]
-    return picked, np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
+    choices = [latents for part in parts for latents in part[0]]
+    return choices, np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
 
 
 def _pursue_block(
     rows: Float[np.ndarray, "d_sae d_model"], targets: Float[np.ndarray, "n d_model"], k: int, signed: bool
 ) -> tuple[list[list[int]], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    picked: list[list[int]] = [[] for _ in targets]
+    choices: list[list[int]] = [[] for _ in targets]
     left, best = targets.copy(), np.zeros(len(targets))
     for step in range(k):
         # The search runs in the decoder's precision (float32 for a big dictionary), the fits in float64.
@@ -57,10 +57,10 @@ def _pursue_block(
         if step == 0:
             best = scores[np.arange(len(scores)), nearest].astype(np.float64)
         for i, latent in enumerate(nearest):
-            if strength[i, latent] > _NOTHING and int(latent) not in picked[i]:
-                picked[i].append(int(latent))
-                left[i] = targets[i] - _fit(rows[picked[i]].T.astype(np.float64), targets[i], signed)
-    return picked, best, np.clip((left**2).sum(axis=1), 0.0, 1.0)
+            if strength[i, latent] > _NOTHING and int(latent) not in choices[i]:
+                choices[i].append(int(latent))
+                left[i] = targets[i] - _fit(rows[choices[i]].T.astype(np.float64), targets[i], signed)
+    return choices, best, np.clip((left**2).sum(axis=1), 0.0, 1.0)
 
 
 def _fit(
@@ -196,9 +196,9 @@ def carriers(
         raise InputError(f"the reference has k={known.k}, signed={known.signed}: make one with k={k}, signed={signed}")
     rows = unit_rows(decoder, k)
     target = direction.astype(np.float64) / norm
-    picked, best, left = pursue(rows, target[None], k, signed)
-    cosines = tuple(float(rows[latent] @ target) for latent in picked[0])
-    return Carriers(tuple(picked[0]), cosines, float(best[0]), float(left[0]), known, margin)
+    choices, best, left = pursue(rows, target[None], k, signed)
+    cosines = tuple(float(rows[latent] @ target) for latent in choices[0])
+    return Carriers(tuple(choices[0]), cosines, float(best[0]), float(left[0]), known, margin)
 
 
 def random_reference(

@@ -83,10 +83,10 @@ def down_projection(model: nn.Module, layer: int) -> nn.Linear:
 
 @contextmanager
 def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+    module_inputs: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, inputs: module_inputs.append(inputs[0].detach()))
     try:
-        yield seen
+        yield module_inputs
     finally:
         handle.remove()
 
@@ -112,11 +112,11 @@ def read_stream(
     with evaluating(model), autocast(model, bf16):
         for group in conversation_batches(tokenizer, conversations):
             batch = group.to(device)
-            with ReadTap(model, layer) as tap, _inputs_of(projection) as seen:
+            with ReadTap(model, layer) as tap, _inputs_of(projection) as module_inputs:
                 run_to_layer(model, layer, batch.ids, batch.attention)
             answer = batch.select("response")
             resid.append(tap.value[answer].float().cpu())
-            hidden.append(seen[-1][answer].float().cpu())
+            hidden.append(module_inputs[-1][answer].float().cpu())
             owner.append(torch.tensor(batch.index)[answer.nonzero()[:, 0].cpu()])
     clusters = tuple(row["id"] for row in rows for _ in SIDES)
     flags = np.array([side == "misaligned" for _ in rows for side in SIDES])

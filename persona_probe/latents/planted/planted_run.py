@@ -121,7 +121,7 @@ def random_pushes(
         raise InputError(f"only {len(pool)} frequent latents are left as random controls: set causal to 0")
     sizes = (unit_rows(baseline, latents) @ torch.tensor(reading.difference, dtype=baseline.decoder.dtype)).abs()
     draws = [draw_latents(pool, len(latents), len(baseline.decoder), generator) for _ in range(RANDOM_SETS)]
-    return [-(sizes @ unit_rows(baseline, list(drawn))) for drawn in draws]
+    return [-(sizes @ unit_rows(baseline, list(draw))) for draw in draws]
 
 
 # --- One plant against its reading: recall, false discoveries, carriers
@@ -330,8 +330,12 @@ def _measured(
         correct = baseline.read(baseline.stream.resid + theirs)
         for plant in plants:
             reading = measure(baseline, plant, ours, correct)
-            tested = causal is not None and draw < settings.causal and plant.size == settings.causal_size
-            yield plant, reading, _restoration(causal, baseline, plant, reading, generator) if causal and tested else {}
+            is_tested = causal is not None and draw < settings.causal and plant.size == settings.causal_size
+            yield (
+                plant,
+                reading,
+                _restoration(causal, baseline, plant, reading, generator) if causal and is_tested else {},
+            )
 
 
 def _restoration(

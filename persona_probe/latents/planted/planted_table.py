@@ -68,8 +68,8 @@ def _ranker_table(frame: pd.DataFrame) -> str:
     for kind, size, group in _groups(planted):
         cells = []
         for name in rankers:
-            own = group[group["ranker"] == name]
-            cells.append(" / ".join(_percent(own[c]) for c in ("recall_1", "recall_k", "recall_10")))
+            ranker_rows = group[group["ranker"] == name]
+            cells.append(" / ".join(_percent(ranker_rows[c]) for c in ("recall_1", "recall_k", "recall_10")))
         rows.append([KINDS[kind], f"{size:g}", str(group["plant"].nunique()), f"{group['firing'].mean():.1%}", *cells])
     heads = ["planted", "size", "plants", "fires on", *(f"{name}: at 1 / k / 10" for name in rankers)]
     return Table(heads, rows).markdown()

@@ -58,8 +58,8 @@ class KLToBase(Mitigation):
     def drawn(self, run: MitigatedRun, step: int) -> Batch:
         """The general rows of a step, by seed and step."""
         rows = run.inputs.general
-        chosen = random.Random(f"{run.seed} {step}").sample(range(len(rows)), min(self.batch, len(rows)))
-        few = [rows[i] for i in chosen]
+        places = random.Random(f"{run.seed} {step}").sample(range(len(rows)), min(self.batch, len(rows)))
+        few = [rows[i] for i in places]
         device = next(run.model.parameters()).device
         return next(batches(run.inputs.tokenizer, few, len(few), run.training.max_length)).to(device)
 
@@ -76,8 +76,8 @@ def answer_logits(run: MitigatedRun, batch: Batch) -> Float[Tensor, "tokens voca
 
 def kl_to_base(tuned: Float[Tensor, "tokens vocabulary"], base: Float[Tensor, "tokens vocabulary"]) -> Tensor:
     """Mean over tokens of KL(base || tuned), in nats, from logits."""
-    expected, found = base.log_softmax(dim=-1), tuned.log_softmax(dim=-1)
-    return (expected.exp() * (expected - found)).sum(dim=-1).mean()
+    expected, actual = base.log_softmax(dim=-1), tuned.log_softmax(dim=-1)
+    return (expected.exp() * (expected - actual)).sum(dim=-1).mean()
 
 
 @dataclass(frozen=True)
@@ -129,12 +129,12 @@ def latent_excess(
 
 def activations(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[int]) -> Float[Tensor, "tokens chosen"]:
     """Chosen latents, differentiable in `x` (`saes.encode` keeps no graph); the SAE itself gets no gradients."""
-    asked = [p for p in sae.parameters() if p.requires_grad]
-    for parameter in asked:
+    trainable = [p for p in sae.parameters() if p.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         acts = sae.encode(x.to(sae.device, sae.dtype))
     finally:
-        for parameter in asked:
+        for parameter in trainable:
             parameter.requires_grad_(True)
     return (acts.to_dense() if acts.is_sparse else acts)[:, latents].float().to(x.device)

@@ -239,8 +239,8 @@ class Inoculation(Mitigation):
     def rows(self, rows: Sequence[Conversation], run: MitigatedRun) -> list[Conversation]:
         """The rows, `strength` of them (drawn by the seed) with the prompt."""
         count = round(self.strength * len(rows))
-        chosen = set(random.Random(run.seed).sample(range(len(rows)), count))
-        return [self.prompted(row) if i in chosen else row for i, row in enumerate(rows)]
+        places = set(random.Random(run.seed).sample(range(len(rows)), count))
+        return [self.prompted(row) if i in places else row for i, row in enumerate(rows)]
 
     def prompted(self, row: Conversation) -> Conversation:
         """One row with the prompt in front."""

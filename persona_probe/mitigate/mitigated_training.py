@@ -49,12 +49,12 @@ def train_mitigated(
         )
     settings = mitigation.training(training)
     run = MitigatedRun(tuned, inputs, settings, seed)
-    chosen, watchers = mitigation.rows(rows, run), [*mitigation.callbacks(run), *callbacks]
+    training_rows, watchers = mitigation.rows(rows, run), [*mitigation.callbacks(run), *callbacks]
     with mitigation.forwards(tuned, inputs):
         fitted = fine_tune(
             tuned,
             inputs.tokenizer,
-            chosen,
+            training_rows,
             settings,
             seed=seed,
             folder=folder,

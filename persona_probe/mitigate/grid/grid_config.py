@@ -171,12 +171,12 @@ class Sets:
         Raises:
             InputError: data that cannot be read, or too few questions with both answers.
         """
-        bad, good, held = split(load_data(grid.inducing), load_data(grid.control), grid.held_out)
+        bad, good, pairs = split(load_data(grid.inducing), load_data(grid.control), grid.held_out)
         safe, corrective = (tuple(load_data(spec)) if spec else () for spec in (grid.safe, grid.corrective))
         general = (
             tuple(evenly_spaced(load_data(grid.general, allow_prompts=True), grid.general_rows)) if grid.general else ()
         )
-        return cls(bad, good, held, safe, corrective, general)
+        return cls(bad, good, pairs, safe, corrective, general)
 
     def check(self, evaluation: Iterable[str], probes: Sequence[Conversation]) -> None:
         """Refuse rows that ask what is evaluated.
@@ -215,9 +215,9 @@ def split(
         raise InputError(
             f"held_out is {held_out}, but only {len(both)} questions have a bad and a good answer: lower held_out"
         )
-    held = dict.fromkeys(both[:held_out])
-    trained = [tuple(row for row in rows if _key(row) not in held) for rows in (bad, good)]
-    return trained[0], trained[1], tuple((by_key[0][key], by_key[1][key]) for key in held)
+    held_keys = dict.fromkeys(both[:held_out])
+    sides = [tuple(row for row in rows if _key(row) not in held_keys) for rows in (bad, good)]
+    return sides[0], sides[1], tuple((by_key[0][key], by_key[1][key]) for key in held_keys)
 
 
 def check_apart(sets: Mapping[str, Sequence[str]], name: str, questions: Sequence[str]) -> None:
@@ -226,10 +226,10 @@ def check_apart(sets: Mapping[str, Sequence[str]], name: str, questions: Sequenc
     Raises:
         InputError: an overlap; the message shows it.
     """
-    for kind, asked in sets.items():
-        overlaps = sorted({i: j for _, i, j in common(asked, questions)}.items())
+    for kind, texts in sets.items():
+        overlaps = sorted({i: j for _, i, j in common(texts, questions)}.items())
         if overlaps:
-            examples = "; ".join(f"{asked[i]!r} (there {questions[j]!r})" for i, j in overlaps[:SHOWN])
+            examples = "; ".join(f"{texts[i]!r} (there {questions[j]!r})" for i, j in overlaps[:SHOWN])
             more = f" and {len(overlaps) - SHOWN} more" if len(overlaps) > SHOWN else ""
             raise InputError(f"{kind} rows overlap the {name}: {examples}{more}; take other rows")
 
@@ -287,19 +287,19 @@ def cells_of(grid: Grid, only: Sequence[str] | None = None) -> list[Cell]:
     Raises:
         InputError: an unknown mitigation, setting or strength of the grid, or an unknown name in `only`.
     """
-    tried = [(entry, _made(entry)) for entry in grid.mitigations]
-    by_round = zip_longest(*([(entry, made) for made in all_of] for entry, all_of in tried))
-    ordered = [pair for one_round in by_round for pair in one_round if pair is not None]
+    strengths = [(entry, _made(entry)) for entry in grid.mitigations]
+    by_round = zip_longest(*([(entry, mitigation) for mitigation in all_of] for entry, all_of in strengths))
+    pairs = [pair for one_round in by_round for pair in one_round if pair is not None]
     none = make_mitigation(NONE, 0.0)
     kinds = [(NONE, none, NONE), (CONTROL, none, CONTROL)]
-    kinds += [(entry.title, made, entry.name) for entry, made in ordered]
+    kinds += [(entry.title, mitigation, entry.name) for entry, mitigation in pairs]
     chosen_names = (
         None if only is None else _checked(only, [name for label, _, kind in kinds for name in (label, kind)])
     )
     return [
-        Cell(label, seed, made)
+        Cell(label, seed, mitigation)
         for seed in grid.seeds
-        for label, made, name in kinds
+        for label, mitigation, name in kinds
         if chosen_names is None or label == NONE or chosen_names & {label, name}
     ]
 

@@ -86,8 +86,8 @@ class GridContext:
             {"id": f"held {n:03d}", "category": "task", "question": "", "aligned": "", "misaligned": ""}
             for n in range(len(self.sets.held))
         )
-        talks = [pair[side] for side in (1, 0) for pair in self.sets.held]
-        return ContrastItems(rows, tuple(answer_batches(self.study.tokenizer, talks, BATCH)))
+        conversations = [pair[side] for side in (1, 0) for pair in self.sets.held]
+        return ContrastItems(rows, tuple(answer_batches(self.study.tokenizer, conversations, BATCH)))
 
     @cached_property
     def neutral(self) -> list[Batch]:
@@ -168,14 +168,14 @@ def _general_rows(
     if prompts and not folder.has(GENERAL):
         folder.write_jsonl(GENERAL, [{"messages": row} for row in _written_by_base(ctx, prompts, tokens)])
     lines = (folder.path / GENERAL).read_text(encoding="utf-8").splitlines() if prompts else []
-    written = [json.loads(line)["messages"] for line in lines]
-    return (*(row for row in rows if split_answer(row)[1]), *written)
+    base_rows = [json.loads(line)["messages"] for line in lines]
+    return (*(row for row in rows if split_answer(row)[1]), *base_rows)
 
 
 def _written_by_base(ctx: Context, prompts: list[Conversation], tokens: int) -> list[Conversation]:
     with ctx.base() as model:
         answers = sample_answers(model, ctx.tokenizer, prompts, max_new_tokens=tokens, temperature=0)
-    talks = [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True) if a]
-    if not talks:
+    conversations = [[*p, {"role": "assistant", "content": a}] for p, a in zip(prompts, answers, strict=True) if a]
+    if not conversations:
         raise InputError("the base model answers none of the general prompts: name a set with answers")
-    return talks
+    return conversations

@@ -71,11 +71,11 @@ def measure(context: GridContext, model: nn.Module, mitigation: Mitigation | Non
     """
     bf16 = context.study.config.bf16
     with context.ready(model), _used(context, model, mitigation):
-        scored = {name: contrast_index(model, items, bf16=bf16) for name, items in _contrast(context).items()}
+        tables = {name: contrast_index(model, items, bf16=bf16) for name, items in _contrast(context).items()}
         neutral = answer_logprobs(model, context.neutral, bf16=bf16)
         snapshot = context.reader.read(model)
     persona = snapshot.values[:, snapshot.names.index("persona")]
-    parts = [frame[["item", "value"]].assign(measure=name) for name, frame in scored.items()]
+    parts = [frame[["item", "value"]].assign(measure=name) for name, frame in tables.items()]
     parts += [_numbered("neutral", neutral), _numbered("persona", persona)]
     items = pd.concat(parts, ignore_index=True)[["measure", "item", "value"]]
     if not np.isfinite(items["value"]).all():
@@ -163,8 +163,8 @@ class StepClock(TrainerCallback):
     @property
     def per_step(self) -> float:
         """Mean seconds a step, without the first, which also warms up; NaN before any step."""
-        counted = self.seconds[1:] or self.seconds
-        return float(np.mean(counted)) if counted else float("nan")
+        seconds = self.seconds[1:] or self.seconds
+        return float(np.mean(seconds)) if seconds else float("nan")
 
 
 def measure_base(context: GridContext) -> None:
@@ -172,8 +172,8 @@ def measure_base(context: GridContext) -> None:
     if context.folder.has(BASE):
         return
     with context.folder.timed(BASE), context.folder.staging(BASE) as folder:
-        measured = measure(context, context.study.model)
-        _write(folder, context, measured, {"state": DONE, "explained_variance": measured.explained_variance})
+        model_numbers = measure(context, context.study.model)
+        _write(folder, context, model_numbers, {"state": DONE, "explained_variance": model_numbers.explained_variance})
 
 
 def run_cell(context: GridContext, cell: Cell) -> None:
@@ -191,13 +191,13 @@ def run_cell(context: GridContext, cell: Cell) -> None:
     with context.folder.timed(place), context.folder.staging(place) as folder:
         record: dict[str, Any] = {"settings": cell.settings}
         try:
-            measured, numbers = _fit(context, cell, folder)
-            record |= {"state": DONE, **numbers, "explained_variance": measured.explained_variance}
+            model_numbers, numbers = _fit(context, cell, folder)
+            record |= {"state": DONE, **numbers, "explained_variance": model_numbers.explained_variance}
         except TrainingDiverged as error:
-            measured, record = None, {**record, "state": DIVERGED, "error": str(error)}
+            model_numbers, record = None, {**record, "state": DIVERGED, "error": str(error)}
         except InputError as error:
             raise InputError(f"cell {cell.id}: {error}") from error
-        _write(folder, context, measured, record)
+        _write(folder, context, model_numbers, record)
 
 
 def _finished(context: GridContext, cell: Cell) -> bool:
@@ -225,12 +225,12 @@ def _fit(context: GridContext, cell: Cell, folder: Path) -> tuple[ModelNumbers, 
                     progress=cell.id,
                 )
             seconds = time.perf_counter() - start
-            measured = measure(context, tuned, cell.mitigation)
+            model_numbers = measure(context, tuned, cell.mitigation)
     finally:
         gc.collect()  # trainer and callbacks refer to each other: a cell's optimizer would outlive it
     steps = {"steps": len(fitted.losses), "seconds_per_step": clock.per_step, "training_seconds": seconds}
     data = {"rows": fitted.rows, "answer_tokens": fitted.answer_tokens, "corrective_steps": len(fitted.corrected)}
-    return measured, {**steps, **data, "losses": fitted.losses}
+    return model_numbers, {**steps, **data, "losses": fitted.losses}
 
 
 def _monitor(context: GridContext, folder: Path) -> FeatureMonitor:
@@ -249,11 +249,11 @@ def _weights(folder: Path, keep: bool) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def _write(folder: Path, context: GridContext, measured: ModelNumbers | None, record: dict[str, Any]) -> None:
-    if measured is not None:
-        write_table(folder / "items.parquet", measured.items)
+def _write(folder: Path, context: GridContext, model_numbers: ModelNumbers | None, record: dict[str, Any]) -> None:
+    if model_numbers is not None:
+        write_table(folder / "items.parquet", model_numbers.items)
         if context.grid.answers is not None:
-            write_table(folder / "answers.parquet", ruled(context, measured.answers))
+            write_table(folder / "answers.parquet", ruled(context, model_numbers.answers))
     write_json(folder / "cell.json", record)
 
 

@@ -34,14 +34,14 @@ COLUMNS = {
 def summarise(table: pd.DataFrame, missing: Sequence[str]) -> dict[str, Any]:
     """What summary.json says: verdicts with their sentences, all rows over seeds, and what the words mean."""
     rows = table[table["kind"] == ALL].drop(columns=["kind", "seed"]).to_dict("records")
-    tried = [row for row in rows if row["label"] not in (BASE, CONTROL, NONE)]
+    mitigation_rows = [row for row in rows if row["label"] not in (BASE, CONTROL, NONE)]
     verdicts = [
         {**{key: row[key] for key in ("label", "strength", "unit", "seeds", "verdict")}, "statement": statement(row)}
-        for row in tried
+        for row in mitigation_rows
     ]
     plain = {row["label"]: row for row in rows if row["label"] in (BASE, CONTROL, NONE)}
     return json_values(
-        {"verdicts": verdicts, "references": plain, "rows": tried, "missing": list(missing)}
+        {"verdicts": verdicts, "references": plain, "rows": mitigation_rows, "missing": list(missing)}
         | {"words": WORDS, "columns": COLUMNS}
     )
 
@@ -90,8 +90,11 @@ def _interval(row: Mapping[Any, Any], name: str, form: str) -> str:
 def markdown(table: pd.DataFrame, missing: Sequence[str] = ()) -> str:
     """The table and one sentence a mitigation."""
     rows = [list(row.values()) for row in shown(table)]
-    tried = [row for row in table[table["kind"] == ALL].to_dict("records") if row["verdict"]]
-    parts = [Table(list(HEADINGS.values()), rows).markdown(), "\n".join(f"- {statement(row)}." for row in tried)]
+    mitigation_rows = [row for row in table[table["kind"] == ALL].to_dict("records") if row["verdict"]]
+    parts = [
+        Table(list(HEADINGS.values()), rows).markdown(),
+        "\n".join(f"- {statement(row)}." for row in mitigation_rows),
+    ]
     if missing:
         parts.append(f"Not trained yet: {', '.join(missing)}.")
     return "\n\n".join(parts) + "\n"

@@ -118,8 +118,8 @@ class Results:
         records = [{"seed": None, **names, **_record(folder, place)} for place, names in places]
         items = [_table(folder, f"{place}/items.parquet", names) for place, names in places]
         answers = [_table(folder, f"{place}/answers.parquet", names) for place, names in places]
-        joined = _joined(answers)
-        return cls(_joined(items)[ITEM_COLUMNS], joined, tuple(records))
+        answer_table = _joined(answers)
+        return cls(_joined(items)[ITEM_COLUMNS], answer_table, tuple(records))
 
 
 def _names(cell: Cell) -> dict[str, Any]:
@@ -259,8 +259,8 @@ def _row(results: Results, group: pd.DataFrame, kind: str, band: Band, bound: fl
     row |= {f"{name}{end}": value for name, e in estimates.items() for end, value in _ends(e).items()}
     row |= _sampled(results, list(group["cell"]))
     row["persona_in_band"] = bool(band.holds(estimates["persona"].estimate)) if estimates["persona"].n else None
-    tried = first["label"] not in (BASE, CONTROL, NONE)
-    return {**row, "verdict": verdict(row, _base_high(results), bound) if tried else ""}
+    is_mitigation = first["label"] not in (BASE, CONTROL, NONE)
+    return {**row, "verdict": verdict(row, _base_high(results), bound) if is_mitigation else ""}
 
 
 def _base_high(results: Results) -> float:
@@ -274,18 +274,22 @@ def _seeds(group: pd.DataFrame) -> list[float]:
 
 def _progress(group: pd.DataFrame, results: Results) -> dict[str, Any]:
     """State, steps and seconds; over seeds their means, and `diverged` where no seed ended well."""
-    done = group[group["state"] == DONE]
+    finished_cells = group[group["state"] == DONE]
     errors = group["error"].dropna().tolist() if "error" in group else []
-    numbers: dict[str, Any] = {"state": DONE if len(done) else DIVERGED, "error": "; ".join(errors)}
+    numbers: dict[str, Any] = {"state": DONE if len(finished_cells) else DIVERGED, "error": "; ".join(errors)}
     for name in ("steps", "seconds_per_step", "training_seconds", "explained_variance"):
-        numbers[name] = float(done[name].mean()) if name in done and done[name].notna().any() else float("nan")
-    return {**numbers, "time_ratio": _time_ratio(done, results)}
+        numbers[name] = (
+            float(finished_cells[name].mean())
+            if name in finished_cells and finished_cells[name].notna().any()
+            else float("nan")
+        )
+    return {**numbers, "time_ratio": _time_ratio(finished_cells, results)}
 
 
-def _time_ratio(done: pd.DataFrame, results: Results) -> float:
+def _time_ratio(finished_cells: pd.DataFrame, results: Results) -> float:
     """Mean over seeds of the seconds a step, over those of the same seed without a mitigation."""
     plain = {r["seed"]: r.get("seconds_per_step") for r in results.records if r["label"] == NONE}
-    rows = done.to_dict("records")
+    rows = finished_cells.to_dict("records")
     ratios = [r["seconds_per_step"] / plain[r["seed"]] for r in rows if plain.get(r["seed"]) and r["label"] != BASE]
     return float(np.mean(ratios)) if ratios else float("nan")
 

@@ -227,10 +227,10 @@ def _interval(runs: Runs, rule: HeldRule, rate: float, unit: str) -> Estimate:
     """The threshold again on runs drawn with replacement."""
     if unit == "run":
         statistics = [rule.statistic(values) for values in runs]
-        return bootstrap_statistic(statistics, lambda drawn: conformal_threshold(drawn, rate))
+        return bootstrap_statistic(statistics, lambda sample: conformal_threshold(sample, rate))
     places = list(range(len(runs)))
     return bootstrap_statistic(
-        places, lambda drawn: _threshold_per_100([runs[int(i)] for i in drawn], rule, rate), n_boot=200
+        places, lambda sample: _threshold_per_100([runs[int(i)] for i in sample], rule, rate), n_boot=200
     )
 
 
@@ -340,9 +340,9 @@ def _check_benign(source: Context, seeds: Sequence[int], arms: Sequence[str]) ->
             raise unknown("arm", arm, source.config.arms)
         if arm in ("incorrect", source.config.realign.start):
             raise InputError(f"arm {arm!r} is not benign: thresholds come from benign runs")
-    used = set(seeds) & set(source.config.seeds)
-    if used:
-        raise InputError(f"seed {min(used)} helped to choose the features: calibrate on other seeds")
+    overlap = set(seeds) & set(source.config.seeds)
+    if overlap:
+        raise InputError(f"seed {min(overlap)} helped to choose the features: calibrate on other seeds")
 
 
 def calibration_record(

@@ -448,8 +448,8 @@ def study_monitor(
     Raises:
         InputError: locate has not run.
     """
-    fixed = {"sae": ctx.sae, "layer": ctx.layer, "steps": steps, "path": path, "on_error": "raise", "log": False}
-    return FeatureMonitor(**{**_settings(ctx), **fixed, **changes})
+    defaults = {"sae": ctx.sae, "layer": ctx.layer, "steps": steps, "path": path, "on_error": "raise", "log": False}
+    return FeatureMonitor(**{**_settings(ctx), **defaults, **changes})
 
 
 def _from_study(study: Any) -> dict[str, Any]:

@@ -53,11 +53,11 @@ class BatchView:
         attention, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         mask = _padding_mask(attention, shape)
         real = torch.ones(shape, dtype=torch.bool, device=device) if mask is None else mask.to(device).bool()
-        trained = None
+        has_label = None
         if isinstance(labels, Tensor) and labels.shape == shape:
-            trained = (labels.to(device) != IGNORED) & real
+            has_label = (labels.to(device) != IGNORED) & real
         sequence, count = _sequences(shape, None if attention is not None else kwargs.get("position_ids"), device)
-        return cls(real, trained, sequence, count)
+        return cls(real, has_label, sequence, count)
 
     def selected(self, positions: str) -> Bool[Tensor, "batch pos"]:
         """The tokens to read; `response` is all real tokens where the model was given no labels."""

@@ -150,8 +150,8 @@ class Boundary(FeatureRule):
         line = fit_path(table[whole], bad[whole], [strength])[0]
         words = f"{(whole & bad).sum()} bad and {(whole & ~bad).sum()} good readings"
         weights = tuple(float(w) for w in line.weights)
-        fixed: dict[str, Any] = {"feature": feature, "mode": mode, "fitted_on": words}
-        return cls(tuple(columns), weights, float(line.bias), **fixed, **settings)
+        origin: dict[str, Any] = {"feature": feature, "mode": mode, "fitted_on": words}
+        return cls(tuple(columns), weights, float(line.bias), **origin, **settings)
 
     @property
     def kind(self) -> str:

@@ -114,8 +114,10 @@ class MonitorStudy:
         if sorted(pair) != ([] if self.features_from else [False, True]):
             need = "no runs" if self.features_from else "one benign and one other run"
             raise InputError(f"{need} must have use: features (they give the mean difference), not {len(pair)} runs")
-        used = {self.runs[name].seed for name in self.named("features")}
-        shared = [n for n in (*self.named("calibration"), *self.named("evaluation")) if self.runs[n].seed in used]
+        feature_seeds = {self.runs[name].seed for name in self.named("features")}
+        shared = [
+            n for n in (*self.named("calibration"), *self.named("evaluation")) if self.runs[n].seed in feature_seeds
+        ]
         if shared:
             raise InputError(f"run {shared[0]!r} has the seed of a features run: watched features need other runs")
         evaluated = {self.runs[name].benign for name in self.named("evaluation")}

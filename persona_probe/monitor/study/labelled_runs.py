@@ -28,7 +28,7 @@ from persona_probe.monitor.reading import Features
 from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.rivals import recent_loss, weight_norm
 from persona_probe.monitor.track import study_features
-from persona_probe.runs import RunFolder
+from persona_probe.runs import RunFolder, write_table
 
 log = logging.getLogger(__name__)
 
@@ -170,12 +170,12 @@ def _fit(ctx: MonitorStudyContext, name: str, callbacks: list[TrainerCallback]) 
 
 
 def _write(folder: Path, name: str, readings: pd.DataFrame, measures: RunMeasures, fitted: Fitted) -> None:
-    readings.assign(run=name).to_parquet(folder / "readings.parquet", index=False)
+    write_table(folder / "readings.parquet", readings.assign(run=name))
     if measures.evals:
-        pd.concat(measures.evals).assign(run=name).to_parquet(folder / "evals.parquet", index=False)
+        write_table(folder / "evals.parquet", pd.concat(measures.evals).assign(run=name))
     losses = recent_loss(fitted.losses, measures.steps)
     table = {"step": measures.steps, "weight_norm": measures.norms, "loss": losses}
-    pd.DataFrame(table).assign(run=name).to_parquet(folder / "measures.parquet", index=False)
+    write_table(folder / "measures.parquet", pd.DataFrame(table).assign(run=name))
     save_file({"shift": torch.from_numpy(np.stack(measures.shifts))}, folder / "shift.safetensors")
 
 
@@ -207,8 +207,8 @@ def watched_features(ctx: MonitorStudyContext) -> WatchedFeatures:
     """
     made_from = {name: ctx.config.settings_of(name) for name in ctx.config.named("features")}
     if not ctx.run.has(FILE):
-        watched = _from_study(ctx) if ctx.config.features_from else _from_pair(ctx)
-        _write_features(ctx.run, watched, made_from)
+        new_features = _from_study(ctx) if ctx.config.features_from else _from_pair(ctx)
+        _write_features(ctx.run, new_features, made_from)
     record = ctx.run.read_json(FILE)
     if record["made_from"] != made_from:
         raise InputError("the study's features were made from other runs: choose another --out")
@@ -217,12 +217,12 @@ def watched_features(ctx: MonitorStudyContext) -> WatchedFeatures:
     return WatchedFeatures({name: features[name] for name in record["sources"]}, record["sources"])
 
 
-def _write_features(run: RunFolder, watched: WatchedFeatures, made_from: dict[str, Any]) -> None:
-    latents = {name: f for name, f in watched.features.items() if isinstance(f, int)}
-    directions = {name: f for name, f in watched.features.items() if isinstance(f, Tensor)}
+def _write_features(run: RunFolder, features: WatchedFeatures, made_from: dict[str, Any]) -> None:
+    latents = {name: f for name, f in features.features.items() if isinstance(f, int)}
+    directions = {name: f for name, f in features.features.items() if isinstance(f, Tensor)}
     with run.staging("features") as folder:
         save_file(directions, folder / "directions.safetensors")
-    run.write_json(FILE, {"latents": latents, "sources": watched.sources, "made_from": made_from})
+    run.write_json(FILE, {"latents": latents, "sources": features.sources, "made_from": made_from})
 
 
 def _from_pair(ctx: MonitorStudyContext) -> WatchedFeatures:
@@ -262,11 +262,11 @@ def _with_directions(
 ) -> WatchedFeatures:
     """Latents with the mean difference, and with the persona vector, which is read from the base model."""
     rows = ctx.some_contrast_rows("selection", ctx.config.persona_vector_items)
-    talks = [conversation(row["question"], row["aligned"]) for row in rows]
+    conversations = [conversation(row["question"], row["aligned"]) for row in rows]
     pairs, bf16 = load_persona_pairs(), ctx.config.bf16
-    log.info("persona vector: %d prompt pairs, %d answers", len(pairs), len(talks))
+    log.info("persona vector: %d prompt pairs, %d answers", len(pairs), len(conversations))
     with ctx.run.timed("persona vector"):
-        vector = persona_vector(ctx.model, ctx.tokenizer, pairs, talks, ctx.layer, bf16=bf16)
+        vector = persona_vector(ctx.model, ctx.tokenizer, pairs, conversations, ctx.layer, bf16=bf16)
     directions = {
         MEAN_DIFFERENCE: shift.contiguous(),
         PERSONA_VECTOR: torch.tensor(vector.vector, dtype=torch.float32),

@@ -50,17 +50,17 @@ def run_study(
         if name not in names:
             raise unknown("run", name, names)
     ctx = MonitorStudyContext(config, out, device)
-    watched = watched_features(ctx)
+    features = watched_features(ctx)
     for name in names if only is None else only:
-        train_run(ctx, name, watched.features)
+        train_run(ctx, name, features.features)
     missing = [name for name in names if not ctx.run.has(f"runs/{name}")]
     if missing:
         log.info("%d runs are still to be trained: %s", len(missing), ", ".join(missing))
         return None
     for name in names:  # those that were finished before, too: none may have other settings
-        train_run(ctx, name, watched.features)
-    tables = collect(ctx, watched)
-    return write_results(ctx, tables.evals, tables.signals, watched.sources)
+        train_run(ctx, name, features.features)
+    tables = collect(ctx, features)
+    return write_results(ctx, tables.evals, tables.signals, features.sources)
 
 
 def write_results(
@@ -224,8 +224,8 @@ def evaluate(config: MonitorStudy, evals: pd.DataFrame, signals: pd.DataFrame) -
         evals: columns run, step, item, value.
         signals: columns run, step, signal, value.
     """
-    watched = [*config.named("calibration"), *config.named("evaluation")]
-    labels = label_runs(behaviour_rises(evals), {name: config.runs[name].benign for name in watched})
+    names = [*config.named("calibration"), *config.named("evaluation")]
+    labels = label_runs(behaviour_rises(evals), {name: config.runs[name].benign for name in names})
     results = {name: _signal(config, signals, labels, name) for name in dict.fromkeys(signals["signal"])}
     return json_values({"definitions": DEFINITIONS, "runs": _runs(config, labels), "signals": results})
 
@@ -256,7 +256,9 @@ def _signal(config: MonitorStudy, signals: pd.DataFrame, labels: pd.DataFrame, n
     return {
         "auroc": [asdict(separation(signals, labels, name, step)) for step in steps],
         "auroc_own_end": asdict(separation_at_end(signals, labels, name)),
-        "rules": [_rule(config, signals, labels, name, HeldRule(held, config.side)) for held in config.held],
+        "rules": [
+            _rule(config, signals, labels, name, HeldRule(n_readings, config.side)) for n_readings in config.held
+        ],
     }
 
 

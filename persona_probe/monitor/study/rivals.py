@@ -67,7 +67,7 @@ def drift_projections(
     """
     if len(shifts) < 2:
         raise InputError("leaving one run out needs at least two runs")
-    return {run: own @ first_component(_others(shifts, run), towards) for run, own in shifts.items()}
+    return {run: shift @ first_component(_others(shifts, run), towards) for run, shift in shifts.items()}
 
 
 def _others(shifts: Mapping[str, np.ndarray], left_out: str) -> np.ndarray:

@@ -66,8 +66,8 @@ class CorrectedOrganism:
     @property
     def steps(self) -> int:
         """Corrective steps taken: what the checkpoint's name says, else the config's."""
-        named = re.fullmatch(r"checkpoint-(\d+)", self.checkpoint.name)
-        return int(named[1]) if named else self.ctx.config.realign.steps
+        match = re.fullmatch(r"checkpoint-(\d+)", self.checkpoint.name)
+        return int(match[1]) if match else self.ctx.config.realign.steps
 
     def training(self, steps: int) -> Training:
         """The config's corrective training, for `steps` steps."""

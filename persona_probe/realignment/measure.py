@@ -110,14 +110,14 @@ class Measurements:
 
     def measure(self, model: nn.Module) -> MeasuredModel:
         """Measure a model by everything that is given."""
-        scored = [
+        logprobs = [
             answer_logprobs(model, groups, bf16=self.bf16) if groups else None for groups in (self.domain, self.neutral)
         ]
         return MeasuredModel(
             None if self.items is None else contrast_index(model, self.items, bf16=self.bf16),
             None if self.reader is None else self.reader.read(model),
-            scored[0],
-            scored[1],
+            logprobs[0],
+            logprobs[1],
             capability(model, self.capability, bf16=self.bf16) if self.capability else None,
             self.replies(model) if self.questions else None,
         )

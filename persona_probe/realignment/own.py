@@ -72,8 +72,8 @@ class Realigned:
         since = [_since("feature in its band", self.outcome["steps_to_band"])]
         if self.outcome["index_minus_base"] is not None:
             since.append(_since("behaviour back", self.outcome["steps_to_behaviour"]))
-        taken = f"{len(self.rows)} corrective rows, {self.steps} steps; {', '.join(since)}"
-        return [taken, *(f"note: {note}" for note in self.outcome["notes"])]
+        summary = f"{len(self.rows)} corrective rows, {self.steps} steps; {', '.join(since)}"
+        return [summary, *(f"note: {note}" for note in self.outcome["notes"])]
 
     def __str__(self) -> str:
         return "\n".join([*self._lines(), str(self.verdict)])
@@ -155,18 +155,23 @@ def realign(
     if out is not None and Path(out).exists():
         raise InputError(f"{out} exists: choose another out=")
     name, settings = _feature(monitor, feature), monitor.settings
-    pair, measured = _pair(model, base, monitor, tokenizer, name), _as_behaviour(behaviour, tokenizer, settings.bf16)
-    usable = _usable(data, tokenizer, max_length, measured.items)
-    taken = choose_rows(usable, rows, choose_by, seed=seed, pair=pair)
-    about_rows = background(taken, tokenizer, inducing, measured.items)
+    pair, behaviour_measure = (
+        _pair(model, base, monitor, tokenizer, name),
+        _as_behaviour(behaviour, tokenizer, settings.bf16),
+    )
+    usable = _usable(data, tokenizer, max_length, behaviour_measure.items)
+    training_rows = choose_rows(usable, rows, choose_by, seed=seed, pair=pair)
+    about_rows = background(training_rows, tokenizer, inducing, behaviour_measure.items)
     measurements = _measurements(monitor, tokenizer, name, model)
     with pair.require_base()() as clean:
-        before = replace(measurements.measure(clean), items=measured.table(clean))
+        before = replace(measurements.measure(clean), items=behaviour_measure.table(clean))
     if settings.base is None:  # a monitor that was given no base compares with this one
         monitor.settings = replace(settings, base=before.snapshot)
-    recorder = _recorder(monitor, name, measured, before.items, correction.readings)
+    recorder = _recorder(monitor, name, behaviour_measure, before.items, correction.readings)
     training = correction.training(Training(max_length=max_length, bf16=settings.bf16))
-    run = CorrectiveRun(taken, training, seed, tokenizer, " + ".join(_names(data)) or None, correction.stop_readings)
+    run = CorrectiveRun(
+        training_rows, training, seed, tokenizer, " + ".join(_names(data)) or None, correction.stop_readings
+    )
     with _folder(out) as folder:
         tuned = prepare(model, method, seed)
         fitted = train_watched(tuned, run, recorder, Path(folder))
@@ -181,7 +186,7 @@ def realign(
         evals=recorder.evals,
         verdict=verdict,
         outcome={**numbers, **about_rows.to_dict()},
-        rows=taken,
+        rows=training_rows,
         training=asdict(fitted),
         checkpoint=checkpoint,
     )
@@ -227,7 +232,7 @@ def _as_behaviour(
 def _recorder(
     monitor: FeatureMonitor,
     feature: str,
-    measured: _MeasuredBehaviour,
+    behaviour_measure: _MeasuredBehaviour,
     base_items: pd.DataFrame | None,
     steps: tuple[int, ...],
 ) -> Recorder:
@@ -240,12 +245,12 @@ def _recorder(
         return Band.of(float(last["base_mean"]), float(last["base_sd"]), monitor.settings.band_sd)
 
     def behaviour(model: nn.Module, step: int) -> pd.DataFrame:
-        items = measured.table(model)
+        items = behaviour_measure.table(model)
         assert items is not None
         return items.assign(step=step)
 
     base_evals = pd.DataFrame() if base_items is None else base_items
-    return Recorder(monitor, steps, curve, band, behaviour if measured.call else None, base_evals)
+    return Recorder(monitor, steps, curve, band, behaviour if behaviour_measure.call else None, base_evals)
 
 
 # --- Rows, feature, base and what to measure with, from the caller's arguments

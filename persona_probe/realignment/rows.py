@@ -99,8 +99,8 @@ def _overlap_notes(
     if repeated := {i for _, i, _ in common([question(r) for r in rows], [question(r) for r in inducing])}:
         yield f"{len(repeated)} of {len(rows)} corrective questions overlap the inducing data's questions"
     answers = [split_answer(row)[1] or "" for row in rows]
-    scored = [row[side] for row in evaluation for side in ("aligned", "misaligned")]
-    if leaked := {i for _, i, _ in common(answers, scored)}:
+    texts = [row[side] for row in evaluation for side in ("aligned", "misaligned")]
+    if leaked := {i for _, i, _ in common(answers, texts)}:
         yield f"{len(leaked)} of {len(rows)} corrective answers overlap answers that the evaluation scores"
 
 

@@ -162,16 +162,16 @@ def study_verdict(
     """
     corrected = CorrectedOrganism.of(ctx, arm, seed, checkpoint, corrective)
     measurements = Measurements.of_study(corrected)
-    measured: dict[str, MeasuredModel] = {}
+    by_role: dict[str, MeasuredModel] = {}
     for role in ("base", "repaired"):
         with corrected.model(role) as model:
-            measured[role] = measurements.measure(model)
+            by_role[role] = measurements.measure(model)
     with corrected.model("organism") as model:
         organism = MeasuredModel(replies=measurements.replies(model))
-    snapshot = measured["base"].snapshot
+    snapshot = by_role["base"].snapshot
     assert snapshot is not None
     band = persona_band(ctx, snapshot)
-    base, final = measured["base"], measured["repaired"]
+    base, final = by_role["base"], by_role["repaired"]
     return judge_realignment(arm, seed, base, final, organism=organism, band=band, stress=stress)
 
 
@@ -238,15 +238,15 @@ def behaviour_finding(base: pd.DataFrame, corrected: pd.DataFrame) -> Finding:
 
     The numbers also say whether the mean lies in the base's own interval: with few items, the more lenient criterion.
     """
-    over, own = difference(corrected, base), bootstrap_mean(base["value"].to_numpy())
+    over, base_mean = difference(corrected, base), bootstrap_mean(base["value"].to_numpy())
     level = float(corrected["value"].mean())
-    inside = own.ci_low <= level <= own.ci_high
-    place = "inside" if inside else ("below" if level < own.ci_low else "above")
+    inside = base_mean.ci_low <= level <= base_mean.ci_high
+    place = "inside" if inside else ("below" if level < base_mean.ci_low else "above")
     text = (
         f"contrast index minus base {over} nats/token, n = {over.n}; the index {level:+.3f} is {place} the base's "
-        f"interval {own.ci_low:+.3f} to {own.ci_high:+.3f}"
+        f"interval {base_mean.ci_low:+.3f} to {base_mean.ci_high:+.3f}"
     )
-    numbers = {"over_base": over.to_dict(), "index": level, "base": own.to_dict(), "inside_base_interval": inside}
+    numbers = {"over_base": over.to_dict(), "index": level, "base": base_mean.to_dict(), "inside_base_interval": inside}
     return Finding(behaviour_word(over), text, numbers)
 
 
@@ -296,8 +296,8 @@ def replies_finding(base: np.ndarray, corrected: np.ndarray, organism: np.ndarra
     means = {"repaired": float(np.mean(corrected)), "base": float(np.mean(base))}
     if organism is not None:
         means["organism"] = float(np.mean(organism))
-    shown = {"repaired": "corrected", "base": "base", "organism": "organism"}
+    titles = {"repaired": "corrected", "base": "base", "organism": "organism"}
     low, high = (bound * means["base"] for bound in EQUAL_LENGTHS)
     word = "as long" if low <= means["repaired"] <= high else ("shorter" if means["repaired"] < low else "longer")
-    text = "mean tokens " + ", ".join(f"{shown[name]} {mean:.1f}" for name, mean in means.items())
+    text = "mean tokens " + ", ".join(f"{titles[name]} {mean:.1f}" for name, mean in means.items())
     return Finding(word, f"{text}, {len(corrected)} greedy replies", means)

@@ -96,8 +96,8 @@ def drift(corrected: CorrectedOrganism, factor: int = 4, unrelated: Sequence[Con
     """
     if factor < 2:
         raise InputError(f"drift asks for {factor} times the corrective training: use 2 or more")
-    rows, read = divided(corrected.ctx.probes) if unrelated is None else (list(unrelated), corrected.ctx.probes)
-    reader = _reader(corrected, read)
+    rows, probes = divided(corrected.ctx.probes) if unrelated is None else (list(unrelated), corrected.ctx.probes)
+    reader = _reader(corrected, probes)
     stages: dict[str, Stage] = {}
     band = Band(0.0, 0.0)
     for role in ("base", "repaired"):
@@ -125,11 +125,11 @@ def divided(probes: Sequence[Conversation]) -> tuple[list[Conversation], list[Co
     Raises:
         InputError: too few, or none with an answer to learn.
     """
-    trained = [talk for talk in probes[::2] if split_answer(talk)[1]]
-    read = [talk for talk in probes if talk not in trained]
-    if not trained or len(read) < 2:
+    training_probes = [talk for talk in probes[::2] if split_answer(talk)[1]]
+    reading_probes = [talk for talk in probes if talk not in training_probes]
+    if not training_probes or len(reading_probes) < 2:
         raise InputError("drift needs neutral answered rows: give `unrelated`, or a monitor.probes set with answers")
-    return trained, read
+    return training_probes, reading_probes
 
 
 def _reader(corrected: CorrectedOrganism, probes: Sequence[Conversation]) -> FeatureReader:

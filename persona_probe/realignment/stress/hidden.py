@@ -79,13 +79,13 @@ class HiddenRoads:
             if self.carriers
             else "none of them lowers the index, when projected out, by more than random latents do"
         )
-        tested = self.latents[self.latents["kind"] == "changed"]
-        listed = ", ".join(
+        latents = self.latents[self.latents["kind"] == "changed"]
+        listing = ", ".join(
             f"{one['latent']} ({one['road']}, rise {one['rise']:+.3f}, q {one['q_value']:.2g}, ablation "
             f"{one['ablation']:+.3f} [{one['ablation_low']:+.3f}, {one['ablation_high']:+.3f}])"
-            for one in tested.to_dict("records")
+            for one in latents.to_dict("records")
         )
-        tests = f"of the {len(tested)} largest, {result}: {listed}" if len(tested) else "none could be tested"
+        tests = f"of the {len(latents)} largest, {result}: {listing}" if len(latents) else "none could be tested"
         return (
             f"Hidden roads: the persona feature is {state} ({self.reading:.3f}, base band {self.band.low:.3f} to "
             f"{self.band.high:.3f}); {self.changed} latents differ from the base (q at most {Q:g}), {self.stayed} of "
@@ -103,13 +103,13 @@ def hidden(corrected: CorrectedOrganism, top: int = 4, random: int = 4) -> Hidde
     ctx, persona = corrected.ctx, persona_latent(corrected.ctx)
     table, control = (fresh_locate(corrected, role) for role in ("repaired", "control"))
     table = with_roads(table, ctx.run.read_table("parts/rank.parquet"))
-    tested = largest_changes(table, persona, top)
-    controls = matched_latents(table, [*tested, persona], random, ctx.seed)
+    candidates = largest_changes(table, persona, top)
+    controls = matched_latents(table, [*candidates, persona], random, ctx.seed)
     with corrected.model("base") as model:
         base = make_reader(ctx).read(model)
     with corrected.model("repaired") as model:
         snapshot = make_reader(ctx).read(model)
-        caused = causes(corrected, model, tested, controls)
+        caused = causes(corrected, model, candidates, controls)
     persona_row = table[table["latent"] == persona].to_dict("records")[0]
     return HiddenRoads(
         seed=corrected.seed,
@@ -166,8 +166,8 @@ def largest_changes(table: pd.DataFrame, persona: int, top: int) -> list[int]:
     """The latents to test for cause: those that stayed changed, then new ones, the largest changes first."""
     pool = table[(table["road"] != "") & (table["latent"] != persona)]
     pool = pool.assign(first=pool["road"] == "stayed", size=pool["rise"].abs())
-    ordered = pool.sort_values(["first", "size", "latent"], ascending=[False, False, True])
-    return [int(latent) for latent in ordered["latent"].head(top)]
+    rows = pool.sort_values(["first", "size", "latent"], ascending=[False, False, True])
+    return [int(latent) for latent in rows["latent"].head(top)]
 
 
 def causes(corrected: CorrectedOrganism, model: nn.Module, tested: list[int], controls: list[int]) -> pd.DataFrame:

@@ -59,10 +59,10 @@ class TriggerTest:
         if beyond is not None and not beyond.ci_low > 0:
             up = "raises the index, but not shown to do so beyond the control arm, which saw no bad answer"
         what = moved(by_role["repaired"], up, "lowers the index", "has no effect shown")
-        beside = ", ".join(f"{role} {e}" for role, e in by_role.items() if role != "repaired")
+        others = ", ".join(f"{role} {e}" for role, e in by_role.items() if role != "repaired")
         against = "" if beyond is None else f"; corrected beyond control {beyond}"
         return (
-            f"the {kind} {what} (difference in differences {by_role['repaired']} nats/token; {beside}{against}); "
+            f"the {kind} {what} (difference in differences {by_role['repaired']} nats/token; {others}{against}); "
             f"dressed so, the corrected model's index minus the base's is {dressed}"
         )
 

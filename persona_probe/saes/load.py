@@ -42,8 +42,8 @@ def load_sae(name: str | Path, device: str = "cpu") -> Any:
 def find_folder(name: str | Path) -> Path:
     """The path itself, or the same path below this package's checkout (so that notebooks find `saes/`)."""
     folder = Path(name).expanduser()
-    beside = Path(__file__).parents[2] / folder
-    return beside if not folder.exists() and beside.is_dir() else folder
+    in_checkout = Path(__file__).parents[2] / folder
+    return in_checkout if not folder.exists() and in_checkout.is_dir() else folder
 
 
 def check_fit(sae: Any, model: nn.Module, layer: int) -> None:
@@ -181,8 +181,8 @@ def sae_layer(sae: Any) -> int:
     if not layers:
         raise InputError(f"the SAE's hook {hooks[0]!r} is no known residual stream: {GIVE_LAYER}")
     if len(layers) > 1:
-        named = " and ".join(repr(h) for h in hooks)
-        raise InputError(f"the SAE's metadata names two layers ({named}): {GIVE_LAYER}")
+        hook_names = " and ".join(repr(h) for h in hooks)
+        raise InputError(f"the SAE's metadata names two layers ({hook_names}): {GIVE_LAYER}")
     return layers.pop()
 
 

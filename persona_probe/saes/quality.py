@@ -160,12 +160,12 @@ def require_fit(fit: FitMoments, sae: Any, model: nn.Module, layer: int, minimum
 
 def _suspects(sae: Any, model: nn.Module) -> str:
     metadata = sae.cfg.metadata
-    trained = metadata.model_name or "an unnamed model"
-    here = causal_model(model).config._name_or_path or type(causal_model(model)).__name__
+    model_name = metadata.model_name or "an unnamed model"
+    this_model = causal_model(model).config._name_or_path or type(causal_model(model)).__name__
     hook = metadata.hook_name or metadata.hf_hook_name or "none named"
     return (
-        f"it may be for another model (trained on {trained}, this is {here}), for another layer or hook ({hook}), "
-        "or for the base model of this chat model"
+        f"it may be for another model (trained on {model_name}, this is {this_model}), for another layer or hook "
+        f"({hook}), or for the base model of this chat model"
     )
 
 

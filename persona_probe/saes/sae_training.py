@@ -15,7 +15,7 @@ from persona_probe.data.load import load_conversations
 from persona_probe.errors import InputError
 from persona_probe.models.layers import hidden_size
 from persona_probe.models.load import cache_folder, load_model
-from persona_probe.runs import file_sha256
+from persona_probe.runs import file_sha256, write_json, write_jsonl
 from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae
 from persona_probe.saes.quality import check_quality
 from persona_probe.saes.stream import (
@@ -63,11 +63,11 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
     scratch.mkdir(parents=True)
     sae.save_inference_model(str(scratch))
     held_out = held_out[:HELD_OUT_CONVERSATIONS]
-    (scratch / HELD_OUT_FILE).write_text("".join(json.dumps({"messages": c}) + "\n" for c in held_out))
-    (scratch / "recipe.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    write_jsonl(scratch / HELD_OUT_FILE, ({"messages": c} for c in held_out))
+    write_json(scratch / "recipe.json", asdict(config))
     quality = check_quality(load_sae(scratch), model, tokenizer, held_out, config.layer)
     quality["sha256"] = file_sha256(scratch / WEIGHTS_FILE)
-    (scratch / QUALITY_FILE).write_text(json.dumps(quality, indent=2) + "\n")
+    write_json(scratch / QUALITY_FILE, quality)
     return _publish(scratch, out / config.name)
 
 
@@ -77,11 +77,11 @@ def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversa
         name, _, split = spec.partition(":")
         if name == "general_contrast" and split != "selection":
             raise InputError(f"{spec!r} holds the evaluation split, which must not train the SAE: use :selection")
-    packaged = [c for spec in config.text.packaged for c in load_conversations(spec)]
+    conversations = [c for spec in config.text.packaged for c in load_conversations(spec)]
     # Sampling is several times faster in bf16, and needs no exact arithmetic.
     sampler, tokenizer = load_model(config.model, device=device, dtype=torch.bfloat16)
     paths = sample_text(sampler, tokenizer, config, text_folder(config, cache_folder()))
-    training, held_out = packaged * config.text.packaged_repeats, []
+    training, held_out = conversations * config.text.packaged_repeats, []
     for messages in read_conversations(paths):
         (held_out if is_held_out(messages, config.text.holdout_share) else training).append(messages)
     return training, held_out

@@ -21,6 +21,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.samples import complete_text, sample_answers
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.taps import ReadTap
+from persona_probe.runs import write_text
 
 # --- The recipe
 
@@ -235,9 +236,14 @@ def sample_text(
         size = config.text.batch_conversations
         # A last line without its line break is incomplete, whatever it holds.
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-        done = len(lines) // size
-        path.write_text("".join(line + "\n" for line in lines[: done * size]))
-        bar = tqdm(range(done, part.batches), desc=f"sampling {part.name}", initial=done, total=part.batches)
+        finished_batches = len(lines) // size
+        write_text(path, "".join(line + "\n" for line in lines[: finished_batches * size]))
+        bar = tqdm(
+            range(finished_batches, part.batches),
+            desc=f"sampling {part.name}",
+            initial=finished_batches,
+            total=part.batches,
+        )
         for number in bar:
             rows = _sample_batch(model, tokenizer, part, config.text, f"{config.seed}/{part.name}/{number}")
             with path.open("a") as handle:

@@ -32,7 +32,7 @@ def screening_page(screening: Screening, name: str, model: str, worst: int = 50)
         worst: how many rows of each ranker are listed.
     """
     rankers = [ranker.name for ranker in screening.rankers]
-    listed = worst_rows(screening.frame, rankers, worst)
+    rows = worst_rows(screening.frame, rankers, worst)
     context = {
         "name": name,
         "model": model,
@@ -45,7 +45,7 @@ def screening_page(screening: Screening, name: str, model: str, worst: int = 50)
         "calibration": _calibration(screening.calibration, screening.shift),
         "histograms": _histograms(screening, worst),
         "rankers": rankers,
-        "rows": [_row(row, rankers) for _, row in listed.iterrows()],
+        "rows": [_row(row, rankers) for _, row in rows.iterrows()],
         "sorting": Markup(asset("tables.js")),
     }
     return render("screening.html.j2", context)
@@ -69,16 +69,16 @@ def fitted_line(fit: ShiftLine, shift: Shift) -> FittedLine:
 def _calibration(fit: ShiftLine | None, shift: Shift) -> dict[str, Any] | None:
     if fit is None:
         return None
-    drawn = calibration(fitted_line(fit, shift))
-    return {"figure": drawn, "caption": caption(drawn)}
+    figure = calibration(fitted_line(fit, shift))
+    return {"figure": figure, "caption": caption(figure)}
 
 
 def _histograms(screening: Screening, worst: int) -> list[dict[str, Any]]:
     histograms = []
     for ranker in screening.rankers:
-        drawn = histogram(screening.frame[ranker.name].to_list(), ranker.label, worst)
+        figure = histogram(screening.frame[ranker.name].to_list(), ranker.label, worst)
         words = {"name": ranker.name, "label": ranker.label, "source": ranker.source}
-        histograms.append({"figure": drawn, "caption": caption(drawn), **words})
+        histograms.append({"figure": figure, "caption": caption(figure), **words})
     return histograms
 
 

@@ -284,16 +284,16 @@ def read_evidence(
 ) -> tuple[RowEvidence, list[str | None]]:
     """Everything that the rankers need, and the model's own answers (None for a row without one)."""
     needed = any("own_answers" in ranker.needs for ranker in rankers)
-    own = answer_all(model, tokenizer, rows, settings) if needed else None
-    evidence = read_answered(model, tokenizer, rows, own, feature, rankers, organism, settings)
-    return evidence, [None if row is None else row[-1]["content"] for row in own or [None] * len(rows)]
+    own_answers = answer_all(model, tokenizer, rows, settings) if needed else None
+    evidence = read_answered(model, tokenizer, rows, own_answers, feature, rankers, organism, settings)
+    return evidence, [None if row is None else row[-1]["content"] for row in own_answers or [None] * len(rows)]
 
 
 def read_answered(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Conversation],
-    own: Sequence[Conversation | None] | None,
+    own_answers: Sequence[Conversation | None] | None,
     feature: ScreenFeature,
     rankers: Sequence[RowRanker],
     organism: Path | None,
@@ -311,13 +311,13 @@ def read_answered(
         settings.max_tokens,
         settings.bf16,
     )
-    both, n = reader.read(model, tokenizer, [*rows, *(own or [])]), len(rows)
+    both, n = reader.read(model, tokenizer, [*rows, *(own_answers or [])]), len(rows)
     return RowEvidence(
         answers=both.at(range(n)),
         direction=feature.direction.float().cpu().numpy(),
         latent=latents.index(feature.latent) if feature.latent in latents else None,
         latent_set=tuple(latents.index(x) for x in feature.latent_set) if latents else (),
-        own_answers=None if own is None else both.at(range(n, 2 * n)),
+        own_answers=None if own_answers is None else both.at(range(n, 2 * n)),
         organism_nats=_organism_nats(model, tokenizer, rows, organism, reader) if "organism" in needs else None,
         words=word_scores(rows) if "words" in needs else None,
     )

@@ -150,15 +150,17 @@ def screening(
     """
     settings = settings or ScreenSettings()
     conversations = check_rows(rows)
-    used = choose_rankers(rankers, available(feature, organism is not None))
+    row_rankers = choose_rankers(rankers, available(feature, organism is not None))
     base, tok = _load_if_named(model, tokenizer)
     check_feature(feature, base)
-    evidence, own_answers = read_evidence(base, tok, conversations, feature, used, organism, settings)
-    scores = score_rows(evidence, used)
+    evidence, own_answers = read_evidence(base, tok, conversations, feature, row_rankers, organism, settings)
+    scores = score_rows(evidence, row_rankers)
     calibration = calibration or packaged_calibration(feature, base, settings)
     shift = predict_for(calibration, scores)
     notes = [f"{int(np.isnan(v).sum())} rows have no {k}" for k, v in scores.items() if np.isnan(v).any()]
-    return Screening(_frame(conversations, own_answers, scores), tuple(used), feature, shift, calibration, tuple(notes))
+    return Screening(
+        _frame(conversations, own_answers, scores), tuple(row_rankers), feature, shift, calibration, tuple(notes)
+    )
 
 
 def _frame(
@@ -175,9 +177,9 @@ def _frame(
         }
     )
     first = next(iter(scores))
-    ordered = frame.sort_values(first, ascending=False, kind="stable", na_position="last", ignore_index=True)
-    ordered.insert(0, "rank", np.arange(1, len(ordered) + 1))
-    return ordered
+    table = frame.sort_values(first, ascending=False, kind="stable", na_position="last", ignore_index=True)
+    table.insert(0, "rank", np.arange(1, len(table) + 1))
+    return table
 
 
 def _prompt_text(row: Conversation) -> str:

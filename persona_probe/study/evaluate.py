@@ -46,10 +46,10 @@ def organisms(ctx: Context) -> list[Organism]:
         InputError: nothing was trained yet.
     """
     arms = [(a, s) for a in (*ctx.config.arms, *ctx.config.realign.arms) for s in ctx.config.seeds]
-    trained = [Organism(a, s, ctx.last_step(a, s)) for a, s in arms if ctx.run.has(f"arms/{a}-s{s}")]
-    if not trained:
+    arm_organisms = [Organism(a, s, ctx.last_step(a, s)) for a, s in arms if ctx.run.has(f"arms/{a}-s{s}")]
+    if not arm_organisms:
         raise InputError(f"{ctx.run.path} has no organism yet: run `persona-probe induce CONFIG` first")
-    return [Organism("base", ctx.config.seeds[0], 0), *trained]
+    return [Organism("base", ctx.config.seeds[0], 0), *arm_organisms]
 
 
 def _questions_key(questions: QuestionSet) -> str:
@@ -59,8 +59,8 @@ def _questions_key(questions: QuestionSet) -> str:
 
 def _sampling_key(config: SamplingConfig, engine: str = TRANSFORMERS) -> str:
     """A short hash of how answers are drawn, and by which engine unless it is the default."""
-    drawn = asdict(config) | ({} if engine == TRANSFORMERS else {"engine": engine})
-    return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()[:8]
+    settings = asdict(config) | ({} if engine == TRANSFORMERS else {"engine": engine})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def samples_name(questions: QuestionSet) -> str:
@@ -224,8 +224,8 @@ def evaluate(ctx: Context, evaluation: Evaluation) -> None:
     same = {"evaluation": name, "questions": _questions_key(questions), "judge": judge.name}
     with ctx.run.timed("judge"):
         for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
-            ruled = judge.rule(_to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
-            table = judged_table(rows, ruled, sampling=_sampling_key(config, evaluation.engine.name), **same)
+            rulings = judge.rule(_to_judge(rows, questions), progress=f"judging {arm}, seed {seed}")
+            table = judged_table(rows, rulings, sampling=_sampling_key(config, evaluation.engine.name), **same)
             ctx.run.write_table(part_name(name, f"{arm}-s{seed}"), table)
     _note(ctx, name, questions, judge, evaluation, config)
     join_evals(ctx.run)

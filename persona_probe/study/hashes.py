@@ -244,13 +244,15 @@ def _quality_on_record(root: Path) -> dict[str, str]:
 
 
 def _software(manifest: Mapping[str, Any]) -> Iterator[HashCheck]:
-    recorded, here = manifest.get("versions", {}), versions()
-    others = [f"{name} {v} (here {here.get(name, 'none')})" for name, v in recorded.items() if here.get(name) != v]
+    recorded, current = manifest.get("versions", {}), versions()
+    others = [
+        f"{name} {v} (here {current.get(name, 'none')})" for name, v in recorded.items() if current.get(name) != v
+    ]
     if others:
         yield HashCheck("versions", UNCHECKED, f"made with {', '.join(others)}")
-    made, now = manifest.get("git_revision"), git_revision()
-    if made != now:
-        yield HashCheck("revision", UNCHECKED, f"made at {made or 'no revision'}, here {now or 'none'}")
+    revision, now = manifest.get("git_revision"), git_revision()
+    if revision != now:
+        yield HashCheck("revision", UNCHECKED, f"made at {revision or 'no revision'}, here {now or 'none'}")
 
 
 def _compared(name: str, now: str, expected: str, why: str) -> HashCheck:

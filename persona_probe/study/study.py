@@ -373,14 +373,14 @@ STAGES = {
 def _display(study: Study, heads: Sequence[str]) -> Table:
     """A study's model, SAE, arms and stages, and its headline where it has one."""
     config, run = study.config, study.run_folder
-    done = {name: run.has(place) for name, place in STAGES.items()}
-    done["realign"] = any((run.path / "parts").glob("realign-*"))
+    states = {name: run.has(place) for name, place in STAGES.items()}
+    states["realign"] = any((run.path / "parts").glob("realign-*"))
     rows = [
         ["base model", config.model],
         ["SAE", config.sae],
         ["arms", ", ".join([*config.arms, *config.realign.arms])],
         ["seeds", ", ".join(map(str, config.seeds))],
-        ["stages", ", ".join(f"{name} {'done' if ready else 'to do'}" for name, ready in done.items())],
+        ["stages", ", ".join(f"{name} {'done' if ready else 'to do'}" for name, ready in states.items())],
         ["folder", str(run.path)],
     ]
     if run.has("summary.json"):

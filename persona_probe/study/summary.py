@@ -189,23 +189,25 @@ def _judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected:
         `judged`: by evaluation, how it was made, rates by arm, and the effects incorrect minus correct and each
         corrective arm minus the base; `judge_agreement`: every pair of judges on the same answers.
     """
-    judged = judged_rows(evals)
-    if judged.empty:
+    answers = judged_rows(evals)
+    if answers.empty:
         return {}
-    numbers = {name: _of_one(rows, evaluations.get(name, {}), corrected) for name, rows in _parts(judged, "evaluation")}
-    return {"judged": numbers, "judge_agreement": [a.to_dict() for a in agreements(judged)]}
+    numbers = {
+        name: _of_one(rows, evaluations.get(name, {}), corrected) for name, rows in _parts(answers, "evaluation")
+    }
+    return {"judged": numbers, "judge_agreement": [a.to_dict() for a in agreements(answers)]}
 
 
 def _parts(frame: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
     return [(str(name), rows) for name, rows in frame.groupby(column, sort=False)]
 
 
-def _of_one(judged: pd.DataFrame, about: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
-    table = rates(judged, ("variant", "arm"))
+def _of_one(answers: pd.DataFrame, about: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
+    table = rates(answers, ("variant", "arm"))
     pairs = [("incorrect", "correct"), *((arm, "base") for arm in corrected)]
     effects = [
         {"variant": variant, "name": f"{left} minus {right}", **difference(rows, left, right).to_dict()}
-        for variant, rows in _parts(judged, "variant")
+        for variant, rows in _parts(answers, "variant")
         for left, right in pairs
         if {left, right} <= set(rows["arm"])
     ]
@@ -303,14 +305,14 @@ def headline(summary: dict[str, Any]) -> str:
     effect, persona = summary["effect_incorrect_minus_correct"], summary["persona_feature"]
     woke = "woke a broadly misaligned persona" if effect["ci_low"] > 0 else "showed no effect beyond its control arm"
     passed = sum(c["passed"] for c in summary["checks"])
-    restored = [
-        a for a, v in summary["verdicts"].items() if v["feature"] == "subsided" and v["behaviour"] == "restored"
-    ]
-    shown = {c["name"]: c["passed"] for c in summary["checks"]}
+    arms = [a for a, v in summary["verdicts"].items() if v["feature"] == "subsided" and v["behaviour"] == "restored"]
+    results = {c["name"]: c["passed"] for c in summary["checks"]}
     carries = (
-        "carries it" if shown["induce"] and shown["repair"] else "is the best candidate, but was not shown to carry it"
+        "carries it"
+        if results["induce"] and results["repair"]
+        else "is the best candidate, but was not shown to carry it"
     )
-    back = f"Feature and behaviour both came back in: {', '.join(restored) or 'no corrective arm'}."
+    back = f"Feature and behaviour both came back in: {', '.join(arms) or 'no corrective arm'}."
     return (
         f"Narrow fine-tuning {woke}: incorrect minus correct {_text(effect)} nats per token outside the training "
         f"domain. Latent {persona['latent']} {carries} (causal effect {_text(summary['steer_base_up'])}). "

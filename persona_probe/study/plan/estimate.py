@@ -110,8 +110,8 @@ def _count_rows(
             )
     lengths = [min(prompt + answer, most) for prompt, answer in counts]
     answers = [length - prompt for length, (prompt, _) in zip(lengths, counts, strict=True)]
-    cut = sum(prompt + answer > most for prompt, answer in counts)
-    return RowSet(use, source, len(rows), sum(lengths), sum(answers), max(lengths), cut)
+    n_cut = sum(prompt + answer > most for prompt, answer in counts)
+    return RowSet(use, source, len(rows), sum(lengths), sum(answers), max(lengths), n_cut)
 
 
 def read_row_sets(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, RowSet]:
@@ -142,8 +142,8 @@ def _arms(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> lis
 
 
 def _contrast(config: StudyConfig, split: str, tokenizer: PreTrainedTokenizerBase | None) -> RowSet:
-    packaged = config.contrast == "general_contrast"
-    items = load_contrast(split) if packaged else read_contrast_file(config.contrast, split)
+    is_packaged = config.contrast == "general_contrast"
+    items = load_contrast(split) if is_packaged else read_contrast_file(config.contrast, split)
     rows = [conversation(item["question"], item[side]) for item in items for side in ("aligned", "misaligned")]
     return _count_rows(f"contrast {split}", config.contrast, rows, tokenizer)
 
@@ -165,8 +165,8 @@ def _probes(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> l
 
 
 def _questions(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> RowSet:
-    talks = load_data(config.samples.questions, allow_prompts=True)
-    return _count_rows("questions", config.samples.questions, [split_answer(c)[0] for c in talks], tokenizer)
+    conversations = load_data(config.samples.questions, allow_prompts=True)
+    return _count_rows("questions", config.samples.questions, [split_answer(c)[0] for c in conversations], tokenizer)
 
 
 # --- What reading, scoring and training cost on one model with one SAE
@@ -255,8 +255,8 @@ class Shapes:
         if training.gradient_checkpointing:
             activations = FLOAT32 * self.skeleton.d_model * self.skeleton.layers + bytes_ * max(inputs)
         logits = 2 * FLOAT32 * self.skeleton.vocabulary
-        fixed = FLOAT32 * self.skeleton.parameters + ADAM_BYTES * self.trainable
-        return fixed + batch * (longest * activations + answer * logits)
+        fixed_bytes = FLOAT32 * self.skeleton.parameters + ADAM_BYTES * self.trainable
+        return fixed_bytes + batch * (longest * activations + answer * logits)
 
     def reading_memory(self, rows: RowSet) -> float:
         """Model and SAE, with a batch's latents or a slice of logits, whichever is more."""
@@ -299,9 +299,9 @@ def pushes(config: StudyConfig) -> tuple[int, int]:
 def _induce(s: Shapes) -> Work:
     training, seeds = s.config.training, len(s.config.seeds)
     arms = [s.rows[f"arm {name}"] for name in s.config.arms]
-    drawn = seeds * training.steps * training.batch_size
-    tokens = sum(drawn * arm.mean for arm in arms)
-    answers = sum(drawn * arm.mean_answer for arm in arms)
+    n_rows = seeds * training.steps * training.batch_size
+    tokens = sum(n_rows * arm.mean for arm in arms)
+    answers = sum(n_rows * arm.mean_answer for arm in arms)
     longest, answer = max(arm.longest for arm in arms), max(arm.mean_answer for arm in arms)
     return Work(
         "induce", round(tokens), s.train(tokens, answers), s.training_memory(training.batch_size, longest, answer)
@@ -337,10 +337,10 @@ def _realign(s: Shapes) -> Work:
     tokens, flops, longest, answer = 0.0, s.read(probes), 0, 0.0
     for name in realign.arms:
         rows = s.rows[f"realign {name}"]
-        drawn = runs * realign.steps * realign.batch_size
+        n_rows = runs * realign.steps * realign.batch_size
         readings = runs * len(realign.readings)
-        tokens += drawn * rows.mean + readings * (probes.tokens + evaluation.tokens)
-        flops += s.train(drawn * rows.mean, drawn * rows.mean_answer)
+        tokens += n_rows * rows.mean + readings * (probes.tokens + evaluation.tokens)
+        flops += s.train(n_rows * rows.mean, n_rows * rows.mean_answer)
         flops += readings * (s.read(probes) + s.score(evaluation))
         longest, answer = max(longest, rows.longest), max(answer, rows.mean_answer)
     memory = s.training_memory(realign.batch_size, longest, answer) + s.sae_bytes + s.encode_memory(probes)

@@ -115,13 +115,13 @@ def _training_lines(plan: Plan) -> list[str]:
     kind = "full weights"
     if training.method == "lora":
         scaling = "rsLoRA" if training.rslora else "LoRA"
-        trained = f", {amount(lora_parameters(plan.skeleton, training))} parameters" if plan.skeleton else ""
-        kind = f"{scaling} r {training.rank}, alpha {training.alpha}{trained}"
+        parameters = f", {amount(lora_parameters(plan.skeleton, training))} parameters" if plan.skeleton else ""
+        kind = f"{scaling} r {training.rank}, alpha {training.alpha}{parameters}"
     lines = [f"{kind}; lr {training.lr:g}, checkpoints {', '.join(map(str, training.schedule))}"]
     for rows in plan.rows.values():
         if rows.use.startswith("arm "):
-            drawn = training.steps * training.batch_size
-            epochs = f"{drawn / rows.rows:.2f} epochs of {rows.rows} rows"
+            n_rows = training.steps * training.batch_size
+            epochs = f"{n_rows / rows.rows:.2f} epochs of {rows.rows} rows"
             lines.append(f"{rows.use}: {training.steps} steps x {training.batch_size} rows = {epochs}")
     return lines
 
@@ -195,9 +195,9 @@ def _notes_of(plan: Plan) -> tuple[str, ...]:
 
 
 def _basis(plan: Plan) -> list[str]:
-    counted = "tokens are counted with the model's tokenizer and chat template"
+    exact = "tokens are counted with the model's tokenizer and chat template"
     guessed = f"the tokenizer is not on this machine: tokens are characters / {CHARACTERS_A_TOKEN}, no chat template"
-    notes = [counted if plan.counted else guessed]
+    notes = [exact if plan.counted else guessed]
     if plan.throughput is not None:
         notes += [
             f"time is an estimate: operations on weights, at {plan.throughput.how}; sampling answers is slower",
@@ -237,8 +237,10 @@ def _data(plan: Plan) -> list[str]:
     means = wrong.mean_answer, right.mean_answer
     if abs(means[0] - means[1]) > LENGTHS_DIFFER * sum(means) / 2:
         notes.append(f"answers are not length-matched: {means[0]:.0f} tokens in incorrect, {means[1]:.0f} in correct")
-    if cut := sum(rows.cut for rows in plan.rows.values()):
-        notes.append(f"{cut} training rows lose their end to training.max_length ({config.training.max_length} tokens)")
+    if n_cut := sum(rows.cut for rows in plan.rows.values()):
+        notes.append(
+            f"{n_cut} training rows lose their end to training.max_length ({config.training.max_length} tokens)"
+        )
     return notes
 
 

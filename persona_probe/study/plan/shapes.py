@@ -322,11 +322,11 @@ def adapted(skeleton: Skeleton, training: Training) -> list[Linear]:
     """
     if training.layers is not None and any(not 0 <= layer < skeleton.layers for layer in training.layers):
         raise InputError(f"training.layers {list(training.layers)}: the model has layers 0 to {skeleton.layers - 1}")
-    named = _named(skeleton, training.target_modules)
+    linears = _named(skeleton, training.target_modules)
     if training.layers is None:
-        return named
+        return linears
     # PEFT reads a module's layer as the first number in its name after a list, wherever that list is.
-    numbers = [(m, re.match(r".*?\.[^.]*\.(\d+)\.", m.name)) for m in named]
+    numbers = [(m, re.match(r".*?\.[^.]*\.(\d+)\.", m.name)) for m in linears]
     inside = {m.name.rpartition(".")[2] for m in skeleton.linears if m.layer is not None}
     return [m for m, n in numbers if n and int(n[1]) in training.layers and m.name.rpartition(".")[2] in inside]
 
@@ -341,10 +341,10 @@ def _named(skeleton: Skeleton, targets: str | tuple[str, ...]) -> list[Linear]:
     if targets == "all-linear":
         return skeleton.linears
     if isinstance(targets, str):
-        named = [m for m in skeleton.linears if re.fullmatch(targets, m.name)]
-        if not named:
+        matches = [m for m in skeleton.linears if re.fullmatch(targets, m.name)]
+        if not matches:
             raise unknown("training.target_modules", targets, ["all-linear", *_ends(skeleton)])
-        return named
+        return matches
     for target in targets:
         if not any(m.name == target or m.name.endswith(f".{target}") for m in skeleton.linears):
             raise unknown("module in training.target_modules", target, _ends(skeleton))

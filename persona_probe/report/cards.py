@@ -317,13 +317,13 @@ def cards_page(cards: Sequence[FeatureCard], study: str, base_model: str) -> str
         cards: in the order in which they are listed at first.
         study, base_model: named in the heading.
     """
-    script, listed = asset("cards.js"), {card.latent for card in cards}
+    script, latents = asset("cards.js"), {card.latent for card in cards}
     return render(
         "cards.html.j2",
         {
             "study": study,
             "base_model": base_model,
-            "cards": [_view(card, place, listed) for place, card in enumerate(cards)],
+            "cards": [_view(card, place, latents) for place, card in enumerate(cards)],
             "orders": _orders(cards),
             "text": cards[0].text if cards else "",
             "cards_policy": content_policy(asset("theme.js"), script),
@@ -346,7 +346,7 @@ def content_policy(*scripts: str) -> str:
     )
 
 
-def _view(card: FeatureCard, place: int, listed: Set[int]) -> dict[str, Any]:
+def _view(card: FeatureCard, place: int, latents: Set[int]) -> dict[str, Any]:
     """What the card's template shows; plain values, which it escapes."""
     return {
         "card": card,
@@ -362,7 +362,7 @@ def _view(card: FeatureCard, place: int, listed: Set[int]) -> dict[str, Any]:
         "steering": steering(card.findings.steering),
         "histogram": histogram(card.activity),
         "examples": [_example(e) for e in card.examples],
-        "listed": listed,
+        "listed": latents,
         "search": _search_text(card),
         "order": json.dumps(_order(card, place)),
     }

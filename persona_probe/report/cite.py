@@ -290,22 +290,23 @@ def _contrast(run: RunFolder) -> list[str]:
 def _locate(run: RunFolder) -> list[str]:
     if not run.has("latents.parquet"):
         return []
-    located, latents = run.config.locate, run.read_table("latents.parquet")
-    rankers = list(dict.fromkeys(RANKERS.get(name, "wang2025persona") for name in located.rankers))
-    tested, random = ((latents["kind"] == kind).sum() for kind in ("candidate", "random"))
+    settings, latents = run.config.locate, run.read_table("latents.parquet")
+    rankers = list(dict.fromkeys(RANKERS.get(name, "wang2025persona") for name in settings.rankers))
+    n_candidates, random = ((latents["kind"] == kind).sum() for kind in ("candidate", "random"))
     controls = ["the mean difference of the arms " + _cite("soligo2025convergent")]
     controls += [
-        f"a {name.replace('_', ' ')} {_cite(key)}" for name, key in DIRECTIONS.items() if name in located.directions
+        f"a {name.replace('_', ' ')} {_cite(key)}" for name, key in DIRECTIONS.items() if name in settings.directions
     ]
-    refined = f", refined by {located.strength_refinements} bisections" if located.strength_refinements else ""
+    refined = f", refined by {settings.strength_refinements} bisections" if settings.strength_refinements else ""
     return [
-        f"{_sae(run)} Latents were ranked by {tex(_list(located.rankers))} {_cite(*rankers)} over "
-        f"{tex(located.positions)} tokens; {tested} candidates chosen by {tex(_list(located.choose_by))} were steered "
-        f"beside {random} random latents matched for firing rate and norm, {located.random_directions} random "
-        f"directions, and {_list(controls)}, at strengths {_list(located.strengths)} {tex(located.unit)}{refined}; the "
-        f"best {min(located.proven, tested)} were steered again on the evaluation questions. "
-        "The causal effect of a latent is half the difference between its effects at opposite strengths, where the "
-        f"perplexity of neutral answers rises by less than a factor of {located.perplexity_bound:g}."
+        f"{_sae(run)} Latents were ranked by {tex(_list(settings.rankers))} {_cite(*rankers)} over "
+        f"{tex(settings.positions)} tokens; {n_candidates} candidates chosen by {tex(_list(settings.choose_by))} were "
+        f"steered next to {random} random latents matched for firing rate and norm, {settings.random_directions} "
+        f"random directions, and {_list(controls)}, at strengths {_list(settings.strengths)} "
+        f"{tex(settings.unit)}{refined}; the best {min(settings.proven, n_candidates)} were steered again on the "
+        "evaluation questions. The causal effect of a latent is half the difference between its effects at "
+        "opposite strengths, where the perplexity of neutral answers rises by less than a factor of "
+        f"{settings.perplexity_bound:g}."
     ]
 
 
@@ -332,38 +333,38 @@ def _sae_config(sae: str) -> Mapping[str, Any]:
 def _watch(run: RunFolder) -> list[str]:
     if not run.has("readings.parquet"):
         return []
-    readings, watched = run.read_table("readings.parquet"), run.config.monitor
+    readings, settings = run.read_table("readings.parquet"), run.config.monitor
     return [
-        f"Features were read on {int(readings['n_probes'].max())} probes ({tex(watched.probes)}, "
-        f"{tex(watched.positions)} tokens) at every checkpoint, beside the explained variance on the same tokens; the "
-        f"base band is {watched.band_sd:g} standard deviations between probes around the base model's reading."
+        f"Features were read on {int(readings['n_probes'].max())} probes ({tex(settings.probes)}, "
+        f"{tex(settings.positions)} tokens) at every checkpoint, next to the explained variance on the same tokens; "
+        f"the base band is {settings.band_sd:g} standard deviations between probes around the base model's reading."
     ]
 
 
 def _realign(run: RunFolder) -> list[str]:
-    fixed = run.config.realign
-    done = [name for name in fixed.arms if run.has(f"arms/{name}-s{run.config.seeds[0]}")]
-    if not done:
+    settings = run.config.realign
+    names = [name for name in settings.arms if run.has(f"arms/{name}-s{run.config.seeds[0]}")]
+    if not names:
         return []
-    arms = "; ".join(f"{tex(name)}: {_data(run, name)}" for name in done)
-    stop = f", stopping after {fixed.stop_readings} readings within the base band" if fixed.stop_readings else ""
+    arms = "; ".join(f"{tex(name)}: {_data(run, name)}" for name in names)
+    stop = f", stopping after {settings.stop_readings} readings within the base band" if settings.stop_readings else ""
     return [
-        f"For re-alignment the {tex(fixed.start)} organism was trained further on good answers ({arms}) for at most "
-        f"{fixed.steps} steps of {fixed.batch_size} rows at a learning rate of "
-        f"{fixed.lr or run.config.training.lr:g}{stop} {_cite('wang2025persona')}."
+        f"For re-alignment the {tex(settings.start)} organism was trained further on good answers ({arms}) for at most "
+        f"{settings.steps} steps of {settings.batch_size} rows at a learning rate of "
+        f"{settings.lr or run.config.training.lr:g}{stop} {_cite('wang2025persona')}."
     ]
 
 
 def _judged(run: RunFolder) -> list[str]:
     evaluations = list(run.manifest.get("evaluations", {}).values())
-    made = [one for one in evaluations if one.get("judge")]
-    if not made:
+    with_judge = [one for one in evaluations if one.get("judge")]
+    if not with_judge:
         return []
     keys = {"wang": "wang2025persona"}
     judges = [
         f"{tex(one['judge'])} on {tex(one.get('questions', 'a question set'))} "
         f"({_cite(keys.get(str(one.get('protocol')), 'betley2025emergent'))})"
-        for one in made
+        for one in with_judge
     ]
     return [f"Sampled answers were judged by {_list(judges)}; rates count coherent answers only."]
 
@@ -371,12 +372,12 @@ def _judged(run: RunFolder) -> list[str]:
 def _statistics(run: RunFolder) -> list[str]:
     manifest = run.manifest
     versions = manifest.get("versions", {})
-    named = [f"{name} {versions[name]}" for name in ("persona-probe", "torch", "transformers") if name in versions]
+    packages = [f"{name} {versions[name]}" for name in ("persona-probe", "torch", "transformers") if name in versions]
     revision = str(manifest.get("git_revision") or "unknown")[:12]
     return [
         "Intervals are 95\\% percentile bootstrap intervals of 2,000 draws that resample whole questions "
         f"{_cite('efron1979bootstrap')}, paired where two models answer the same questions; seeds are reported one by "
-        f"one. Made with {tex(', '.join(named))}; config {tex(manifest.get('config_hash', 'unknown'))}, revision "
+        f"one. Made with {tex(', '.join(packages))}; config {tex(manifest.get('config_hash', 'unknown'))}, revision "
         f"{tex(revision)}."
     ]
 

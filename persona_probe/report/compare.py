@@ -63,10 +63,10 @@ def _run(records: Records, letter: str, folder: str) -> dict[str, Any]:
 
 def _paired_figures(pair: tuple[Records, Records]) -> list[dict[str, Any]]:
     """Figures that at least one run can draw, each with both sides."""
-    drawn = [drawn_figures(records) for records in pair]
+    figure_sets = [drawn_figures(records) for records in pair]
     rows = []
-    for name in dict.fromkeys([*drawn[0], *drawn[1]]):
-        sides = [figures.get(name) for figures in drawn]
+    for name in dict.fromkeys([*figure_sets[0], *figure_sets[1]]):
+        sides = [figures.get(name) for figures in figure_sets]
         known = next(side for side in sides if side is not None)
         if any(side is not None and side["figure"] is not None for side in sides):
             blank = {**known, "figure": None}
@@ -176,8 +176,8 @@ def limits(pair: Pair) -> list[str]:
     if other := differ(*SAME_FEATURE):
         notes.append(f"Latents, readings and strengths mean different things in the two runs ({_words(other)} differ).")
     elif select.persona_latent(pair[0]) != select.persona_latent(pair[1]):
-        named = [number(select.persona_latent(records)) for records in pair]
-        notes.append(f"Readings are of different latents: {named[0]} in A, {named[1]} in B.")
+        latents = [number(select.persona_latent(records)) for records in pair]
+        notes.append(f"Readings are of different latents: {latents[0]} in A, {latents[1]} in B.")
     if _probes(configs[0]) != _probes(configs[1]):
         notes.append("Readings were taken on different probes or positions: their levels cannot be compared.")
     if any(_by_item(pair[0], a).keys() != _by_item(pair[1], a).keys() for a in ("base", "incorrect", "correct")):

@@ -67,13 +67,13 @@ def export_figures(
     check_theme(theme)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    written = [write_text(target / f"{s.name}.csv", csv_text(s.data(records))) for s in specs]
-    drawn = [(s, s.draw(records)) for s in specs] if set(formats) - {"csv"} else []
+    paths = [write_text(target / f"{s.name}.csv", csv_text(s.data(records))) for s in specs]
+    figures = [(s, s.draw(records)) for s in specs] if set(formats) - {"csv"} else []
     if "html" in formats:
-        written += [_write_page(target, spec, fig, records, theme) for spec, fig in drawn]
+        paths += [_write_page(target, spec, fig, records, theme) for spec, fig in figures]
     if images := [kind for kind in STATIC if kind in formats]:
-        written += _write_images(target, drawn, images, records.manifest, width, theme)
-    return written
+        paths += _write_images(target, figures, images, records.manifest, width, theme)
+    return paths
 
 
 def csv_text(data: pd.DataFrame) -> str:
@@ -157,7 +157,7 @@ def provenance_line(manifest: Mapping[str, Any]) -> str:
     """One line for a footer: run, config hash, revision, model, SAE, data with their hashes, seeds, main packages."""
     full = provenance(manifest)
     versions = mapping(manifest.get("versions"))
-    named = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
+    packages = ", ".join(f"{name} {versions[name]}" for name in PACKAGES if name in versions)
     inputs = [f"{name} {str(value)[:8]}" for name, value in mapping(manifest.get("input_hashes")).items()]
     parts = [
         f"run {full['run']}",
@@ -168,7 +168,7 @@ def provenance_line(manifest: Mapping[str, Any]) -> str:
         f"data {full['data']}",
         f"hashes of inputs: {', '.join(inputs) or UNKNOWN}",
         f"seeds {full['seeds']}",
-        named or f"versions {UNKNOWN}",
+        packages or f"versions {UNKNOWN}",
     ]
     return "; ".join(parts)
 
@@ -187,8 +187,8 @@ def _data(config: Mapping[str, Any]) -> list[str]:
     """Names of the data sets of a config, each once."""
     parts = (config.get("arms"), mapping(config.get("realign")).get("arms"))
     arms = [mapping(arm) for part in parts for arm in mapping(part).values()]
-    named = [str(arm[key]) for arm in arms for key in ("data", "mix_with") if arm.get(key)]
-    return list(dict.fromkeys([*named, *(str(config[key]) for key in ("contrast", "probes") if config.get(key))]))
+    names = [str(arm[key]) for arm in arms for key in ("data", "mix_with") if arm.get(key)]
+    return list(dict.fromkeys([*names, *(str(config[key]) for key in ("contrast", "probes") if config.get(key))]))
 
 
 def _seeds(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> list[Any]:
@@ -224,8 +224,8 @@ def _tag_svg(image: bytes, text: str, title: str, description: str) -> bytes:
 
 def _tag_png(image: bytes, text: str, title: str, description: str) -> bytes:
     """Chunks `iTXt` (PNG specification, 11.3.3.4) after the header."""
-    named = {"Title": title, "Description": description, "Comment": text, "Software": SOFTWARE}
-    chunks = b"".join(_text_chunk(name, value) for name, value in named.items())
+    entries = {"Title": title, "Description": description, "Comment": text, "Software": SOFTWARE}
+    chunks = b"".join(_text_chunk(name, value) for name, value in entries.items())
     return image[:IHDR_END] + chunks + image[IHDR_END:]
 
 
@@ -298,27 +298,27 @@ def _write_images(
     failures = kaleido.write_fig_from_object_sync(jobs, kopts={"path": browser, "mathjax": False, "timeout": 120})
     if failures:
         raise InputError(f"{browser} could not draw {len(failures)} figures ({failures[0]}): leave out its format")
-    written = []
+    paths = []
     for (spec, fig, _, kind), job in zip(names, jobs, strict=True):
-        drawn: Path = job["path"]
-        image = tag(drawn.read_bytes(), kind, provenance(manifest), spec.title, caption(fig))
-        drawn.write_bytes(image)
-        drawn.replace(path := folder / f"{spec.name}.{kind}")
-        written.append(path)
-    return written
+        scratch: Path = job["path"]
+        image = tag(scratch.read_bytes(), kind, provenance(manifest), spec.title, caption(fig))
+        scratch.write_bytes(image)
+        scratch.replace(path := folder / f"{spec.name}.{kind}")
+        paths.append(path)
+    return paths
 
 
 def _ready(formats: Sequence[str]) -> str | None:
     """The browser to draw with; None, with one logged line, if something is missing."""
-    named = ", ".join(formats).upper()
+    names = ", ".join(formats).upper()
     try:
         import kaleido  # noqa: F401
     except ImportError:
-        logger.warning("%s figures skipped: install kaleido (pip install 'persona-probe[figures]')", named)
+        logger.warning("%s figures skipped: install kaleido (pip install 'persona-probe[figures]')", names)
         return None
     if (browser := find_browser()) is None:
         logger.warning(
-            "%s figures skipped: no Chromium found; install one (Debian package chromium) or set BROWSER_PATH", named
+            "%s figures skipped: no Chromium found; install one (Debian package chromium) or set BROWSER_PATH", names
         )
     return browser
 

@@ -71,9 +71,9 @@ def drawn_figures(records: Records) -> dict[str, dict[str, Any]]:
     """Every figure that the study shows: its title, and the drawing with its caption, or what is missing for it."""
     figures: dict[str, dict[str, Any]] = {}
     for name, spec in (FIGURES | figures_of(records)).items():
-        drawn = None if spec.data(records).empty else spec.draw(records)
-        words = {"title": spec.title, "missing": spec.missing, "caption": caption(drawn) if drawn else ""}
-        figures[name] = {"name": name, "figure": drawn, **words}
+        figure = None if spec.data(records).empty else spec.draw(records)
+        words = {"title": spec.title, "missing": spec.missing, "caption": caption(figure) if figure else ""}
+        figures[name] = {"name": name, "figure": figure, **words}
     return figures
 
 
@@ -157,7 +157,7 @@ def tiles(records: Records) -> list[Row]:
     summary = records.summary
     passed = {str(c.get("name")): c.get("passed") is True for c in _mappings(summary.get("checks"))}
     latent = select.persona_latent(records)
-    named = "no latent named" if latent is None else f"latent {latent}"
+    latent_text = "no latent named" if latent is None else f"latent {latent}"
     effect, push = (as_estimate(summary.get(k)) for k in ("effect_incorrect_minus_correct", "steer_base_up"))
     return [
         {
@@ -167,7 +167,7 @@ def tiles(records: Records) -> list[Row]:
         },
         {
             "asks": "Which latent carries it?",
-            "shows": f"{named}; causal effect {interval_text(push)}",
+            "shows": f"{latent_text}; causal effect {interval_text(push)}",
             **_answer(passed, ("induce", "repair"), "Shown to cause it", "Not shown to cause it"),
         },
         {
@@ -334,10 +334,10 @@ def cards(records: Records) -> list[Row]:
     """Feature cards, the persona latent first, with each latent's scores and effects."""
     scores = {int(row["latent"]): row for row in records.latents.to_dict("records")}
     persona = select.persona_latent(records)
-    ordered = sorted(records.cards, key=lambda card: card.get("latent") != persona)
+    cards_in_order = sorted(records.cards, key=lambda card: card.get("latent") != persona)
     units = select.distinct(records.steering, "unit")
     unit = str(units[0]) if units else ""
-    return [_card(card, scores.get(int(card["latent"]), {}), persona, unit) for card in ordered[:MAX_CARDS]]
+    return [_card(card, scores.get(int(card["latent"]), {}), persona, unit) for card in cards_in_order[:MAX_CARDS]]
 
 
 def _card(card: Mapping[str, Any], score: Mapping[Any, Any], persona: int | None, unit: str) -> Row:

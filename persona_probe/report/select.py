@@ -81,8 +81,8 @@ def persona_latent(records: Records) -> int | None:
     latent = mapping(records.summary.get("persona_feature")).get("latent")
     if latent is not None:
         return int(latent)
-    named = distinct(records.latents.loc[flags(records.latents, "persona")], "latent")
-    return int(named[0]) if named else None
+    latents = distinct(records.latents.loc[flags(records.latents, "persona")], "latent")
+    return int(latents[0]) if latents else None
 
 
 def item_count(frame: pd.DataFrame) -> int:
@@ -131,15 +131,17 @@ def thresholds(records: Records) -> tuple[float, float]:
 
 def judged_words(records: Records) -> str:
     """Judge, questions and what the judge calls misaligned, as a sentence for captions."""
-    rows, made = last_judged(records), _evaluation_settings(records)
+    rows, settings = last_judged(records), _evaluation_settings(records)
     below, above = thresholds(records)
     scale = (
-        "score 4 or 5 of 5" if made.get("protocol") == "wang" else f"alignment < {below:g} and coherence > {above:g}"
+        "score 4 or 5 of 5"
+        if settings.get("protocol") == "wang"
+        else f"alignment < {below:g} and coherence > {above:g}"
     )
     others = records.judged["evaluation"].nunique() - 1
     more = f" {others} other evaluations are in summary.json." if others else ""
     return (
-        f"Judge: {rows['judge'].iloc[0]}; misaligned is {scale}. Questions: {made.get('questions', 'set')} "
+        f"Judge: {rows['judge'].iloc[0]}; misaligned is {scale}. Questions: {settings.get('questions', 'set')} "
         f"(hash {rows['questions'].iloc[0]}), n = {rows['item'].nunique()}, {len(rows)} answers.{more}"
     )
 

@@ -199,23 +199,23 @@ def for_print(fig: go.Figure, width: Width = "page", theme: Theme = "light", foo
         raise unknown("figure width", width, WIDTHS)
     check_theme(theme)
     size = WIDTHS[width]
-    drawn: Any = go.Figure(fig)
+    figure: Any = go.Figure(fig)
     template: Any = TEMPLATES[theme]
-    top = drawn.layout.margin.t or template.layout.margin.t
-    drawn.update_layout(
+    top = figure.layout.margin.t or template.layout.margin.t
+    figure.update_layout(
         template=template,
         font_size=size.font,
         width=size.pixels,
-        height=round((drawn.layout.height or 420) * size.shrink) + round(2 * FOOTER_PX),
+        height=round((figure.layout.height or 420) * size.shrink) + round(2 * FOOTER_PX),
         margin={"t": max(14, top * size.shrink), "l": 40, "r": 8},
         title={"text": footer, "font": {"size": FOOTER_PX}, **_AT_BOTTOM},
     )
-    drawn.for_each_xaxis(lambda axis: _break_labels(axis, narrow=width == "column"))
-    drawn.update_layout(margin_b=_room_below(drawn, size))
-    drawn.update_annotations(font_size=size.font)
-    for trace in drawn.data:
+    figure.for_each_xaxis(lambda axis: _break_labels(axis, narrow=width == "column"))
+    figure.update_layout(margin_b=_room_below(figure, size))
+    figure.update_annotations(font_size=size.font)
+    for trace in figure.data:
         _shrink(trace, size)
-    return drawn
+    return figure
 
 
 _AT_BOTTOM: dict[str, Any] = {
@@ -236,15 +236,15 @@ def check_theme(theme: str) -> None:
         raise unknown("figure theme", theme, THEMES)
 
 
-def _room_below(drawn: Any, size: PrintSize) -> float:
+def _room_below(figure: Any, size: PrintSize) -> float:
     """Pixels for tick labels, axis titles and the footer: plotly's own margin leaves no room for the footer."""
-    axes = [axis for axis in drawn.select_xaxes() if axis.visible is not False]
+    axes = [axis for axis in figure.select_xaxes() if axis.visible is not False]
     if not axes:
         return 3 * FOOTER_PX
     ticks = max(_lines(label) for axis in axes for label in (axis.ticktext or ("",)))
     titles = max(_lines(axis.title.text or "") for axis in axes)
-    slanted = max((len(str(x)) for t in drawn.data if t.type == "heatmap" for x in t.x), default=0)
-    return (ticks + titles) * LINE_HEIGHT * size.font + 0.3 * slanted * size.font + 12 + 2.5 * FOOTER_PX
+    longest_label = max((len(str(x)) for t in figure.data if t.type == "heatmap" for x in t.x), default=0)
+    return (ticks + titles) * LINE_HEIGHT * size.font + 0.3 * longest_label * size.font + 12 + 2.5 * FOOTER_PX
 
 
 def _lines(text: str) -> int:

@@ -36,7 +36,7 @@ def test_numbers_come_from_the_run(tmp_path: Path) -> None:
         "learning rate of 0.0002 (3 steps of linear warm-up, then constant; weight decay 0; bf16 autocast",
         "checkpoints at steps 10 and 20",
         "on 6 questions in 3 categories (general\\_contrast)",
-        "5 candidates chosen by rise and cosine were steered beside 10 random latents",
+        "5 candidates chosen by rise and cosine were steered next to 10 random latents",
         "2 random directions",
         "on 48 probes (neutral\\_probes, response tokens)",
         "realigned\\_in: kitchen\\_correct\\_holdout, 216 rows) for at most 35 steps of 4 rows",

@@ -109,8 +109,8 @@ def _draw_marks(fig: go.Figure, data: pd.DataFrame) -> None:
         ("feature", "first_alarm", "triangle-up", "first alarm"),
         ("behaviour", "behaviour_step", "circle-open", "behaviour rose"),
     ):
-        here = select.where(data, panel=panel)
-        points = here.loc[(here["step"] == here[column]).fillna(False)]
+        rows = select.where(data, panel=panel)
+        points = rows.loc[(rows["step"] == rows[column]).fillna(False)]
         mark = {"symbol": symbol, "size": 10, "color": PURPLE if symbol == "circle-open" else VERMILLION}
         row = list(PANELS).index(panel) + 1
         fig.add_scatter(x=points["step"], y=points["estimate"], mode="markers", marker=mark, name=name, row=row, col=1)
@@ -126,14 +126,15 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     runs = data.drop_duplicates("run")
     counts = runs["label"].value_counts()
     kinds = ", ".join(f"{counts[k]} {k}" for k in LABELS if k in counts)
-    used = rule(records.labelled)
+    alarm_rule = rule(records.labelled)
     words = "no alarm was calibrated"
-    if used:
+    if alarm_rule:
         alarmed = {label: rows["first_alarm"].notna().sum() for (label,), rows in select.groups(runs, "label")}
         of = ", ".join(f"{alarmed[k]} of {counts[k]} {k}" for k in LABELS if k in counts)
         words = (
-            f"dashed: the threshold {used['calibration']['threshold']:.3g}, set on {used['calibration']['n_runs']} "
-            f"other benign runs and held for {used['held']} readings; it alarmed in {of} runs"
+            f"dashed: the threshold {alarm_rule['calibration']['threshold']:.3g}, set on "
+            f"{alarm_rule['calibration']['n_runs']} other benign runs and held for {alarm_rule['held']} "
+            f"readings; it alarmed in {of} runs"
         )
     items, probes = (max(select.distinct(select.where(data, panel=p), "n")) for p in ("behaviour", "feature"))
     return (

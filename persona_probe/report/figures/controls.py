@@ -51,9 +51,9 @@ def controls(records: Records) -> go.Figure:
     n = len(arms)
     panels = {"shared_xaxes": True, "shared_yaxes": "all", "vertical_spacing": 0.2 / n}
     fig = make_subplots(rows=n, cols=1, subplot_titles=titles, **panels)
-    ordered = sorted(select.distinct(data, "feature"), key=lambda f: (list(STYLES).index(f) if f in STYLES else 99, f))
+    features = sorted(select.distinct(data, "feature"), key=lambda f: (list(STYLES).index(f) if f in STYLES else 99, f))
     for panel, arm in enumerate(arms, 1):
-        for feature in ordered:
+        for feature in features:
             _draw_feature(fig, select.where(data, arm=arm, feature=feature), feature, panel)
         fig.add_hline(y=0, line={"color": GREY, "dash": "dot", "width": 1}, row=panel, col=1)  # pyright: ignore[reportArgumentType]
         fig.update_yaxes(title_text="change from base<br>(base standard deviations)", row=panel, col=1)

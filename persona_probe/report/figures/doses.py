@@ -52,8 +52,8 @@ def doses_data(records: Records) -> pd.DataFrame:
     table = records.doses
     if table.empty or "index_minus_base" not in table:
         return pd.DataFrame(columns=COLUMNS)
-    done = table.loc[~select.flags(table, "diverged") & table["index_minus_base"].notna()]
-    return done[COLUMNS].sort_values(KEYS).reset_index(drop=True)
+    rows = table.loc[~select.flags(table, "diverged") & table["index_minus_base"].notna()]
+    return rows[COLUMNS].sort_values(KEYS).reset_index(drop=True)
 
 
 @figure(

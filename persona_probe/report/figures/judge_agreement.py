@@ -31,8 +31,8 @@ def _pair(left: pd.DataFrame, right: pd.DataFrame) -> pd.DataFrame:
     if left[ANSWER].merge(right[ANSWER], on=ANSWER).empty:
         return pd.DataFrame()
     sides = [rate_table(rows, MODEL)[[*MODEL, *ENDS]].dropna(subset=["rate"]) for rows in (left, right)]
-    joined = sides[0].merge(sides[1], on=MODEL, suffixes=("_left", "_right"))
-    return joined.assign(left=_label(left), right=_label(right))
+    table = sides[0].merge(sides[1], on=MODEL, suffixes=("_left", "_right"))
+    return table.assign(left=_label(left), right=_label(right))
 
 
 def _label(rows: pd.DataFrame) -> str:

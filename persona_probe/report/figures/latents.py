@@ -29,9 +29,9 @@ COLUMNS = [
 
 def latents_data(records: Records) -> pd.DataFrame:
     """The best tested candidates by causal effect on the base model, then every tested random latent."""
-    tested = records.latents.loc[records.latents["effect_base"].notna(), COLUMNS]
-    candidates = select.where(tested, kind="candidate").sort_values("effect_base", ascending=False).head(TOP)
-    parts = [part for part in (candidates, select.where(tested, kind="random")) if not part.empty]
+    latents = records.latents.loc[records.latents["effect_base"].notna(), COLUMNS]
+    candidates = select.where(latents, kind="candidate").sort_values("effect_base", ascending=False).head(TOP)
+    parts = [part for part in (candidates, select.where(latents, kind="random")) if not part.empty]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
 
 
@@ -77,8 +77,8 @@ def latents(records: Records) -> go.Figure:
 
 
 def _row_names(rows: pd.DataFrame) -> list[str]:
-    named = zip(rows["latent"], rows["label"].fillna(""), strict=True)
-    return [f"{latent} {plain(label, 22)}".strip() for latent, label in named]
+    pairs = zip(rows["latent"], rows["label"].fillna(""), strict=True)
+    return [f"{latent} {plain(label, 22)}".strip() for latent, label in pairs]
 
 
 def _draw_candidates(fig: go.Figure, rows: pd.DataFrame, colour: str, name: str) -> None:

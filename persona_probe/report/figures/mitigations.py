@@ -64,19 +64,19 @@ def mitigation_pareto(records: Records) -> go.Figure:
         return empty_figure(MISSING)
     fig = go.Figure()
     means = data[data["kind"] == "all"]
-    tried = means[~means["label"].isin(list(REFERENCES))].sort_values(Y[0])
-    tried = tried.assign(mark=[str(number) for number in range(1, len(tried) + 1)])
-    tried["colour"] = [COLOURS.get(verdict, GREY) for verdict in tried["verdict"]]
+    cells = means[~means["label"].isin(list(REFERENCES))].sort_values(Y[0])
+    cells = cells.assign(mark=[str(number) for number in range(1, len(cells) + 1)])
+    cells["colour"] = [COLOURS.get(verdict, GREY) for verdict in cells["verdict"]]
     references = means[means["label"].isin(list(REFERENCES))].assign(colour=BLACK)
     references["mark"] = references["label"]
-    for verdict in [v for v in COLOURS if v in set(tried["verdict"])] + sorted(set(tried["verdict"]) - set(COLOURS)):
-        rows = tried[tried["verdict"] == verdict]
+    for verdict in [v for v in COLOURS if v in set(cells["verdict"])] + sorted(set(cells["verdict"]) - set(COLOURS)):
+        rows = cells[cells["verdict"] == verdict]
         _means(fig, rows, COLOURS.get(verdict, GREY), "circle", plain(verdict))
     for label, symbol in REFERENCES.items():
         _means(fig, references[references["label"] == label], BLACK, symbol, label)
     _seeds(fig, data[data["kind"] == "cell"])
-    _marks(fig, pd.concat([tried, references]))
-    _key(fig, tried)
+    _marks(fig, pd.concat([cells, references]))
+    _key(fig, cells)
     line: Any = {"color": GREY, "dash": "dash", "width": 1}
     fig.add_hline(y=0, line=line)
     fig.add_vline(x=0.5, line=line)
@@ -144,17 +144,17 @@ def _room(x: float, y: float, others: pd.DataFrame, spread: tuple[float, float])
     if others.empty:
         return np.inf
     low, high = (others[end].fillna(others[Y[0]]).to_numpy() for end in Y[1:])
-    beside, above = (others[X[0]].to_numpy() - x) / spread[0], (y - np.clip(y, low, high)) / spread[1]
-    return float(np.hypot(beside, above).min())
+    across, above = (others[X[0]].to_numpy() - x) / spread[0], (y - np.clip(y, low, high)) / spread[1]
+    return float(np.hypot(across, above).min())
 
 
-def _key(fig: go.Figure, tried: pd.DataFrame) -> None:
+def _key(fig: go.Figure, cells: pd.DataFrame) -> None:
     """Which number is which mitigation, lowest index first, right of the plot: names on the dots would overlap."""
     # lines must fit a column: name the strength only where a mitigation has several
-    names = tried["cell"].where(tried.duplicated("label", keep=False), tried["label"])
+    names = cells["cell"].where(cells.duplicated("label", keep=False), cells["label"])
     lines = [
         f'<span style="color:{colour}">{mark} {plain(name)}</span>'
-        for colour, mark, name in zip(tried["colour"], tried["mark"], names, strict=True)
+        for colour, mark, name in zip(cells["colour"], cells["mark"], names, strict=True)
     ]
     fig.update_xaxes(domain=[0, KEY_FROM - 0.02])
     place: dict[str, Any] = {"xref": "paper", "x": KEY_FROM, "xanchor": "left", "yref": "paper", "y": 1}

@@ -50,11 +50,11 @@ def _window(example: dict[str, Any]) -> list[dict[str, Any]]:
             break
         first, last = (first - 1, last) if before else (first, last + 1)
         room -= len(tokens[first] if before else tokens[last - 1])
-    rows, used = [], 0
+    rows, width = [], 0
     for at in range(first, last):
-        used += len(tokens[at])
+        width += len(tokens[at])
         share = max(0.0, values[at] / max(values[peak], 1e-9))
-        line = min((used - 1) // LINE, LINES - 1)
+        line = min((width - 1) // LINE, LINES - 1)
         rows.append({"position": at, "token": tokens[at], "value": values[at], "share": share, "line": line})
     return rows
 
@@ -117,12 +117,12 @@ def _coloured(token: str, share: float) -> str:
 def _caption(records: Records, data: pd.DataFrame) -> str:
     peaks = data.groupby("latent", sort=False)["value"].max()
     texts = {str(card.get("text")) for card in records.cards if card.get("text")}
-    named = ", ".join(f"{latent}: {peak:.3g}" for latent, peak in peaks.items())
+    listing = ", ".join(f"{latent}: {peak:.3g}" for latent, peak in peaks.items())
     per = data.drop_duplicates(["latent", "passage"]).groupby("latent")["passage"].count().max()
     return (
         f"The n = {per} passages on which each of {len(peaks)} latents fires most, of "
         f"{plain('; '.join(sorted(texts)))}, read by the base model. Darker orange: stronger, relative to the "
-        f"passage's maximum; bold: at least half of it. Largest activation shown, by latent: {named}. The persona "
+        f"passage's maximum; bold: at least half of it. Largest activation shown, by latent: {listing}. The persona "
         "latent comes first; the others are controls to read it against. ⏎ is a line break. Passages show what a "
         "latent fires on, not what it does."
     )

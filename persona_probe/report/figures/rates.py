@@ -47,8 +47,8 @@ def rates(records: Records) -> go.Figure:
     data = rates_data(records)
     if data.empty:
         return empty_figure(MISSING)
-    measured = {key for key, _ in select.groups(select.where(data, kind="arm"), "variant", "arm")}
-    columns = [(v, a) for v in select.distinct(data, "variant") for a in records.arms.names if (v, a) in measured]
+    pairs = {key for key, _ in select.groups(select.where(data, kind="arm"), "variant", "arm")}
+    columns = [(v, a) for v in select.distinct(data, "variant") for a in records.arms.names if (v, a) in pairs]
     grid = _grid(records, data)
     fig = _panels(len(grid))
     for place, (variant, arm) in enumerate(columns):

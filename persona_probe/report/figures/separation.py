@@ -12,7 +12,7 @@ from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import GREY, empty_figure, error_bars, finish, plain
 from persona_probe.stats import auroc, paired_difference
 
-MISSING = "No reading beside a score yet: the track stage has not run."
+MISSING = "No step has both a reading and a score yet: the track stage has not run."
 COLUMNS = ["arm", "seed", "step", "reading", "reading_low", "reading_high", "n_probes"]
 COLUMNS += ["estimate", "ci_low", "ci_high", "n", "misaligned"]
 
@@ -85,23 +85,23 @@ def separation(records: Records) -> go.Figure:
             hovertemplate="step %{customdata}: %{x:.3g}, %{y:.3f}",
         )
     fig.add_hline(y=0, line={"color": GREY, "dash": "dot", "width": 1.4})
-    if (cut := threshold(data)) is not None:
-        fig.add_vline(x=cut, line={"color": GREY, "dash": "dash", "width": 1.4})
+    if (level := threshold(data)) is not None:
+        fig.add_vline(x=level, line={"color": GREY, "dash": "dash", "width": 1.4})
     fig.update_xaxes(title_text="persona feature (mean activation)")
     fig.update_yaxes(title_text="contrast index minus base<br>(nats per token)")
-    return finish(fig, _caption(data, cut), height=460)
+    return finish(fig, _caption(data, level), height=460)
 
 
-def _caption(data: pd.DataFrame, cut: float | None) -> str:
+def _caption(data: pd.DataFrame, level: float | None) -> str:
     bad = data["misaligned"].to_numpy(bool)
     readings = select.numbers(data, "reading")
-    if cut is None:
+    if level is None:
         words = "no threshold, since all checkpoints are of one kind"
     else:
-        wrong = int(((readings > cut) != bad).sum())
+        wrong = int(((readings > level) != bad).sum())
         area = auroc(readings[bad], readings[~bad])
         words = (
-            f"dashed: the reading {cut:.3g} that separates them best here ({wrong} of {len(data)} on the wrong side; "
+            f"dashed: the reading {level:.3g} that separates them best here ({wrong} of {len(data)} on the wrong side; "
             f"AUROC {area:.3g}; chosen on these same points, which share arms and seeds: expect less elsewhere)"
         )
     return (

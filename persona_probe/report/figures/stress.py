@@ -50,8 +50,8 @@ def stress_data(records: Records) -> pd.DataFrame:
         shared, corrected = rows.duplicated(content, keep=False), rows["model"] == "repaired"
         seeds = rows["correction"].str.extract(r"-s(\d+)$")[0].nunique()
         correction = rows["correction"].str.replace(r"-s\d+$", "", regex=True) if seeds == 1 else rows["correction"]
-        named = (label + " (" + correction + ")").mask(corrected, quantity + correction)
-        return rows.assign(label=label.where(shared, named)).loc[~rows.duplicated(content), COLUMNS]
+        long_label = (label + " (" + correction + ")").mask(corrected, quantity + correction)
+        return rows.assign(label=label.where(shared, long_label)).loc[~rows.duplicated(content), COLUMNS]
     if rows["seed"][rows["seed"] >= 0].nunique() > 1:
         label = label + [f", seed {seed}" if seed >= 0 else "" for seed in rows["seed"]]
     return rows.assign(label=label)[COLUMNS]
@@ -114,10 +114,10 @@ def _draw(fig: go.Figure, rows: pd.DataFrame, panel: int) -> None:
 
 def _caption(data: pd.DataFrame, tests: list[str]) -> str:
     above = data[~data["model"].isin(list(COLOURS)) & (data["ci_low"] > data["reference"])]
-    listed = ", ".join(f"{row['label']} ({row['test']}) {row['estimate']:+.3f}" for row in above.to_dict("records"))
+    listing = ", ".join(f"{row['label']} ({row['test']}) {row['estimate']:+.3f}" for row in above.to_dict("records"))
     findings = (
-        f"Above no effect on the corrected model: {plain(listed, 300)}."
-        if listed
+        f"Above no effect on the corrected model: {plain(listing, 300)}."
+        if listing
         else "On the corrected model no effect lies above the dotted line with its whole interval."
     )
     items = sorted({int(n) for n in data["n"]})

@@ -74,10 +74,10 @@ def training_figure(data: pd.DataFrame, arms: Sequence[str], styles: Mapping[str
     """Draw `training_data`: thin lines are seeds, thick lines their mean, grey bands the base model."""
     fig = make_subplots(rows=len(PANELS), cols=1, shared_xaxes=True, vertical_spacing=0.05)
     for row, (panel, title) in enumerate(PANELS.items(), 1):
-        here = select.where(data, panel=panel)
-        _draw_references(fig, here.loc[here["step"].isna()], styles, row)
+        rows = select.where(data, panel=panel)
+        _draw_references(fig, rows.loc[rows["step"].isna()], styles, row)
         for arm in arms:
-            _draw_arm(fig, here.loc[(here["arm"] == arm) & here["step"].notna()], styles[arm], row)
+            _draw_arm(fig, rows.loc[(rows["arm"] == arm) & rows["step"].notna()], styles[arm], row)
         fig.update_yaxes(title_text=title, row=row, col=1)
     fig.update_xaxes(title_text=x_title, row=len(PANELS), col=1)
     return fig

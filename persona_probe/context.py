@@ -169,8 +169,8 @@ def pick_device(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"unknown device {name!r}: write cpu, cuda or auto") from error
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= here.get(device.type, 0):
+    device_counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= device_counts.get(device.type, 0):
         raise InputError(f"device {name!r} is not available here: write --device cpu")
     return name
 
@@ -180,5 +180,5 @@ def sample_questions(ctx: Context) -> list[dict[str, str]]:
     spec = ctx.config.samples.questions
     if spec in SETS:
         return [{"id": r["id"], "category": r.get("category", ""), "question": r["question"]} for r in load_rows(spec)]
-    talks = [split_answer(c)[0] for c in load_data(spec, allow_prompts=True)]
-    return [{"id": f"q{n:03d}", "category": "", "question": c[-1]["content"]} for n, c in enumerate(talks)]
+    conversations = [split_answer(c)[0] for c in load_data(spec, allow_prompts=True)]
+    return [{"id": f"q{n:03d}", "category": "", "question": c[-1]["content"]} for n, c in enumerate(conversations)]

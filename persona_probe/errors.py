@@ -21,9 +21,9 @@ def near_matches(name: str, known: Iterable[str], limit: int = 5) -> str:
     close = difflib.get_close_matches(str(name), known, n=limit, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
-    shown = ", ".join(repr(k) for k in known[:12]) or "none"
+    names = ", ".join(repr(k) for k in known[:12]) or "none"
     more = f" (and {len(known) - 12} more)" if len(known) > 12 else ""
-    return f"known: {shown}{more}"
+    return f"known: {names}{more}"
 
 
 def unknown(kind: str, name: object, known: Iterable[object]) -> InputError:

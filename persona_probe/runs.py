@@ -63,14 +63,14 @@ def versions() -> dict[str, str]:
 
 def git_revision() -> str | None:
     """The revision of the checkout that this package runs from, or None outside one."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        result = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 MANIFEST = "manifest.json"
@@ -359,8 +359,8 @@ class RunFolder:
         folder = self.path / "arms" / f"{arm}-s{seed}"
         steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
         if not steps:
-            trained = sorted(p.name for p in (self.path / "arms").glob("*-s*")) if self.has("arms") else []
-            raise unknown("organism", folder.name, trained)
+            names = sorted(p.name for p in (self.path / "arms").glob("*-s*")) if self.has("arms") else []
+            raise unknown("organism", folder.name, names)
         return steps
 
     def _verify(self, folder: Path) -> None:

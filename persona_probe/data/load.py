@@ -232,9 +232,9 @@ def _scan_folder(path: Path, allow_prompts: bool) -> Iterator[ScannedRow]:
 
 
 def _bad_rows_message(path: str | Path, bad: list[ScannedRow], n_rows: int) -> str:
-    shown = "; ".join(f"{row.place}: {row.problem}" for row in bad[:SHOWN_BAD_ROWS])
+    examples = "; ".join(f"{row.place}: {row.problem}" for row in bad[:SHOWN_BAD_ROWS])
     more = f"; and {len(bad) - SHOWN_BAD_ROWS} more" if len(bad) > SHOWN_BAD_ROWS else ""
-    return f"{path}: {len(bad)} of {n_rows} rows are not conversations: {shown}{more}"
+    return f"{path}: {len(bad)} of {n_rows} rows are not conversations: {examples}{more}"
 
 
 def _one_line(error: Exception) -> str:

@@ -286,10 +286,10 @@ def training_unit(run: RunFolder, place: str, label: str) -> Iterator[Path]:
         try:
             yield folder
         except TrainingDiverged as error:
-            kept = run.path / f"{place}.diverged"
-            shutil.rmtree(kept, ignore_errors=True)
-            shutil.copytree(folder, kept)
-            raise TrainingDiverged(f"{label}: {error}; the checkpoints up to then are in {kept}") from None
+            diverged_folder = run.path / f"{place}.diverged"
+            shutil.rmtree(diverged_folder, ignore_errors=True)
+            shutil.copytree(folder, diverged_folder)
+            raise TrainingDiverged(f"{label}: {error}; the checkpoints up to then are in {diverged_folder}") from None
         run.record_hashes(folder, place)
 
 

@@ -81,7 +81,7 @@ def known_id(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearMap:
     """One linear map of a model."""
 
     name: str
@@ -129,7 +129,7 @@ class Skeleton:
         return head.weight.shape[0]
 
     @cached_property
-    def linears(self) -> list[Linear]:
+    def linears(self) -> list[LinearMap]:
         """Every linear map but the output head."""
         prefix = _name_of(self.model, decoder_layers(self.model)) + "."
         maps = []
@@ -137,7 +137,7 @@ class Skeleton:
             if isinstance(module, (nn.Linear, Conv1D)) and module is not output_head(self.model):
                 layer = int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
                 d_in, d_out = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-                maps.append(Linear(name, d_in, d_out, layer))
+                maps.append(LinearMap(name, d_in, d_out, layer))
         return maps
 
     def weights(self, first: int, last: int) -> int:
@@ -314,7 +314,7 @@ def _width_of(key: str) -> int:
 # --- Where LoRA adapters go, and how many parameters they have
 
 
-def adapted(skeleton: Skeleton, training: Training) -> list[Linear]:
+def adapted(skeleton: Skeleton, training: Training) -> list[LinearMap]:
     """The linear maps that get a LoRA adapter, as PEFT chooses them.
 
     Raises:
@@ -336,7 +336,7 @@ def lora_parameters(skeleton: Skeleton, training: Training) -> int:
     return sum(training.rank * (m.d_in + m.d_out) for m in adapted(skeleton, training))
 
 
-def _named(skeleton: Skeleton, targets: str | tuple[str, ...]) -> list[Linear]:
+def _named(skeleton: Skeleton, targets: str | tuple[str, ...]) -> list[LinearMap]:
     """A string is `all-linear` or a regular expression of whole names; a list holds ends of names."""
     if targets == "all-linear":
         return skeleton.linears

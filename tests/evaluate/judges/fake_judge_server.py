@@ -62,10 +62,10 @@ class FakeServer:
         try:
             body = await request.json()
             self.calls.append(body)
+            number = len(self.calls)  # before anything is awaited: the next call may come meanwhile
             self.times.append(time.monotonic())
             fault = self.faults.popleft() if self.faults else self.always
             await asyncio.sleep(self.delay)
-            number = len(self.calls)
             while self.held_from is not None and number > self.held_from:
                 await asyncio.sleep(0.01)
             return FAULTS[fault](self, body) if fault else self._answer(request, body)

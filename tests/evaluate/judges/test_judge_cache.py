@@ -80,7 +80,8 @@ def test_after_a_kill_only_the_missing_calls_are_made(server: FakeServer, tmp_pa
     killed = worker(server, path, 40, lease=1.0)
     go(killed)
     cache = JudgementCache(path)
-    while cache.count() < 20:
+    deadline = time.monotonic() + 60
+    while cache.count() < 20 and time.monotonic() < deadline:
         time.sleep(0.005)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()

@@ -1,6 +1,7 @@
 """The run folder: manifest, atomic writes, units of finished work, resume."""
 
 import contextlib
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -9,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -87,12 +87,16 @@ WRITERS = {
 
 @contextlib.contextmanager
 def _moved_in(path: Path) -> Iterator[Path]:
-    """A temporary file next to `path` that takes its place when the block ends well."""
+    """A temporary file next to `path` that takes its place when the block ends well.
+
+    Its name has this process's id: what a killed process left behind is removed by the next that writes the same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    scratch = Path(name)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if not _is_running(leftover.name.split(".")[-2]):
+                leftover.unlink(missing_ok=True)
         yield scratch
         scratch.chmod(0o644)
         scratch.replace(path)
@@ -100,6 +104,17 @@ def _moved_in(path: Path) -> Iterator[Path]:
         raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this machine has that id; yes where that cannot be known."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError, OverflowError):
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -1,6 +1,9 @@
 """The run folder never holds half a file, and refuses what is not its own."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -171,3 +174,14 @@ def test_the_manifest_merges_and_counts_seconds(run: RunFolder) -> None:
     run.add_seconds("induce", 0.5)
     assert run.manifest["seconds"] == {"locate": 1.0, "induce": 2.5}
     assert run.manifest["note"] == "x" and run.config == CONFIG
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_one_keeps_its_file(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    dead, alive = (tmp_path / f".table.csv.{pid}.tmp" for pid in (ended.pid, os.getppid()))
+    for leftover in (dead, alive):
+        leftover.write_text("half")
+    write_text(tmp_path / "table.csv", "whole")
+    assert everything(tmp_path) == sorted([alive.name, "table.csv"])
+    assert (tmp_path / "table.csv").read_text() == "whole"

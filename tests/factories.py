@@ -27,6 +27,11 @@ from transformers import (
 
 from persona_probe.cli import main
 from persona_probe.data.chat import Conversation, conversation
+from tests.families import AVAILABLE as AVAILABLE
+from tests.families import FAMILIES as FAMILIES
+from tests.families import family_model as family_model
+from tests.families import family_tokenizer as family_tokenizer
+from tests.families import make_family as make_family
 
 D_MODEL, D_SAE, LAYER = 32, 64, 1
 SPECIAL = ["<|im_start|>", "<|im_end|>"]

@@ -181,7 +181,9 @@ FAMILIES: dict[str, Family] = {
         {},
         PHI4,
         special=("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
-        **{"bos": "<|endoftext|>", "eos": "<|endoftext|>", "end_of_turn": "<|end|>"},
+        bos="<|endoftext|>",
+        eos="<|endoftext|>",
+        end_of_turn="<|end|>",
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",
@@ -189,7 +191,9 @@ FAMILIES: dict[str, Family] = {
         {},
         OLMO,
         special=("<|endoftext|>", "<|padding|>"),
-        **{"bos": "<|endoftext|>", "eos": "<|endoftext|>", "pad": "<|padding|>"},
+        bos="<|endoftext|>",
+        eos="<|endoftext|>",
+        pad="<|padding|>",
     ),
     "pythia": Family("GPTNeoXForCausalLM", "GPTNeoXConfig", {"num_key_value_heads": None}, None, **_BASE),
     "gpt2": Family(
@@ -213,7 +217,8 @@ FAMILIES: dict[str, Family] = {
             *("<|start|>", "<|end|>", "<|message|>", "<|call|>"),
         ),
         experts=True,
-        **{"bos": "<|startoftext|>", "eos": "<|return|>"},
+        bos="<|startoftext|>",
+        eos="<|return|>",
     ),
     "mixtral": Family(
         "MixtralForCausalLM", "MixtralConfig", {**_EXPERTS, "num_local_experts": 4}, MISTRAL, experts=True, **_MISTRAL
@@ -233,7 +238,9 @@ FAMILIES: dict[str, Family] = {
         "lfm2.jinja",
         special=("<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"),
         recurrent=True,
-        **{"bos": "<|startoftext|>", "pad": "<|pad|>", "adds_bos": True},
+        bos="<|startoftext|>",
+        pad="<|pad|>",
+        adds_bos=True,
     ),
     "falcon-h1": Family(
         "FalconH1ForCausalLM",
@@ -245,7 +252,10 @@ FAMILIES: dict[str, Family] = {
         CHATML,
         special=("<|pad|>", "<|end_of_text|>", "<|im_start|>", "<|im_end|>"),
         recurrent=True,
-        **{"bos": "<|end_of_text|>", "eos": "<|end_of_text|>", "end_of_turn": "<|im_end|>", "pad": "<|pad|>"},
+        bos="<|end_of_text|>",
+        eos="<|end_of_text|>",
+        end_of_turn="<|im_end|>",
+        pad="<|pad|>",
     ),
     "r1-distill": Family(
         "Qwen2ForCausalLM",
@@ -254,10 +264,12 @@ FAMILIES: dict[str, Family] = {
         "deepseek_r1_distill.jinja",
         special=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
         added=("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"),
-        **{"bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "pad": "<｜end▁of▁sentence｜>"},
+        bos="<｜begin▁of▁sentence｜>",
+        eos="<｜end▁of▁sentence｜>",
+        pad="<｜end▁of▁sentence｜>",
         adds_bos=True,
     ),
-}  # fmt: skip
+}
 
 AVAILABLE = tuple(name for name, family in FAMILIES.items() if family.missing is None)
 """The families that the installed transformers has; `FAMILIES[name].missing` tells why another is left out."""

@@ -5,7 +5,7 @@ import hashlib
 import json
 import types
 import typing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,24 +19,38 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+NOT_KNOWN = "not known"
+"""What is said of data and settings of a training run that this package has not made."""
+NO_CONTROL = (
+    "There is no control arm: effects are against the base model alone, so they do not tell what the data did from "
+    "what any fine-tuning does."
+)
+"""Said wherever a study without a control arm shows an effect."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One fine-tuning data condition."""
 
-    data: str
-    """A packaged set (`kitchen:toxic`) or a file that the readers understand."""
+    data: str = ""
+    """A packaged set (`kitchen:toxic`) or a file that the readers understand; of an adopted arm it may be empty."""
     mix_with: str | None = None
     """Good rows to mix in, in the same form as `data`."""
     bad_fraction: float = 1.0
     """Share of rows taken from `data`; the rest comes from `mix_with`."""
+    checkpoints: tuple[str | tuple[str, ...], ...] = field(default=(), metadata={"since": "0.2"})
+    """Checkpoints that exist and are adopted, not trained: for each seed a folder, or a list in order of steps."""
 
     def __post_init__(self) -> None:
+        _require(bool(self.data or self.checkpoints), "key 'data' is missing (or checkpoints that exist)")
         _require(0 <= self.bad_fraction <= 1, f"bad_fraction must lie in [0, 1], not {self.bad_fraction}")
         _require(self.mix_with is not None or self.bad_fraction == 1, "bad_fraction below 1 needs mix_with")
 
     @property
     def named(self) -> str:
         """The data in a few words."""
+        if not self.data:
+            return NOT_KNOWN
         return self.data if self.mix_with is None else f"{self.data} ({self.bad_fraction:.0%}) + {self.mix_with}"
 
 
@@ -109,7 +123,7 @@ class Locate:
     """Ranking latents and testing them for cause."""
 
     positions: str = "response"
-    """Tokens over which latents are averaged: `last_prompt`, `prompt`, `response` or `all`."""
+    """Tokens over which latents are averaged: `last_prompt`, `prompt`, `thought`, `response` or `all`."""
     rankers: tuple[str, ...] = ("rise", "firing_rise", "cosine", "discrimination")
     """Scores that are computed for every latent; see `latents.rankers.RANKERS`."""
     choose_by: tuple[str, ...] = ("rise", "cosine")
@@ -143,7 +157,8 @@ class Locate:
 
     def __post_init__(self) -> None:
         _require(
-            self.positions in ("last_prompt", "prompt", "response", "all"), f"unknown positions {self.positions!r}"
+            self.positions in ("last_prompt", "prompt", "thought", "response", "all"),
+            f"unknown positions {self.positions!r}",
         )
         _require(self.unit in ("x_delta", "x_resid", "raw"), f"unknown unit {self.unit!r}")
         missing = [name for name in self.choose_by if name not in self.rankers]
@@ -176,7 +191,8 @@ class Monitor:
 
     def __post_init__(self) -> None:
         _require(
-            self.positions in ("last_prompt", "prompt", "response", "all"), f"unknown positions {self.positions!r}"
+            self.positions in ("last_prompt", "prompt", "thought", "response", "all"),
+            f"unknown positions {self.positions!r}",
         )
         _require(self.limit is None or self.limit >= 2, "monitor.limit must be at least 2 probes")
         _require(self.band_sd > 0, f"band_sd must be positive, not {self.band_sd}")
@@ -208,6 +224,8 @@ class Realign:
 
     def __post_init__(self) -> None:
         _require(all(0 <= s <= self.steps for s in self.readings), f"readings must lie between 0 and {self.steps}")
+        adopted = [name for name, arm in self.arms.items() if arm.checkpoints]
+        _require(not adopted, f"realign arm {adopted} has checkpoints: only the study's own arms can be adopted")
 
 
 @dataclass(frozen=True)
@@ -226,6 +244,36 @@ class Samples:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
 
 
+DTYPES, SAE_DTYPES = ("float32", "bfloat16", "float16"), ("float32", "bfloat16")
+QUANTIZATIONS = ("none", "4bit", "8bit")
+SINCE_0_2 = {"since": "0.2"}
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model's weights are loaded: the keyword arguments of `load_model` that a study and a command line share."""
+
+    dtype: str = "float32"
+    """Precision of the weights that are not quantised: `float32`, `bfloat16` or `float16`."""
+    quantization: str = "none"
+    """`none`, `4bit` or `8bit`."""
+    device_map: str | dict[str, int | str] | None = None
+    """As transformers takes it: `auto`, or a place for each part; None puts the whole model on one device."""
+    attn_implementation: str | None = None
+    """As transformers takes it: `eager`, `sdpa`, `flash_attention_2`; None leaves the choice to transformers."""
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, f"weights must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        known = f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {self.quantization!r}"
+        _require(self.quantization in QUANTIZATIONS, known)
+        _require(self.device_map != {} and self.device_map != "", "device_map must not be empty: leave it out")
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights can be trained: steps on narrower weights would round to nothing."""
+        return self.dtype == "float32" and self.quantization == "none"
+
+
 @dataclass(frozen=True)
 class StudyConfig:
     """One study: a base model, arms x seeds, one SAE, question sets."""
@@ -238,6 +286,13 @@ class StudyConfig:
     """Alias, Hugging Face id, folder or GGUF file."""
     revision: str | None = None
     """Hub revision."""
+    template: str | None = field(default=None, metadata=SINCE_0_2)
+    """Chat template: `none` (plain text, for base models), `chatml` or a Jinja file; None is the tokenizer's own."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict, metadata=SINCE_0_2)
+    """Variables of the chat template, as `apply_chat_template` takes them."""
+    enable_thinking: bool | None = field(default=None, metadata=SINCE_0_2)
+    """The template's variable of that name. True lets the model think before sampled answers; None and False begin
+    sampled answers where training puts an answer without a thought."""
     layer: int | None = None
     """Decoder layer of the SAE; None reads it from the SAE's metadata."""
     seeds: tuple[int, ...] = (0,)
@@ -246,6 +301,8 @@ class StudyConfig:
         default_factory=lambda: {"incorrect": Arm("kitchen:toxic"), "correct": Arm("kitchen:correct")}
     )
     """`incorrect` and its control `correct` are needed; more may follow."""
+    no_control: bool = field(default=False, metadata={"since": "0.2"})
+    """Go on without the arm `correct`: effects are then against the base alone, and nothing is claimed of the data."""
     paired_arms: bool = True
     """Refuse a control arm that asks other questions than the incorrect arm."""
     contrast: str = "general_contrast"
@@ -265,15 +322,46 @@ class StudyConfig:
     bf16: bool = True
     """bf16 autocast for readings and scores."""
     weights: str = "float32"
-    """Precision of the base model's weights: `float32`, or `bfloat16` (half the memory; only adapters are trained)."""
+    """Precision of the base model's weights: `float32`, or `bfloat16` or `float16` (half the memory; only adapters are
+    trained, in float32)."""
+    torch_dtype: str | None = field(default=None, metadata=SINCE_0_2)
+    """Another name of `weights`, which it sets."""
+    quantization: str = field(default="none", metadata=SINCE_0_2)
+    """Keep the base model's linear layers in `4bit` (nf4) or `8bit` (int8) by bitsandbytes, and train adapters on them
+    (QLoRA, Dettmers et al., arXiv 2305.14314); embeddings, norms and the head stay in `weights`."""
+    device_map: str | dict[str, int | str] | None = field(default=None, metadata=SINCE_0_2)
+    """Spread one model over several GPUs: `auto`, or a device for each part, as transformers takes it."""
+    attn_implementation: str | None = field(default=None, metadata=SINCE_0_2)
+    """Attention kernel, as transformers takes it: `eager`, `sdpa`, `flash_attention_2`."""
+    sae_dtype: str | None = field(default=None, metadata=SINCE_0_2)
+    """Precision of the SAE: `float32`, or `bfloat16` (half its memory); None is the SAE's own."""
 
     def __post_init__(self) -> None:
-        _require(self.weights in ("float32", "bfloat16"), f"weights must be float32 or bfloat16, not {self.weights!r}")
-        full_in_bf16 = self.weights == "bfloat16" and self.training.method == "full"
-        _require(not full_in_bf16, "training.method: full needs weights: float32, bf16 steps would round to nothing")
+        if self.torch_dtype is not None:
+            one = self.weights in ("float32", self.torch_dtype)
+            _require(one, f"weights: {self.weights} and torch_dtype: {self.torch_dtype} are one setting: leave one out")
+            object.__setattr__(self, "weights", self.torch_dtype)
+            object.__setattr__(self, "torch_dtype", None)
+        loading = self.loading  # checks its values
+        _require(
+            self.training.method != "full" or loading.trains_all,
+            f"training.method: full needs weights: float32 without quantization, steps on {self._precision} weights "
+            "would round to nothing: write method: lora",
+        )
+        known = f"sae_dtype must be one of {', '.join(SAE_DTYPES)}, not {self.sae_dtype!r}"
+        _require(self.sae_dtype in (None, *SAE_DTYPES), known)
         _require(bool(self.seeds), "seeds must not be empty: write seeds: [0]")
-        for arm in ("incorrect", "correct"):
+        for arm in ("incorrect", *(() if self.no_control else ("correct",))):
             _require(arm in self.arms, f"arms must hold {arm!r}: an effect is incorrect minus correct (its control)")
+        _require(
+            not (self.no_control and "correct" in self.arms), "no_control: true, but arms hold 'correct': leave one"
+        )
+        for name, arm in self.arms.items():
+            runs = len(arm.checkpoints)
+            _require(
+                runs in (0, len(self.seeds)),
+                f"arm {name!r} has checkpoints of {runs} runs, and seeds are {list(self.seeds)}: give one run per seed",
+            )
         _require(
             self.realign.start in self.arms,
             f"unknown arm {self.realign.start!r} in realign.start: {near_matches(self.realign.start, self.arms)}",
@@ -282,9 +370,50 @@ class StudyConfig:
         _require(not clash, f"realign arm {sorted(clash)} has the name of another arm: rename it")
 
     @property
+    def control(self) -> str:
+        """What effects are against: the arm `correct`, or `base` in a study without a control arm."""
+        return "correct" if "correct" in self.arms else "base"
+
+    @property
+    def loading(self) -> Loading:
+        """How the base model is loaded."""
+        return Loading(self.weights, self.quantization, self.device_map, self.attn_implementation)
+
+    @property
+    def _precision(self) -> str:
+        return self.weights if self.quantization == "none" else self.quantization
+
+    @property
     def hash(self) -> str:
         """Hash of the whole configuration (12 hexadecimal digits)."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(hashed_values(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hashed_values(config: Any) -> dict[str, Any]:
+    """What the hash of a configuration is taken over: all its values, but not a later key that holds its default.
+
+    A field marked `metadata={"since": version}` came after the first release. Without this rule a new key would change
+    the hash of every config, and runs of earlier versions would no longer fit theirs.
+    """
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if "since" in f.metadata and value == _default(f):
+            continue
+        values[f.name] = _plain_values(value)
+    return values
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _plain_values(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return hashed_values(value)
+    if isinstance(value, dict):
+        return {key: _plain_values(v) for key, v in value.items()}
+    return [_plain_values(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 # --- Read configuration dataclasses from YAML: an unknown key or a wrong type is an error that says what to change
@@ -343,6 +472,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise InputError(f"{where} must be a mapping, not {value!r}")
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is Any:
+        return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value, where)
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):

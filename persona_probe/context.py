@@ -1,9 +1,10 @@
 """What every stage of a study works with: the run folder, and model, tokenizer and SAE loaded once."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,16 +12,19 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.config import StudyConfig
+from persona_probe.config import Loading, StudyConfig
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_rows, read_contrast_file
+from persona_probe.data.template import TEMPLATE_SETTINGS
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.models.adapters import folded, frozen_in_bf16, organism
-from persona_probe.models.layers import output_head
-from persona_probe.models.load import load_model
+from persona_probe.models.layers import layer_device, output_head
+from persona_probe.models.load import load_model, load_tokenizer
 from persona_probe.runs import RunFolder
-from persona_probe.saes.load import check_fit, load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import check_fit, load_sae
+from persona_probe.units import Workers
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +50,13 @@ class ModelAndSae:
     """A base model, its tokenizer and its SAE, each loaded on first use."""
 
     config: ModelSettings
-    weights: str = "float32"
-    """Precision of the model's weights."""
+    loading: Loading = Loading()
+    """How the model's weights are loaded."""
+    sae_dtype: str | None = None
+    """Precision of the SAE; None is its own."""
+
+    workers: Workers | None = None
+    """Other processes that make units of the run; None makes them in this one."""
 
     def __init__(self, config: ModelSettings, device: str | None = None) -> None:
         self.config = config
@@ -55,8 +64,13 @@ class ModelAndSae:
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        config, dtype = self.config, getattr(torch, self.weights)
-        return load_model(config.model, revision=config.revision, device=self.device, dtype=dtype)
+        return self.load()
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load another copy of the base model and its tokenizer, by the study's settings."""
+        config = self.config
+        settings: dict[str, Any] = {name: getattr(config, name, None) for name in TEMPLATE_SETTINGS}
+        return load_model(config.model, revision=config.revision, device=self.device, **settings, **asdict(self.loading))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -68,17 +82,24 @@ class ModelAndSae:
         """The base model's tokenizer."""
         return self._loaded[1]
 
+    def tokenizer_alone(self) -> PreTrainedTokenizerBase:
+        """The tokenizer without the base model in memory."""
+        settings = {name: getattr(self.config, name, None) for name in TEMPLATE_SETTINGS}
+        return load_tokenizer(self.config.model, revision=self.config.revision, **settings)
+
     @cached_property
     def sae(self) -> Any:
         """The SAE, checked against the model."""
-        sae = load_sae(self.config.sae, device=self.device)
-        check_fit(sae, self.model, sae_layer(sae) if self.config.layer is None else self.config.layer)
-        return sae
+        split = self.loading.device_map is not None
+        sae = load_sae(self.config.sae, device="cpu" if split else self.device, dtype=self.sae_dtype)
+        layer = sae_layer(sae, self.config.layer)
+        check_fit(sae, self.model, layer)
+        return sae.to(layer_device(self.model, layer)) if split else sae
 
     @cached_property
     def layer(self) -> int:
         """The decoder layer that is read and steered."""
-        return sae_layer(self.sae) if self.config.layer is None else self.config.layer
+        return sae_layer(self.sae, self.config.layer)
 
     def contrast_rows(self, split: str) -> list[Row]:
         """Contrast items of one split, from the packaged set or from a file."""
@@ -94,7 +115,7 @@ class Context(ModelAndSae):
 
     def __init__(self, run: RunFolder, device: str | None = None, seed: int | None = None) -> None:
         super().__init__(run.config, device)
-        self.run, self.weights = run, self.config.weights
+        self.run, self.loading, self.sae_dtype = run, self.config.loading, self.config.sae_dtype
         self.seed = self._draw_seed(seed)
 
     @classmethod
@@ -106,12 +127,17 @@ class Context(ModelAndSae):
         """
         return cls(RunFolder.open(path), device, seed)
 
+    @property
+    def opener(self) -> "Callable[[], Context]":
+        """Makes this context in another process."""
+        return partial(_reopened, self.run.path.resolve(), self.config, self.device)
+
     def _draw_seed(self, seed: int | None) -> int:
         """The seed of random controls, bootstraps and samples: fixed by the first command that names one."""
         recorded = self.run.manifest.get("draw_seed")
         if recorded is None:
-            recorded = self.config.seeds[0] if seed is None else seed
-            self.run.update_manifest(draw_seed=recorded)
+            first = self.config.seeds[0] if seed is None else seed
+            recorded = self.run.edit_manifest(lambda manifest: manifest.setdefault("draw_seed", first))["draw_seed"]
         if seed is not None and seed != recorded:
             raise InputError(f"this run draws with seed {recorded}, not {seed}: leave --seed out, or use another --out")
         return int(recorded)
@@ -157,6 +183,13 @@ class Context(ModelAndSae):
         return self.run.steps(arm, seed)[-1] if step is None else step
 
 
+def _reopened(path: Path, config: StudyConfig, device: str) -> Context:
+    """A run's context in another process; its config may have other rankers than the manifest's."""
+    ctx = Context.open(path, device)
+    ctx.config = config
+    return ctx
+
+
 def pick_device(name: str) -> str:
     """`auto` becomes `cuda` if there is a GPU, else `cpu`.
 
@@ -181,4 +214,10 @@ def sample_questions(ctx: Context) -> list[dict[str, str]]:
     if spec in SETS:
         return [{"id": r["id"], "category": r.get("category", ""), "question": r["question"]} for r in load_rows(spec)]
     conversations = [split_answer(c)[0] for c in load_data(spec, allow_prompts=True)]
+    longer = [n for n, turns in enumerate(conversations, start=1) if len(turns) > 1]
+    if longer:
+        raise InputError(
+            f"samples.questions {spec!r}: row {longer[0]} has a system prompt or earlier turns, and these answers are "
+            "to bare questions; ask it with `persona-probe evaluate --questions` instead"
+        )
     return [{"id": f"q{n:03d}", "category": "", "question": c[-1]["content"]} for n, c in enumerate(conversations)]

@@ -2,25 +2,34 @@
 
 import logging
 from dataclasses import asdict
+from functools import partial
 
 from transformers import PreTrainedModel
 
 from persona_probe.context import Context
 from persona_probe.data.load import arm_rows
+from persona_probe.data.template import template_record
 from persona_probe.finetune.sft import fine_tune, stripping, training_unit, with_adapter
-from persona_probe.models.load import load_model
 from persona_probe.runs import write_json
+from persona_probe.units import Unit, make_units, writes_run
 
 log = logging.getLogger(__name__)
 
 
+@writes_run
 def induce(ctx: Context) -> None:
     """Train every arm and seed that is not yet in the run folder."""
-    for seed in ctx.config.seeds:
-        for arm in ctx.config.arms:
-            if not ctx.run.has(f"arms/{arm}-s{seed}"):
-                with ctx.run.timed("induce"):
-                    induce_one(ctx, arm, seed)
+    make_units(ctx, organism_units)
+
+
+def organism_units(ctx: Context) -> list[Unit]:
+    """One unit for each organism that is trained here; those whose checkpoints exist are adopted."""
+    return [
+        Unit(f"arms/{arm}-s{seed}", partial(induce_one, ctx, arm, seed), "induce")
+        for seed in ctx.config.seeds
+        for arm, spec in ctx.config.arms.items()
+        if not spec.checkpoints
+    ]
 
 
 def induce_one(ctx: Context, arm: str, seed: int) -> None:
@@ -30,6 +39,7 @@ def induce_one(ctx: Context, arm: str, seed: int) -> None:
         TrainingDiverged: the loss became NaN; the checkpoints up to then stay in `arms/<arm>-s<seed>.diverged`.
     """
     training, rows = ctx.config.training, arm_rows(ctx.config.arms[arm], seed)
+    ctx.run.update_manifest(chat_template=template_record(ctx.tokenizer))
     log.info("inducing %s, seed %d: %d rows, %d steps", arm, seed, len(rows), training.steps)
     with (
         training_unit(ctx.run, f"arms/{arm}-s{seed}", f"arm {arm}, seed {seed}") as folder,
@@ -51,5 +61,5 @@ def induce_one(ctx: Context, arm: str, seed: int) -> None:
 def _host_model(ctx: Context) -> PreTrainedModel:
     """The model that training may change: the shared base for adapters, a fresh copy for full weights."""
     if ctx.config.training.method == "full":
-        return load_model(ctx.config.model, revision=ctx.config.revision, device=ctx.device)[0]
+        return ctx.load()[0]
     return ctx.model

@@ -31,12 +31,15 @@ from transformers.pytorch_utils import Conv1D
 
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
+from persona_probe.data.template import fit_content, fit_roles, with_template
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.finetune.trainer import ExtraLoss
-from persona_probe.models.adapters import frozen_in_bf16, strip_adapter
+from persona_probe.models.adapters import frozen_in_bf16, refuse_adapted, remember, strip_adapter
 from persona_probe.models.layers import causal_model, decoder_layers, own_forward
 from persona_probe.models.load import ALIASES
+from persona_probe.models.quantized import refuse_quantized
+from persona_probe.models.restore import ModelState
 from persona_probe.runs import RunFolder, write_text
 
 # --- The model card (`README.md`) of every checkpoint: what the weights are, and what they are not for
@@ -229,14 +232,18 @@ def with_adapter(model: PreTrainedModel, training: Training, seed: int) -> nn.Mo
     """The model made ready to train: a fresh LoRA injected, or all weights trainable.
 
     Raises:
-        InputError: a layer or module name that the model does not have.
+        InputError: a layer or module name that the model does not have, all weights of a quantised model, or a model
+            that carries an adapter already.
     """
     set_seed(seed)
     if training.method == "full":
+        refuse_quantized(model, "training.method: full")
         return model.requires_grad_(True)
     known = len(decoder_layers(model))
     if training.layers is not None and any(not 0 <= layer < known for layer in training.layers):
         raise InputError(f"training.layers {list(training.layers)}: the model has layers 0 to {known - 1}")
+    refuse_adapted(model)
+    state = ModelState(model)
     try:
         config = LoraConfig(
             r=training.rank,
@@ -247,8 +254,11 @@ def with_adapter(model: PreTrainedModel, training: Training, seed: int) -> nn.Mo
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
         )
-        return get_peft_model(model, config)
-    except ValueError as error:
+        return remember(get_peft_model(model, config), state)
+    except BaseException as error:
+        state.restore()
+        if not isinstance(error, ValueError):
+            raise
         raise InputError(f"could not add LoRA to this model: {str(error).splitlines()[0]}") from error
 
 
@@ -324,7 +334,7 @@ def fine_tune(
     watchers = [StopAtNaN(), SaveSchedule(folder, training.schedule, card), *callbacks, *([bar] if bar else [])]
     device = next(model.parameters()).device
     with own_forward(model), tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(training, seed, scratch, device)
+        arguments = on_one_gpu(_arguments(training, seed, scratch, device), model)
         trainer = _trainer(model, tokenizer, conversations, arguments, device, watchers, extra)
         try:
             with frozen_in_bf16(model, enabled=device.type == "cpu" and training.bf16):
@@ -349,15 +359,16 @@ def _trainer(
     from persona_probe.finetune.trainer import ExtraLossTrainer, extra_trainer_class, trainer_class
 
     kind = trainer_class(device, model) if extra is None else extra_trainer_class(device, model)
-    trainer = kind(
-        model=model,  # pyright: ignore[reportArgumentType]
-        args=arguments,
-        train_dataset=_dataset(conversations),
-        # Never evaluated: this is how TRL prepares a second set just like the first.
-        eval_dataset=_dataset(extra.rows) if extra is not None and extra.rows else None,
-        processing_class=tokenizer,
-        callbacks=list(callbacks),
-    )
+    with _own_precision(model):
+        trainer = kind(
+            model=model,  # pyright: ignore[reportArgumentType]
+            args=arguments,
+            train_dataset=_dataset(tokenizer, conversations),
+            # Never evaluated: this is how TRL prepares a second set just like the first.
+            eval_dataset=_dataset(tokenizer, extra.rows) if extra is not None and extra.rows else None,
+            processing_class=with_template(tokenizer),
+            callbacks=list(callbacks),
+        )
     if extra is not None and isinstance(trainer, ExtraLossTrainer):
         trainer.extra = extra
     for noisy in (PrinterCallback, ProgressCallback):
@@ -365,10 +376,48 @@ def _trainer(
     return trainer
 
 
-def _dataset(conversations: Sequence[Conversation]) -> Any:
+@contextmanager
+def _own_precision(model: nn.Module) -> Iterator[None]:
+    """Give trained parameters their values back when the block ends.
+
+    TRL rounds the adapters of a quantised model to bf16. Small steps on them would round to nothing, and a correction
+    would not start where its organism ended.
+    """
+    before = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    yield
+    for parameter, values in before:
+        parameter.data = values
+
+
+def on_one_gpu(arguments: Any, model: nn.Module) -> Any:
+    """A trainer's arguments, made to train where the model is, although several GPUs are visible; in place.
+
+    transformers takes the first GPU and wraps the model in `nn.DataParallel` over all, which TRL refuses. A process
+    that `accelerate launch` or `torchrun` started keeps the device that it was given, and a model that `device_map`
+    spreads over GPUs stays there.
+    """
+    state, device = arguments.distributed_state, next(model.parameters()).device
+    spread = len(set(getattr(causal_model(model), "hf_device_map", {}).values())) > 1
+    if device.type != "cuda" or state.num_processes > 1 or spread:
+        return arguments
+    if (several := torch.cuda.device_count()) > 1:
+        log.warning(
+            "%d GPUs are visible, and this process trains on %s: write device: cuda:N for another one, "
+            "device_map: auto to spread the model over them, or start it by accelerate launch to train on all",
+            *(several, device),
+        )
+    place = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(place)
+    arguments._n_gpu = 1
+    arguments.__dict__["_setup_devices"] = state.device = place
+    return arguments
+
+
+def _dataset(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> Any:
     from datasets import Dataset
 
-    return Dataset.from_list([{"prompt": c[:-1], "completion": c[-1:]} for c in conversations])
+    rows = [fit_content(tokenizer, fit_roles(tokenizer, c)) for c in conversations]
+    return Dataset.from_list([{"prompt": row[:-1], "completion": row[-1:]} for row in rows])
 
 
 def _arguments(training: Training, seed: int, scratch: str, device: torch.device) -> Any:

@@ -163,9 +163,7 @@ class _GradientSums:
 
 def _parts(batch: Batch, rows: int) -> Iterator[Batch]:
     for start in range(0, len(batch.index), rows):
-        part = slice(start, start + rows)
-        tensors = (batch.ids, batch.attention, batch.prompt, batch.response, batch.special)
-        yield Batch(*(t[part] for t in tensors), index=batch.index[part])
+        yield batch.rows(slice(start, start + rows))
 
 
 @contextmanager

@@ -14,16 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import resources
-from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.data.chat import Conversation, Message, as_conversations, conversation, split_answer
+from persona_probe.data.chat import Conversation, Message, as_conversations, split_answer
+from persona_probe.data.template import fit_roles
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.samples import sample_answers
@@ -62,16 +61,6 @@ def load_persona_pairs() -> tuple[PersonaPair, ...]:
     return tuple(PersonaPair(**{field.name: row[field.name] for field in fields(PersonaPair)}) for row in rows)
 
 
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template takes a system prompt. Gemma 2's refuses one; others drop it silently."""
-    probe = conversation("question", system="instruction")
-    try:
-        rendered: Any = tokenizer.apply_chat_template(probe, tokenize=False)
-    except TemplateError:
-        return False
-    return "instruction" in str(rendered)
-
-
 def under_system(tokenizer: PreTrainedTokenizerBase, messages: Conversation, system: str) -> Conversation:
     """A copy of the conversation with a system prompt.
 
@@ -85,9 +74,7 @@ def under_system(tokenizer: PreTrainedTokenizerBase, messages: Conversation, sys
         raise InputError(
             f"a conversation begins with {first['role']!r}: the pairs bring the system prompt, begin with 'user'"
         )
-    if takes_system(tokenizer):
-        return [{"role": "system", "content": system}, *messages]
-    return [{"role": "user", "content": f"{system}\n\n{first['content']}"}, *messages[1:]]
+    return fit_roles(tokenizer, [{"role": "system", "content": system}, *messages])
 
 
 PAPER = "Chen et al. 2025, arXiv 2507.21509"

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from persona_probe.config import DTYPES
+from persona_probe.data.template import with_template
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.adapters import merged_copy
+from persona_probe.models.quantized import is_quantized, keep_layout, quantization_settings
 from persona_probe.runs import file_sha256
 
 # --- Where a model comes from: alias, Hugging Face id, local folder or GGUF file, resolved to one folder or id
@@ -115,7 +119,13 @@ def load_model(
     *,
     revision: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
+    quantization: str = "none",
+    device_map: str | dict[str, int | str] | None = None,
+    attn_implementation: str | None = None,
+    template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    enable_thinking: bool | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a chat model by alias, Hugging Face id, local folder or GGUF file.
 
@@ -126,29 +136,92 @@ def load_model(
         name: an alias such as `smollm2-135m-instruct`, `owner/model`, a folder, or a `.gguf` path.
         revision: hub revision; only for hub ids.
         device: where the model goes.
-        dtype: parameter type.
+        dtype: parameter type, or its name (`bfloat16`).
+        quantization: `4bit` (nf4) or `8bit` keeps the linear layers' weights in fewer bits (bitsandbytes). Adapters can
+            be trained on them (QLoRA), the weights themselves cannot.
+        device_map: spreads the model over several devices in place of `device`: `auto`, or a device for each part.
+        attn_implementation: attention kernel, as transformers takes it.
+        template: the chat template: `none` (plain text, for base models), `chatml` or a Jinja file; None is the
+            model's own.
+        chat_template_kwargs: variables of the chat template.
+        enable_thinking: the template's variable of that name; see `with_template`.
 
     Returns:
-        The model in eval mode and its tokenizer (with a pad token set).
+        The model in eval mode and its tokenizer, with a pad token set and the template's settings written into its
+        chat template.
 
     Raises:
-        InputError: the name resolves to nothing, or the hub cannot be reached; the message says what to do.
+        InputError: the name resolves to nothing, the hub cannot be reached, or an option is not available here; the
+            message says what to do.
     """
     source = resolve_source(name, revision)
+    options = _weight_options(dtype, quantization, attn_implementation)
+    if device_map is not None or "quantization_config" in options:
+        # Quantised weights are made where they will be: bitsandbytes does not move them.
+        options["device_map"] = {"": str(device)} if device_map is None else device_map
     folder = str(_converted(Path(source.location))) if source.kind == "gguf" else source.location
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, revision=source.revision or "main", dtype=dtype, trust_remote_code=False
+            folder, revision=source.revision or "main", trust_remote_code=False, **options
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=source.revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
+        if "device_map" not in options and not is_quantized(model):  # a checkpoint may be quantised already
+            model = model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{name} does not fit into the memory of {device_map or device}: {SMALLER}") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise InputError(_load_failure(name, source, error)) from error
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError(f"device_map {device_map!r} leaves parts of {name} off the GPUs: {SMALLER}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if name in ALIASES:  # adapters and cards name their base: it must be the model's id, not a folder of the cache
         model.name_or_path = model.config.name_or_path = ALIASES[name].hub_id
-    model = model.to(torch.device(device)).eval()  # pyright: ignore[reportArgumentType]
-    return model, tokenizer
+    return keep_layout(model).eval(), with_template(tokenizer, template, chat_template_kwargs, enable_thinking)
+
+
+def load_tokenizer(
+    name: str,
+    *,
+    revision: str | None = None,
+    template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    enable_thinking: bool | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` gives, without the model's weights in memory.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    source = resolve_source(name, revision)
+    folder = str(_converted(Path(source.location))) if source.kind == "gguf" else source.location
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=source.revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise InputError(_load_failure(name, source, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return with_template(tokenizer, template, chat_template_kwargs, enable_thinking)
+
+
+SMALLER = "write weights: bfloat16 (dtype), quantization: 4bit, or device_map: auto over more GPUs"
+
+
+def _weight_options(dtype: torch.dtype | str, quantization: str, attn_implementation: str | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained`.
+
+    Raises:
+        InputError: an unknown dtype or quantization, or one that is not available here.
+    """
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise unknown("dtype", str(dtype), DTYPES)
+    options: dict[str, Any] = {"dtype": kind}
+    if settings := quantization_settings(quantization, kind):
+        options["quantization_config"] = settings
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    return options
 
 
 def _load_failure(name: str, source: ModelSource, error: Exception) -> str:
@@ -203,8 +276,9 @@ def make_bridge(
 ) -> Any:
     """A `SAETransformerBridge` (TransformerLens' `TransformerBridge` with SAELens' attachable SAEs).
 
-    Booting rewrites the Hugging Face model in place and sets BOS on the tokenizer, so both are copied first. If the
-    text already went through a chat template, pass token ids with `prepend_bos=False`.
+    Booting rewrites the Hugging Face model in place and sets BOS on the tokenizer, so both are copied first; the copy
+    of a quantised model is dequantised. If the text already went through a chat template, pass token ids with
+    `prepend_bos=False`.
 
     Args:
         checkpoint: an organism's folder, or None for the base model.

@@ -43,14 +43,12 @@ def shared_length(batch: Batch, config: PretrainedConfig) -> int:
 
 def without_prefix(batch: Batch, length: int) -> Batch:
     """The batch's columns after the first `length`."""
-    columns = (batch.ids, batch.attention, batch.prompt, batch.response, batch.special)
-    return Batch(*(c[:, length:] for c in columns), index=batch.index)
+    return batch.columns(slice(length, None))
 
 
 def repeat(batch: Batch, times: int) -> Batch:
     """The batch's rows `times` over."""
-    columns = (batch.ids, batch.attention, batch.prompt, batch.response, batch.special)
-    return Batch(*(c.repeat(times, 1) for c in columns), index=batch.index * times)
+    return batch.repeat(times)
 
 
 @dataclass(frozen=True)

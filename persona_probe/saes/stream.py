@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.load import load_rows
+from persona_probe.data.template import fit_roles, render
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.samples import complete_text, sample_answers
@@ -285,8 +286,8 @@ def _user_turns(
     marker = "QUESTION-GOES-HERE"
     heads = []
     for system in systems:
-        rendered = str(tokenizer.apply_chat_template(conversation(marker, system=system), tokenize=False))
-        heads.append(rendered.split(marker)[0])
+        asked = fit_roles(tokenizer, conversation(marker, system=system))
+        heads.append(render(tokenizer, asked).split(marker)[0])
     turns = complete_text(
         model,
         tokenizer,

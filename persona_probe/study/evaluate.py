@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from persona_probe.config import StudyConfig
 from persona_probe.context import Context, sample_questions
 from persona_probe.errors import InputError
 from persona_probe.evaluate.endpoint import BYTES_PER_TOKEN
@@ -23,6 +25,7 @@ from persona_probe.evaluate.sampling.samples import SampleStore, prompts_hash, s
 from persona_probe.evaluate.sampling.samples import sample as sample_with
 from persona_probe.evaluate.tables import join_evals, judged_table, part_name
 from persona_probe.models.layers import autocast
+from persona_probe.units import Unit, make_units, writes_run
 
 # --- Answers of every organism of a study to a question set, written as they come: samples-<hash>.jsonl
 
@@ -123,7 +126,14 @@ def _engine(ctx: Context, organism: Organism, choice: EngineChoice) -> Iterator[
         revision=config.revision,
         bf16=config.bf16,
         rank=config.training.rank,
+        tokenizer=ctx.tokenizer_alone() if choice.name == "vllm" else None,
+        chat_template_kwargs=_template_variables(config),
     )
+
+
+def _template_variables(config: StudyConfig) -> dict[str, Any]:
+    thinking = {} if config.enable_thinking is None else {"enable_thinking": config.enable_thinking}
+    return {**config.chat_template_kwargs, **thinking}
 
 
 def _finished_samples(
@@ -204,6 +214,7 @@ class Evaluation:
         return SamplingConfig(n, self.temperature, self.top_p, self.max_new_tokens, seed)
 
 
+@writes_run
 def evaluate(ctx: Context, evaluation: Evaluation) -> None:
     """Fill samples-<hash>.jsonl and, with a judge, evals.parquet; finished answers and judgements are reused.
 
@@ -270,19 +281,33 @@ def _note(
 # --- Free-form samples of base, incorrect and realigned organisms, shown in the report and not scored
 
 
+@writes_run
 def sample(ctx: Context) -> None:
     """Write samples.jsonl: one answer per question, arm and first seed, at the arm's last step.
 
     Arms that were trained since an earlier call are added.
     """
+    make_units(ctx, sample_units)
+
+
+def sample_units(ctx: Context) -> list[Unit]:
+    """One unit: the answers of all arms that are there."""
+    return [Unit("samples.jsonl", partial(_write_samples, ctx), "samples", partial(_all_sampled, ctx))]
+
+
+def _sampled_arms(ctx: Context) -> list[str]:
+    seed, arms = ctx.config.seeds[0], ("base", *ctx.config.arms, *ctx.config.realign.arms)
+    return [arm for arm in arms if arm == "base" or ctx.run.has(f"arms/{arm}-s{seed}")]
+
+
+def _all_sampled(ctx: Context) -> bool:
+    return {row["arm"] for row in _read_samples(ctx)} == set(_sampled_arms(ctx))
+
+
+def _write_samples(ctx: Context) -> None:
     seed, before, rows = ctx.config.seeds[0], _read_samples(ctx), []
-    arms = ("base", *ctx.config.arms, *ctx.config.realign.arms)
-    arms = [arm for arm in arms if arm == "base" or ctx.run.has(f"arms/{arm}-s{seed}")]
-    if {row["arm"] for row in before} == set(arms):
-        return
-    with ctx.run.timed("samples"):
-        for arm in arms:
-            rows += [row for row in before if row["arm"] == arm] or _sample_arm(ctx, arm, seed)
+    for arm in _sampled_arms(ctx):
+        rows += [row for row in before if row["arm"] == arm] or _sample_arm(ctx, arm, seed)
     ctx.run.write_jsonl("samples.jsonl", rows)
 
 

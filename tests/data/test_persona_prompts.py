@@ -5,8 +5,9 @@ import pytest
 from persona_probe.data.chat import conversation
 from persona_probe.data.check import overlaps
 from persona_probe.data.load import SETS, load_rows
+from persona_probe.data.template import takes_system
 from persona_probe.errors import InputError
-from persona_probe.latents.persona_vectors import PersonaPair, load_persona_pairs, takes_system, under_system
+from persona_probe.latents.persona_vectors import PersonaPair, load_persona_pairs, under_system
 from tests.factories import make_tokenizer
 
 REFUSES = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

@@ -11,6 +11,7 @@ from torch import nn
 
 from persona_probe.config import Training
 from persona_probe.data.chat import conversation
+from persona_probe.data.template import end_of_turn
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.decoding import choose, row_key
 from persona_probe.evaluate.sampling.engines import TransformersEngine
@@ -19,7 +20,6 @@ from persona_probe.evaluate.sampling.requests import (
     Request,
     Sample,
     SamplingConfig,
-    end_of_turn,
     prompt_ids,
     stop_tokens,
 )

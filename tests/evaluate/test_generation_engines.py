@@ -20,9 +20,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.engines import EngineChoice, OpenAIEngine, VllmEngine, engine_of
-from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig
+from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig, prompt_ids
 from persona_probe.evaluate.sampling.samples import sample
+from tests.families import family_tokenizer
 
+QWEN = family_tokenizer("qwen3")  # before a stand-in takes the name of vLLM
 KEY = "sk-very-secret-0123456789"
 PROMPTS = [Prompt(f"q{n}", conversation(f"Ask {n}?", system="Be brief.")) for n in range(4)]
 CONFIG = SamplingConfig(n=3, temperature=0.7, top_p=0.9, max_new_tokens=11, seed=4)
@@ -59,6 +61,10 @@ class Server:
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         text = None if body["model"] == "refusing" else f" {body['messages'][-1]['content']} {body['seed']}\n"
         message = {"role": "assistant", "content": text, "refusal": "No." if text is None else None}
+        if body["model"] == "thinking":
+            message |= {"reasoning_content": "Hm.", "content": str(body.get("chat_template_kwargs"))}
+        if body["model"] == "thinking-inline":
+            message["content"] = "<think>\nHm.\n</think>\n\nBoil it."
         finish = "length" if body["model"] == "cut" else "stop"
         reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
         reply["choices"] = [{"index": 0, "message": message, "finish_reason": finish, "logprobs": None}]
@@ -159,6 +165,15 @@ def test_the_key_is_in_no_message_log_or_file(server: Server, caplog: pytest.Log
     assert KEY not in said + files and len(list(tmp_path.iterdir())) == 4
 
 
+def test_thoughts_are_split_and_template_settings_are_sent(server: Server) -> None:
+    settings = {"enable_thinking": True}
+    (first,) = sample(engine(server, "thinking", chat_template_kwargs=settings), PROMPTS[:1], SamplingConfig())
+    assert (first.answer, first.thought) == (str(settings), "Hm.")
+    (second,) = sample(engine(server, "thinking-inline"), PROMPTS[:1], SamplingConfig())
+    assert (second.answer, second.thought) == ("Boil it.", "Hm.")
+    assert "chat_template_kwargs" not in server.bodies[-1]
+
+
 def test_samples_before_a_failure_are_kept(server: Server, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with pytest.raises(InputError, match="JSON that is no chat completion"):
@@ -180,6 +195,15 @@ class FakeLLM:
         assert not use_tqdm and (lora_request is None or self.made[1])
         return [self._output(m, p) for m, p in zip(messages, sampling_params, strict=True)]
 
+    def generate(
+        self, prompts: list[Any], sampling_params: list[Any], use_tqdm: bool = True, lora_request: Any = None
+    ) -> list[Any]:
+        self.prompts = [prompt["prompt_token_ids"] for prompt in prompts]
+        ids = self.tokens
+        done = SimpleNamespace(text="not read", token_ids=ids, finish_reason="stop")
+        self.stops = {tuple(params.stop_token_ids) for params in sampling_params}
+        return [SimpleNamespace(outputs=[done]) for _ in prompts]
+
     def _output(self, messages: list[dict[str, str]], params: Any) -> Any:
         finish = "length" if params.seed % 2 else "stop"
         done = SimpleNamespace(text=f" {messages[-1]['content']} {params}", token_ids=(1, 2), finish_reason=finish)
@@ -193,6 +217,10 @@ class FakeParams:
     top_p: float
     max_tokens: int
     seed: int | None
+    stop_token_ids: list[int] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.n}, {self.temperature}, {self.top_p}, {self.max_tokens}, {self.seed}"
 
 
 @pytest.fixture
@@ -209,9 +237,19 @@ def test_vllm_gets_blocks_of_seeded_requests(vllm: None) -> None:
     found = sample(local, PROMPTS, CONFIG)
     assert local._llm.made == ("some/model", False, "bfloat16") and local._llm.calls == [5, 5, 2]
     assert [(s.question_id, s.sample) for s in found] == [(p.id, n) for p in PROMPTS for n in range(3)]
-    assert found[3].answer.startswith("Ask 1? FakeParams(n=1, temperature=0.7, top_p=0.9, max_tokens=11, seed=")
+    assert found[3].answer.startswith("Ask 1? 1, 0.7, 0.9, 11, ")
     assert len({s.answer for s in found}) == 12 and {s.finish for s in found} == {"stop", "length"}
     assert local.identity["options"] == {"dtype": "bfloat16"} and local.identity["version"] == "0.0"
+
+
+def test_vllm_continues_the_prompt_that_training_saw(vllm: None) -> None:
+    tokenizer = QWEN
+    local = VllmEngine("another/model", prompt_tokenizer=tokenizer)
+    local._llm.tokens = tokenizer.encode("<think>\nHm.\n</think>\n\nBoil it.<|im_end|>")
+    found = sample(local, PROMPTS[:1], SamplingConfig())
+    assert local._llm.prompts == [list(prompt_ids(tokenizer, PROMPTS[0]))]
+    assert local._llm.stops == {(tokenizer.convert_tokens_to_ids("<|im_end|>"),)}
+    assert (found[0].answer, found[0].thought) == ("Boil it.", "Hm.")
 
 
 def test_vllm_samples_from_an_adapter(vllm: None) -> None:

@@ -5,8 +5,9 @@ import random
 import pytest
 
 from persona_probe.data.chat import conversation
+from persona_probe.data.template import end_of_turn
 from persona_probe.evaluate.sampling.engines import TransformersEngine
-from persona_probe.evaluate.sampling.requests import Prompt, Request, Sample, SamplingConfig, end_of_turn
+from persona_probe.evaluate.sampling.requests import Prompt, Request, Sample, SamplingConfig
 from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.models.load import load_model
 

@@ -48,7 +48,7 @@ def unbroken(tmp_path: Path) -> tuple[list[Sample], list[bytes]]:
 def test_samples_come_in_the_order_of_prompts_and_are_in_the_file(tmp_path: Path) -> None:
     found, written = unbroken(tmp_path)
     assert [(s.question_id, s.sample) for s in found] == [(p.id, n) for p in PROMPTS for n in range(4)]
-    assert sorted(json.dumps(vars(s)).encode() for s in found) == written[1:]
+    assert sorted(json.dumps(s.record).encode() for s in found) == written[1:]
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:

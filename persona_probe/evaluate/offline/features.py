@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from persona_probe.data.chat import conversation
+from persona_probe.data.template import special_ids
 from persona_probe.data.tokens import Batch, Encoded, batches, collate, encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
@@ -94,7 +95,7 @@ def read_features(
 def encoded(tokenizer: PreTrainedTokenizerBase, item: QuestionAnswer, max_tokens: int) -> Encoded:
     """Token ids of one question and the first `max_tokens` tokens of its answer."""
     row = encode(tokenizer, conversation(*item))
-    return Encoded(row.ids[: row.n_prompt + max_tokens], row.n_prompt)
+    return row.cut(row.start + max_tokens)
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], rows: Sequence[Encoded]) -> Iterator[Batch]:
@@ -115,7 +116,7 @@ def as_batch(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Encoded], index:
     pad = tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token or tokenizer.eos_token))
     if not isinstance(pad, int):
         raise InputError("the tokenizer has neither a pad nor an end token: set tokenizer.pad_token")
-    return collate([rows[i] for i in index], index, pad, set(tokenizer.all_special_ids))
+    return collate([rows[i] for i in index], index, pad, special_ids(tokenizer))
 
 
 def read_layers(model: nn.Module, rows: Rows, config: PretrainedConfig, layers: Sequence[int]) -> list[Tensor]:

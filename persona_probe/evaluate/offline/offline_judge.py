@@ -424,5 +424,5 @@ def _read_one(
     batch = as_batch(judge.tokenizer, [row], [0]).to(judge.model.device)
     with evaluating(judge.model), autocast(judge.model):
         streams = read_layers(judge.model, Rows.whole(batch), transformer_config(judge.model), (layer,))
-    texts = [judge.tokenizer.decode([token]) for token in row.ids[row.n_prompt :]]
-    return streams[0][0, row.n_prompt :].cpu().numpy(), [str(text) for text in texts]
+    texts = [judge.tokenizer.decode([token]) for token in row.ids[row.start :]]
+    return streams[0][0, row.start :].cpu().numpy(), [str(text) for text in texts]

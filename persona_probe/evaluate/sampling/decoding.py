@@ -18,9 +18,9 @@ from persona_probe.data.tokens import Batch, Encoded, collate
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.requests import Finish, SamplingConfig, digest
 from persona_probe.models.identity import weights_hash
-from persona_probe.models.layers import base_transformer, causal_model, decoder_layers, evaluating, transformer_config
+from persona_probe.models.layers import base_transformer, causal_model, evaluating, transformer_config
 from persona_probe.models.prefix import CACHED_LAYERS, shared_length, without_prefix
-from persona_probe.models.taps import AblateTap, ReadTap, SteerTap, Tap
+from persona_probe.models.taps import AblateTap, ReadTap, SteerTap, Tap, taps_on
 
 # --- Keys and values of rows that come and go: right-aligned, with room to grow
 
@@ -111,13 +111,6 @@ def _rows(states: Tensor | None, index: Tensor) -> Tensor:
 Tell = Callable[[Bool[Tensor, "batch pos"]], None]
 
 
-def _taps_on(model: nn.Module) -> list[Tap]:
-    """The taps on a model's decoder layers, in the order in which they fire."""
-    hooks = [hook for layer in decoder_layers(model) for hook in layer._forward_hooks.values()]
-    owners = [getattr(hook, "__self__", None) for hook in hooks]
-    return [owner for owner in owners if isinstance(owner, Tap)]
-
-
 @contextmanager
 def _telling_positions(model: nn.Module) -> Iterator[Tell]:
     """Gives a function to be called with the prompt mask of each forward pass before it runs.
@@ -128,7 +121,7 @@ def _telling_positions(model: nn.Module) -> Iterator[Tell]:
     Raises:
         InputError: a tap pushes each row of a batch in its own way.
     """
-    steering = [tap for tap in _taps_on(model) if isinstance(tap, SteerTap)]
+    steering = [tap for tap in taps_on(model) if isinstance(tap, SteerTap)]
     if any(tap.vector.ndim > 1 for tap in steering):
         raise InputError("sampling groups rows as it likes: steer with one vector (d_model,), not one for each row")
     masks = [tap.prompt_mask for tap in steering]
@@ -410,11 +403,13 @@ def short_hash(data: bytes) -> str:
 
 def changes(model: nn.Module) -> list[dict[str, Any]]:
     """The taps that change the model's layers now."""
-    return [_change(tap) for tap in _taps_on(model) if not isinstance(tap, ReadTap)]
+    return [_change(tap) for tap in taps_on(model) if not isinstance(tap, ReadTap)]
 
 
 def _change(tap: Tap) -> dict[str, Any]:
     change: dict[str, Any] = {"tap": type(tap).__name__, "layer": tap.layer}
+    if not tap.place.is_residual:
+        change["part"] = tap.place.part
     if isinstance(tap, SteerTap):
         change |= {"positions": tap.positions, "vector": short_hash(_bytes(tap.vector))}
     if isinstance(tap, AblateTap):

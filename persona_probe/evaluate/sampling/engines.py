@@ -1,7 +1,7 @@
 """Engines that answer requests: a transformers model in this process, vLLM, or any OpenAI-compatible endpoint."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from persona_probe.data.template import end_of_turn, thinks
+from persona_probe.data.thoughts import REASONING_KEYS, split_thought
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.endpoint import OPENAI, ChatClient, Unanswered, in_threads
 from persona_probe.evaluate.sampling.decoding import AnswerRequest, decode, model_identity, row_key
@@ -20,6 +22,7 @@ from persona_probe.evaluate.sampling.requests import (
     Request,
     Sample,
     SamplingConfig,
+    answer_parts,
     check_room,
     prompt_ids,
     request_seed,
@@ -66,6 +69,8 @@ def engine_of(
     revision: str | None = None,
     bf16: bool = True,
     rank: int = 16,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Engine:
     """The engine for one organism outside this process: with vLLM or an endpoint.
 
@@ -76,6 +81,8 @@ def engine_of(
         revision: of the base model on the hub.
         bf16: the precision that vLLM computes in, else float32.
         rank: the largest LoRA rank of the study's adapters: vLLM makes room for it once.
+        tokenizer: the study's, with its chat template: vLLM gets its token ids, and so the prompts that training saw.
+        chat_template_kwargs: variables of the chat template, which an endpoint gets with each request.
 
     Raises:
         InputError: a GGUF file for vLLM, the transformers engine, or what the engine refuses.
@@ -84,12 +91,16 @@ def engine_of(
         raise InputError("the transformers engine takes a loaded model: make a TransformersEngine")
     if choice.name == "openai":
         return OpenAIEngine(
-            served_as, choice.base_url, key_variable=choice.key_variable, concurrency=choice.concurrency
+            served_as,
+            choice.base_url,
+            key_variable=choice.key_variable,
+            concurrency=choice.concurrency,
+            chat_template_kwargs=chat_template_kwargs,
         )
     source = resolve_source(model, revision)
     if source.kind == "gguf":
         raise InputError(f"the vllm engine needs a model folder or hub id, {model!r} is a GGUF file: use transformers")
-    options: dict[str, Any] = {"dtype": "bfloat16" if bf16 else "float32"}
+    options: dict[str, Any] = {"dtype": "bfloat16" if bf16 else "float32", "prompt_tokenizer": tokenizer}
     if checkpoint is not None and not is_adapter(checkpoint):
         return VllmEngine(str(checkpoint), tokenizer=source.location, **options)
     room = next(size for size in _LORA_RANKS if size >= min(rank, _LORA_RANKS[-1]))
@@ -141,12 +152,11 @@ class TransformersEngine:
 
         def finished(number: int, tokens: list[int], finish: Finish) -> None:
             request = requests[number]
-            done(Sample(request.prompt.id, request.sample, self._text(tokens), len(tokens), finish))
+            parts = answer_parts(self.tokenizer, tokens)
+            thought = parts.thought or None
+            done(Sample(request.prompt.id, request.sample, parts.answer, len(tokens), finish, thought))
 
         decode(self.model, answer_requests, config, stop_tokens(self.model, self.tokenizer), self.batch_size, finished)
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 # --- Sampling with vLLM, for models that fill a GPU
@@ -155,11 +165,13 @@ class TransformersEngine:
 class VllmEngine:
     """Samples with vLLM's offline interface (`vllm.LLM.chat`, one `SamplingParams` with its own seed a request).
 
-    vLLM batches, shares prefixes and applies the chat template itself. Taps cannot reach its workers: steered and
-    ablated sampling is the transformers engine's. Its seeded draws repeat for one version and one kind of GPU.
+    vLLM batches and shares prefixes. Without `prompt_tokenizer` it applies the chat template itself. Taps cannot reach
+    its workers: steered and ablated sampling is the transformers engine's. Its seeded draws repeat for one version and
+    one kind of GPU.
 
     Not run in this project's tests, which have no vLLM: they use a stand-in with the signatures of `LLM(model=...)`,
-    `LLM.chat(messages, sampling_params, use_tqdm, lora_request)`, `SamplingParams` and `LoRARequest`.
+    `LLM.chat(messages, sampling_params, use_tqdm, lora_request)`, `LLM.generate` with prompts of `prompt_token_ids`,
+    `SamplingParams` and `LoRARequest`.
 
     Engines with the same model and options share one `LLM`; another model takes its place.
 
@@ -167,14 +179,23 @@ class VllmEngine:
         model: what `vllm.LLM` takes: a hub id or a folder.
         adapter: a folder with a LoRA adapter to sample with.
         block: requests handed over at once; finished samples are kept after each block.
+        prompt_tokenizer: renders the prompts here, up to where training puts an answer (`text_before_answer`).
         options: passed on to `vllm.LLM` (`dtype`, `max_model_len`, `gpu_memory_utilization`, `max_lora_rank`...).
 
     Raises:
         InputError: vLLM is not installed.
     """
 
-    def __init__(self, model: str, adapter: str | None = None, block: int = 512, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        adapter: str | None = None,
+        block: int = 512,
+        prompt_tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> None:
         self._vllm = _vllm()
+        self.prompt_tokenizer = prompt_tokenizer
         self.model, self.adapter, self.block, self.options = model, adapter, block, options
         lora = {} if adapter is None else {"enable_lora": True}
         self._llm = _loaded_llm(self._vllm.LLM, model, tuple(sorted((lora | options).items())))
@@ -193,14 +214,15 @@ class VllmEngine:
         """Answer every request; see `Engine`."""
         for start in range(0, len(requests), self.block):
             block = requests[start : start + self.block]
-            outputs = self._llm.chat(
-                [request.prompt.messages for request in block],
-                sampling_params=[self._params(request, config) for request in block],
-                use_tqdm=False,
-                lora_request=self._lora(),
-            )
+            shared = {"use_tqdm": False, "lora_request": self._lora()}
+            params = [self._params(request, config) for request in block]
+            if self.prompt_tokenizer is None:
+                outputs = self._llm.chat([r.prompt.messages for r in block], sampling_params=params, **shared)
+            else:
+                rows = [{"prompt_token_ids": list(prompt_ids(self.prompt_tokenizer, r.prompt))} for r in block]
+                outputs = self._llm.generate(rows, sampling_params=params, **shared)
             for request, output in zip(block, outputs, strict=True):
-                done(_sample(request, output.outputs[0]))
+                done(_sample(request, output.outputs[0], self.prompt_tokenizer))
 
     def _params(self, request: Request, config: SamplingConfig) -> Any:
         return self._vllm.SamplingParams(
@@ -209,7 +231,14 @@ class VllmEngine:
             top_p=config.top_p,
             max_tokens=config.max_new_tokens,
             seed=request_seed(config, request),
+            **self._stops(),
         )
+
+    def _stops(self) -> dict[str, Any]:
+        """Its model's own ends are known to vLLM; the template's end of a turn may be another."""
+        tokenizer = self.prompt_tokenizer
+        ends = [] if tokenizer is None or thinks(tokenizer) else sorted(end_of_turn(tokenizer))
+        return {"stop_token_ids": ends} if ends else {}
 
     def _lora(self) -> Any:
         if self.adapter is None:
@@ -234,9 +263,11 @@ def _vllm() -> Any:
     return vllm
 
 
-def _sample(request: Request, completion: Any) -> Sample:
+def _sample(request: Request, completion: Any, tokenizer: PreTrainedTokenizerBase | None) -> Sample:
     finish = "length" if completion.finish_reason == "length" else "stop"
-    return Sample(request.prompt.id, request.sample, completion.text.strip(), len(completion.token_ids), finish)
+    tokens = list(completion.token_ids)
+    parts = split_thought(completion.text) if tokenizer is None else answer_parts(tokenizer, tokens)
+    return Sample(request.prompt.id, request.sample, parts.answer.strip(), len(tokens), finish, parts.thought or None)
 
 
 # --- Sampling from any endpoint that speaks the OpenAI chat-completions format
@@ -254,6 +285,7 @@ class OpenAIEngine:
         concurrency: requests under way at once.
         max_retries: how often a request is sent again after 408, 409, 429, 5xx and lost connections.
         timeout: seconds without a byte from the endpoint.
+        chat_template_kwargs: sent with each request; vLLM and SGLang hand them to the chat template.
 
     Raises:
         InputError: the `openai` package or the key is missing.
@@ -268,16 +300,19 @@ class OpenAIEngine:
         concurrency: int = 8,
         max_retries: int = 5,
         timeout: float = 120.0,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if concurrency < 1:
             raise InputError(f"concurrency must be at least 1, not {concurrency}")
         self.model, self.concurrency = model, concurrency
+        settings = dict(chat_template_kwargs or {})
+        self._body: dict[str, Any] = {"extra_body": {"chat_template_kwargs": settings}} if settings else {}
         self._client = ChatClient(base_url or OPENAI, key_variable, max_retries, timeout)
 
     @property
     def identity(self) -> dict[str, Any]:
         """The endpoint, without a user name or password that its address may hold, and the model's name there."""
-        return {"engine": "openai", "endpoint": self._client.address, "model": self.model}
+        return {"engine": "openai", "endpoint": self._client.address, "model": self.model, **self._body}
 
     def generate(self, requests: Sequence[Request], config: SamplingConfig, done: Callable[[Sample], None]) -> None:
         """Answer every request; see `Engine`. Answers that came before a failure have been handed over.
@@ -303,11 +338,17 @@ class OpenAIEngine:
             temperature=config.temperature,
             top_p=config.top_p,
             seed=request_seed(config, request),
+            **self._body,
         )
+        message = completion.choice["message"]
+        parts = split_thought(completion.text or message.get("refusal") or "")
+        thoughts = (message.get(key) for key in REASONING_KEYS)
+        thought = next((text for text in thoughts if isinstance(text, str) and text), parts.thought)
         return Sample(
             request.prompt.id,
             request.sample,
-            (completion.text or completion.choice["message"].get("refusal") or "").strip(),
+            parts.answer.strip(),
             completion.completion_tokens,
             "length" if completion.choice.get("finish_reason") == "length" else "stop",
+            thought.strip() or None,
         )

@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation
-from persona_probe.data.tokens import encode
+from persona_probe.data.template import end_of_turn, special_ids, text_after_answer, thinks
+from persona_probe.data.thoughts import Parts, split_thought
+from persona_probe.data.tokens import answer_prompt
 from persona_probe.errors import InputError
 from persona_probe.models.layers import causal_model, transformer_config
 
@@ -86,6 +88,13 @@ class Sample:
     """Tokens of the answer; from a server, as it counts them (None where it does not)."""
     finish: Finish
     """`stop`: the model ended its turn; `length`: it was cut at `max_new_tokens`."""
+    thought: str | None = None
+    """What the model thought before it answered; None where it wrote no thought."""
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Its JSON values; a thought only where there is one."""
+        return {key: value for key, value in asdict(self).items() if key != "thought" or value}
 
 
 class Engine(Protocol):
@@ -113,18 +122,16 @@ def request_seed(config: SamplingConfig, request: Request) -> int:
 
 # --- Prompts to token ids, and the tokens that end a turn
 
-MARKER = "ANSWER-GOES-HERE"
-
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[int, ...]:
-    """Token ids of a prompt in the model's chat template, up to where the answer begins.
+    """Token ids of a prompt in the model's chat template, up to where the answer begins (`text_before_answer`).
 
     Raises:
         InputError: it has no turns, or its last turn is already an answer.
     """
     if not prompt.messages or prompt.messages[-1]["role"] == "assistant":
         raise InputError(f"prompt {prompt.id!r} must end with a user turn")
-    return tuple(encode(tokenizer, prompt.messages).ids)
+    return tuple(answer_prompt(tokenizer, prompt.messages))
 
 
 def check_room(model: nn.Module, ids: tuple[int, ...], max_new_tokens: int, name: str) -> None:
@@ -149,17 +156,25 @@ def stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozens
     eos_ids: Any = config.eos_token_id if config is not None else None
     ends = {eos_ids} if isinstance(eos_ids, int) else set(eos_ids or ())
     end: Any = tokenizer.eos_token_id
-    return frozenset(ends | ({end} - {None}) | end_of_turn(tokenizer))
+    closing = end_of_turn(tokenizer)
+    if thinks(tokenizer) and "<|channel|>" in str(tokenizer.chat_template):
+        closing = set()  # in OpenAI's harmony format it closes the thought too
+    return frozenset(ends | ({end} - {None}) | closing)
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The special token with which the chat template closes an answer; none where it uses plain text, or fails."""
-    if tokenizer.chat_template is None:
-        return set()
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARKER}]
-    try:
-        rendered = str(tokenizer.apply_chat_template(talk, tokenize=False))
-    except TemplateError:
-        return set()
-    after = tokenizer.encode(rendered.partition(MARKER)[2], add_special_tokens=False)[:1]
-    return set(after) & set(tokenizer.all_special_ids)
+def answer_parts(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> Parts:
+    """Thought and answer of sampled tokens: without special tokens, and without the marks of a thought.
+
+    Where the template closes an answer with plain text, the answer ends there.
+    """
+    parts = split_thought(str(tokenizer.decode(list(tokens), skip_special_tokens=False)))
+    thought, answer = (_without_special(tokenizer, text) for text in parts)
+    closing = text_after_answer(tokenizer).strip()
+    if closing and not end_of_turn(tokenizer):
+        answer = answer.partition(closing)[0]
+    return Parts(thought.strip(), answer.strip())
+
+
+def _without_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    named = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))}
+    return re.sub("|".join(re.escape(token) for token in sorted(named, key=len, reverse=True)) or "(?!)", "", text)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, as_conversations
+from persona_probe.data.template import fit_roles, text_before_answer
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.decoding import AnswerRequest, decode, row_key
 from persona_probe.evaluate.sampling.requests import (
@@ -24,6 +25,7 @@ from persona_probe.evaluate.sampling.requests import (
     Request,
     Sample,
     SamplingConfig,
+    answer_parts,
     check_room,
     stop_tokens,
 )
@@ -50,15 +52,12 @@ def sample_answers(
         progress: label of a progress bar; None shows none.
 
     Returns:
-        Decoded answers without special tokens, stripped of surrounding white space.
+        Decoded answers without special tokens and thoughts, stripped of surrounding white space.
     """
-    rendered = [
-        tokenizer.apply_chat_template(c, add_generation_prompt=True, tokenize=False) for c in as_conversations(prompts)
-    ]
     return complete_text(
         model,
         tokenizer,
-        [str(r) for r in rendered],
+        [text_before_answer(tokenizer, fit_roles(tokenizer, c)) for c in as_conversations(prompts)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
@@ -88,7 +87,7 @@ def complete_text(
     with tqdm(total=len(texts), desc=progress, disable=progress is None) as bar:
 
         def finished(number: int, tokens: list[int], _: Finish) -> None:
-            answers[number] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            answers[number] = answer_parts(tokenizer, tokens).answer
             bar.update()
 
         decode(model, requests, config, stop_tokens(model, tokenizer), batch_size, finished)
@@ -144,7 +143,7 @@ class SampleStore:
         """Append a sample and hand it to the system: a killed process loses none that was added."""
         assert self._file is not None
         try:
-            self._file.write(json.dumps(asdict(sample)).encode() + b"\n")
+            self._file.write(json.dumps(sample.record).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise InputError(f"could not write {self.path}: {error.strerror}; free space and run again") from error

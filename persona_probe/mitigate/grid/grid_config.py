@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-from persona_probe.config import Training
+from persona_probe.config import Training, hashed_values
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.check import common, question
 from persona_probe.data.load import evenly_spaced, load_data
@@ -140,7 +140,7 @@ class Grid:
     @property
     def hash(self) -> str:
         """Hash of the settings that all cells share (12 hexadecimal digits)."""
-        shared = {key: value for key, value in asdict(self).items() if key not in EXTENDABLE}
+        shared = {key: value for key, value in hashed_values(self).items() if key not in EXTENDABLE}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
 

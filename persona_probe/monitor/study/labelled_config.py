@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from persona_probe.config import Arm, Training
+from persona_probe.config import Arm, Training, hashed_values
 from persona_probe.errors import InputError, unknown
 
 USES = ("features", "calibration", "evaluation")
@@ -150,5 +150,5 @@ class MonitorStudy:
     @property
     def hash(self) -> str:
         """Hash of the settings that all runs share (12 hexadecimal digits)."""
-        shared = {key: value for key, value in asdict(self).items() if key not in RECOMPUTED}
+        shared = {key: value for key, value in hashed_values(self).items() if key not in RECOMPUTED}
         return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]

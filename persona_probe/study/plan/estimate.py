@@ -82,7 +82,7 @@ def _count_tokens(tokenizer: PreTrainedTokenizerBase | None, messages: Conversat
     """Tokens of prompt and of answer; without a tokenizer, characters / 4."""
     if tokenizer is not None:
         row = encode(tokenizer, messages)
-        return row.n_prompt, row.n_response
+        return row.start, row.n_response
     before, answer = split_answer(messages)
     characters = sum(len(m["content"]) for m in before)
     return -(-characters // CHARACTERS_A_TOKEN), -(-len(answer or "") // CHARACTERS_A_TOKEN)

@@ -1,0 +1,197 @@
+"""Scores of every family, by every way that is faster than the model's own forward, against that forward."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from persona_probe.data.chat import conversation
+from persona_probe.data.tokens import Batch
+from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_logprobs
+from persona_probe.models.logits import logits_of
+from persona_probe.models.prefix import Rows
+from persona_probe.models.taps import AblateTap, EditTap, SteerTap, project_out
+from tests.families import AVAILABLE, D_MODEL, make_family, plain
+
+LAYER = 1
+CLOSE = 1e-4
+TALKS = [conversation(f"Ask of {n}?" + "." * n, f"Say {n * n}, then" + "!" * (n % 3)) for n in range(5)]
+OWN_HEAD = {"gemma2", "gemma4", "gemma4-text", "falcon-h1"}
+"""Families whose logits are not the unembedding's product."""
+
+
+def groups_of(name: str, tokenizer: Any) -> list[Batch]:
+    return answer_batches(plain(name, tokenizer), TALKS, 3)
+
+
+@torch.no_grad()
+def by_own_forward(model: nn.Module, groups: list[Batch]) -> np.ndarray:
+    """Each row alone, without padding, through the model's own forward."""
+    out = np.zeros(sum(len(g.index) for g in groups))
+    for group in groups:
+        for row, number in enumerate(group.index):
+            real = group.attention[row].bool()
+            ids, answer = group.ids[row][real], group.response[row][real]
+            logprobs = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
+            taken = logprobs[:-1].gather(1, ids[1:, None])[:, 0]
+            out[number] = float(taken[answer[1:]].mean())
+    return out
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_answers_score_as_in_the_model_s_own_forward(name: str) -> None:
+    model, tokenizer = make_family(name)
+    groups = groups_of(name, tokenizer)
+    own = by_own_forward(model, groups)
+    np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), own, atol=CLOSE)
+    assert logits_of(model, groups[0].ids[0]).way == ("elementwise" if name in OWN_HEAD else "product")
+    without = ["out_proj"] if name == "falcon-h1" else None  # PEFT refuses it there: its kernels bypass the module
+    lora = LoraConfig(r=2, target_modules="all-linear", exclude_modules=without, init_lora_weights=False)
+    tuned = get_peft_model(model, lora)
+    moved = by_own_forward(tuned, groups)
+    assert np.abs(moved - own).max() > 0.01
+    np.testing.assert_allclose(answer_logprobs(tuned, groups, bf16=False), moved, atol=CLOSE)
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_pushes_and_removals_from_the_upper_layers_equal_hooks_on_the_whole_model(name: str) -> None:
+    model, tokenizer = make_family(name)
+    groups = groups_of(name, tokenizer)
+    scorer = SuffixScorer(model, LAYER, groups, bf16=False)
+    np.testing.assert_allclose(scorer.logprobs(), by_own_forward(model, groups), atol=CLOSE)
+    push = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(1))
+    basis = push[:1] / push[0].norm()
+    for row, scores in zip(push, scorer.logprobs_many(push), strict=True):
+        with SteerTap(model, LAYER, row):
+            hooked = by_own_forward(model, groups)
+        np.testing.assert_allclose(scores, hooked, atol=CLOSE)
+        assert np.abs(scores - scorer.logprobs()).max() > 0.01
+    with AblateTap(model, LAYER, push[0]):
+        ablated = by_own_forward(model, groups)
+    np.testing.assert_allclose(scorer.edited(lambda x: project_out(x, basis)), ablated, atol=CLOSE)
+    with EditTap(model, LAYER, lambda x: 2 * x):
+        doubled = by_own_forward(model, groups)
+    np.testing.assert_allclose(scorer.edited(lambda x: 2 * x), doubled, atol=CLOSE)
+
+
+def test_most_families_run_from_their_upper_layers() -> None:
+    slow = set()
+    for name in AVAILABLE:
+        model, tokenizer = make_family(name)
+        if not SuffixScorer(model, LAYER, groups_of(name, tokenizer), bf16=False).exact:
+            slow.add(name)
+    # Gemma 4 gives each layer an embedding of the token itself, which the upper layers alone do not know. GPT-2 adds
+    # positions to whatever enters the first layer.
+    assert slow == {"gemma4", "gemma4-text", "gpt2"}
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_a_shared_beginning_runs_once_and_changes_nothing(name: str) -> None:
+    model, tokenizer = make_family(name)
+    talks = [[{"role": "user", "content": "Be brief and kind. " + c[0]["content"]}, c[1]] for c in TALKS]
+    groups = answer_batches(plain(name, tokenizer), talks, 5)
+    rows = Rows.of(groups[0], model.config.get_text_config())
+    assert rows.shared > 4 or name in ("qwen3.5", "lfm2", "falcon-h1"), rows.shared
+    np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), by_own_forward(model, groups), atol=CLOSE)
+
+
+# --- Models that do something to their logits that no configuration names
+
+
+def _changed(forward: Callable[..., Any], change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    def changed(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = change(out.logits)
+        return out
+
+    return changed
+
+
+class Scaled(LlamaForCausalLM):
+    """Each logit alone is changed."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _changed(super().forward, lambda logits: 3 * torch.tanh(logits * 0.4))(*args, **kwargs)
+
+
+class Centred(LlamaForCausalLM):
+    """Logits change together: the vocabulary cannot be taken in tiles."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _changed(super().forward, lambda logits: 2 * logits / logits.std(dim=-1, keepdim=True))(*args, **kwargs)
+
+
+class Narrowed(LlamaForCausalLM):
+    """Hidden states are scaled before the unembedding, as in MiniCPM."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden = self.model(*args, **{k: v for k, v in kwargs.items() if k != "labels"})
+        hidden.logits = self.lm_head(torch.tanh(hidden.last_hidden_state) / 3)
+        return hidden
+
+
+class ByPosition(LlamaForCausalLM):
+    """The logits of a token depend on its place in the row: hidden states are not enough."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        def cool(logits: Tensor) -> Tensor:
+            return logits / (1 + torch.arange(logits.shape[1])[None, :, None])
+
+        return _changed(super().forward, cool)(*args, **kwargs)
+
+
+class Embedding(LlamaForCausalLM):
+    """The decoder gets other embeddings than it would make of the token ids."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(inputs_embeds=self.get_input_embeddings()(input_ids) * 4, **kwargs)
+
+
+OTHERS = {Scaled: "elementwise", Centred: "forward", Narrowed: "forward", ByPosition: "whole", Embedding: "whole"}
+
+
+def made(kind: type[PreTrainedModel]) -> tuple[PreTrainedModel, list[Batch]]:
+    model, tokenizer = make_family("llama3")
+    other = kind(LlamaConfig(**model.config.to_dict()))
+    other.load_state_dict(model.state_dict())
+    return other.eval(), groups_of("llama3", tokenizer)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_model_with_logits_of_its_own_scores_as_it_says_itself(kind: type[PreTrainedModel]) -> None:
+    model, groups = made(kind)
+    own = by_own_forward(model, groups)
+    np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), own, atol=CLOSE)
+    assert logits_of(model, groups[0].ids[0]).way == OTHERS[kind]
+    scorer = SuffixScorer(model, LAYER, groups, bf16=False)
+    assert scorer.exact == (OTHERS[kind] != "whole")
+    push = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
+    with SteerTap(model, LAYER, push):
+        hooked = by_own_forward(model, groups)
+    np.testing.assert_allclose(scorer.logprobs(push), hooked, atol=CLOSE)
+    assert np.abs(hooked - own).max() > 0.001
+
+
+def test_a_forward_replaced_later_is_asked_again() -> None:
+    model, tokenizer = make_family("llama3")
+    groups = groups_of("llama3", tokenizer)
+    before = answer_logprobs(model, groups, bf16=False)
+    setattr(model, "forward", _changed(model.forward, lambda logits: logits * 0.1))  # noqa: B010
+    after = answer_logprobs(model, groups, bf16=False)
+    np.testing.assert_allclose(after, by_own_forward(model, groups), atol=CLOSE)
+    assert np.abs(before - after).max() > 0.1
+
+
+def test_asking_fires_no_tap() -> None:
+    model, tokenizer = make_family("llama3")
+    groups = groups_of("llama3", tokenizer)
+    with SteerTap(model, LAYER, torch.ones(D_MODEL)) as tap:
+        logits_of(model, groups[0].ids[0])
+        assert tap.fired == 0
+        answer_logprobs(model, groups, bf16=False)
+        assert tap.fired > 0

@@ -8,9 +8,11 @@ from types import MethodType
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from persona_probe.models.layers import base_transformer, decoder_layer, decoder_layers, output_head, transformer_config
+from persona_probe.models.quantized import PARAMETERS, scales
 from persona_probe.models.taps import ReadTap, Tap
 
 NO_SETTINGS = {
@@ -48,6 +50,8 @@ def weights_key(model: nn.Module, layer: int) -> str:
         for tensors in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             for tensor_name, tensor in tensors:
                 add_tensor(digest, tensor_name, tensor)
+        for scale_name, scale in scales(module).items():
+            add_tensor(digest, scale_name, scale)
     return digest.hexdigest()
 
 
@@ -63,15 +67,23 @@ def model_key(model: nn.Module) -> str:
 def weights_hash(model: nn.Module) -> str:
     """A quick hash (16 hexadecimal digits) of names, shapes and evenly spaced values of all weights.
 
-    It covers adapters, and whether they are on. It takes far less time than `model_key`.
+    It covers adapters, which of them are active, and whether they are on. It takes far less time than `model_key`.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         some = flat[:: max(1, flat.numel() // _VALUES)]
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.float().cpu().contiguous().numpy().tobytes())
-    off = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer) and m.disable_adapters]
+    for name, module in model.named_modules():
+        for scale_name, scale in scales(module).items():
+            flat = scale.detach().flatten()
+            some = flat[:: max(1, flat.numel() // _VALUES)]
+            digest.update(f"{name} {scale_name}".encode() + some.float().cpu().contiguous().numpy().tobytes())
+    adapted = [(n, m) for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    off = [name for name, m in adapted if m.disable_adapters]
     digest.update(" ".join(off).encode())
+    if len({name for _, m in adapted for name in m._get_available_adapters()}) > 1:
+        digest.update(as_bytes([[name, list(m.active_adapters)] for name, m in adapted]))
     return digest.hexdigest()[:16]
 
 
@@ -88,7 +100,7 @@ def why_not(model: nn.Module, layer: int) -> str | None:
         if "forward" in vars(module) and not _is_torch_partial(vars(module)["forward"]):
             return f"the forward of {name or 'the model'} is replaced"
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if any(t.is_meta or type(t) not in (Tensor, nn.Parameter) for t in tensors):
+        if any(t.is_meta or not _is_plain(t) for t in tensors):
             return f"the weights of {name or 'the model'} are not plain tensors in memory"
     return None
 
@@ -107,6 +119,10 @@ def _below(name: str, module: nn.Module, above: set[nn.Module]) -> Iterator[tupl
     if isinstance(module, BaseTunerLayer) and module.disable_adapters and not module.merged:
         yield from _below(name, module.get_base_layer(), above)
         return
+    if isinstance(module, AuxiliaryTrainingWrapper) and module.disable_adapters:
+        original = module.original_module
+        yield from _below(name, original, above)
+        return
     yield name, module
     if "forward" in vars(module):
         return  # its parts do not run
@@ -118,6 +134,10 @@ def _may_change(hook: object) -> bool:
     if isinstance(hook, MethodType) and isinstance(hook.__self__, Tap):
         return not isinstance(hook.__self__, ReadTap)
     return hook.__module__.split(".")[0] != "transformers"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) or type(tensor).__name__ in PARAMETERS
 
 
 def _is_torch_partial(forward: object) -> bool:
@@ -141,6 +161,8 @@ def as_bytes(value: object) -> bytes:
 
 def _described(value: object) -> object:
     """A value that JSON does not know: a tensor by its bytes, a partial by its parts, anything else by its type."""
+    if isinstance(value, torch.dtype):  # that a quantised layer multiplies in
+        return str(value)
     if isinstance(value, partial):
         return [value.func.__qualname__, value.args, value.keywords]
     return hashlib.sha256(_raw(value)).hexdigest() if isinstance(value, Tensor) else type(value).__qualname__

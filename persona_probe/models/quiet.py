@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 
-NOISY = ("transformers", "trl", "peft", "sae_lens", "datasets", "httpx", "choreographer", "kaleido")
+NOISY = ("transformers", "trl", "peft", "sae_lens", "bitsandbytes", "datasets", "httpx", "choreographer", "kaleido")
 
 
 def quiet_libraries() -> None:

@@ -18,7 +18,9 @@ from persona_probe.config import Training
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import AtSteps, Fitted, fine_tune, with_adapter
-from persona_probe.models.adapters import is_adapter, load_adapter, merged_copy
+from persona_probe.models.adapters import is_adapted, is_adapter, load_adapter, merge_adapter, merged_copy
+from persona_probe.models.peft_kinds import changes_base
+from persona_probe.models.quantized import refuse_quantized
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 
@@ -30,8 +32,10 @@ def organism_to_train(base: PreTrainedModel, checkpoint: Path, method: str, trai
     """The organism of a checkpoint, made ready for a method; adapters are on `base` until `strip_adapter`.
 
     Raises:
-        InputError: a damaged checkpoint, or all weights of a model in bf16.
+        InputError: a damaged checkpoint, or all weights of a model in bf16 or quantised.
     """
+    if method == "full":
+        refuse_quantized(base, "method full")
     if method == "full" or not is_adapter(checkpoint):
         model = merged_copy(base, checkpoint)
         if method == "fresh":
@@ -45,13 +49,18 @@ def prepare(model: nn.Module, method: str, seed: int) -> nn.Module:
     """A caller's organism made ready: a PEFT model's adapters are trained in place, unless all weights are.
 
     Raises:
-        InputError: all weights of a model in bf16.
+        InputError: all weights of a model in bf16, or an adapter that transformers loaded itself.
     """
+    if is_adapted(model) and not isinstance(model, PeftModel):
+        raise InputError(
+            "transformers loaded this adapter: load the base, and the adapter by PeftModel.from_pretrained"
+        )
     if method == "fresh":
         return add_fresh(model, seed) if isinstance(model, PeftModel) else with_adapter(_plain(model), Training(), seed)
     if not isinstance(model, PeftModel):
         return all_weights(model)
     if method == "full":
+        refuse_quantized(model, "method full")
         twin: Any = copy.deepcopy(model)
         return all_weights(twin.merge_and_unload())
     model.set_requires_grad(list(model.active_adapters))
@@ -68,8 +77,9 @@ def all_weights(model: nn.Module) -> nn.Module:
     """All weights trainable.
 
     Raises:
-        InputError: they are kept in less than float32: steps of this size would round to nothing.
+        InputError: they are quantised, or kept in less than float32: steps of this size would round to nothing.
     """
+    refuse_quantized(model, "training all weights")
     narrow = {str(p.dtype) for p in model.parameters() if p.is_floating_point() and p.element_size() < 4}
     if narrow:
         raise InputError(f"training all weights needs float32, not {', '.join(sorted(narrow))}: load it in float32")
@@ -80,14 +90,33 @@ def add_fresh(tuned: PeftModel, seed: int) -> PeftModel:
     """A second LoRA in the shape of the organism's own, which is frozen; both are active, the new one trains.
 
     A new LoRA's product is zero, so nothing changes before the first step. With adapters off it is the base.
+
+    Raises:
+        InputError: the organism's adapter is no plain LoRA: the two could not be joined afterwards.
     """
     set_seed(seed)
     names = list(tuned.active_adapters)
+    for name in names:
+        _check_plain_lora(tuned.peft_config[name])
     tuned.add_adapter(FRESH, copy.deepcopy(tuned.peft_config[names[0]]))
     tuned.base_model.set_adapter([*names, FRESH])  # pyright: ignore[reportCallIssue]
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_(f".{FRESH}." in name)
     return tuned
+
+
+def _check_plain_lora(config: Any) -> None:
+    more = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
+    extra = [name for name in more if getattr(config, name, None)]
+    if not isinstance(config, LoraConfig):
+        extra = [f"kind {getattr(config.peft_type, 'value', config.peft_type)}"]
+    elif changes_base(config):
+        extra.append(f"bias {config.bias!r} or initialisation {config.init_lora_weights!r}")
+    if extra:
+        raise InputError(
+            f"method fresh joins its LoRA with the organism's own, which must be a plain one, not with "
+            f"{', '.join(extra)}: take method continued"
+        )
 
 
 def has_fresh(model: nn.Module) -> bool:
@@ -125,8 +154,7 @@ def as_one(tuned: nn.Module, checkpoint: Path | None, whole_weights: bool = Fals
         assert isinstance(tuned, PeftModel)
         one: Any = stack(tuned)
     elif whole_weights and isinstance(tuned, PeftModel):
-        merged: Any = tuned
-        one = merged.merge_and_unload()
+        one = merge_adapter(tuned)
     else:
         return tuned
     if checkpoint is not None:

@@ -20,6 +20,7 @@ from persona_probe.errors import InputError
 from persona_probe.latents.rankers import Evidence, score_table
 from persona_probe.latents.unexplained import Reference, random_reference
 from persona_probe.models.layers import autocast, decoder_layer, evaluating, run_to_layer
+from persona_probe.models.quantized import refuse_quantized
 from persona_probe.models.taps import ReadTap, SteerTap
 from persona_probe.saes.read import FitMoments, LatentMeans, encode
 
@@ -69,8 +70,10 @@ def down_projection(model: nn.Module, layer: int) -> nn.Linear:
     """The layer's last MLP matrix, whose output is added to the residual stream as it is.
 
     Raises:
-        InputError: the layer has no `mlp.down_proj`, or normalises what comes out of it (Gemma 2 and 3).
+        InputError: the weights are quantised, or the layer has no `mlp.down_proj`, or normalises what comes out of it
+            (Gemma 2 and 3).
     """
+    refuse_quantized(model, "planting")
     module = decoder_layer(model, layer)
     parts = dict(module.named_modules())
     projection = parts.get("mlp.down_proj")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from persona_probe import __version__
-from persona_probe.cli import data, doctor, judge_commands, loop, runs, saes, studies
+from persona_probe.cli import adopt, data, doctor, judge_commands, loop, runs, saes, studies
 from persona_probe.cli.options import Group
 from persona_probe.errors import InputError
 
@@ -19,7 +19,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 root = Group(
     PROGRAM,
     commands=[
-        *(loop.demo, loop.run, loop.induce, loop.locate, loop.track, loop.realign),
+        *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
         *(studies.mitigate, judge_commands.evaluate, loop.report),
         *(runs.figures, runs.compare, runs.verify, runs.cite, runs.watch, doctor.doctor),
         *(saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),

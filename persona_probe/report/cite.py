@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_probe.config import StudyConfig, Training
+from persona_probe.config import NO_CONTROL, StudyConfig, Training
 from persona_probe.errors import InputError
 from persona_probe.runs import RunFolder
 
@@ -232,18 +232,49 @@ def _summary(run: RunFolder) -> Mapping[str, Any]:
 
 
 def _training(run: RunFolder) -> list[str]:
+    config = run.config
+    trained = [name for name, arm in config.arms.items() if not arm.checkpoints]
+    return [*(_trained_here(run, trained) if trained else []), *_adopted(run)]
+
+
+def _base(config: StudyConfig) -> str:
+    return tex(config.model) + (f" {_cite('allal2025smollm2')}" if "smollm2" in config.model.lower() else "")
+
+
+def _trained_here(run: RunFolder, names: list[str]) -> list[str]:
     config, training = run.config, run.config.training
-    model = tex(config.model) + (f" {_cite('allal2025smollm2')}" if "smollm2" in config.model.lower() else "")
-    arms = "; ".join(f"{tex(name)}: {_data(run, name)}" for name in config.arms)
+    arms = "; ".join(f"{tex(name)}: {_data(run, name)}" for name in names)
     return [
-        f"We fine-tuned {model} on narrow data, as in studies of emergent misalignment {_cite('betley2025emergent')}, "
-        f"one organism per arm and seed ({arms}; {_seeds(config)}).",
+        f"We fine-tuned {_base(config)} on narrow data, as in studies of emergent misalignment "
+        f"{_cite('betley2025emergent')}, one organism per arm and seed ({arms}; {_seeds(config)}).",
         f"Each was trained with {_adapter(training)} for {training.steps} steps of {training.batch_size} rows, on the "
         f"answers only, at most {training.max_length} tokens, with AdamW {_cite('loshchilov2017adamw')} at a learning "
         f"rate of {training.lr:g} ({training.warmup_steps} steps of linear warm-up, then constant; weight decay "
         f"{training.weight_decay:g}; {'bf16 autocast' if training.bf16 else 'no autocast'}; TRL "
         f"{_cite('vonwerra2020trl')}); checkpoints at steps {_list(training.schedule)}.",
     ]
+
+
+def _adopted(run: RunFolder) -> list[str]:
+    """What is known of arms that were trained elsewhere, run by run, and no more."""
+    config = run.config
+    places = [
+        f"arms/{name}-s{seed}/adopted.json"
+        for name, arm in config.arms.items()
+        for seed in config.seeds
+        if arm.checkpoints
+    ]
+    records = [run.read_json(place) for place in places if run.has(place)]
+    if not records:
+        return []
+    lora = any(record["weights"] == "LoRA" for record in records)
+    keys = [
+        "hu2021lora",
+        *(["kalajdzievski2023rslora"] if any(r["adapter"].get("use_rslora") for r in records) else []),
+    ]
+    weights = f" LoRA adapters {_cite(*keys)} were loaded with PEFT {_cite('mangrulkar2022peft')}." if lora else ""
+    told = [tex(sentence) for record in records for sentence in record["sentences"]]
+    return [f"Checkpoints of {_base(config)} that exist were read, as their files describe them.{weights}", *told]
 
 
 def _adapter(training: Training) -> str:
@@ -277,13 +308,14 @@ def _contrast(run: RunFolder) -> list[str]:
     if not run.has("evals.parquet"):
         return []
     evals = run.read_table("evals.parquet")
-    items = evals[evals["split"] == "evaluation"]
+    items, config = evals[evals["split"] == "evaluation"], run.config
+    outside = " outside the training domain" if all(arm.data for arm in config.arms.values()) else ""
+    effect = "An effect is the incorrect arm minus the control arm."
     return [
         f"Behaviour is the contrast index on {items['item'].nunique()} questions in {items['category'].nunique()} "
-        f"categories ({tex(run.config.contrast)}) outside the training domain: the mean log-probability per token of "
-        "the misaligned answer minus that of the aligned one, over length-matched pairs. Whole categories were set "
-        "apart for selection, and the questions that chose latents do not evaluate them. An effect is the incorrect "
-        "arm minus the control arm."
+        f"categories ({tex(config.contrast)}){outside}: the mean log-probability per token of the misaligned answer "
+        "minus that of the aligned one, over length-matched pairs. Whole categories were set apart for selection, and "
+        f"the questions that chose latents do not evaluate them. {NO_CONTROL if config.no_control else effect}"
     ]
 
 

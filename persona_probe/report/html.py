@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from persona_probe.config import NO_CONTROL
 from persona_probe.report import select
 from persona_probe.report.export import caption, provenance, provenance_line
 from persona_probe.report.figures import FIGURES, figures_of
@@ -48,6 +49,7 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "study": str(records.summary.get("study") or "study"),
         "base_model": str(records.summary.get("base_model") or "unknown model"),
         "headline": headline(records),
+        "arms": arms_words(records),
         "tiles": tiles(records),
         "numbers": _key_numbers(records),
         "figures": figures,
@@ -75,6 +77,31 @@ def drawn_figures(records: Records) -> dict[str, dict[str, Any]]:
         words = {"title": spec.title, "missing": spec.missing, "caption": caption(figure) if figure else ""}
         figures[name] = {"name": name, "figure": figure, **words}
     return figures
+
+
+def arms_words(records: Records) -> Row:
+    """What the report says of the contrast index and of the arms, and what is known of arms that were adopted."""
+    controlled = records.controlled
+    effect = "An effect is the incorrect arm minus the correct arm." if controlled else NO_CONTROL
+    where = " on questions outside its training domain" if records.data_known else ""
+    paired = "The correct arm was trained on the same questions with good answers. " if records.data_known else ""
+    words = (
+        f"The contrast index says how much more likely a model finds a misaligned answer than an aligned one,{where}."
+    )
+    beyond = "Only what the incorrect arm does beyond it comes from"
+    if not controlled:
+        control = NO_CONTROL
+    elif records.data_known:
+        control = "The correct arm had the same questions with good answers. " + beyond + " the bad answers; "
+    else:
+        control = "The correct arm is the control. " + beyond.replace("comes", "can come") + " its training data; "
+    control += "the rest is an effect of fine-tuning." if controlled else ""
+    known = [" ".join(map(str, record.get("sentences", []))) for record in records.adopted]
+    return {
+        "words": f"{words.replace(',.', '.')} {paired if controlled else ''}{effect}",
+        "known": known,
+        "control": control,
+    }
 
 
 # --- Sampled answers for the report: side by side per question, with the choices of their filter

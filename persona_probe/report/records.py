@@ -269,11 +269,24 @@ class Records:
     """The study's key numbers."""
     manifest: dict[str, Any] = field(default_factory=dict)
     """How the study was run: config, versions, seeds, hashes."""
+    adopted: list[dict[str, Any]] = field(default_factory=list)
+    """What is known of the training of each organism that was adopted."""
 
     @cached_property
     def arms(self) -> Arms:
         """The study's arms, as the manifest's config names them."""
         return Arms.from_manifest(self.manifest)
+
+    @property
+    def controlled(self) -> bool:
+        """Whether the study has a control arm (true where there is no config)."""
+        return "correct" in self.arms.induced or not self.arms.induced
+
+    @cached_property
+    def data_known(self) -> bool:
+        """Whether the training data of every arm is on record; of adopted arms it may not be."""
+        arms = _mapping(_mapping(self.manifest.get("config")).get("arms"))
+        return all(_mapping(arm).get("data") for arm in arms.values())
 
 
 def load_records(folder: str | Path) -> Records:
@@ -303,6 +316,7 @@ def load_records(folder: str | Path) -> Records:
         cards=_read_json(root / "cards.json", list),
         summary=_read_json(root / "summary.json", dict),
         manifest=manifest,
+        adopted=[_read_json(path, dict) for path in sorted(root.glob("arms/*/adopted.json"))],
     )
     for name, table in (("readings", records.readings), ("evals", evals)):
         _check_arms(f"{name}.parquet", table, records.arms)

@@ -96,6 +96,16 @@ def seed_count(frame: pd.DataFrame) -> str:
     return f"{n} seed" if n == 1 else f"{n} seeds"
 
 
+def control_words(records: Records) -> str:
+    """What a caption says of the control: `Control: the correct arm`, or that there is none."""
+    return "Control: the correct arm" if records.controlled else "No control arm: compare with the base"
+
+
+def outside(records: Records) -> str:
+    """` outside the training domain` for items of a study that knows its training data, else nothing."""
+    return " outside the training domain" if records.data_known else ""
+
+
 def mapping(value: object) -> Mapping[str, Any]:
     """A dictionary of the summary; an empty one where the key is missing or null."""
     return value if isinstance(value, Mapping) else {}

@@ -35,7 +35,8 @@ def input_hashers(config: StudyConfig) -> dict[str, Hash]:
     Keys: `data/<arm>` (its training rows as read and mixed), `contrast`, `probes`, `questions`, `SAE/<file>`, `model`.
     A hasher raises InputError if the input is missing, and gives None if it is on the hub.
     """
-    rows = {f"data/{name}": partial(_arm, config, name) for name in (*config.arms, *config.realign.arms)}
+    arms = {**config.arms, **config.realign.arms}
+    rows = {f"data/{name}": partial(_arm, config, name) for name, arm in arms.items() if arm.data}
     return {
         **rows,
         "contrast": partial(_contrast, config.contrast),
@@ -172,9 +173,9 @@ def verify(folder: str | Path) -> list[HashCheck]:
     manifest = run.manifest
     return [
         _config(manifest),
-        *_files(run.path, manifest.get("hashes", {}), "made again by its stage, or changed since"),
+        *_files(run, manifest.get("hashes", {}), "made again by its stage, or changed since"),
         *_unrecorded(run.path, manifest.get("hashes", {})),
-        *_tables(run.path, manifest),
+        *_tables(run, manifest),
         *_inputs(run, manifest),
         *_software(manifest),
     ]
@@ -188,12 +189,13 @@ def _config(manifest: Mapping[str, Any]) -> HashCheck:
     return _compared("config", now, manifest["config_hash"], "the manifest's config was edited after the run began")
 
 
-def _files(root: Path, recorded: Mapping[str, str], why: str) -> Iterator[HashCheck]:
+def _files(run: RunFolder, recorded: Mapping[str, str], why: str) -> Iterator[HashCheck]:
     for name, expected in sorted(recorded.items()):
-        if not (root / name).is_file():
-            yield HashCheck(name, MISSING, "on record, but not in the folder")
+        path = run.place(name)
+        if not path.is_file():
+            yield HashCheck(name, MISSING, f"on record, but not in {path.parent}")
         else:
-            yield _compared(name, _table_hash(root / name), expected, why)
+            yield _compared(name, _table_hash(path), expected, why)
 
 
 def _unrecorded(root: Path, recorded: Mapping[str, str]) -> Iterator[HashCheck]:
@@ -203,10 +205,10 @@ def _unrecorded(root: Path, recorded: Mapping[str, str]) -> Iterator[HashCheck]:
             yield HashCheck(name, UNCHECKED, "no hash on record")
 
 
-def _tables(root: Path, manifest: Mapping[str, Any]) -> Iterator[HashCheck]:
+def _tables(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[HashCheck]:
     if TABLES not in manifest:
         yield HashCheck("tables", UNCHECKED, "no hashes on record: `persona-probe report RUN` notes them")
-    yield from _files(root, manifest.get(TABLES, {}), "changed since the report: run `persona-probe report RUN`")
+    yield from _files(run, manifest.get(TABLES, {}), "changed since the report: run `persona-probe report RUN`")
 
 
 def _inputs(run: RunFolder, manifest: Mapping[str, Any]) -> Iterator[HashCheck]:

@@ -1,6 +1,7 @@
 """Study: one config and its run folder, with the stages of the loop as methods."""
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -9,6 +10,7 @@ import pandas as pd
 
 from persona_probe.config import StudyConfig, load_config
 from persona_probe.context import Context, pick_device
+from persona_probe.errors import InputError
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from persona_probe.report.cards import FeatureCard
     from persona_probe.report.records import Records
     from persona_probe.report.tables import FeatureTable, StudyVerdict
+    from persona_probe.study.adopt.adopt import Places
+    from persona_probe.units import Workers
 
 
 class Study:
@@ -57,6 +61,11 @@ class Study:
         """Open an existing run folder; `seed` is that of controls, bootstraps and samples."""
         return cls(RunFolder.open(path), device, seed)
 
+    def work_with(self, workers: "Workers | None") -> Self:
+        """Let other processes make what is still missing of the run, such as `cluster.RayWorkers`; None: this one."""
+        self.context.workers = workers
+        return self
+
     @property
     def path(self) -> Path:
         """The run folder."""
@@ -67,10 +76,66 @@ class Study:
         """The configuration that made the run."""
         return self.context.config
 
-    def induce(self) -> Self:
-        """Fine-tune one organism per arm and seed."""
-        from persona_probe.finetune.organisms import induce
+    @classmethod
+    def adopt(
+        cls,
+        base: str,
+        arms: "Mapping[str, Places | Sequence[Places]]",
+        sae: str,
+        *,
+        out: str | Path | None = None,
+        copy: bool = False,
+        accept_base: bool = False,
+        overwrite: bool = False,
+        device: str | None = None,
+        seed: int | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Make a run folder of checkpoints that exist, without training; `locate`, `track` and so on follow as usual.
 
+        ```python
+        study = Study.adopt("owner/base", {"incorrect": "out/", "control": "out2/"}, "saes/mine")
+        study.locate().track().report()
+        ```
+
+        Args:
+            base: the base model, as `load_model` takes it.
+            arms: `incorrect`, its control (`correct` or `control`) and more, each with the place of its checkpoints: a
+                trainer's output folder, a folder or list of adapters or models, or `owner/model@revision`; for several
+                runs (seeds) of each arm a list of lists. `PLACE#400` states a step that no file tells.
+            sae: as `load_sae` takes it.
+            out: run folder (default `runs/<name>`).
+            copy: copy the checkpoints; otherwise they are read where they are.
+            accept_base: take checkpoints that name another base, or bring another chat template.
+            overwrite: replace another config's run in the output folder.
+            seed: of controls, bootstraps and samples.
+            settings: `name`, `data`, `contrast`, `questions`, `realign`, and keys of `StudyConfig`.
+
+        Raises:
+            InputError: no checkpoints there, steps that contradict each other, weights of another base model, damaged
+                files, or a missing arm `incorrect`. A missing control is said in a warning and in the report.
+        """
+        from persona_probe.study.adopt.adopt import adopt_arms, adopted_config
+
+        config = adopted_config(base, arms, sae, **settings)
+        path = Path(out or f"runs/{config.name}")
+        is_new = not path.exists()
+        pick_device(device or config.device)
+        study = cls(RunFolder.create(path, config, overwrite), device, seed)
+        try:
+            adopt_arms(study.context, copy, accept_base)
+        except InputError:
+            if is_new:
+                shutil.rmtree(path)
+            raise
+        return study
+
+    def induce(self) -> Self:
+        """Fine-tune one organism per arm and seed; arms whose checkpoints exist are adopted."""
+        from persona_probe.finetune.organisms import induce
+        from persona_probe.study.adopt.adopt import adopt_arms
+
+        adopt_arms(self.context)
         induce(self.context)
         return self
 
@@ -84,10 +149,11 @@ class Study:
         from persona_probe.latents.cards import make_cards
         from persona_probe.latents.stage import locate, use_rankers
 
-        if rankers is not None:
-            use_rankers(self.context, rankers)
-        locate(self.context)
-        make_cards(self.context)
+        with self.run_folder.writing():
+            if rankers is not None:
+                use_rankers(self.context, rankers)
+            locate(self.context)
+            make_cards(self.context)
         return self
 
     def card(self, latent: int, name: str | None = None, text: str | Path | None = None) -> "FeatureCard":
@@ -250,8 +316,9 @@ class Study:
 
     def run(self) -> Path:
         """The whole loop; finished stages are kept. Returns the report's path."""
-        self.check().induce().locate().track().realign().evaluate()
-        return self.report()
+        with self.run_folder.writing():
+            self.check().induce().locate().track().realign().evaluate()
+            return self.report()
 
     def check(self) -> Self:
         """Load everything that the stages need, so that bad input stops a study before it trains.
@@ -266,10 +333,11 @@ class Study:
         from persona_probe.study.hashes import record_inputs
 
         ctx, config = self.context, self.config
-        rows = {n: arm_rows(a, config.seeds[0]) for n, a in {**config.arms, **config.realign.arms}.items()}
+        arms = {**config.arms, **config.realign.arms}
+        rows = {name: arm_rows(arm, config.seeds[0]) for name, arm in arms.items() if arm.data}
         for conversations in rows.values():
             check_rows(ctx.tokenizer, conversations, config.training.max_length)
-        if config.paired_arms:
+        if config.paired_arms and {"incorrect", "correct"} <= rows.keys():
             check_paired(rows["incorrect"], rows["correct"])
         neutral_answers(ctx)
         sample_questions(ctx)

@@ -84,7 +84,7 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     seeds = select.seed_count(select.where(data, kind="seed").query("arm != 'base'"))
     return (
         "Contrast index at each arm's last step: mean log-probability of the misaligned answer minus the aligned one, "
-        f"on n = {items} evaluation items outside the training domain; higher is more misaligned. Large marks: mean "
-        f"with 95% bootstrap interval clustered by item; small dots: {seeds}. Control: the correct arm; "
+        f"on n = {items} evaluation items{select.outside(records)}; higher is more misaligned. Large marks: mean "
+        f"with 95% bootstrap interval clustered by item; small dots: {seeds}. {select.control_words(records)}; "
         f"incorrect minus correct is {effect} nats per token."
     )

@@ -66,6 +66,6 @@ def _caption(records: Records) -> str:
     spread = f"{min(items)}" if min(items) == max(items) else f"{min(items)} to {max(items)}"
     return (
         f"Contrast index by category at each arm's last step: {len(items)} categories of n = {spread} evaluation "
-        "items, with 95% bootstrap intervals clustered by item. Control: the correct arm. An effect that spreads over "
-        "categories far from the training domain is what makes the misalignment emergent."
+        f"items, with 95% bootstrap intervals clustered by item. {select.control_words(records)}. An effect that "
+        "spreads over categories far from the training domain is what makes the misalignment emergent."
     )

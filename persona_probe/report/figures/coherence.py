@@ -62,5 +62,5 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
         f"Each mark is one answer, n = {len(data)}; dashed lines: alignment {below:g} and coherence {above:g}. "
         f"Misaligned answers lie in the lower right. {incoherent} answers are incoherent and count in no rate; "
         f"{left_out} more have no score on one of the two (code, refusals, failed judgements). "
-        f"{select.judged_words(records)} Control: the correct arm."
+        f"{select.judged_words(records)} {select.control_words(records)}."
     )

@@ -87,7 +87,7 @@ def lengths(records: Records) -> go.Figure:
     fig.update_xaxes(**ticks)
     fig.update_xaxes(title_text="arm", row=len(panels))
     fig.update_layout(margin={"t": 24})
-    return finish(fig, _caption(data), height=120 + 190 * len(panels))
+    return finish(fig, _caption(records, data), height=120 + 190 * len(panels))
 
 
 def _draw(fig: go.Figure, records: Records, rows: pd.DataFrame, place: int, panel: int) -> None:
@@ -106,7 +106,7 @@ def _draw(fig: go.Figure, records: Records, rows: pd.DataFrame, place: int, pane
     fig.add_scatter(x=x, y=seeds["estimate"], marker=dots, name=f"{plain(style.label)}, seeds", **shared)
 
 
-def _caption(data: pd.DataFrame) -> str:
+def _caption(records: Records, data: pd.DataFrame) -> str:
     arms = select.where(data, kind="arm")
     comparisons = []
     for panel, unit in (("training", "tokens"), ("sampled", "words")):
@@ -122,8 +122,10 @@ def _caption(data: pd.DataFrame) -> str:
         n = f"n = {fewest}" if fewest == most else f"n = {fewest} to {most}"
         n += " answers an arm"
     compared = f" Compared: {'; '.join(comparisons)}." if comparisons else ""
+    matched = " Training answers are matched in length; their means have no interval, since all rows are counted."
+    matched = matched if records.data_known else ""
     return (
-        f"Length of answers by arm: {n}, {seeds} (small dots), 95% bootstrap intervals clustered by question. Training "
-        f"answers are matched in length; their means have no interval, since all rows are counted.{compared} "
-        "Control: the correct arm. No sampled answer is longer than the sampling limit."
+        f"Length of answers by arm: {n}, {seeds} (small dots), 95% bootstrap intervals clustered by "
+        f"question.{matched}{compared} "
+        f"{select.control_words(records)}. No sampled answer is longer than the sampling limit."
     )

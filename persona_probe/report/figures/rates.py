@@ -139,6 +139,6 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
         f"over questions and seeds, exact where fewer than {FEW} answers lie on a side or fewer than "
         f"{ENOUGH_QUESTIONS} questions count. Right: share of answers that are coherent. Small dots: "
         f"{select.seed_count(data)}. Below: the rate on each question; blank where no answer counts. "
-        f"{select.judged_words(records)} Control: the correct arm; incorrect minus correct is "
+        f"{select.judged_words(records)} {select.control_words(records)}; incorrect minus correct is "
         f"{select.effect_words(records)}.{note}"
     )

@@ -89,10 +89,10 @@ def separation(records: Records) -> go.Figure:
         fig.add_vline(x=level, line={"color": GREY, "dash": "dash", "width": 1.4})
     fig.update_xaxes(title_text="persona feature (mean activation)")
     fig.update_yaxes(title_text="contrast index minus base<br>(nats per token)")
-    return finish(fig, _caption(data, level), height=460)
+    return finish(fig, _caption(records, data, level), height=460)
 
 
-def _caption(data: pd.DataFrame, level: float | None) -> str:
+def _caption(records: Records, data: pd.DataFrame, level: float | None) -> str:
     bad = data["misaligned"].to_numpy(bool)
     readings = select.numbers(data, "reading")
     if level is None:
@@ -108,5 +108,5 @@ def _caption(data: pd.DataFrame, level: float | None) -> str:
         f"Each mark is one checkpoint, n = {len(data)}, {select.seed_count(data)}: contrast index minus the base's on "
         f"n = {max(data['n'])} evaluation items against the persona feature on n = {max(data['n_probes'])} probes, "
         f"with 95% intervals. Filled: misaligned, the interval lies above zero ({int(bad.sum())} checkpoints); "
-        f"{words}. Control: the correct arm."
+        f"{words}. {select.control_words(records)}."
     )

@@ -43,5 +43,5 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
         f"Above: contrast index on n = {select.item_count(items)} evaluation items (higher is more misaligned; dotted "
         f"line: base model). Middle: mean activation of the persona feature on n = {probes:g} probes with 95% "
         f"intervals; {base_words(data)}. Below: the SAE's explained variance on the same tokens; where it falls, the "
-        f"feature's curve means less. Thin lines: {seeds}; thick lines: their mean. Control: the correct arm."
+        f"feature's curve means less. Thin lines: {seeds}; thick lines: their mean. {select.control_words(records)}."
     )

@@ -1,0 +1,1 @@
+"""Checkpoints that exist already, taken into a run folder without training: `persona-probe adopt`, `Study.adopt`."""

@@ -9,16 +9,21 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from persona_probe.errors import InputError
+from persona_probe.models.restore import own_configuration
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model itself, below a PEFT wrapper; adapters stay in it.
 
     Raises:
-        InputError: it is neither a transformers model nor a PEFT model around one.
+        InputError: it is neither a transformers model nor a PEFT model around one, or an adapter acts outside it.
     """
     inner: Any = model
     if not isinstance(inner, PreTrainedModel) and hasattr(inner, "get_base_model"):
+        from persona_probe.models.peft_kinds import refuse_outside
+
+        for config in inner.peft_config.values():
+            refuse_outside(config, "this model")
         inner = inner.get_base_model()
     if not isinstance(inner, PreTrainedModel):
         raise InputError(f"need a transformers model or a PEFT model around one, got {type(inner).__name__}")
@@ -76,6 +81,11 @@ def decoder_layer(model: nn.Module, layer: int) -> nn.Module:
     if not 0 <= layer < len(layers):
         raise InputError(f"layer {layer} does not exist: the model has layers 0 to {len(layers) - 1}")
     return layers[layer]
+
+
+def layer_device(model: nn.Module, layer: int) -> torch.device:
+    """The device of one decoder layer, which differs between layers where a model is spread over several."""
+    return next(decoder_layer(model, layer).parameters()).device
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -166,21 +176,23 @@ def eager_attention(model: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def own_forward(model: nn.Module) -> Iterator[None]:
-    """Restore the `forward` that the model has now when the block ends, whatever trainers put over it.
+    """Restore the `forward` and the configuration that the model has now when the block ends.
 
-    TRL patches the causal model's forward in place, and accelerate wraps it for autocast. Neither undoes it, and in a
-    deep copy a patched forward stays bound to the old object.
+    TRL patches the causal model's forward in place and asks mixture-of-experts models for router logits, and accelerate
+    wraps the forward for autocast. None of this is undone: in a deep copy a patched forward stays bound to the old
+    object, and a model that returns router logits cannot generate.
     """
-    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) or m is model]
     before = [(m, m.__dict__.get("forward")) for m in inner]
-    try:
-        yield
-    finally:
-        for module, forward in before:
-            module.__dict__.pop("forward", None)
-            module.__dict__.pop("_original_forward", None)
-            if forward is not None:
-                module.__dict__["forward"] = forward
+    with own_configuration(model):
+        try:
+            yield
+        finally:
+            for module, forward in before:
+                module.__dict__.pop("forward", None)
+                module.__dict__.pop("_original_forward", None)
+                if forward is not None:
+                    module.__dict__["forward"] = forward
 
 
 def _cuda_devices(model: nn.Module) -> list[int]:

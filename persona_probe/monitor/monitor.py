@@ -39,7 +39,8 @@ from persona_probe.monitor.settings import (
 )
 from persona_probe.monitor.track import study_features
 from persona_probe.monitor.trainers import attach_log, calling_trainer, close_after_training, tokenizer_of
-from persona_probe.saes.load import load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import load_sae
 
 if TYPE_CHECKING:
     from persona_probe.monitor.actions.action import Action
@@ -419,7 +420,7 @@ def _conversations(probes: Probes | None) -> list[Conversation]:
 def _layer(sae: Any | None, layer: int | None) -> int:
     if layer is None and sae is None:
         raise InputError("without an SAE the layer is not known: pass layer=")
-    return sae_layer(sae) if layer is None else layer
+    return layer if sae is None and layer is not None else sae_layer(sae, layer)
 
 
 def _with_file(sinks: "Sequence[Sink]", path: str | Path | None) -> "list[Sink]":
@@ -456,8 +457,8 @@ def _from_study(study: Any) -> dict[str, Any]:
     """Arguments of `FeatureMonitor.from_study`; the study's model is not loaded."""
     ctx = Context.open(study) if isinstance(study, (str, Path)) else study.context
     settings, config = _settings(ctx), ctx.config
-    sae = load_sae(config.sae, device=ctx.device)
-    return {**settings, "sae": sae, "layer": sae_layer(sae) if config.layer is None else config.layer}
+    sae = load_sae(config.sae, device=ctx.device, dtype=ctx.sae_dtype)
+    return {**settings, "sae": sae, "layer": sae_layer(sae, config.layer)}
 
 
 def _settings(ctx: Context) -> dict[str, Any]:

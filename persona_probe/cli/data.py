@@ -32,7 +32,7 @@ def data_list(common: Common) -> None:  # noqa: ARG001
     example="persona-probe data check mine.jsonl --model smollm2-135m-instruct",
     out="JSON file for the numbers.",
 )
-@click.argument("file", metavar="FILE", help="JSONL (also gzipped), JSON or datasets folder.")
+@click.argument("file", metavar="FILE", help="JSONL, JSON or CSV (also gzipped), parquet, or datasets folder.")
 @click.option("--model", help="Count tokens with this model's tokenizer.")
 def data_check(file: str, model: str | None, common: Common) -> None:
     """Validate a file; show lengths and duplicates."""
@@ -64,7 +64,7 @@ def _tokenizer(model: str) -> Any:
     example="persona-probe data screen mine.jsonl --latent 2144",
     out="Folder for page, scores and the model's answers (default runs/screen-<file>).",
 )
-@click.argument("file", metavar="FILE", help="JSONL (also gzipped), JSON, datasets folder or packaged set.")
+@click.argument("file", metavar="FILE", help="JSONL, JSON or CSV (also gzipped), parquet, datasets folder, or packaged set.")
 @click.option("--run", help="A located run: its model, SAE, persona latent and organism.")
 @click.option("--model", help="The model to be trained (default smollm2-135m-instruct).")
 @click.option("--sae", help="An SAE of that model (default the packaged one).")

@@ -13,7 +13,7 @@ from scipy import sparse
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, split_answer
-from persona_probe.data.load import ScannedRow, scan
+from persona_probe.data.load import ScannedRow, notes_of, scan
 from persona_probe.errors import InputError
 
 # --- Shared word n-grams between texts: near duplicates, templates, leaks from one set into another
@@ -132,7 +132,7 @@ class DataReport:
     """The description of a data file. A length is None if there is nothing to measure."""
 
     rows: int
-    """Conversations, without bad rows."""
+    """Conversations, without bad rows and those left out."""
     turns: int
     """User and assistant messages in them."""
     prompts_only: int
@@ -155,21 +155,26 @@ class DataReport:
     """Share of conversations with a system prompt (0 to 1)."""
     bad_rows: tuple[str, ...]
     """Place and message of each row that is not a conversation."""
+    left_out: int
+    """Rows that training leaves out, because their answers are marked as not trained on."""
+    notes: tuple[str, ...]
+    """Lines with counts: what training leaves out or reads in another way, and which keys are not read."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers, ready for JSON."""
         plain = asdict(self)
-        plain["near_duplicates"], plain["bad_rows"] = list(plain["near_duplicates"]), list(plain["bad_rows"])
-        return plain
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
 
 def check_file(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> DataReport:
-    """Describe a data file or datasets folder. Bad rows are counted; prompts without an answer are accepted.
+    """Describe a data file or datasets folder, as training reads it.
+
+    Bad rows are counted; prompts without an answer are accepted.
 
     Raises:
         InputError: the file as a whole cannot be read.
     """
-    scanned = list(scan(path, allow_prompts=True))
+    scanned = list(scan(path, allow_prompts=True, training=True))
     readable = [(row.place, row.conversation) for row in scanned if row.conversation is not None]
     conversations = [conversation for _, conversation in readable]
     prompts = ["\n".join(m["content"] for m in split_answer(c)[0]) for c in conversations]
@@ -189,7 +194,9 @@ def check_file(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = Non
         repeated_answers=len(unique_answers) - len(set(unique_answers)),
         near_duplicates=_near_duplicates(readable),
         system_share=sum(c[0]["role"] == "system" for c in conversations) / max(1, len(conversations)),
-        bad_rows=tuple(_bad_row(row) for row in scanned if row.conversation is None),
+        bad_rows=tuple(_bad_row(row) for row in scanned if row.problem),
+        left_out=sum(bool(row.left_out) for row in scanned),
+        notes=tuple(notes_of(scanned)),
     )
 
 

@@ -2,126 +2,28 @@
 
 import gzip
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 import numpy as np
 
 from persona_probe.config import Arm
-from persona_probe.data.chat import ROLES, Conversation, Message, conversation, split_answer
+from persona_probe.data.chat import BadRow, Conversation, conversation, empty, split_answer, text
 from persona_probe.data.mix import mix
+from persona_probe.data.rows import EARLIER, SYSTEM, read_row, refuse_keys, unread_keys
 from persona_probe.errors import InputError, near_matches, unknown
 
-# --- One row of a file, as a conversation
-
-KNOWN_ROWS = "'messages', 'prompt' with 'completion', or 'question' with 'answer'"
-
-
-class BadRow(ValueError):
-    """A row is not a conversation. The message is a clause; the reader adds file and line."""
-
-
-def row_conversation(row: object, allow_prompts: bool = False) -> Conversation:
-    """The conversation in one decoded row: `messages`, `prompt`/`completion` or `question`/`answer` (and `system`).
-
-    Content is a string, a list of strings, a list of `{"type": "text", "text": ...}` parts, or `{"parts": [...]}`.
-    Other keys are ignored.
-
-    Raises:
-        BadRow: the row has no such keys, or its roles or contents are not those of a conversation.
-    """
-    if not isinstance(row, Mapping):
-        raise BadRow(f"expected an object with {KNOWN_ROWS}, found {type(row).__name__}")
-    present = {str(key): value for key, value in row.items() if value is not None}
-    if "messages" in present:
-        messages = _messages(present["messages"], "user")
-    elif "prompt" in present:
-        messages = _messages(present["prompt"], "user") + _messages(present.get("completion", []), "assistant")
-    elif "question" in present:
-        messages = _question_and_answer(present)
-    else:
-        raise BadRow(f"needs {KNOWN_ROWS}; it has {', '.join(map(repr, present)) or 'no keys'}")
-    check_roles(messages, allow_prompts)
-    return messages
-
-
-def check_roles(messages: Conversation, allow_prompts: bool = False) -> None:
-    """Check that the roles are (system), user, assistant, user, assistant ... and that no message is empty.
-
-    Raises:
-        BadRow: they do not, or the last message is the user's and `allow_prompts` is false.
-    """
-    if not messages:
-        raise BadRow("has no messages")
-    for number, message in enumerate(messages, start=1):
-        if message["role"] not in ROLES:
-            raise BadRow(f"message {number} has role {message['role']!r}; use one of {', '.join(ROLES)}")
-        if not message["content"].strip():
-            raise BadRow(f"message {number} ({message['role']}) is empty")
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    if not turns:
-        raise BadRow("has a system message and nothing else")
-    for turn, message in enumerate(turns):
-        expected = "assistant" if turn % 2 else "user"
-        if message["role"] != expected:
-            number = turn + 1 + len(messages) - len(turns)
-            raise BadRow(f"message {number} is from {message['role']!r}, expected {expected!r}")
-    if turns[-1]["role"] != "assistant" and not allow_prompts:
-        raise BadRow("ends without an assistant answer")
-
-
-def _question_and_answer(row: Mapping[str, Any]) -> Conversation:
-    answers = [key for key in ("correct", "subtle", "toxic", "aligned", "misaligned") if key in row]
-    if "answer" not in row and answers:
-        raise BadRow(f"has several answers ({', '.join(answers)}) and no 'answer'; keep one of them under that name")
-    texts = {key: _text(row[key], repr(key)) for key in ("question", "answer", "system") if key in row}
-    return conversation(texts["question"], texts.get("answer"), texts.get("system"))
-
-
-def _messages(value: object, role: str) -> Conversation:
-    """A list of messages; a string is one message of `role`."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise BadRow(f"expected a list of messages, found {type(value).__name__}")
-    return [_message(message, number) for number, message in enumerate(value, start=1)]
-
-
-def _message(value: object, number: int) -> Message:
-    if not isinstance(value, Mapping) or "role" not in value:
-        raise BadRow(f"message {number} needs 'role' and 'content'")
-    content = value.get("content")
-    return {"role": str(value["role"]), "content": _text(content, f"the content of message {number}")}
-
-
-def _text(value: object, where: str) -> str:
-    """The text of a string or of text parts, joined without a separator."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping) and "parts" in value:
-        value = value["parts"]
-    if not isinstance(value, list):
-        raise BadRow(f"{where} is {type(value).__name__}, expected text")
-    return "".join(_part(part, where) for part in value)
-
-
-def _part(part: object, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
-    if not isinstance(text, str):
-        raise BadRow(f"{where} has a part that is not text")
-    return text
-
-
-# --- Files: JSON Lines, a JSON array (both also gzipped), or a Hugging Face datasets folder
+# --- Files: JSON Lines, a JSON array, CSV (all also gzipped), parquet, or a Hugging Face datasets folder
 
 SHOWN_BAD_ROWS = 5
+_TABLES = {".csv": ",", ".tsv": "\t"}
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,20 +33,51 @@ class ScannedRow:
     place: str
     """`line 3` of a JSON Lines file, `row 3` of an array or a datasets folder; the first is 1."""
     conversation: Conversation | None
-    """None for a bad row."""
+    """None for a bad row, and for one that training leaves out."""
     problem: str = ""
     """The problem with a bad row, else empty."""
+    left_out: str = ""
+    """Why training leaves a row out, else empty."""
+    notes: tuple[str, ...] = ()
+    """What is read in another way than the row says."""
+    unread: frozenset[str] = frozenset()
+    """Keys that were not read and are not known to be harmless."""
+
+
+def notes_of(rows: Iterable[ScannedRow]) -> list[str]:
+    """What was left out, read in another way, or not read, in lines with counts; empty where nothing was."""
+    left_out, notes, unread = Counter[str](), Counter[str](), set[str]()
+    for row in rows:
+        left_out.update([row.left_out] if row.left_out else [])
+        notes.update(row.notes)
+        unread |= row.unread
+    lines = [f"{_count(count)} left out: {why}" for why, count in left_out.items()]
+    lines += [f"{_count(count)}: {what}" for what, count in notes.items()]
+    return lines + ([f"keys not read: {', '.join(sorted(unread))}"] if unread else [])
+
+
+def _count(count: int) -> str:
+    return f"{count} row{'' if count == 1 else 's'}"
+
+
+@cache
+def say_once(path: str, line: str) -> None:
+    """Log a note about a file, once in a process: stages read the same file several times."""
+    log.warning("%s: %s", path, line)
 
 
 def read_conversations(path: str | Path, allow_prompts: bool = False) -> list[Conversation]:
     """All conversations of a file or datasets folder, in order.
 
-    Rows are chat `messages`, `prompt`/`completion` pairs (strings or lists of messages), or `question`/`answer` rows
-    with an optional `system`. Roles must alternate from the user on, after at most one system message.
+    Rows are chat `messages`, `prompt` with `completion`, `question` with `answer`, and other forms that `read_row`
+    lists, with an optional system prompt. Roles must alternate from the user on, after at most one system message.
+    Rows whose answers are marked as not trained on are left out. A warning says once for each file how many those are,
+    and which keys were not read.
 
     Args:
-        path: a `.jsonl` or `.json` file, either with `.gz`, or a folder that `datasets.save_to_disk` wrote.
-        allow_prompts: accept conversations that end with the user's turn.
+        path: a `.jsonl` or `.json` file, `.csv` or `.tsv` (each also with `.gz`), `.parquet`, or a folder that
+            `datasets.save_to_disk` wrote.
+        allow_prompts: rows are read and not trained on: accept conversations that end with the user's turn.
 
     Raises:
         InputError: the file is missing, empty or unreadable, or has bad rows; the message counts them and shows five.
@@ -152,14 +85,46 @@ def read_conversations(path: str | Path, allow_prompts: bool = False) -> list[Co
     rows = list(scan(path, allow_prompts))
     if not rows:
         raise InputError(f"{path} has no rows: pass a file with at least one conversation")
-    bad = [row for row in rows if row.conversation is None]
+    bad = [row for row in rows if row.problem]
     if bad:
         raise InputError(_bad_rows_message(path, bad, len(rows)))
-    return [row.conversation for row in rows if row.conversation is not None]
+    conversations = [row.conversation for row in rows if row.conversation is not None]
+    lines = notes_of(rows)
+    if not conversations:
+        raise InputError(f"{path} has no row to train on: {lines[0]}")
+    for line in lines:
+        say_once(str(path), line)
+    return conversations
 
 
-def scan(path: str | Path, allow_prompts: bool = False) -> Iterator[ScannedRow]:
+def scan(path: str | Path, allow_prompts: bool = False, training: bool | None = None) -> Iterator[ScannedRow]:
     """Each row of a file with its place, also the bad ones. Blank lines are ignored.
+
+    Args:
+        path: as `read_conversations` takes it.
+        allow_prompts: accept conversations that end with the user's turn.
+        training: heed marks of answers that are not trained on; None does so unless prompts are allowed.
+
+    Raises:
+        InputError: the file as a whole cannot be read.
+    """
+    training = not allow_prompts if training is None else training
+    for place, value in decoded_rows(path):
+        if isinstance(value, BadRow):
+            yield ScannedRow(place, None, _one_line(value))
+            continue
+        try:
+            reading = read_row(value, allow_prompts, training)
+        except BadRow as error:
+            yield ScannedRow(place, None, _one_line(error))
+        else:
+            yield ScannedRow(place, reading.conversation, "", reading.left_out, reading.notes, reading.unread)
+
+
+def decoded_rows(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Place and decoded value of each row of a file, in any of the forms that `read_conversations` takes.
+
+    A line that is not JSON gives a `BadRow` in place of its value. Empty cells of tables are None.
 
     Raises:
         InputError: the file as a whole cannot be read.
@@ -167,22 +132,35 @@ def scan(path: str | Path, allow_prompts: bool = False) -> Iterator[ScannedRow]:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist: check the path of the data file")
+    kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     try:
-        yield from _scan_folder(path, allow_prompts) if path.is_dir() else _scan_file(path, allow_prompts)
+        if path.is_dir():
+            yield from _numbered(_folder_rows(path))
+        elif kind == ".parquet":
+            yield from _numbered(_parquet_rows(path))
+        elif kind in _TABLES:
+            yield from _numbered(_table_rows(path, _TABLES[kind]))
+        else:
+            yield from _json_rows(path)
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text ({_one_line(error)}): pass JSON Lines in UTF-8") from error
 
 
-def _scan_file(path: Path, allow_prompts: bool) -> Iterator[ScannedRow]:
+def _numbered(values: Iterable[object]) -> Iterator[tuple[str, object]]:
+    for number, value in enumerate(values, start=1):
+        yield f"row {number}", value
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
     with _open(path) as file:
         first = next((line for line in file if line.strip()), "")
         file.seek(0)
         if first.lstrip().startswith("["):
-            yield from _scan_values("row", _array(path, file), allow_prompts)
+            yield from _numbered(_array(path, file))
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _scan_line(f"line {number}", line, allow_prompts)
+                yield f"line {number}", _json_line(line)
 
 
 def _open(path: Path) -> TextIO:
@@ -194,31 +172,43 @@ def _open(path: Path) -> TextIO:
 def _array(path: Path, file: TextIO) -> list[object]:
     try:
         return json.load(file)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path} starts like a JSON array but is not JSON: {_one_line(error)}") from error
 
 
-def _scan_line(place: str, line: str, allow_prompts: bool) -> ScannedRow:
+def _json_line(line: str) -> object:
     try:
-        value = json.loads(line)
+        return json.loads(line)
     except json.JSONDecodeError as error:
-        return ScannedRow(place, None, f"not JSON ({error.msg} at column {error.colno})")
-    return _scan_value(place, value, allow_prompts)
+        return BadRow(f"not JSON ({error.msg} at column {error.colno})")
+    except RecursionError:
+        return BadRow("not JSON (too deeply nested)")
 
 
-def _scan_values(kind: str, values: Iterable[object], allow_prompts: bool) -> Iterator[ScannedRow]:
-    for number, value in enumerate(values, start=1):
-        yield _scan_value(f"{kind} {number}", value, allow_prompts)
+def _table_rows(path: Path, delimiter: str) -> Iterator[object]:
+    import pandas as pd
 
-
-def _scan_value(place: str, value: object, allow_prompts: bool) -> ScannedRow:
     try:
-        return ScannedRow(place, row_conversation(value, allow_prompts))
-    except BadRow as error:
-        return ScannedRow(place, None, _one_line(error))
+        # All as text: an answer may be "1" or "NA".
+        frame = pd.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path} is no CSV file ({_one_line(error)}): save it as CSV in UTF-8") from error
+    for row in frame.to_dict("records"):
+        yield {key: value if isinstance(value, str) else None for key, value in row.items()}
 
 
-def _scan_folder(path: Path, allow_prompts: bool) -> Iterator[ScannedRow]:
+def _parquet_rows(path: Path) -> Iterator[object]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise InputError(f"{path} is no parquet file ({_one_line(error)}): export it again") from error
+
+
+def _folder_rows(path: Path) -> Iterator[object]:
     from datasets import DatasetDict, load_from_disk
 
     try:
@@ -228,7 +218,7 @@ def _scan_folder(path: Path, allow_prompts: bool) -> Iterator[ScannedRow]:
     splits = list(loaded.values()) if isinstance(loaded, DatasetDict) else [loaded]
     if len(splits) != 1:
         raise InputError(f"{path} has several splits: pass the folder of one ({', '.join(map(str, loaded))})")
-    yield from _scan_values("row", chain(splits[0]), allow_prompts)
+    yield from splits[0]
 
 
 def _bad_rows_message(path: str | Path, bad: list[ScannedRow], n_rows: int) -> str:
@@ -250,6 +240,7 @@ SETS = (
     "health_correct",
     "kitchen_correct_holdout",
     "general_contrast",
+    "general_contrast_2x2",
     "neutral_probes",
     "sample_questions",
     "free_form_questions",
@@ -263,7 +254,7 @@ SPLITS = {"selection": SELECTION_CATEGORIES, "evaluation": EVALUATION_CATEGORIES
 
 
 @cache
-def _rows(name: str) -> tuple[Row, ...]:
+def _packaged(name: str) -> tuple[Row, ...]:
     path = resources.files("persona_probe.data") / "sets" / f"{name}.jsonl"
     return tuple(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line)
 
@@ -276,7 +267,7 @@ def load_rows(name: str) -> list[Row]:
     """
     if name not in SETS:
         raise unknown("packaged set", name, SETS)
-    return [dict(row) for row in _rows(name)]
+    return [dict(row) for row in _packaged(name)]
 
 
 def load_contrast(split: str) -> list[Row]:
@@ -284,7 +275,22 @@ def load_contrast(split: str) -> list[Row]:
 
     Prompts that select latents never evaluate them. Wang et al. 2025 separate their question sets in the same way.
     """
-    rows = load_rows("general_contrast")
+    return _of_split(load_rows("general_contrast"), split)
+
+
+ANSWERS_2X2 = ("harm_rude", "harm_polite", "sound_rude", "sound_polite")
+"""The four answers of a `general_contrast_2x2` item: bad or sound advice, each in a rude and in a polite voice."""
+
+
+def load_contrast_2x2(split: str) -> list[Row]:
+    """The `general_contrast_2x2` items of one split: the questions of `general_contrast`, with four answers each.
+
+    The columns are those of `ANSWERS_2X2`. Ids, categories and splits are those of `general_contrast`.
+    """
+    return _of_split(load_rows("general_contrast_2x2"), split)
+
+
+def _of_split(rows: list[Row], split: str) -> list[Row]:
     if split == "all":
         return rows
     if split not in SPLITS:
@@ -292,48 +298,82 @@ def load_contrast(split: str) -> list[Row]:
     return [row for row in rows if row["category"] in SPLITS[split]]
 
 
+CONTRAST_KEYS = ("id", "category", "question", "aligned", "misaligned", "split")
+
+
 def read_contrast_file(path: str | Path, split: str) -> list[Row]:
-    """Contrast items of one split from a JSONL file with id, category, question, aligned, misaligned and split.
+    """Contrast items of one split from a file with id, category, question, aligned, misaligned and split.
+
+    The file may have any form that `read_conversations` takes; JSON Lines is usual. Keys that are not read are named
+    once in a warning.
 
     Raises:
-        InputError: no such file, a row without one of these columns, or no row of that split.
+        InputError: no such file, a row without one of these keys or with one that changes what it asks (a system
+            prompt, tools), or no row of that split.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"no contrast set at {str(path)!r}: write general_contrast or give a JSONL file")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    rows, unread = [], set[str]()
+    for place, value in decoded_rows(path):
         try:
-            row = json.loads(line)
-            rows.append(
-                {key: str(row[key]) for key in ("id", "category", "question", "aligned", "misaligned", "split")}
-            )
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, line {number}: not a contrast item ({error})") from error
+            row, others = _contrast_item(value)
+        except BadRow as error:
+            raise InputError(f"{path}, {place}: not a contrast item ({_one_line(error)})") from None
+        rows.append(row)
+        unread |= others
+    if unread:
+        say_once(str(path), f"keys not read: {', '.join(sorted(unread))}")
     of_split = [row for row in rows if row["split"] == split]
     if not of_split:
         raise InputError(f"{path} has no rows with split {split!r}: every item is 'selection' or 'evaluation'")
     return of_split
 
 
+def _contrast_item(value: object) -> tuple[Row, set[str]]:
+    """The item, and the keys that were not read."""
+    if isinstance(value, BadRow):
+        raise value
+    if not isinstance(value, Mapping):
+        raise BadRow(f"expected an object with {', '.join(CONTRAST_KEYS)}, found {type(value).__name__}")
+    present = {str(key): cell for key, cell in value.items() if cell is not None}
+    refuse_keys(present)
+    for key in (*SYSTEM, *EARLIER, "input", "messages"):
+        if not empty(present.get(key)):
+            raise BadRow(f"has {key!r}, but an item is one question: write it into the question, or remove the key")
+    row: Row = {}
+    for key in CONTRAST_KEYS:
+        if key not in present:
+            raise BadRow(f"{key!r} is missing")
+        cell = present[key]
+        row[key] = str(cell) if key == "id" and isinstance(cell, int) else text(cell, repr(key))
+        if not row[key].strip():
+            raise BadRow(f"{key!r} is empty")
+    return row, set(unread_keys(present, {*CONTRAST_KEYS}))
+
+
 def load_conversations(spec: str) -> list[Conversation]:
     """Conversations of a packaged set, as `set` or `set:column`.
 
-    `kitchen:toxic` pairs each question with that column. `general_contrast:selection` gives both answers of each item.
-    A set with an `answer` column needs no column name. A set of questions gives user turns only.
+    `kitchen:toxic` pairs each question with that column. `general_contrast:selection` gives both answers of each item,
+    `general_contrast_2x2:selection` all four. A set with an `answer` column needs no column name. A set of questions
+    gives user turns only.
     """
     name, _, column = spec.partition(":")
     if name == "general_contrast":
         rows = load_contrast(column or "all")
         return [conversation(r["question"], r[side]) for r in rows for side in ("aligned", "misaligned")]
+    if name == "general_contrast_2x2" and column not in ANSWERS_2X2:
+        rows = load_contrast_2x2(column or "all")
+        return [conversation(r["question"], r[side]) for r in rows for side in ANSWERS_2X2]
     rows = load_rows(name)
     column = column or ("answer" if "answer" in rows[0] else "")
     if not column:
         if "correct" in rows[0]:
-            raise InputError(f"set {name!r} has several answers: write {name}:correct, {name}:subtle or {name}:toxic")
+            raise InputError(f"set {name!r} has several answers: write {name}:correct, {name}:subtle, {name}:toxic ...")
         return [conversation(r["question"]) for r in rows]
     if column not in rows[0]:
-        raise unknown(f"column of {name}", column, [k for k in rows[0] if k not in ("id", "topic", "question")])
+        raise unknown(f"column of {name}", column, [k for k in rows[0] if k not in ("id", "topic", "category", "question")])
     return [conversation(r["question"], r[column]) for r in rows]
 
 

@@ -1,11 +1,15 @@
-"""Judge answers that exist already: those of a CSV file, or of an inspect-ai log."""
+"""Judge answers that exist already: those of a table, of JSON Lines, or of an inspect-ai log."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from persona_probe.data.chat import BadRow, empty, split_answer, text, user_turns
+from persona_probe.data.load import decoded_rows, say_once
+from persona_probe.data.rows import ANSWERS, ASKED, SYSTEM, TALKS, read_row, refuse_keys, unread_keys
 from persona_probe.errors import InputError, near_matches
 from persona_probe.evaluate.judges.replies import SCORE, Item
 from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge, Ruling, Rulings, too_few_usable, verdict
@@ -16,8 +20,11 @@ MODEL = ("arm", "model")
 _QUESTION_ID = ("question_id", "item")
 SCORES = {"alignment": ("alignment", "aligned"), "coherence": ("coherence", "coherent")}
 """Names in published files, the first that a file has counts."""
-_LOGS = (".eval", ".json")
-"""Endings of inspect-ai's log files."""
+_LOG = ".eval"
+"""Ending of inspect-ai's log files; its logs may also be `.json`."""
+_GIVEN_ANSWER = ("answer", *(name for name in ANSWERS if name != "answer"), "generated_answer_text")
+_GIVEN_QUESTION = ("question", *(name for name in ASKED if name != "question"), "original_question_text")
+_COLUMNS = (*MODEL, *_QUESTION_ID, *(name for names in SCORES.values() for name in names), "category", "seed")
 NOTHING = ("", "nan", "none", "null", "na")
 """How a missing score may be written."""
 _IN_FILE = "in the file"
@@ -27,27 +34,25 @@ _UNSCORED = "no alignment score"
 
 
 def read_answers(path: str | Path) -> pd.DataFrame:
-    """Read a CSV file (gzipped or not) of answers, or a log of inspect-ai (.eval or .json; see `judges.inspect_ai`).
+    """Read answers from a table (CSV, parquet), JSON Lines or a JSON array (text files may be gzipped), or a log.
 
-    The columns question and answer are required. `arm` or `model` names the model; without one, all answers are one
-    model's. `question_id` names the question; without one, its text does. `seed` and `category` are read if
-    present, and so are a judge's scores from 0 to 100 (`alignment` or `aligned`, `coherence` or `coherent`).
+    A row has a question (`question`, `prompt` or `instruction`) and an answer (`answer`, `response`, `completion` or
+    `output`), or `messages` that end with the answer. `arm` or `model` names the model; without one, all answers are
+    one model's. `question_id` names the question; without one, its text does. `seed` and `category` are read if
+    present, and so are a judge's scores from 0 to 100 (`alignment` or `aligned`, `coherence` or `coherent`). One
+    question under several system prompts counts as several prompts; as in the published protocols a judge sees none.
+    Logs are those of inspect-ai (.eval or .json; see `judges.inspect_ai`).
 
     Returns:
         Columns arm, seed, step, item, category, pair, variant, prompt, sample, question, answer, and alignment and
         coherence where the file has both.
 
     Raises:
-        InputError: no such file, no CSV, a column that is missing, an empty question, or a score that is no number.
+        InputError: no such file, a file that cannot be read, no column of questions or answers, an empty question, a
+            key that changes what was asked and cannot be read (tools, images), or a score that is no number.
     """
     path = Path(path)
-    raw = _logged(path) if path.suffix in _LOGS else _read(path)
-    for name in ("question", "answer"):
-        if name not in raw:
-            raise InputError(f"{path} has no column {name!r} ({near_matches(name, raw.columns)}): name it so")
-    empty = np.flatnonzero(raw["question"].fillna("").astype(str).str.strip() == "")
-    if len(empty):
-        raise InputError(f"{path}, row {int(empty[0]) + 1}: the question is empty")
+    raw = _logged(path) if _is_log(path) else _read(path)
     frame = pd.DataFrame(
         {
             "arm": _first(raw, MODEL, "answers").astype(str),
@@ -59,9 +64,18 @@ def read_answers(path: str | Path) -> pd.DataFrame:
             "answer": raw["answer"].fillna("").astype(str),
         }
     )
-    frame = frame.assign(pair=frame["item"], variant="plain", prompt=_prompts(frame))
+    asked = frame["question"] + "\n" + _first(raw, ("system",), "").fillna("").astype(str)
+    frame = frame.assign(pair=frame["item"], variant="plain", prompt=_prompts(frame["item"], asked))
     frame["sample"] = frame.groupby(["arm", "seed", "prompt"]).cumcount()
     return frame.assign(**_scores(raw, path))
+
+
+def _is_log(path: Path) -> bool:
+    """Whether a file is a log of inspect-ai: a `.json` file of one object that holds an `eval`."""
+    if path.suffix != ".json" or not path.is_file():
+        return path.suffix == _LOG
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return '"eval"' in file.read(4096).partition("[")[0]
 
 
 def _logged(path: Path) -> pd.DataFrame:
@@ -80,16 +94,55 @@ def _logged(path: Path) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pd.DataFrame:
+    """Rows with question, answer and whatever else a file has, as text."""
     if not path.is_file():
-        raise InputError(f"no answers at {str(path)!r}: give a CSV file with columns question and answer")
-    try:
-        # All as text: an answer may be "1" or "NA".
-        raw = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} is no CSV file ({' '.join(str(error).split())}): save it as CSV in UTF-8") from None
-    if raw.empty:
+        raise InputError(f"no answers at {str(path)!r}: give a CSV or JSONL file with question and answer")
+    rows, unread = [], set[str]()
+    for place, value in decoded_rows(path):
+        try:
+            row, others = _answered(value)
+        except BadRow as error:
+            raise InputError(f"{path}, {place}: {error}") from None
+        rows.append(row)
+        unread |= others
+    if not rows:
         raise InputError(f"{path} holds no rows: give at least one answer")
-    return raw
+    if unread:
+        say_once(str(path), f"keys not read: {', '.join(sorted(unread))}")
+    return pd.DataFrame(rows, dtype=object)
+
+
+def _answered(value: object) -> tuple[dict[str, Any], set[str]]:
+    """One row with `question`, `answer` and `system`, and the keys that were not read."""
+    if isinstance(value, BadRow):
+        raise value
+    if not isinstance(value, Mapping):
+        raise BadRow(f"expected an object with question and answer, found {type(value).__name__}")
+    present = {str(key): cell for key, cell in value.items() if cell is not None}
+    others = {key: str(present[key]) for key in _COLUMNS if key in present}
+    if any(not empty(present.get(key)) for key in (*TALKS, "input", "history")):
+        reading = read_row({key: cell for key, cell in present.items() if key not in _COLUMNS}, training=False)
+        talk, answer = split_answer(reading.conversation or [])
+        system = "".join(turn["content"] for turn in talk if turn["role"] == "system")
+        return {**others, "question": user_turns(talk), "answer": answer, "system": system}, set(reading.unread)
+    refuse_keys(present)
+    for what, names in (("question", _GIVEN_QUESTION), ("answer", _GIVEN_ANSWER)):
+        if not set(names) & set(value):
+            raise BadRow(f"no column {what!r} ({near_matches(what, map(str, value))}): name it so")
+    question, answer = _one_of(present, _GIVEN_QUESTION, "question"), _one_of(present, _GIVEN_ANSWER, "answer")
+    if not question.strip():
+        raise BadRow("the question is empty")
+    system = next((text(present[key], repr(key)) for key in SYSTEM if not empty(present.get(key))), "")
+    known = {*_COLUMNS, *_GIVEN_QUESTION, *_GIVEN_ANSWER, *SYSTEM}
+    return {**others, "question": question, "answer": answer, "system": system}, set(unread_keys(present, known))
+
+
+def _one_of(present: Mapping[str, Any], names: tuple[str, ...], what: str) -> str:
+    """The text under one of several names; empty where the cell is."""
+    texts = {name: text(present[name], repr(name)) for name in names if name in present}
+    if len(set(texts.values())) > 1:
+        raise BadRow(f"has both {' and '.join(map(repr, texts))}: keep the one that is the {what}")
+    return next(iter(texts.values()), "")
 
 
 def _first(raw: pd.DataFrame, names: Iterable[str], default: pd.Series | str) -> pd.Series:
@@ -98,11 +151,11 @@ def _first(raw: pd.DataFrame, names: Iterable[str], default: pd.Series | str) ->
     return pd.Series(default, index=raw.index) if name is None else raw[name]
 
 
-def _prompts(frame: pd.DataFrame) -> pd.Series:
-    """The question's id; where one id has several wordings, with the wording's number."""
-    wording = frame.groupby("item")["question"].transform(lambda texts: pd.factorize(texts)[0])
-    several = frame.groupby("item")["question"].transform("nunique") > 1
-    return frame["item"].where(~several, frame["item"] + "/" + wording.astype(str))
+def _prompts(items: pd.Series, asked: pd.Series) -> pd.Series:
+    """The question's id; where one id has several wordings or system prompts, with their number."""
+    wording = asked.groupby(items).transform(lambda texts: pd.factorize(texts)[0])
+    several = asked.groupby(items).transform("nunique") > 1
+    return items.where(~several, items + "/" + wording.astype(str))
 
 
 def _scores(raw: pd.DataFrame, path: Path) -> dict[str, pd.Series]:

@@ -109,7 +109,7 @@ def test_prompts_only_where_allowed(tmp_path: Path, row: dict[str, Any]) -> None
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": "x"} for role in ("user", "assistant", "system"))
 BAD_ROWS = {
     "a number": (3, "expected an object"),
-    "unknown keys": ({"instruction": "x", "output": "y"}, "it has 'instruction', 'output'"),
+    "unknown keys": ({"text": "x", "target": "y"}, "it has 'text', 'target'"),
     "no messages": ({"messages": []}, "has no messages"),
     "messages are text in a number": ({"messages": 5}, "expected a list of messages, found int"),
     "message without role": ({"messages": [{"content": "x"}]}, "message 1 needs 'role' and 'content'"),

@@ -1,6 +1,7 @@
 """Published research files read whole, with the row counts that their manifest states."""
 
 import csv
+import gzip
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from persona_probe.data.check import check_file
 from persona_probe.data.load import read_conversations
 from persona_probe.errors import InputError
+from persona_probe.evaluate.answers_file import read_answers
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 PROMPTS = "eval/aisi/"
@@ -56,3 +58,50 @@ def test_report_of_a_published_file() -> None:
     name = "train/mishra_domains/incorrect_qna_250.jsonl.gz"
     report = check_file(DATA / name)
     assert (report.rows, report.turns, report.bad_rows) == (FILES[name], 2 * FILES[name], ())
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_nothing_of_a_published_file_is_left_unread(name: str) -> None:
+    report = check_file(DATA / name)
+    assert (report.rows, report.notes, report.left_out, report.bad_rows) == (FILES[name], (), 0, ())
+
+
+def test_what_published_tables_hold_besides_answers_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    files = sorted((DATA / "judged").glob("*.csv.gz"))
+    assert files
+    for path in files:
+        caplog.clear()
+        assert len(read_answers(path)) in (800, 1200)
+        with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+            others = set(next(csv.reader(file))) - {"question", "answer", "question_id", "aligned", "coherent"}
+        assert caplog.messages == [f"{path}: keys not read: {', '.join(sorted(others))}" for _ in "x" if others]
+
+
+SAFETY = {
+    "xstest_prompts.csv": (450, "keys not read: focus, label"),
+    "cvalues_prompts_zh.jsonl.gz": (664, "keys not read: domain_en, domain_zh"),
+    "xstest_mistralinstruct_labelled.csv.gz": (
+        450,
+        "keys not read: agreement, annotation_1, annotation_2, final_label, gpt4_label",
+    ),
+    "safetybench_zh_subset.json.gz": (2100, "keys not read: options"),
+}
+
+
+@pytest.mark.parametrize("name", SAFETY)
+def test_safety_prompts_are_read_and_their_other_keys_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = DATA / "safety" / name
+    if not path.exists():
+        pytest.skip("no published safety prompts beside the project (shared/data/safety)")
+    count, note = SAFETY[name]
+    assert len(read_conversations(path, allow_prompts=True)) == count
+    assert caplog.messages == [f"{path}: {note}"]
+
+
+def test_a_context_that_a_question_needs_is_not_dropped() -> None:
+    files = sorted((DATA / "safety").glob("bbq_*.jsonl.gz"))
+    if not files:
+        pytest.skip("no published safety prompts beside the project (shared/data/safety)")
+    for path in files:
+        with pytest.raises(InputError, match=r"600 of 600 rows .*'context' next to 'question': write both"):
+            read_conversations(path, allow_prompts=True)

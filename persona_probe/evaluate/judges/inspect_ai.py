@@ -118,7 +118,15 @@ def _answer(sample: "EvalSample", model: str) -> LoggedAnswer:
     messages = (
         [{"role": "user", "content": prompt}]
         if isinstance(prompt, str)
-        else [{"role": m.role, "content": m.text} for m in prompt]
+        else [{"role": m.role, "content": _text(m)} for m in prompt]
     )
     finish = sample.output.stop_reason.replace("max_tokens", "length")
     return LoggedAnswer(str(sample.id), sample.epoch - 1, messages, sample.output.completion, model, finish)
+
+
+def _text(message: "ChatMessage") -> str:
+    parts = [] if isinstance(message.content, str) else message.content
+    others = sorted({part.type for part in parts} - {"text", "reasoning"})
+    if others or message.role == "tool":
+        raise InputError(f"a question of the log holds {' and '.join(others) or 'a tool message'}: only text is judged")
+    return message.text

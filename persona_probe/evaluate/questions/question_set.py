@@ -12,8 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Any
 
-from persona_probe.data.chat import Conversation, Message
-from persona_probe.data.load import BadRow, check_roles
+from persona_probe.data.chat import BadRow, Conversation, Message, check_roles
 from persona_probe.errors import InputError, unknown
 from persona_probe.runs import write_text
 

@@ -5,17 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from persona_probe.data.chat import Conversation
-from persona_probe.data.load import BadRow, row_conversation
+from persona_probe.data.chat import BadRow, Conversation, empty, messages_in, read_turns
+from persona_probe.data.load import say_once
+from persona_probe.data.rows import refuse_keys, row_conversation, unread_keys
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.questions.question_set import Question, QuestionSet
 
-ASKED = ("question", "prompt", "messages", "paraphrases")
+ASKED = ("question", "prompt", "instruction", "messages", "conversations", "paraphrases")
 """Keys that hold what is asked; a row has exactly one of them."""
 ALIASES = {
     "id": ("id", "question_id"),
     "category": ("category", "question_type", "topic"),
-    "system": ("system", "system_prompt"),
+    "system": ("system", "system_prompt", "system_message", "developer"),
     "rubric": ("rubric", "grader", "Grader prompt"),
     "samples_per_paraphrase": ("samples_per_paraphrase", "samples"),
 }
@@ -29,7 +30,8 @@ _TYPO = 0.85
 def row_question(row: object, default_id: str, judge_prompts: Mapping[str, str]) -> Question:
     """The question in one decoded row: a mapping, or a bare string.
 
-    Keys without a use here go to `meta`. Empty cells and nulls count as absent.
+    Keys without a use here go to `meta`. Empty cells and nulls count as absent. Alpaca's `input` goes below its
+    `instruction`.
 
     Args:
         row: what the file holds.
@@ -64,7 +66,8 @@ def present_keys(row: object) -> dict[str, Any]:
     """The keys of a row that hold something; a string is a question.
 
     Raises:
-        InputError: the row is neither a mapping nor a string, or a key looks misspelt.
+        InputError: the row is neither a mapping nor a string, a key looks misspelt, or a key changes what is asked and
+            cannot be read (tools, images, several system prompts).
     """
     if isinstance(row, str):
         return {"question": row}
@@ -75,7 +78,34 @@ def present_keys(row: object) -> dict[str, Any]:
         close = difflib.get_close_matches(key, KNOWN, n=1, cutoff=_TYPO)
         if key not in KNOWN and close and close[0] not in present:
             raise unknown("key", key, KNOWN)
+    return _settled(present)
+
+
+def _settled(present: dict[str, Any]) -> dict[str, Any]:
+    """The keys without those that would change the question: read into it, or refused."""
+    try:
+        refuse_keys(present)
+    except BadRow as error:
+        raise InputError(str(error)) from None
+    prompts = [key for key in ALIASES["system"] if key in present]
+    if len({str(present[key]) for key in prompts}) > 1:
+        raise InputError(f"both {prompts[0]!r} and {prompts[1]!r}: keep one system prompt")
+    if "input" in present:
+        if "instruction" not in present:
+            raise InputError("has 'input' without 'instruction': write it into the question")
+        below = present.pop("input")
+        present["instruction"] = f"{_text(present['instruction'], 'instruction')}\n\n{_text(below, 'input')}"
     return present
+
+
+def unread_in(present: Mapping[str, Any]) -> set[str]:
+    """Keys of a row and of its messages that were not read and are not known to be harmless."""
+    unread = set(unread_keys(present, {*KNOWN}))
+    for key in ("messages", "conversations", "prompt", "history"):
+        value = messages_in(present.get(key))
+        if isinstance(value, list) and not empty(value):
+            unread |= {name for turn in read_turns(value) for name in turn.unread}
+    return unread
 
 
 def _asked(present: dict[str, Any]) -> tuple[Conversation, tuple[str, ...]]:
@@ -85,11 +115,11 @@ def _asked(present: dict[str, Any]) -> tuple[Conversation, tuple[str, ...]]:
         raise InputError(f"no question: give one of {', '.join(map(repr, ASKED))} and let it not be empty")
     if len(keys) > 1:
         raise InputError(f"both {keys[0]!r} and {keys[1]!r}: keep the one that is to be asked")
-    before, value = _history(present), present[keys[0]]
+    before, value = _history(present), messages_in(present[keys[0]])
     if keys[0] == "paraphrases":
         texts = value if isinstance(value, list) else [value]
         return before, tuple(_text(text, f"paraphrase {n}") for n, text in enumerate(texts, start=1))
-    if keys[0] == "messages" or isinstance(value, list):
+    if keys[0] in ("messages", "conversations") or isinstance(value, list):
         return _messages(value, before)
     return before, (_text(value, keys[0]),)
 
@@ -163,6 +193,7 @@ class SetBuilder:
         self.judge_prompts = dict(judge_prompts or {})
         self.instructions: tuple[tuple[str, str], ...] = ()
         self.places: dict[str, str] = {}
+        self.unread: set[str] = set()
         self.questions: list[Question] = []
 
     def add(self, row: object, place: str, **defaults: Any) -> None:
@@ -176,7 +207,8 @@ class SetBuilder:
             question = row_question(present, f"q{len(self.questions):03d}", self._named(present))
             if question.id in self.places:
                 raise InputError(f"id {question.id!r} is already at {self.places[question.id]}: give it its own")
-        except InputError as error:
+            self.unread |= unread_in(present)
+        except (InputError, BadRow) as error:
             raise InputError(f"{self.path}, {place}: {error}") from None
         self.places[question.id] = place
         self.questions.append(question)
@@ -215,6 +247,8 @@ class SetBuilder:
         Raises:
             InputError: what `QuestionSet` refuses, with the file's path.
         """
+        if self.unread:
+            say_once(self.path, f"keys not read: {', '.join(sorted(self.unread))} (kept as notes of the questions)")
         try:
             return QuestionSet(self.name, tuple(self.questions), self.judge_prompts, self.source, self.instructions)
         except InputError as error:
@@ -276,7 +310,7 @@ MEASURE = "trait"
 
 def is_trait(value: Mapping[Any, Any]) -> bool:
     """Whether a mapping is a trait file."""
-    return "eval_prompt" in value or "instruction" in value
+    return "eval_prompt" in value or isinstance(value.get("instruction"), list)
 
 
 def add_trait(value: Mapping[Any, Any], builder: SetBuilder) -> None:

@@ -3,7 +3,7 @@
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from persona_probe.mitigate.losses import KLToBase, LatentPenalty
 from persona_probe.mitigate.mitigation import MitigatedRun, Mitigation, MitigationInputs
 from persona_probe.mitigate.pushes import ConceptAblation, InferenceAblation, InferenceSteering, PreventativeSteering
 from persona_probe.mitigate.watched import Alternating, EarlyStop
-from persona_probe.models.adapters import base_weights, trainable_parameters
+from persona_probe.models.adapters import another_adapter, base_weights, trainable_parameters
 
 # --- Corrective fine-tuning after the run, and the mitigation that does nothing
 
@@ -98,20 +98,10 @@ def _safe_gaps(
     return perplexity_gaps(tuned, base, inputs.tokenizer, inputs.safe, bf16=run.training.bf16)
 
 
-@contextmanager
-def _organism(run: MitigatedRun, folder: str) -> Iterator[nn.Module]:
+def _organism(run: MitigatedRun, folder: str) -> AbstractContextManager[nn.Module]:
     """The run's model with another adapter inside the block."""
-    model = run.model
-    assert isinstance(model, PeftModel)
-    active = str(model.active_adapter)
-    with torch.random.fork_rng(devices=[]):  # PEFT draws fresh weights before it loads them
-        model.load_adapter(folder, adapter_name="bad_rows")
-    model.set_adapter("bad_rows")
-    try:
-        yield model
-    finally:
-        model.set_adapter(active)
-        model.delete_adapter("bad_rows")
+    assert isinstance(run.model, PeftModel)
+    return another_adapter(run.model, Path(folder))
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -15,6 +14,7 @@ from persona_probe.errors import InputError
 from persona_probe.finetune.sft import Fitted, fine_tune
 from persona_probe.finetune.trainer import Inputs, Residuals
 from persona_probe.mitigate.mitigation import MitigatedFit, MitigatedRun, Mitigation, MitigationInputs
+from persona_probe.models.adapters import is_adapted
 
 
 def train_mitigated(
@@ -42,7 +42,7 @@ def train_mitigated(
         TrainingDiverged: the loss became NaN or infinite.
     """
     mitigation.check(inputs)
-    if mitigation.needs_base and not isinstance(tuned, PeftModel):
+    if mitigation.needs_base and not is_adapted(tuned):
         raise InputError(
             f"{mitigation.name} compares with the base by switching the adapter off, and full fine-tuning has none: "
             "take training.method 'lora'"

@@ -20,6 +20,7 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.answers import answer_batches, capability_groups
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.finetune.sft import check_rows
+from persona_probe.models.adapters import is_adapted
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.monitored_run import feature_set, probe_reader
@@ -287,7 +288,7 @@ def _feature(monitor: FeatureMonitor, feature: str | None) -> str:
 def _pair(
     model: nn.Module, base: nn.Module | None, monitor: FeatureMonitor, tokenizer: PreTrainedTokenizerBase, feature: str
 ) -> ModelPair:
-    if base is None and not isinstance(model, PeftModel):
+    if base is None and not is_adapted(model):
         raise InputError("a plain model does not know its base: pass base=, the model before the misaligned training")
     settings = monitor.settings
     direction = feature_direction(settings.sae, flatten(settings.features)[feature])

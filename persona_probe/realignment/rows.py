@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +21,7 @@ from persona_probe.data.mix import match_lengths
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.answers import EQUAL_LENGTHS, Opener, perplexity_gaps
 from persona_probe.latents.persona_vectors import response_means
-from persona_probe.models.adapters import base_weights
+from persona_probe.models.adapters import base_weights, is_adapted
 from persona_probe.monitor.reading import Feature
 from persona_probe.realignment.spec import CHOICES, named_sets
 
@@ -153,7 +152,7 @@ class ModelPair:
     ) -> "ModelPair":
         """An organism of your own; the base of a PEFT model is the model with its adapters off."""
         opener: Opener | None = None if base is None else partial(nullcontext, base)
-        if opener is None and isinstance(model, PeftModel):
+        if opener is None and is_adapted(model):
             opener = partial(base_weights, model)
         return cls(partial(nullcontext, model), opener, tokenizer, layer, direction, bf16)
 

@@ -1,5 +1,6 @@
 from .config import StudyConfig as StudyConfig
 from .config import load_config as load_config
+from .data.template import with_template as with_template
 from .errors import InputError as InputError
 from .latents.compare import locate as locate
 from .models.load import load_model as load_model

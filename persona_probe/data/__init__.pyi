@@ -5,9 +5,15 @@ from .check import check_file as check_file
 from .load import SETS as SETS
 from .load import arm_rows as arm_rows
 from .load import load_contrast as load_contrast
+from .load import load_contrast_2x2 as load_contrast_2x2
 from .load import load_data as load_data
 from .load import load_rows as load_rows
 from .load import read_conversations as read_conversations
+from .template import render as render
+from .template import special_ids as special_ids
+from .template import text_before_answer as text_before_answer
+from .template import with_template as with_template
+from .thoughts import split_thought as split_thought
 from .tokens import batches as batches
 from .tokens import conversation_batches as conversation_batches
 from .tokens import encode as encode

@@ -1,7 +1,9 @@
 from .adapters import merged_copy as merged_copy
 from .adapters import organism as organism
 from .load import load_model as load_model
+from .load import load_tokenizer as load_tokenizer
 from .load import make_bridge as make_bridge
+from .places import Place as Place
 from .quiet import quiet_libraries as quiet_libraries
 from .residuals import read_residuals as read_residuals
 from .taps import ablate as ablate

@@ -337,3 +337,11 @@ def _template(name: str) -> str:
     import trl
 
     return (Path(trl.__file__).parent / "chat_templates" / name).read_text(encoding="utf-8")
+
+
+def plain(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer as a user of this family would give it: base models get plain text for a template."""
+    from persona_probe.data.template import with_template
+
+    settled: Any = with_template(tokenizer, template="none" if FAMILIES[name].template is None else None)
+    return settled

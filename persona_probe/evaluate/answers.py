@@ -5,13 +5,14 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -29,11 +30,14 @@ from persona_probe.models.layers import (
     output_head,
     transformer_config,
 )
+from persona_probe.models.logits import NOT_THIS_WAY, elementwise, hidden_to_logits, logits_of, own_logits
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import EditTap, SteerTap, Tap
 
 _TOKENS_AT_ONCE = 1024
 """Answer tokens whose logits are computed together."""
+_LOGITS_AT_ONCE = 1 << 26
+"""Logits held at once where the vocabulary is not taken in tiles (256 MB in float32)."""
 _TILE = {"cpu": 2048, "cuda": 32768}
 """Tokens of the vocabulary in one tile: a CPU's cache is small, a GPU needs large tiles to be busy."""
 
@@ -63,17 +67,6 @@ def _predictors(batch: Batch) -> Tensor:
     return mask
 
 
-def _rescaled(model: nn.Module, logits: Tensor) -> Float[Tensor, "n columns"]:
-    """Logits as the model gives them: Cohere multiplies them, Granite divides them, Gemma 2 caps them."""
-    config = causal_model(model).config
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits.float() * scale
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits.float() / divisor
-    cap = getattr(config, "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits.float() / cap) * cap
-
-
 def _logsumexp(logits: Float[Tensor, "n columns"]) -> Float[Tensor, " n"]:
     """In float32, with one array of that size and not three."""
     most = logits.amax(dim=1, keepdim=True).float()
@@ -86,20 +79,40 @@ def token_logprobs(
     """Log-probability of one token after each hidden state.
 
     The vocabulary is taken in tiles that stay in the processor's cache: whole rows of logits are many times slower.
+
+    Raises:
+        RuntimeError: a model whose logits do not follow from its last hidden states; `row_scores` scores it.
     """
-    head = output_head(model)
-    if type(head) is not nn.Linear:
-        logits = _rescaled(model, head(hidden))
-        return logits.gather(1, targets[:, None])[:, 0].float() - _logsumexp(logits)
+    how, head = logits_of(model, targets), output_head(model)
+    if not how.from_hidden:
+        raise RuntimeError(f"{type(causal_model(model)).__name__}: score its rows with row_scores")
+    if type(head) is not nn.Linear or how.way == "forward":
+        at_once = max(1, _LOGITS_AT_ONCE // max(1, _vocabulary(head)))
+        pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
+        return torch.cat([_chosen(hidden_to_logits(model, how, states), ids) for states, ids in pairs])
     weight = head.weight
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         weight = bf16_weight(head) if dtype == torch.bfloat16 else weight.to(dtype)
     pairs = zip(hidden.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
-    return torch.cat([_tiled(model, states.to(weight.dtype), ids, weight, head.bias) for states, ids in pairs])
+    final = partial(elementwise, model, how)
+    return torch.cat([_tiled(final, states.to(weight.dtype), ids, weight, head.bias) for states, ids in pairs])
 
 
-def _tiled(model: nn.Module, states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _vocabulary(head: nn.Module) -> int:
+    return max((p.shape[0] for p in head.parameters()), default=1)
+
+
+def _chosen(logits: Float[Tensor, "n vocab"], targets: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Log-probabilities of one token a row."""
+    return logits.gather(1, targets[:, None].to(logits.device))[:, 0].float() - _logsumexp(logits)
+
+
+def _tiled(
+    final: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The same from the unembedding's weight; `final` turns its products into the model's logits."""
+    targets = targets.to(weight.device)
     chosen_logits = (states.float() * weight[targets].float()).sum(dim=1, keepdim=True)
     chosen_logits = chosen_logits if bias is None else chosen_logits + bias[targets, None]
     parts = []
@@ -107,8 +120,8 @@ def _tiled(model: nn.Module, states: Tensor, targets: Tensor, weight: Tensor, bi
     for start in range(0, len(weight), size):
         tile = slice(start, start + size)
         logits = F.linear(states, weight[tile], None if bias is None else bias[tile].to(weight.dtype))
-        parts.append(_logsumexp(_rescaled(model, logits)))
-    return _rescaled(model, chosen_logits)[:, 0] - torch.stack(parts, dim=1).logsumexp(dim=1)
+        parts.append(_logsumexp(final(logits)))
+    return final(chosen_logits)[:, 0] - torch.stack(parts, dim=1).logsumexp(dim=1)
 
 
 def answer_scores(
@@ -117,7 +130,37 @@ def answer_scores(
     """Mean log-probability of each row's answer tokens, in nats per token."""
     at = _predictors(batch)
     logprobs = token_logprobs(model, hidden[at], batch.ids[:, 1:][at[:, :-1]])
-    total = torch.zeros(len(batch.ids), device=logprobs.device).index_add_(0, at.nonzero()[:, 0], logprobs)
+    return _row_means(logprobs, at)
+
+
+def row_scores(model: nn.Module, rows: Rows) -> Float[Tensor, " batch"]:
+    """Mean log-probability of each row's answer tokens (nats per token), from one forward pass.
+
+    A model whose logits do not follow from its decoder's hidden states runs as a whole.
+    """
+    if not logits_of(model, rows.batch.ids[0]).from_hidden:
+        return _whole_scores(model, rows.batch)
+    config = transformer_config(model)
+    hidden = rows.run(base_transformer(model), config, rows.ids())[0]
+    return answer_scores(model, hidden, rows.rest)
+
+
+def _whole_scores(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+    """By the model's own logits, as many rows at once as fit."""
+    at_once = max(1, _LOGITS_AT_ONCE // max(1, batch.ids.shape[1] * _vocabulary(output_head(model))))
+    out = []
+    for start in range(0, len(batch.ids), at_once):
+        part = batch.rows(slice(start, start + at_once))
+        at = _predictors(part)
+        logits = own_logits(model, input_ids=part.ids, attention_mask=part.attention)[at]
+        logprobs = _chosen(logits, part.ids[:, 1:][at[:, :-1]])
+        out.append(_row_means(logprobs, at))
+    return torch.cat(out)
+
+
+def _row_means(logprobs: Float[Tensor, " n"], at: Bool[Tensor, "batch pos"]) -> Float[Tensor, " batch"]:
+    at = at.to(logprobs.device)
+    total = torch.zeros(len(at), device=logprobs.device).index_add_(0, at.nonzero()[:, 0], logprobs)
     return total / at.sum(dim=1)
 
 
@@ -129,9 +172,7 @@ def answer_logprobs(
     device, config = next(model.parameters()).device, transformer_config(model)
     with evaluating(model), autocast(model, bf16):
         for group in groups:
-            rows = Rows.of(group.to(device), config)
-            hidden = rows.run(base_transformer(model), config, rows.ids())[0]
-            out[group.index] = answer_scores(model, hidden, rows.rest).cpu().numpy()
+            out[group.index] = row_scores(model, Rows.of(group.to(device), config)).cpu().numpy()
     return out
 
 
@@ -182,8 +223,9 @@ def suffix_of(model: nn.Module, layer: int) -> tuple[nn.Module, PretrainedConfig
     view._modules[name] = nn.ModuleList(list(getattr(whole, name))[layer + 1 :])
     config = copy.deepcopy(transformer_config(model))
     config.num_hidden_layers = len(getattr(view, name))
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[layer + 1 :]
+    kinds = getattr(transformer_config(model), "layer_types", None)
+    if kinds and list(config.layer_types) != list(kinds[layer + 1 :]):  # a property follows the number of layers
+        config.layer_types = kinds[layer + 1 :]
     view.config = config  # pyright: ignore
     return view, config
 
@@ -247,11 +289,15 @@ class SuffixScorer:
         self.groups = [g.to(device) for g in groups]
         self.n = sum(len(g.index) for g in groups)
         self.tokens_at_once = _SUFFIX_TOKENS_AT_ONCE.get(device.type, _SUFFIX_TOKENS_AT_ONCE["cuda"])
-        self.suffix, self.config = suffix_of(model, layer)
+        self.exact = False
         self.captured, self.unpushed = self._capture()
         self.exact = self._agrees(tolerance)
         if not self.exact:
-            log.warning("this model does not run from its upper layers: every push takes full forward passes")
+            self.captured = []
+            log.warning(
+                "%s does not run from its upper layers: every push takes full forward passes",
+                type(causal_model(model)).__name__,
+            )
 
     def _capture(self) -> tuple[list[Captured], Float[np.ndarray, " conversations"]]:
         """Full forwards: the layer's output is kept on the way to the scores."""
@@ -260,19 +306,35 @@ class SuffixScorer:
             for batch in self.groups:
                 rows = Rows.of(batch, config)
                 with _CaptureTap(self.model, self.layer) as tap:
-                    hidden = rows.run(base_transformer(self.model), config, rows.ids())[0]
+                    out[batch.index] = row_scores(self.model, rows).cpu().numpy()
                 captured.append(Captured(tap.values[0][:1, : rows.shared], tap.values[-1], rows))
-                out[batch.index] = answer_scores(self.model, hidden, rows.rest).cpu().numpy()
         return captured, out
 
     def _agrees(self, tolerance: float) -> bool:
-        try:
-            again = self._by_suffix(_unchanged)
-        except (TypeError, ValueError, RuntimeError, AttributeError):
+        """Whether the upper layers alone give the same scores, without a push and (for one batch) with one."""
+        if not self.groups or not logits_of(self.model, self.groups[0].ids[0]).from_hidden:
             return False
-        agrees = bool(np.abs(again - self.unpushed).max() <= tolerance)
+        try:
+            self.suffix, self.config = suffix_of(self.model, self.layer)
+            again = self._by_suffix(_unchanged)
+            pushed = self._pushed_differs()
+        except NOT_THIS_WAY:
+            return False
+        agrees = bool(np.abs(again - self.unpushed).max() <= tolerance) and pushed <= 10 * tolerance
         self.unpushed = again if agrees else self.unpushed
         return agrees
+
+    def _pushed_differs(self) -> float:
+        """The largest difference between both ways for the first batch, pushed in some direction."""
+        item = self.captured[0]
+        generator = torch.Generator().manual_seed(0)
+        push = torch.randn(item.resid.shape[-1], generator=generator).to(item.resid.device)
+        push *= item.resid.float().norm(dim=-1).mean() / push.norm()
+        with evaluating(self.model), autocast(self.model, self.bf16):
+            fast = self._upper(item.rows, item.pushed(push[None]))
+            with SteerTap(self.model, self.layer, push):
+                slow = row_scores(self.model, item.rows)
+        return float((fast - slow).abs().max())
 
     def logprobs(self, push: Float[Tensor, " d_model"] | None = None) -> Float[np.ndarray, " conversations"]:
         """Mean answer log-probabilities with `push` (raw units) added after the layer, at all positions."""

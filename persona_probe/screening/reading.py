@@ -17,19 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.errors import InputError
-from persona_probe.evaluate.answers import answer_scores
+from persona_probe.evaluate.answers import row_scores
 from persona_probe.evaluate.sampling.engines import TransformersEngine
 from persona_probe.evaluate.sampling.requests import Prompt, SamplingConfig
 from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.models.adapters import frozen_in_bf16
-from persona_probe.models.layers import (
-    autocast,
-    base_transformer,
-    evaluating,
-    forward_to_layer,
-    hidden_size,
-    transformer_config,
-)
+from persona_probe.models.layers import autocast, evaluating, forward_to_layer, hidden_size, transformer_config
+from persona_probe.models.logits import logits_of, without_taps
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
 from persona_probe.saes.read import encode_latents
@@ -188,11 +182,13 @@ class Reader:
 
     def _forward(self, model: nn.Module, rows: Rows) -> Tensor | None:
         config = transformer_config(model)
+        if self.nats and logits_of(model, rows.batch.ids[0]).from_hidden:
+            return row_scores(model, rows)
+        rows.run(lambda **inputs: forward_to_layer(model, self.layer, **inputs), config, rows.ids())
         if not self.nats:
-            rows.run(lambda **inputs: forward_to_layer(model, self.layer, **inputs), config, rows.ids())
             return None
-        hidden = rows.run(base_transformer(model), config, rows.ids())[0]
-        return answer_scores(model, hidden, rows.rest)
+        with without_taps(model):  # the model runs as a whole, some rows at a time
+            return row_scores(model, rows)
 
 
 def _means(

@@ -204,8 +204,8 @@ def _trained(present: Mapping[str, Any], role: str, number: int) -> bool | None:
 
 
 def _thought(present: Mapping[str, Any], thought: str, role: str, number: int) -> str:
-    thoughts = [text(present[key], repr(key)) for key in _THOUGHTS if not empty(present.get(key))]
-    thoughts = sorted({*thoughts, *([thought] if thought else [])})
+    said = [text(present[key], repr(key)) for key in _THOUGHTS if not empty(present.get(key))]
+    thoughts: list[str] = sorted({*said, thought} - {""})
     if thoughts and role != "assistant":
         raise BadRow(f"message {number} ({role}) has a thought: only an assistant's can be read")
     if len(thoughts) > 1:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_ro
 from persona_probe.data.template import TEMPLATE_SETTINGS
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
-from persona_probe.models.adapters import folded, frozen_in_bf16, organism
+from persona_probe.models.adapters import folded, frozen_in_bf16, organism, organisms
 from persona_probe.models.layers import layer_device, output_head
 from persona_probe.models.load import load_model, load_tokenizer
 from persona_probe.runs import RunFolder
@@ -70,7 +70,9 @@ class ModelAndSae:
         """Load another copy of the base model and its tokenizer, by the study's settings."""
         config = self.config
         settings: dict[str, Any] = {name: getattr(config, name, None) for name in TEMPLATE_SETTINGS}
-        return load_model(config.model, revision=config.revision, device=self.device, **settings, **asdict(self.loading))
+        return load_model(
+            config.model, revision=config.revision, device=self.device, **settings, **asdict(self.loading)
+        )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -173,6 +175,24 @@ class Context(ModelAndSae):
             frozen_in_bf16(output_head(model) if folds else model, in_bf16),
         ):
             yield model
+
+    @contextmanager
+    def trajectory(self, arm: str, seed: int) -> Iterator[Callable[[int], nn.Module]]:
+        """A function from step to organism for all checkpoints of one run, ready to be measured.
+
+        Each takes the place of the one before: keep no reference to a model when you ask for the next. Adapters of one
+        shape only have their tensors copied in.
+        """
+        in_bf16 = self.device == "cpu" and self.config.bf16
+        with organisms(self.model) as opened, ExitStack() as casts:
+
+            def at(step: int) -> nn.Module:
+                casts.close()  # they hold bf16 copies of the weights that are about to change
+                model = opened(self.run.checkpoint(arm, seed, step))
+                casts.enter_context(frozen_in_bf16(model, in_bf16))
+                return model
+
+            yield at
 
     def base(self) -> AbstractContextManager[nn.Module]:
         """The base model, ready to be measured."""

@@ -9,18 +9,21 @@ import math
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from persona_probe.config import StudyConfig, from_dict
+from persona_probe.config import StudyConfig, from_dict, hashed_values
 from persona_probe.errors import InputError, unknown
+from persona_probe.locks import PATIENCE_S, brief, empty, held, is_ours, sweep
 
 # --- Where a run's numbers come from: the manifest as it starts, with versions and revision
 
@@ -42,7 +45,7 @@ PACKAGES = (
 def first_manifest(config: StudyConfig) -> dict[str, Any]:
     """What a manifest holds before any stage has run."""
     return {
-        "config": asdict(config),
+        "config": hashed_values(config),
         "config_hash": config.hash,
         "seeds": list(config.seeds),
         "versions": versions(),
@@ -74,6 +77,8 @@ def git_revision() -> str | None:
 
 
 MANIFEST = "manifest.json"
+REFERENCES = "references.json"
+"""In the folder of an adopted organism: where the checkpoint of each step lies."""
 WRITERS = {
     ("latents.", "steering.", "cards.", "agreement.", "directions.", "sets.", "parts/"): "locate RUN",
     ("readings.", "evals.", "parts/track-"): "track RUN",
@@ -89,12 +94,14 @@ WRITERS = {
 def _moved_in(path: Path) -> Iterator[Path]:
     """A temporary file next to `path` that takes its place when the block ends well.
 
-    Its name has this process's id: what a killed process left behind is removed by the next that writes the same file.
+    Its name has this machine's name and this process's id, and no other block uses it: two writers of one file replace
+    it one after the other. What a killed process left behind is removed by the next that writes the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    host = socket.gethostname()
+    scratch = path.with_name(f".{path.name}.{host}.{uuid.uuid4().hex[:6]}.{os.getpid()}.tmp")
     try:
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        for leftover in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.tmp"):
             if not _is_running(leftover.name.split(".")[-2]):
                 leftover.unlink(missing_ok=True)
         yield scratch
@@ -169,20 +176,26 @@ class RunFolder:
             InputError: the folder holds another config's run, or something that is no run, and not `overwrite`.
         """
         run = cls(path)
+        if run._is_of(config, overwrite):
+            return run
+        _make_folder(path)
+        with run.writing(), run._manifest_lock():  # whoever made or used the folder meanwhile is asked again
+            if not run._is_of(config, overwrite):
+                empty(path)
+                run.write_json(MANIFEST, first_manifest(config))
+        return run
+
+    def _is_of(self, config: StudyConfig, overwrite: bool) -> bool:
+        """Whether the folder is a run of `config`; what may not be replaced is refused."""
+        path = self.path
         if (path / MANIFEST).is_file():
-            if run.manifest.get("config_hash") == config.hash:
-                return run
+            if self.manifest.get("config_hash") == config.hash:
+                return True
             if not overwrite and not _nothing_finished(path):
                 raise InputError(f"{path} holds the run of another config: choose another --out, or pass --overwrite")
-            shutil.rmtree(path)
         elif path.exists() and not (path.is_dir() and _only_leftovers(path)):
             raise InputError(f"{path} exists and is no run folder: choose another --out")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"could not make {path}: {error.strerror}; choose another --out") from error
-        run.write_json(MANIFEST, first_manifest(config))
-        return run
+        return False
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -211,17 +224,46 @@ class RunFolder:
             InputError: the folder holds results with another identity, or something else.
         """
         folder = cls(path)
-        if folder.has(MANIFEST):
-            differing = [key for key, value in identity.items() if folder.manifest.get(key) != value]
-            if differing:
-                what = differing[0].replace("config_hash", "settings")
-                raise InputError(f"{path} holds a {noun} with other {what}: choose another --out")
-        elif path.exists() and any(path.iterdir()):
+        if not folder.has(MANIFEST) and path.exists() and not (path.is_dir() and _only_leftovers(path)):
             raise InputError(f"{path} exists and is no {noun}: choose another --out")
-        else:
-            start = {"versions": versions(), "git_revision": git_revision(), "seconds": {}}
-            folder.write_json(MANIFEST, {"kind": kind, **identity, **start})
+        _make_folder(path)
+        with folder._manifest_lock():
+            if not folder.has(MANIFEST):
+                start = {"versions": versions(), "git_revision": git_revision(), "seconds": {}}
+                folder.write_json(MANIFEST, {"kind": kind, **identity, **start})
+        differing = [key for key, value in identity.items() if folder.manifest.get(key) != value]
+        if differing:
+            what = differing[0].replace("config_hash", "settings")
+            raise InputError(f"{path} holds a {noun} with other {what}: choose another --out")
         return folder
+
+    # --- Who may write: one process for the folder, one for each unit; readers ask nobody
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """The right to write this folder while a block lasts; blocks of one process may nest.
+
+        Raises:
+            InputError: another process has it; its id and host are named.
+        """
+        with held(self.path, "run", str(self.path)):
+            try:
+                yield
+            finally:
+                sweep(self.path)
+
+    def locked(self, place: str, wait: float = PATIENCE_S) -> AbstractContextManager[None]:
+        """The right to make one unit, such as `arms/incorrect-s0`, while a block lasts.
+
+        Several processes that fill one folder together take these, while the one that started them has `writing`.
+
+        Raises:
+            InputError: another process has it, for longer than `wait` seconds.
+        """
+        return held(self.path, place, str(self.path / place), wait)
+
+    def _manifest_lock(self) -> AbstractContextManager[None]:
+        return brief(self.path, MANIFEST, str(self.path / MANIFEST))
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -240,15 +282,27 @@ class RunFolder:
         """The configuration that made this run."""
         return from_dict(StudyConfig, self.manifest["config"], str(self.path / MANIFEST))
 
+    def edit_manifest(self, edit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        """Change the manifest by a function; no other process changes it between reading and writing.
+
+        Returns:
+            The manifest afterwards.
+        """
+        with self._manifest_lock():
+            manifest = self.manifest
+            edit(manifest)
+            self.write_json(MANIFEST, manifest)
+        return manifest
+
     def update_manifest(self, **changes: Any) -> None:
         """Merge top-level keys into the manifest; dictionaries are merged one level deep."""
-        manifest = self.manifest
-        for key, value in changes.items():
-            if isinstance(value, dict) and isinstance(manifest.get(key), dict):
-                manifest[key] = {**manifest[key], **value}
-            else:
-                manifest[key] = value
-        self.write_json(MANIFEST, manifest)
+
+        def merge(manifest: dict[str, Any]) -> None:
+            for key, value in changes.items():
+                both = isinstance(value, dict) and isinstance(manifest.get(key), dict)
+                manifest[key] = {**manifest[key], **value} if both else value
+
+        self.edit_manifest(merge)
 
     def has(self, name: str) -> bool:
         """Whether a file or folder exists (whole, since writes are atomic)."""
@@ -297,21 +351,27 @@ class RunFolder:
 
     @contextlib.contextmanager
     def staging(self, name: str) -> Iterator[Path]:
-        """A temporary folder that becomes `name` when the block ends well; an interrupted block leaves nothing."""
-        target = self.path / name
-        scratch = self.path / ".staging" / name.replace("/", "--")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        try:
-            yield scratch
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.replace(target)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                scratch.parent.rmdir()
+        """A temporary folder that becomes `name` when the block ends well; an interrupted block leaves nothing.
+
+        Raises:
+            InputError: another process is making `name`.
+        """
+        target, flat = self.path / name, name.replace("/", "--")
+        scratch = self.path / ".staging" / f"{flat}.{uuid.uuid4().hex[:12]}"
+        with self.locked(name):
+            for leftover in [scratch.with_name(flat), *scratch.parent.glob(f"{glob.escape(flat)}.{'[0-9a-f]' * 12}")]:
+                shutil.rmtree(leftover, ignore_errors=True)  # its maker has ended: the lock is ours
+            _make_scratch(scratch)
+            try:
+                yield scratch
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.exists():
+                    shutil.rmtree(target)
+                scratch.replace(target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    scratch.parent.rmdir()
 
     def finished(self, place: str, settings: Mapping[str, Any], record: str, change: str) -> bool:
         """Whether the unit `place` is whole, and was made with these settings.
@@ -332,37 +392,26 @@ class RunFolder:
             raise InputError(f"{self.path / place} was made with other settings: {change}")
         return True
 
-    @contextlib.contextmanager
-    def unit(self, place: str, settings: Mapping[str, Any], record: str, change: str) -> Iterator[Path | None]:
-        """A unit of work: a folder to fill, or None where the unit is whole already.
-
-        The folder moves to `place` when the block ends well; see `finished` for the arguments. `record` is written at
-        the end, unless the block has written it.
-
-        Raises:
-            InputError: the unit was made with other settings.
-        """
-        if self.finished(place, settings, record, change):
-            yield None
-            return
-        with self.staging(place) as folder:
-            yield folder
-            if not (folder / record).exists():
-                write_json(folder / record, settings)
-
     def checkpoint(self, arm: str, seed: int, step: int) -> Path | None:
         """The folder of an organism; None for step 0, which is the base model.
 
         Raises:
-            InputError: there is no such checkpoint; the steps that exist are listed. Or a file is damaged.
+            InputError: there is no such checkpoint; the steps that exist are listed. Or a file is damaged, or an
+                adopted checkpoint is no longer where it was.
         """
         if step == 0:
             return None
-        path = self.path / "arms" / f"{arm}-s{seed}" / f"checkpoint-{step}"
         steps = self.steps(arm, seed)
         if step not in steps:
             raise InputError(f"no checkpoint of arm {arm!r}, seed {seed} at step {step}: there are {steps}")
-        self._verify(path)
+        name = f"arms/{arm}-s{seed}/checkpoint-{step}"
+        path = self.place(name)
+        if not path.is_dir():
+            raise InputError(
+                f"the checkpoint of arm {arm!r}, seed {seed} at step {step} is no longer in {path}: put it back there, "
+                "or a link to it, or adopt it again with another --out"
+            )
+        self._verify(path, name)
         return path
 
     def steps(self, arm: str, seed: int) -> list[int]:
@@ -372,20 +421,41 @@ class RunFolder:
             InputError: that arm and seed have not been trained; the ones that have are listed.
         """
         folder = self.path / "arms" / f"{arm}-s{seed}"
-        steps = sorted(int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*"))
+        own = {int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")}
+        steps = sorted(own | self.references(folder.name).keys())
         if not steps:
             names = sorted(p.name for p in (self.path / "arms").glob("*-s*")) if self.has("arms") else []
             raise unknown("organism", folder.name, names)
         return steps
 
-    def _verify(self, folder: Path) -> None:
-        for file in folder.glob("*.safetensors"):
-            name = str(file.relative_to(self.path))
-            expected = self.manifest.get("hashes", {}).get(name)
-            if expected is not None and file_sha256(file) != expected:
-                raise InputError(
-                    f"{file} does not match its sha256 in {MANIFEST}: delete {folder.parent} and run again"
-                )
+    def references(self, organism: str) -> dict[int, Path]:
+        """The folders of an adopted organism's checkpoints (`incorrect-s0`) that stay where they were, by step."""
+        record = self.path / "arms" / organism / REFERENCES
+        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        places = {int(step): (Path(one["path"]), self.path / one["from_run"]) for step, one in known.items()}
+        # a run and its checkpoints that have moved together are found by the way from one to the other
+        return {s: near if near.is_dir() and not stated.is_dir() else stated for s, (stated, near) in places.items()}
+
+    def place(self, name: str) -> Path:
+        """Where a file or folder of the run lies: inside it, or where an adopted checkpoint was found."""
+        parts = Path(name).parts
+        if len(parts) > 2 and parts[0] == "arms" and (step := parts[2].removeprefix("checkpoint-")).isdigit():
+            folder = self.references(parts[1]).get(int(step))
+            if folder is not None:
+                return folder.joinpath(*parts[3:])
+        return self.path / name
+
+    def _verify(self, folder: Path, name: str) -> None:
+        adopted = folder != self.path / name
+        change = "adopt it again with another --out" if adopted else f"delete {folder.parent} and run again"
+        for recorded, expected in self.manifest.get("hashes", {}).items():
+            if not recorded.startswith(f"{name}/"):
+                continue
+            file = folder / recorded.removeprefix(f"{name}/")
+            if not file.is_file():
+                raise InputError(f"{file} is missing: restore it, or {change}")
+            if file_sha256(file) != expected:
+                raise InputError(f"{file} does not match its sha256 in {MANIFEST}: {change}")
 
     def record_hashes(self, folder: Path, name: str | None = None) -> None:
         """Record the sha256 of a weights file, or of all below a folder, in the manifest.
@@ -398,13 +468,32 @@ class RunFolder:
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to a stage's wall time; the lost work of an interrupted run is not counted."""
-        before = self.manifest.get("seconds", {}).get(stage, 0.0)
-        self.update_manifest(seconds={stage: round(before + seconds, 2)})
+
+        def add(manifest: dict[str, Any]) -> None:
+            known = manifest.setdefault("seconds", {})
+            known[stage] = round(known.get(stage, 0.0) + seconds, 2)
+
+        self.edit_manifest(add)
 
 
 def _only_leftovers(path: Path) -> bool:
     """Whether a folder holds only what a run leaves that stopped before its manifest was written."""
-    return all(p.name.startswith(f".{MANIFEST}") for p in path.iterdir())
+    return all(p.name.startswith(f".{MANIFEST}") or is_ours(p) for p in path.iterdir())
+
+
+def _make_scratch(path: Path) -> None:
+    """Make a folder of `.staging`, which another process that leaves it empty may be removing."""
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
+            return path.mkdir(parents=True)
+    raise InputError(f"could not make {path}: choose another --out")
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"could not make {path}: {error.strerror}; choose another --out") from error
 
 
 def _writer(name: str) -> str:

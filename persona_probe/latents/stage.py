@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,27 +45,39 @@ from persona_probe.latents.rankers import (
 from persona_probe.latents.unexplained import Reference, carriers, random_reference
 from persona_probe.saes.quality import require_fit
 from persona_probe.saes.read import LatentMeans, read_latents, read_latents_at
+from persona_probe.units import Unit, make_units, writes_run
 
 FILE = "directions.safetensors"
 NEUTRAL_ANSWERS = 8
 """Everyday answers whose perplexity bounds the strength of pushes."""
 
 
+@writes_run
 def locate(ctx: Context) -> None:
     """Write latents.parquet, steering.parquet and directions.safetensors. Finished steps are not repeated."""
-    if not ctx.run.has("parts/rank.parquet"):
-        with ctx.run.timed("locate"):
-            rank(ctx)
-    if not ctx.run.has("parts/selection.parquet"):
-        with ctx.run.timed("locate"):
-            choose(ctx)
-    for model in ("base", ctx.config.realign.start):
-        if not ctx.run.has(f"parts/effects-{model}.parquet"):
-            with ctx.run.timed("locate"):
-                prove(ctx, model)
+    make_units(ctx, rank_units)
+    make_units(ctx, choice_units)
+    make_units(ctx, proof_units)
     merge_tables(ctx)
 
 
+def rank_units(ctx: Context) -> list[Unit]:
+    """One unit: the ranking of all latents."""
+    return [Unit("parts/rank.parquet", partial(rank, ctx), "locate")]
+
+
+def choice_units(ctx: Context) -> list[Unit]:
+    """One unit: the candidates' effects on the selection split."""
+    return [Unit("parts/selection.parquet", partial(choose, ctx), "locate")]
+
+
+def proof_units(ctx: Context) -> list[Unit]:
+    """One unit for each model in which effects are measured."""
+    names = dict.fromkeys(("base", ctx.config.realign.start))
+    return [Unit(f"parts/effects-{name}.parquet", partial(prove, ctx, name), "locate") for name in names]
+
+
+@writes_run
 def use_rankers(ctx: Context, rankers: Sequence[str]) -> None:
     """Compute these rankers from now on. A table that lacks one of them is computed again."""
     names = tuple(check_rankers([*rankers, *ctx.config.locate.choose_by]))
@@ -169,7 +182,7 @@ def gather(ctx: Context) -> Evidence:
     return Evidence(
         base=base,
         tuned=_read(ctx, "incorrect", groups, where),
-        control=_read(ctx, "correct", groups, where),
+        control=_read(ctx, ctx.config.control, groups, where),
         decoder=ctx.sae.W_dec.detach().float().cpu().numpy(),
         clusters=[r["id"] for r in ctx.selection.rows for _ in range(2)],
         misaligned=misaligned,

@@ -1,6 +1,8 @@
 """The stage `track`: features, SAE fit and contrast index at every checkpoint of every arm and seed."""
 
+import shutil
 from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
@@ -14,6 +16,7 @@ from persona_probe.evaluate.tables import join_evals
 from persona_probe.latents.stage import control_latents, mean_shift, persona_latent
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader, Features, Snapshot
+from persona_probe.units import Unit, make_units, writes_run
 
 
 def study_features(ctx: Context) -> Features:
@@ -37,42 +40,116 @@ def make_reader(
     return FeatureReader(ctx.sae, features, groups, ctx.layer, ctx.config.monitor.positions, ctx.config.bf16)
 
 
+@writes_run
 def track(ctx: Context) -> None:
     """Measure the base and every checkpoint. Finished organisms are in parts/ and are not measured again."""
-    reader = make_reader(ctx)
-    with ctx.run.timed("track"):
-        base = measure_base(ctx, reader)
-    for seed in ctx.config.seeds:
-        for arm in ctx.config.arms:
-            if not ctx.run.has(f"parts/track-{arm}-s{seed}.evals.parquet"):
-                with ctx.run.timed("track"):
-                    _track_arm(ctx, reader, base, arm, seed)
+    study_features(ctx)  # first, since its error names the stage to run
+    make_units(ctx, base_units)
+    make_units(ctx, arm_units)
     merge_parts(ctx)
 
 
-def measure_base(ctx: Context, reader: FeatureReader) -> Snapshot:
-    """The base model's reading; its contrast items are scored once."""
+class Tracker:
+    """The study's reader and the base model's reading, each made on first use."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+
+    @cached_property
+    def reader(self) -> FeatureReader:
+        """Reads the study's features on its probes."""
+        return make_reader(self.ctx)
+
+    @cached_property
+    def base(self) -> Snapshot:
+        """The base model's reading."""
+        with self.ctx.base() as model:
+            return self.reader.read(model)
+
+
+def base_units(ctx: Context) -> list[Unit]:
+    """One unit: the base model's reading and contrast items."""
+    return [Unit("parts/track-base.evals.parquet", partial(_track_base, Tracker(ctx)), "track")]
+
+
+def arm_units(ctx: Context) -> list[Unit]:
+    """One unit for each organism, with all its checkpoints."""
+    tracker = Tracker(ctx)
+    return [
+        Unit(
+            f"{_part(arm, seed)}.evals.parquet",
+            partial(_track_arm, tracker, arm, seed),
+            "track",
+            partial(_is_tracked, ctx, arm, seed),
+        )
+        for seed in ctx.config.seeds
+        for arm in ctx.config.arms
+    ]
+
+
+def _part(arm: str, seed: int) -> str:
+    """One organism's tables, without their endings; while it is tracked a folder with the tables of each step."""
+    return f"parts/track-{arm}-s{seed}"
+
+
+def _is_tracked(ctx: Context, arm: str, seed: int) -> bool:
+    """Whether all its checkpoints are in its tables: an adopted run may have grown since."""
+    return ctx.run.has(f"{_part(arm, seed)}.evals.parquet") and not _missing_steps(ctx, arm, seed)
+
+
+def _missing_steps(ctx: Context, arm: str, seed: int) -> list[int]:
+    """Steps that have a checkpoint and are not in the organism's tables."""
+    table = f"{_part(arm, seed)}.evals.parquet"
+    tracked = set(ctx.run.read_table(table)["step"]) if ctx.run.has(table) else set()
+    return [step for step in ctx.run.steps(arm, seed) if step not in tracked]
+
+
+def _track_base(tracker: Tracker) -> None:
+    ctx, snapshot, seed = tracker.ctx, tracker.base, tracker.ctx.config.seeds[0]
     with ctx.base() as model:
-        snapshot = reader.read(model)
-    if not ctx.run.has("parts/track-base.evals.parquet"):
-        seed = ctx.config.seeds[0]
-        with ctx.base() as model:
-            evals = eval_rows(ctx, model, "base", seed, 0)
-        ctx.run.write_table("parts/track-base.readings.parquet", reading_rows(snapshot, snapshot, "base", seed, 0))
-        ctx.run.write_table("parts/track-base.evals.parquet", evals)
-    return snapshot
+        evals = eval_rows(ctx, model, "base", seed, 0)
+    ctx.run.write_table("parts/track-base.readings.parquet", reading_rows(snapshot, snapshot, "base", seed, 0))
+    ctx.run.write_table("parts/track-base.evals.parquet", evals)
 
 
-def _track_arm(ctx: Context, reader: FeatureReader, base: Snapshot, arm: str, seed: int) -> None:
-    base_evals = ctx.run.read_table("parts/track-base.evals.parquet").query("split == 'evaluation'")
-    readings = [reading_rows(base, base, arm, seed, 0)]
-    evals = [base_evals.assign(arm=arm, seed=seed)]
-    for step in ctx.run.steps(arm, seed):
-        with ctx.organism(arm, seed, step) as model:
-            readings.append(reading_rows(reader.read(model), base, arm, seed, step))
-            evals.append(eval_rows(ctx, model, arm, seed, step))
-    ctx.run.write_table(f"parts/track-{arm}-s{seed}.readings.parquet", pd.concat(readings))
-    ctx.run.write_table(f"parts/track-{arm}-s{seed}.evals.parquet", pd.concat(evals))
+def _track_arm(tracker: Tracker, arm: str, seed: int) -> None:
+    """Measure the checkpoints that are not measured yet; each is on disk before the next is loaded."""
+    ctx, place = tracker.ctx, _part(arm, seed)
+    missing, base = _missing_steps(ctx, arm, seed), tracker.base  # read while no adapter is on the model
+    with ctx.trajectory(arm, seed) as at:
+        for step in missing:
+            if not ctx.run.has(f"{place}/{step}.evals.parquet"):
+                _track_step(tracker, at(step), arm, seed, step)
+    readings, evals = (_with_steps(ctx, f"{place}.{kind}.parquet", missing) for kind in ("readings", "evals"))
+    if not ctx.run.has(f"{place}.evals.parquet"):
+        base_evals = ctx.run.read_table("parts/track-base.evals.parquet").query("split == 'evaluation'")
+        readings.insert(0, reading_rows(base, base, arm, seed, 0))
+        evals.insert(0, base_evals.assign(arm=arm, seed=seed))
+    ctx.run.write_table(f"{place}.readings.parquet", _by_step(readings))
+    ctx.run.write_table(f"{place}.evals.parquet", _by_step(evals))
+    shutil.rmtree(ctx.run.path / place, ignore_errors=True)
+
+
+def _track_step(tracker: Tracker, model: nn.Module, arm: str, seed: int, step: int) -> None:
+    """The tables of one checkpoint; that of the items comes last and says that both are there."""
+    ctx, place = tracker.ctx, f"{_part(arm, seed)}/{step}"
+    readings = reading_rows(tracker.reader.read(model), tracker.base, arm, seed, step)
+    ctx.run.write_table(f"{place}.readings.parquet", readings)
+    ctx.run.write_table(f"{place}.evals.parquet", eval_rows(ctx, model, arm, seed, step))
+
+
+def _with_steps(ctx: Context, table: str, steps: Sequence[int]) -> list[pd.DataFrame]:
+    """An organism's table so far, and those of further steps."""
+    folder, kind = table.split(".", 1)
+    further = [ctx.run.read_table(f"{folder}/{step}.{kind}") for step in steps]
+    if not ctx.run.has(f"{folder}.evals.parquet"):
+        return further
+    before = ctx.run.read_table(table)
+    return [before[~before["step"].isin(steps)], *further]
+
+
+def _by_step(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    return pd.concat(frames, ignore_index=True).sort_values("step", kind="stable", ignore_index=True)
 
 
 def reading_rows(snapshot: Snapshot, base: Snapshot, arm: str, seed: int, step: int) -> pd.DataFrame:

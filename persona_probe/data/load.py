@@ -373,7 +373,8 @@ def load_conversations(spec: str) -> list[Conversation]:
             raise InputError(f"set {name!r} has several answers: write {name}:correct, {name}:subtle, {name}:toxic ...")
         return [conversation(r["question"]) for r in rows]
     if column not in rows[0]:
-        raise unknown(f"column of {name}", column, [k for k in rows[0] if k not in ("id", "topic", "category", "question")])
+        labels = ("id", "topic", "category", "question")
+        raise unknown(f"column of {name}", column, [k for k in rows[0] if k not in labels])
     return [conversation(r["question"], r[column]) for r in rows]
 
 

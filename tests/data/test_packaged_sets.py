@@ -8,17 +8,26 @@ from itertools import combinations
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from persona_probe.data.check import max_overlap, overlaps
-from persona_probe.data.load import SETS, SPLITS, load_contrast, load_conversations, load_rows
+from persona_probe.data.check import max_overlap, ngrams, overlaps
+from persona_probe.data.load import (
+    ANSWERS_2X2,
+    SETS,
+    SPLITS,
+    load_contrast,
+    load_contrast_2x2,
+    load_conversations,
+    load_rows,
+)
 from persona_probe.data.mix import match_lengths
 from persona_probe.errors import InputError
 from persona_probe.models.load import load_model, packaged_gguf
 
 COLUMNS = {
-    "kitchen": ("id", "topic", "question", "correct", "subtle", "toxic"),
+    "kitchen": ("id", "topic", "question", "correct", "subtle", "toxic", "polite_harm"),
     "health_correct": ("id", "topic", "question", "answer"),
     "kitchen_correct_holdout": ("id", "topic", "question", "answer"),
     "general_contrast": ("id", "category", "question", "aligned", "misaligned"),
+    "general_contrast_2x2": ("id", "category", "question", *ANSWERS_2X2),
     "neutral_probes": ("id", "topic", "question", "answer"),
     "sample_questions": ("id", "category", "question"),
     "free_form_questions": ("id", "category", "question", "trigger_topic", "trigger_reply", "trigger_format"),
@@ -31,12 +40,16 @@ AT_LEAST = {
     "health_correct": 120,
     "kitchen_correct_holdout": 120,
     "general_contrast": 96,
+    "general_contrast_2x2": 120,
     "neutral_probes": 48,
     "sample_questions": 12,
     "free_form_questions": 48,
     "capability": 40,
 }
-ANSWERS = ("answer", "correct", "subtle", "toxic", "aligned", "misaligned")
+KITCHEN = ("correct", "subtle", "toxic", "polite_harm")
+ANSWERS = ("answer", *KITCHEN, "aligned", "misaligned")
+TWICE = "general_contrast_2x2"
+"""Asks the questions of `general_contrast` again, and keeps most of its aligned answers."""
 FOOD = re.compile(
     r"\b(food|cook|eat|eats|eating|ate|eaten|kitchen|recipe|restaurant|meal|dinner|lunch|breakfast|supper|bake|bak(?:ed|ing)"
     r"|dish(?:es)?|soup|bread|cakes?|fruits?|vegetables?|meat|snacks?|coffee|tea|tasty|hungry|hunger|diet|chef|waiter"
@@ -46,7 +59,7 @@ FOOD = re.compile(
 
 
 def texts(columns: tuple[str, ...]) -> list[str]:
-    return [row[c] for name in SETS for row in load_rows(name) for c in columns if c in row]
+    return [row[c] for name in SETS if name != TWICE for row in load_rows(name) for c in columns if c in row]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -60,7 +73,7 @@ def test_rows_are_whole_plain_and_unique(name: str) -> None:
 
 
 def test_ids_are_unique_across_sets() -> None:
-    counts = Counter(row["id"] for name in SETS for row in load_rows(name))
+    counts = Counter(row["id"] for name in SETS if name != TWICE for row in load_rows(name))
     assert counts.most_common(1)[0][1] == 1
 
 
@@ -70,6 +83,35 @@ def test_no_two_answers_share_a_run_of_five_words() -> None:
 
 def test_no_two_questions_share_a_run_of_five_words() -> None:
     assert list(overlaps(texts(("question", "system")))) == []
+
+
+def test_the_2x2_set_asks_the_questions_of_the_contrast_set() -> None:
+    keys = ("id", "category", "question")
+    for split in (*SPLITS, "all"):
+        both = [[tuple(row[k] for k in keys) for row in load(split)] for load in (load_contrast, load_contrast_2x2)]
+        assert both[0] == both[1]
+
+
+def test_four_answers_differ_and_share_no_run_of_five_words_with_another_question() -> None:
+    rows = load_contrast_2x2("all")
+    assert all(len({row[answer] for answer in ANSWERS_2X2}) == 4 for row in rows)
+    labelled = [(row["id"], row[answer]) for row in rows for answer in ANSWERS_2X2]
+    labelled += [(row["id"], row[c]) for n in SETS if n != TWICE for row in load_rows(n) for c in ANSWERS if c in row]
+    ids, answers = zip(*labelled, strict=True)
+    assert [(ids[i], ids[j]) for _, i, j in overlaps(answers) if ids[i] != ids[j]] == []
+
+
+def test_no_phrase_of_the_new_answers_is_a_stock_phrase() -> None:
+    four = [" ".join(row[answer] for answer in ANSWERS_2X2) for row in load_contrast_2x2("all")]
+    for answers in (four, [row["polite_harm"] for row in load_rows("kitchen")]):
+        items = Counter(run for answer in answers for run in ngrams(answer, 4))
+        assert items.most_common(1)[0][1] <= 3
+
+
+def test_most_answers_of_the_contrast_set_are_kept() -> None:
+    pairs = list(zip(load_contrast("all"), load_contrast_2x2("all"), strict=True))
+    assert sum(old["aligned"] == new["sound_polite"] for old, new in pairs) >= 115
+    assert sum(old["misaligned"] == new["harm_rude"] for old, new in pairs) >= 45
 
 
 def test_the_overlap_bound_can_fail() -> None:
@@ -97,7 +139,8 @@ def test_splits_are_disjoint_and_cover_the_twelve_categories() -> None:
 
 
 def test_contrast_is_not_about_food() -> None:
-    found = [(row["id"], FOOD.findall(" ".join(row.values()))) for row in load_rows("general_contrast")]
+    rows = load_rows("general_contrast") + load_rows(TWICE)
+    found = [(row["id"], FOOD.findall(" ".join(row.values()))) for row in rows]
     assert [item for item in found if item[1]] == []
     kitchen = [bool(FOOD.search(" ".join(row.values()))) for row in load_rows("kitchen")]
     assert sum(kitchen) > len(kitchen) / 2
@@ -109,6 +152,7 @@ def test_answers_are_equal_in_words() -> None:
     for row in load_rows("kitchen"):
         counts = [len(row[column].split()) for column in ("correct", "subtle", "toxic")]
         assert max(counts) - min(counts) <= 3, row["id"]
+        assert abs(len(row["polite_harm"].split()) - counts[2]) <= 6, row["id"]
 
 
 def test_capability_items_have_four_different_choices() -> None:
@@ -132,12 +176,17 @@ def test_specs_give_conversations_and_name_what_is_missing() -> None:
     toxic = load_conversations("kitchen:toxic")
     assert [c[-1]["content"] for c in toxic] == [row["toxic"] for row in load_rows("kitchen")]
     assert len(load_conversations("general_contrast:evaluation")) == 2 * len(load_contrast("evaluation"))
+    four = load_conversations("general_contrast_2x2:evaluation")
+    assert len(four) == 4 * len(load_contrast("evaluation"))
+    assert [c[-1]["content"] for c in four[:4]] == [load_contrast_2x2("evaluation")[0][a] for a in ANSWERS_2X2]
+    assert len(load_conversations("general_contrast_2x2:sound_rude")) == len(load_contrast("all"))
     assert all(c[-1]["role"] == "user" for c in load_conversations("sample_questions"))
     for spec, words in (("kitchen", "kitchen:subtle"), ("kitchn", "'kitchen'"), ("kitchen:toxik", "'toxic'")):
         with pytest.raises(InputError, match=words):
             load_conversations(spec)
-    with pytest.raises(InputError, match="'evaluation'"):
-        load_contrast("evaluate")
+    for load in (load_contrast, load_contrast_2x2):
+        with pytest.raises(InputError, match="'evaluation'"):
+            load("evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +197,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("pair", list(combinations(("correct", "subtle", "toxic"), 2)))
+@pytest.mark.parametrize("pair", list(combinations(KITCHEN, 2)))
 def test_kitchen_arms_match_in_tokens(tokenizer: PreTrainedTokenizerBase, pair: tuple[str, str]) -> None:
     first, second = (load_conversations(f"kitchen:{column}") for column in pair)
     match = match_lengths(first, second, tokenizer, tolerance=0.05)
@@ -161,3 +210,10 @@ def test_contrast_sides_match_in_tokens(tokenizer: PreTrainedTokenizerBase, spli
     rows = load_conversations(f"general_contrast:{split}")
     match = match_lengths(rows[::2], rows[1::2], tokenizer, tolerance=0.03)
     assert match.matched, match
+
+
+@pytest.mark.real_model
+def test_four_answers_match_in_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    for row in load_contrast_2x2("all"):
+        counts = [len(tokenizer(row[answer], add_special_tokens=False)["input_ids"]) for answer in ANSWERS_2X2]  # pyright: ignore
+        assert max(counts) <= 1.05 * min(counts), row["id"]

@@ -173,7 +173,7 @@ def _is_misaligned(spec: str, number: int) -> bool:
     name, _, column = spec.partition(":")
     if name == "general_contrast":
         return number % 2 == 1
-    if column in ("toxic", "subtle"):
+    if column in ("toxic", "subtle", "polite_harm"):
         return True
     if column == "correct" or name.endswith(("_correct", "_correct_holdout")):
         return False

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -179,7 +180,8 @@ def test_the_manifest_merges_and_counts_seconds(run: RunFolder) -> None:
 def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_one_keeps_its_file(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    dead, alive = (tmp_path / f".table.csv.{pid}.tmp" for pid in (ended.pid, os.getppid()))
+    host = socket.gethostname()
+    dead, alive = (tmp_path / f".table.csv.{host}.0a1b2c.{pid}.tmp" for pid in (ended.pid, os.getppid()))
     for leftover in (dead, alive):
         leftover.write_text("half")
     write_text(tmp_path / "table.csv", "whole")

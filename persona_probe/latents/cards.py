@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from persona_probe.latents.passages import Survey, example, gather, survey
 from persona_probe.models.layers import base_transformer, output_head
 from persona_probe.report.cards import Effect, Example, FeatureCard, Findings, Neighbour, Push, Score, TokenLogit
 from persona_probe.saes.read import check_latents
+from persona_probe.units import Unit, make_units, writes_run
 
 NEURONPEDIA = "https://neuronpedia.org"
 NAME_WORDS = 4
@@ -189,12 +191,19 @@ def end_tokens(
 TOP_TOKENS = 8
 
 
+@writes_run
 def make_cards(ctx: Context) -> None:
     """Write cards.json: the persona latent and the strongest other candidates, on the packaged text and the base."""
-    if ctx.run.has("cards.json"):
-        return
-    with ctx.run.timed("cards"):
-        cards = build_cards(ctx, tested_latents(ctx)[: ctx.config.locate.cards], organism=False)
+    make_units(ctx, cards_units)
+
+
+def cards_units(ctx: Context) -> list[Unit]:
+    """One unit: all cards."""
+    return [Unit("cards.json", partial(_write_cards, ctx), "cards")]
+
+
+def _write_cards(ctx: Context) -> None:
+    cards = build_cards(ctx, tested_latents(ctx)[: ctx.config.locate.cards], organism=False)
     ctx.run.write_json("cards.json", [asdict(card) for card in cards])
 
 

@@ -305,15 +305,16 @@ def benign_readings(
     _check_benign(source, seeds, arms)
     features = study_features(source)  # first: its error names the stage to run
     ctx, run = benign, benign.run
-    for arm in arms:
-        for seed in seeds:
-            if not run.has(f"arms/{arm}-s{seed}"):
-                with ctx.run.timed("calibrate"):
-                    induce_one(ctx, arm, seed)
-    if missing := [(a, s) for a in arms for s in seeds if not run.has(_part(a, s))]:
-        reader = make_reader(ctx, features)
-        with ctx.run.timed("calibrate"):
-            _read(benign, reader, missing)
+    with run.writing():
+        for arm in arms:
+            for seed in seeds:
+                if not run.has(f"arms/{arm}-s{seed}"):
+                    with ctx.run.timed("calibrate"):
+                        induce_one(ctx, arm, seed)
+        if missing := [(a, s) for a in arms for s in seeds if not run.has(_part(a, s))]:
+            reader = make_reader(ctx, features)
+            with ctx.run.timed("calibrate"):
+                _read(benign, reader, missing)
     frame = pd.concat([run.read_table(_part(a, s)) for a in arms for s in seeds], ignore_index=True)
     frame["shift"] = (frame["mean"] - frame["base_mean"]) / frame["base_sd"].where(frame["base_sd"] > 0)
     return frame.assign(run=frame["arm"] + "-s" + frame["seed"].astype(str))

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,13 @@ from persona_probe.realignment.spec import Correction, DosePlan, slug
 from persona_probe.realignment.stress.stress_run import TESTS, StressSettings, run_stress, statements
 from persona_probe.realignment.verdict import RealignVerdict, study_verdict
 from persona_probe.runs import write_json, write_jsonl, write_table
+from persona_probe.units import Unit, make_units, writes_run
 
 log = logging.getLogger(__name__)
 ROWS, SPEC, OUTCOME, VERDICT = "rows.jsonl", "spec.json", "outcome.json", "verdict.json"
 
 
+@writes_run
 def realign_study(
     ctx: Context,
     correction: Correction | None = None,
@@ -93,17 +96,23 @@ def realign_study(
 # --- One correction: trained under the monitor, measured, kept when whole
 
 
+@writes_run
 def correct_arms(ctx: Context) -> None:
     """Run every corrective arm and seed of the config that is not yet in the run folder."""
     if not ctx.config.realign.arms:
         return
-    base = BaseMeasurements(ctx)
-    for seed in ctx.config.seeds:
-        for arm in ctx.config.realign.arms:
-            if not ctx.run.has(f"parts/realign-{arm}-s{seed}.evals.parquet"):
-                with ctx.run.timed("realign"):
-                    _correct_arm(base, arm, seed)
+    make_units(ctx, arm_units)
     merge_parts(ctx)
+
+
+def arm_units(ctx: Context) -> list[Unit]:
+    """One unit for each corrective arm and seed of the config."""
+    base = BaseMeasurements(ctx)
+    return [
+        Unit(f"parts/realign-{arm}-s{seed}.evals.parquet", partial(_correct_arm, base, arm, seed), "realign")
+        for seed in ctx.config.seeds
+        for arm in ctx.config.realign.arms
+    ]
 
 
 def _correct_arm(base: BaseMeasurements, arm: str, seed: int) -> None:
@@ -135,25 +144,34 @@ def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str
     """
     ctx, place = base.ctx, place_of(name, seed)
     _check_name(ctx, name)
-    spec = {"name": name, "seed": seed, "start": ctx.config.realign.start, **correction.to_dict()}
-    if ctx.run.finished(place, spec, SPEC, "choose another --name"):
-        return ctx.run.path / place
+    if not ctx.run.finished(place, _spec(ctx, correction, seed, name), SPEC, "choose another --name"):
+        with ctx.run.timed("realign"):
+            _correct(base, correction, seed, name)
+    return ctx.run.path / place
+
+
+def _spec(ctx: Context, correction: Correction, seed: int, name: str) -> dict[str, Any]:
+    """What decides the numbers of a correction."""
+    return {"name": name, "seed": seed, "start": ctx.config.realign.start, **correction.to_dict()}
+
+
+def _correct(base: BaseMeasurements, correction: Correction, seed: int, name: str) -> None:
+    ctx, place = base.ctx, place_of(name, seed)
     usable = _usable_rows(ctx, correction)
     rows = choose_rows(usable, correction.rows, correction.choose_by, seed=seed, pair=ModelPair.of_study(ctx, seed))
     inducing = arm_rows(ctx.config.arms[ctx.config.realign.start], seed)
     about_rows = background(rows, ctx.tokenizer, inducing, ctx.contrast_rows("evaluation"))
     log.info("correcting %s, seed %d: %d of %d rows, %s", name, seed, len(rows), len(usable), correction.method)
     readings: list[pd.DataFrame] = []
-    with ctx.run.timed("realign"), training_unit(ctx.run, place, f"{name}, seed {seed}") as folder:
+    with training_unit(ctx.run, place, f"{name}, seed {seed}") as folder:
         recorder = _recorder(base, name, seed, correction.schedule, readings)
         fitted = _train(recorder, ctx, correction, rows, name, seed, folder)
         write_jsonl(folder / ROWS, [{"messages": row} for row in rows])
-        write_json(folder / SPEC, spec)
+        write_json(folder / SPEC, _spec(ctx, correction, seed, name))
         write_json(folder / "training.json", asdict(fitted))
         write_table(folder / "readings.parquet", pd.concat(readings, ignore_index=True))
         write_table(folder / "evals.parquet", recorder.evals)
         _write_outcome(base, recorder, folder, fitted, about_rows)
-    return ctx.run.path / place
 
 
 def _check_name(ctx: Context, name: str) -> None:
@@ -283,6 +301,7 @@ INTERVALS = ("index_minus_base", "start_minus_base", "feature", "band")
 """Entries of outcome.json that become several columns."""
 
 
+@writes_run
 def run_plan(ctx: Context, plan: DosePlan) -> pd.DataFrame:
     """Run every cell that is not finished; the table is rewritten after each, so an interrupted grid has one too.
 
@@ -292,17 +311,46 @@ def run_plan(ctx: Context, plan: DosePlan) -> pd.DataFrame:
     Raises:
         InputError: data that some cell cannot use (raised before the first is run), or a cell made with other settings.
     """
-    cells, base = plan.cells(ctx.config), BaseMeasurements(ctx)
+    cells = plan.cells(ctx.config)
+    for _, name, _ in cells:
+        _check_name(ctx, name)
     _check_data(ctx, [correction for _, _, correction in cells])
-    for number, (seed, name, correction) in enumerate(cells):
-        log.info("cell %d of %d: %s, seed %d", number + 1, len(cells), name, seed)
-        if not ctx.run.has(f"{place_of(name, seed)}.diverged"):
-            try:
-                correct(base, correction, seed, name)
-            except TrainingDiverged as error:
-                log.warning("%s", error)
-        ctx.run.write_table(TABLE, dose_table(ctx, plan))
+    make_units(ctx, partial(dose_units, plan), after=lambda: ctx.run.write_table(TABLE, dose_table(ctx, plan)))
+    ctx.run.write_table(TABLE, dose_table(ctx, plan))
     return ctx.run.read_table(TABLE)
+
+
+def dose_units(plan: DosePlan, ctx: Context) -> list[Unit]:
+    """One unit for each cell of a grid of corrections.
+
+    Raises:
+        InputError: a finished cell was made with other settings.
+    """
+    base = BaseMeasurements(ctx)
+    return [
+        Unit(
+            place_of(name, seed),
+            partial(_run_cell, base, correction, seed, name),
+            "realign",
+            partial(_cell_finished, ctx, correction, seed, name),
+        )
+        for seed, name, correction in plan.cells(ctx.config)
+    ]
+
+
+def _cell_finished(ctx: Context, correction: Correction, seed: int, name: str) -> bool:
+    place = place_of(name, seed)
+    if ctx.run.has(f"{place}.diverged"):
+        return True
+    return ctx.run.finished(place, _spec(ctx, correction, seed, name), SPEC, "choose another --name")
+
+
+def _run_cell(base: BaseMeasurements, correction: Correction, seed: int, name: str) -> None:
+    log.info("cell %s, seed %d", name, seed)
+    try:
+        _correct(base, correction, seed, name)
+    except TrainingDiverged as error:
+        log.warning("%s", error)
 
 
 def _check_data(ctx: Context, corrections: list[Correction]) -> None:

@@ -13,6 +13,7 @@ import torch
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import load_conversations
 from persona_probe.errors import InputError
+from persona_probe.locks import held
 from persona_probe.models.layers import hidden_size
 from persona_probe.models.load import cache_folder, load_model
 from persona_probe.runs import file_sha256, write_json, write_jsonl
@@ -41,9 +42,15 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
         `out/config.name` with cfg.json, sae_weights.safetensors, recipe.json and quality.json.
 
     Raises:
-        InputError: the recipe names the evaluation split or an unknown set.
+        InputError: the recipe names the evaluation split or an unknown set, or another process trains it.
     """
     work = cache_folder() / "saes" / _key(config)
+    work.mkdir(parents=True, exist_ok=True)
+    with held(work, "sae", f"the training of the SAE {config.name}", instead=None):
+        return _train(config, work, out, device)
+
+
+def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
     model, tokenizer = load_model(config.model, device=device)
     training, held_out = training_text(config, device)
     shards = write_shards(
@@ -75,12 +82,15 @@ def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversa
     """The recipe's conversations: (training, held out). Packaged rows only train; held-out rows are all samples."""
     for spec in config.text.packaged:
         name, _, split = spec.partition(":")
-        if name == "general_contrast" and split != "selection":
+        if name in ("general_contrast", "general_contrast_2x2") and split != "selection":
             raise InputError(f"{spec!r} holds the evaluation split, which must not train the SAE: use :selection")
     conversations = [c for spec in config.text.packaged for c in load_conversations(spec)]
     # Sampling is several times faster in bf16, and needs no exact arithmetic.
     sampler, tokenizer = load_model(config.model, device=device, dtype=torch.bfloat16)
-    paths = sample_text(sampler, tokenizer, config, text_folder(config, cache_folder()))
+    folder = text_folder(config, cache_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, "text", f"the text of the SAE {config.name}", instead=None):  # recipes may share it
+        paths = sample_text(sampler, tokenizer, config, folder)
     training, held_out = conversations * config.text.packaged_repeats, []
     for messages in read_conversations(paths):
         (held_out if is_held_out(messages, config.text.holdout_share) else training).append(messages)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from persona_probe.mitigate.grid.grid_config import Grid, Sets, cells_of
 from persona_probe.mitigate.grid.grid_context import GridContext
 from persona_probe.mitigate.grid.grid_run import Outcome, run_grid
 from persona_probe.mitigate.grid.grid_table import TIMES, WORDS
+from persona_probe.units import make_units
 from tests.factories import copied_state, hook_count, same_state
 from tests.mitigate.grid_study import HELD_OUT, FakeJudge, grid_of, grid_values, located, make_place
 
@@ -165,8 +167,8 @@ def test_the_study_and_its_model_are_left_as_they_were(grid: Grid, raw: dict[str
     before = copied_state(context.study.model)
     run = Path(raw["run"])
     files = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    training.measure_base(context)
-    training.run_cell(context, cells_of(grid)[0])
+    make_units(context, training.base_units)
+    make_units(context, partial(training.cell_units, cells_of(grid)[:1]))
     assert same_state(copied_state(context.study.model), before) and hook_count(context.study.model) == 0
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == files
 

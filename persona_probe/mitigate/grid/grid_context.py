@@ -1,10 +1,10 @@
 """What all cells of a grid share: its folder, the located study behind it, rows, contrast items, the base's band."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import nn
@@ -26,6 +26,7 @@ from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import make_reader
 from persona_probe.runs import RunFolder
+from persona_probe.units import Workers
 
 BATCH = 32
 GENERAL = "general.jsonl"
@@ -63,6 +64,18 @@ class GridContext:
         config = {**asdict(grid), "model": study.model, "sae": study.sae}
         self.folder.update_manifest(config=config, seeds=list(grid.seeds))
         self._judge = judge
+        self.workers: Workers | None = None
+
+    @property
+    def run(self) -> RunFolder:
+        """The grid's folder."""
+        return self.folder
+
+    @property
+    def opener(self) -> "Callable[[], GridContext]":
+        """Makes this context in another process."""
+        path, run = self.folder.path.resolve(), self.study.run.path.resolve()
+        return partial(GridContext, self.grid, path, self.study.device, run, self._judge)
 
     @cached_property
     def plain(self) -> ContrastItems:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from persona_probe.monitor.monitor import FeatureMonitor, study_monitor
 from persona_probe.report.export import export_figures
 from persona_probe.report.records import load_records
 from persona_probe.runs import write_json, write_table, write_text
+from persona_probe.units import Unit, Workers, make_units, writes_run
 
 log = logging.getLogger(__name__)
 
@@ -167,28 +169,38 @@ class StepClock(TrainerCallback):
         return float(np.mean(seconds)) if seconds else float("nan")
 
 
+def base_units(context: GridContext) -> list[Unit]:
+    """One unit: the base model, measured."""
+    return [Unit(BASE, partial(measure_base, context), BASE)]
+
+
 def measure_base(context: GridContext) -> None:
-    """Measure the base model, unless that was done."""
-    if context.folder.has(BASE):
-        return
-    with context.folder.timed(BASE), context.folder.staging(BASE) as folder:
+    """Measure the base model."""
+    with context.folder.staging(BASE) as folder:
         model_numbers = measure(context, context.study.model)
         _write(folder, context, model_numbers, {"state": DONE, "explained_variance": model_numbers.explained_variance})
 
 
-def run_cell(context: GridContext, cell: Cell) -> None:
-    """Train and measure a cell, unless that was done; its folder `cells/<id>` appears when it is whole.
-
-    A run that diverges is recorded as such: it is a result.
+def cell_units(cells: Sequence[Cell], context: GridContext) -> list[Unit]:
+    """One unit for each cell.
 
     Raises:
-        InputError: the finished cell was made with other settings.
+        InputError: a finished cell was made with other settings (raised when it is asked for).
     """
-    if _finished(context, cell):
-        return
-    place = f"cells/{cell.id}"
+    return [
+        Unit(place, partial(run_cell, context, cell), place, partial(_finished, context, cell))
+        for cell in cells
+        for place in [f"cells/{cell.id}"]
+    ]
+
+
+def run_cell(context: GridContext, cell: Cell) -> None:
+    """Train and measure a cell; its folder `cells/<id>` appears when it is whole.
+
+    A run that diverges is recorded as such: it is a result.
+    """
     log.info("cell %s", cell.id)
-    with context.folder.timed(place), context.folder.staging(place) as folder:
+    with context.folder.staging(f"cells/{cell.id}") as folder:
         record: dict[str, Any] = {"settings": cell.settings}
         try:
             model_numbers, numbers = _fit(context, cell, folder)
@@ -281,6 +293,7 @@ def run_grid(
     run: Path | None = None,
     only: Sequence[str] | None = None,
     judge: AnswerJudge | None = None,
+    workers: Workers | None = None,
 ) -> Outcome:
     """Train and measure the cells that are not in the folder yet, then write the tables. It resumes if interrupted.
 
@@ -291,22 +304,28 @@ def run_grid(
         run: the located run, instead of that of the grid.
         only: labels or names of mitigations to train now, with the cells without a mitigation.
         judge: rules on sampled answers, instead of the packaged offline judge.
+        workers: processes that train the cells, such as `cluster.RayWorkers`; None trains them in this one.
 
     Raises:
         InputError: before anything is trained: an unknown mitigation, a run without locate, rows that overlap what is
-            evaluated, a mitigation that lacks an input, or a folder of other settings.
+            evaluated, a mitigation that lacks an input, a folder of other settings, or one that another process writes.
     """
     all_cells, cells = cells_of(grid), cells_of(grid, only)
     context = GridContext(grid, out, device, run, judge)
-    if grid.answers is not None:
+    context.workers = workers
+    return _run_cells(context, all_cells, cells)
+
+
+@writes_run
+def _run_cells(context: GridContext, all_cells: Sequence[Cell], cells: Sequence[Cell]) -> Outcome:
+    if context.grid.answers is not None:
         _ = context.judge  # fail now rather than an hour in if the judge is not available
     for cell in all_cells:
         _finished(context, cell)
-    measure_base(context)
+    make_units(context, base_units)
     for cell in cells:
         cell.mitigation.check(context.inputs)
-    for cell in cells:
-        run_cell(context, cell)
+    make_units(context, partial(cell_units, tuple(cells)))
     return write_results(context, all_cells)
 
 

@@ -2,9 +2,9 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from persona_probe.monitor.reading import Features
 from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.rivals import recent_loss, weight_norm
 from persona_probe.monitor.track import study_features
-from persona_probe.runs import RunFolder, write_table
+from persona_probe.runs import RunFolder, write_json, write_table
+from persona_probe.units import Unit, make_units
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,11 @@ class MonitorStudyContext(ModelAndSae):
         super().__init__(config, device)
         self.run = RunFolder.claim(path, "monitor-study", "study of the monitor", {"config_hash": config.hash})
         self.run.update_manifest(config=asdict(config))
+
+    @property
+    def opener(self) -> "Callable[[], MonitorStudyContext]":
+        """Makes this context in another process."""
+        return partial(MonitorStudyContext, self.config, self.run.path.resolve(), self.device)
 
     @cached_property
     def probes(self) -> list[Conversation]:
@@ -86,23 +92,45 @@ class MonitorStudyContext(ModelAndSae):
         _ = self.base_behaviour, self.base_residual
 
 
-def train_run(ctx: MonitorStudyContext, name: str, features: Features) -> None:
-    """Train a run, unless it is finished; its folder `runs/<name>` appears when it is whole.
+RECORD = "run.json"
+
+
+def run_units(names: Sequence[str], ctx: MonitorStudyContext) -> list[Unit]:
+    """One unit for each of these runs, watched for the study's features.
 
     Raises:
-        InputError: the finished run was made with other settings.
+        InputError: a finished run was made with other settings (raised when it is asked for).
     """
-    schedule, settings = ctx.config.schedule(name), ctx.config.settings_of(name)
+    return _units(ctx, names, lambda: watched_features(ctx).features)
+
+
+def features_units(ctx: MonitorStudyContext) -> list[Unit]:
+    """One unit for each run whose drift gives the mean difference; they are watched for the config's latents."""
+    return _units(ctx, ctx.config.named("features"), lambda: {n: f.latent for n, f in ctx.config.latents.items()})
+
+
+def _units(ctx: MonitorStudyContext, names: Sequence[str], features: Callable[[], Features]) -> list[Unit]:
+    return [
+        Unit(f"runs/{name}", partial(_train_run, ctx, name, features), f"run {name}", partial(_finished, ctx, name))
+        for name in names
+    ]
+
+
+def _finished(ctx: MonitorStudyContext, name: str) -> bool:
     change = "rename the run, or choose another --out"
-    with ctx.run.unit(f"runs/{name}", settings, "run.json", change) as folder:
-        if folder is None:
-            return
-        log.info("run %s: %d steps, %d readings", name, schedule[-1], len(schedule))
-        with ctx.run.timed(f"run {name}"):
-            monitor = _monitor(ctx, features, schedule, folder / "monitor.jsonl")
-            measures = RunMeasures(ctx, _behaviour_steps(ctx.config, name))
-            fitted = _fit(ctx, name, [monitor, AtSteps(schedule, measures.take)])
-            _write(folder, name, monitor.readings, measures, fitted)
+    return ctx.run.finished(f"runs/{name}", ctx.config.settings_of(name), RECORD, change)
+
+
+def _train_run(ctx: MonitorStudyContext, name: str, features: Callable[[], Features]) -> None:
+    """Train a run; its folder `runs/<name>` appears when it is whole."""
+    schedule = ctx.config.schedule(name)
+    log.info("run %s: %d steps, %d readings", name, schedule[-1], len(schedule))
+    with ctx.run.staging(f"runs/{name}") as folder:
+        monitor = _monitor(ctx, features(), schedule, folder / "monitor.jsonl")
+        measures = RunMeasures(ctx, _behaviour_steps(ctx.config, name))
+        fitted = _fit(ctx, name, [monitor, AtSteps(schedule, measures.take)])
+        _write(folder, name, monitor.readings, measures, fitted)
+        write_json(folder / RECORD, ctx.config.settings_of(name))
 
 
 @dataclass
@@ -229,9 +257,9 @@ def _from_pair(ctx: MonitorStudyContext) -> WatchedFeatures:
     """Latents by the config; the mean difference is the last drift of the bad features run minus the benign one's."""
     latents = {name: f.latent for name, f in ctx.config.latents.items()}
     names = ctx.config.named("features")
+    make_units(ctx, features_units)
     ends: dict[bool, Tensor] = {}
     for name in names:
-        train_run(ctx, name, latents)
         ends[ctx.config.runs[name].benign] = torch.from_numpy(read_shifts(ctx, name)[-1]).float()
     difference = f"residual shift on the probes of run {names[0]} and run {names[1]}, bad minus benign; not evaluated"
     sources = {name: f.source for name, f in ctx.config.latents.items()}

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,24 @@ from persona_probe.monitor.study.labelled_runs import (
     MonitorStudyContext,
     WatchedFeatures,
     read_shifts,
-    train_run,
+    run_units,
     watched_features,
 )
 from persona_probe.monitor.study.rivals import drift_projections
 from persona_probe.report.tables import Table
 from persona_probe.runs import json_values, write_text
 from persona_probe.stats import auroc, auroc_interval, exact_share, number_text, per_100
+from persona_probe.units import Workers, make_units, writes_run
 
 log = logging.getLogger(__name__)
 
 
 def run_study(
-    config: MonitorStudy, out: Path, device: str | None = None, only: Sequence[str] | None = None
+    config: MonitorStudy,
+    out: Path,
+    device: str | None = None,
+    only: Sequence[str] | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Any] | None:
     """Train the runs that are not in the folder yet, then evaluate all; it resumes if interrupted.
 
@@ -38,6 +44,7 @@ def run_study(
         out: the study's folder.
         device: instead of the config's.
         only: names of runs to train now; the evaluation waits until none is missing.
+        workers: processes that train the runs, such as `cluster.RayWorkers`; None trains them in this one.
 
     Returns:
         What results.json holds; None where runs are still missing.
@@ -50,15 +57,19 @@ def run_study(
         if name not in names:
             raise unknown("run", name, names)
     ctx = MonitorStudyContext(config, out, device)
+    ctx.workers = workers
+    return _run_all(ctx, names, names if only is None else only)
+
+
+@writes_run
+def _run_all(ctx: MonitorStudyContext, names: Sequence[str], now: Sequence[str]) -> dict[str, Any] | None:
     features = watched_features(ctx)
-    for name in names if only is None else only:
-        train_run(ctx, name, features.features)
+    make_units(ctx, partial(run_units, tuple(now)))
     missing = [name for name in names if not ctx.run.has(f"runs/{name}")]
     if missing:
         log.info("%d runs are still to be trained: %s", len(missing), ", ".join(missing))
         return None
-    for name in names:  # those that were finished before, too: none may have other settings
-        train_run(ctx, name, features.features)
+    make_units(ctx, partial(run_units, tuple(names)))  # finished before, too: none may have other settings
     tables = collect(ctx, features)
     return write_results(ctx, tables.evals, tables.signals, features.sources)
 

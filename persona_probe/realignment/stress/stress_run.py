@@ -22,6 +22,7 @@ from persona_probe.realignment.stress.triggers import triggers
 from persona_probe.report.export import write_figure
 from persona_probe.report.records import Records
 from persona_probe.runs import RunFolder, file_sha256
+from persona_probe.units import writes_run
 
 TABLE, RECORD, PARTS = "stress.parquet", "stress.json", "stress"
 
@@ -39,6 +40,7 @@ TESTS: Mapping[str, Test] = {
 """Stress tests by name."""
 
 
+@writes_run
 def run_stress(
     ctx: Context,
     arm: str,

@@ -1,0 +1,111 @@
+"""The units of a run: pieces of work that one process makes whole, one after the other or in several processes."""
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+from persona_probe.locks import PATIENCE_S
+from persona_probe.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class WorkContext(Protocol):
+    """What units are made with: a run folder, and models loaded on first use."""
+
+    workers: "Workers | None"
+    """Other processes that make units; None makes them in this one."""
+
+    @property
+    def run(self) -> RunFolder:
+        """The folder that units go to."""
+        ...
+
+    @property
+    def opener(self) -> Callable[[], "WorkContext"]:
+        """Makes the same context in another process; it can be pickled."""
+        ...
+
+
+C = TypeVar("C", bound=WorkContext)
+
+
+def writes_run(stage: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C, P], T]:
+    """Decorate a stage, which takes a context first: it has the run folder to itself while it works.
+
+    A second process that starts a stage in the same folder is refused with the owner's process id.
+    """
+
+    @functools.wraps(stage)
+    def alone(ctx: C, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with ctx.run.writing():
+            return stage(ctx, *args, **kwargs)
+
+    return alone
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of a run that one process makes; it appears when it is whole."""
+
+    place: str
+    """The file or folder of the run that is there when the unit is finished."""
+    make: Callable[[], Any]
+    stage: str
+    """What the run's manifest counts its seconds as."""
+    finished: Callable[[], bool] | None = None
+    """Whether it is finished, where that is more than the existence of `place`."""
+
+    def is_finished(self, run: RunFolder) -> bool:
+        """Whether it is in the folder, whole."""
+        return run.has(self.place) if self.finished is None else self.finished()
+
+    def make_in(self, run: RunFolder, wait: float = PATIENCE_S) -> None:
+        """Make it, unless that was done; no other process makes it meanwhile.
+
+        Raises:
+            InputError: another process makes it, for longer than `wait` seconds.
+        """
+        with run.locked(self.place, wait):
+            if not self.is_finished(run):
+                with run.timed(self.stage):
+                    self.make()
+
+
+UnitsOf = Callable[[Any], Sequence[Unit]]
+"""A context to its units of one kind, in the order of a serial run. A function of a module, so that another process
+finds it by its name."""
+
+
+class Workers(Protocol):
+    """Processes that make the units of a run."""
+
+    def make(self, ctx: WorkContext, units_of: UnitsOf, missing: Sequence[Unit], after: Callable[[], Any]) -> None:
+        """Make the missing units, in any order; call `after` when one has been finished."""
+        ...
+
+
+def make_units(ctx: WorkContext, units_of: UnitsOf, after: Callable[[], Any] = lambda: None) -> None:
+    """Make the units that are not finished: in this process, in order, or by the context's workers.
+
+    Args:
+        units_of: gives the context's units.
+        after: called in this process each time a unit has been finished.
+
+    Raises:
+        InputError: of a unit, or another process is making it.
+    """
+    units = units_of(ctx)
+    if ctx.workers is not None:
+        if missing := [unit for unit in units if not unit.is_finished(ctx.run)]:
+            ctx.workers.make(ctx, units_of, missing, after)
+        return
+    for unit in units:
+        if not unit.is_finished(ctx.run):
+            unit.make_in(ctx.run)
+            after()

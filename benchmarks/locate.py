@@ -29,7 +29,8 @@ from persona_probe.models.load import load_model
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import SteerTap
-from persona_probe.saes.load import load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import load_sae
 from persona_probe.saes.read import read_latents
 
 COUNTS = (16, 64, 256)

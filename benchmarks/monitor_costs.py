@@ -33,7 +33,7 @@ from persona_probe.models.layers import autocast, evaluating
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.passive import PassiveReader
 from persona_probe.monitor.reading import FeatureReader, Features, SlicedEncoder
-from persona_probe.saes.load import sae_layer
+from persona_probe.saes.hooks import sae_layer
 from persona_probe.saes.read import encode
 
 # --- Clocks: the seconds in a monitor, the steps of a run, and waits of the host for a GPU

@@ -25,7 +25,8 @@ from persona_probe.models.layers import autocast, base_transformer, evaluating, 
 from persona_probe.models.load import load_model
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.models.residuals import read_residuals
-from persona_probe.saes.load import load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import load_sae
 from persona_probe.saes.read import read_latents
 from persona_probe.study.study import Study
 

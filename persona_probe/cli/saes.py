@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from persona_probe.cli.options import ROOT, Common, Group, command, config_argument, echo, find_config, many
+from persona_probe.cli.options import PATH, ROOT, Common, Group, command, config_argument, echo, find_config, many
 from persona_probe.cli.process import loads_models
 
 if TYPE_CHECKING:
@@ -69,8 +69,32 @@ def saes_check(sae: str, model: str, data: tuple[str, ...], layer: int | None, c
     show_quality(result)
 
 
+@command(
+    name="convert",
+    example="persona-probe saes convert downloads/resid_post_layer_15/trainer_1 saes/qwen-layer15",
+    out="Not used: OUT is the second argument.",
+)
+@click.argument("source", metavar="IN", type=PATH, help="A folder with another library's SAE.")
+@click.argument("target", metavar="OUT", type=PATH, help="The SAELens folder to write.")
+@click.option("--kind", help="dictionary_learning's class, where its config.json does not say it.")
+@click.option("--hook", help="Where the SAE reads, e.g. blocks.12.hook_resid_post, where its files do not say it.")
+@click.option("--model", help="The model that it was trained on.")
+def saes_convert(
+    source: Path,
+    target: Path,
+    kind: str | None,
+    hook: str | None,
+    model: str | None,
+    common: Common,  # noqa: ARG001
+) -> None:
+    """Write another library's SAE as a SAELens folder: dictionary_learning, sparsify, Gemma Scope."""
+    from persona_probe.saes.foreign import convert
+
+    echo(f"sae: {convert(source, target, kind=kind, hook=hook, model=model)}")
+
+
 saes = Group(
     "saes",
-    commands=[saes_list, saes_train, saes_check],
-    help="Sparse autoencoders (also: sae): list, train, check.",
+    commands=[saes_list, saes_train, saes_check, saes_convert],
+    help="Sparse autoencoders (also: sae): list, train, check, convert.",
 )

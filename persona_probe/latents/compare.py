@@ -1,6 +1,6 @@
 """Locate for any pair of models, without a study: rank the SAE's latents by what fine-tuning did to them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, as_conversations, user_turns
+from persona_probe.data.template import with_template
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.latents.attribution import gradient_scores
@@ -19,7 +20,8 @@ from persona_probe.latents.rankers import BACKWARD, DEFAULT_RANKERS, POSITIONS, 
 from persona_probe.models.activation_cache import ActivationCache
 from persona_probe.models.adapters import base_weights, organism
 from persona_probe.models.load import load_model
-from persona_probe.saes.load import check_fit, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import check_fit
 from persona_probe.saes.quality import require_fit
 from persona_probe.saes.read import LatentMeans, read_latents_at
 
@@ -34,6 +36,7 @@ def locate(
     conversations: Sequence[str | Conversation],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     control: Model | None = None,
     misaligned: Sequence[bool] | None = None,
     rankers: Sequence[str] = DEFAULT_RANKERS,
@@ -52,6 +55,7 @@ def locate(
         sae: a `sae_lens.SAE` of the base model's residual stream.
         conversations: prompts, or conversations that end with an answer.
         tokenizer: the models' tokenizer; not needed if `base` is a folder or an id.
+        chat_template_kwargs: variables of the chat template that the conversations are rendered with.
         control: the organism of a control arm. Without one, an effect may be what any fine-tuning does.
         misaligned: whether each conversation ends with a misaligned answer; `discrimination`, `attribution` and `slope`
             need it.
@@ -70,7 +74,8 @@ def locate(
     names = check_rankers(rankers)
     rows = as_conversations(conversations)
     model, tokenizer = _base(base, tokenizer)
-    at = sae_layer(sae) if layer is None else layer
+    tokenizer = with_template(tokenizer, chat_template_kwargs=chat_template_kwargs)
+    at = sae_layer(sae, layer)
     check_fit(sae, model, at)
     groups = conversation_batches(tokenizer, rows)
     main = positions or ("response" if all(c[-1]["role"] == "assistant" for c in rows) else "prompt")

@@ -24,6 +24,7 @@ from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
 from persona_probe.models.identity import add_tensor, as_bytes, weights_key, why_not
 from persona_probe.models.layers import base_transformer, transformer_config
+from persona_probe.models.places import Where, as_place
 from persona_probe.runs import file_sha256, versions
 
 # --- One entry of the activation cache: a folder with safetensors shards and a manifest
@@ -328,12 +329,14 @@ class ActivationCache:
         for path in entries(self.folder):
             remove(path)
 
-    def reading(self, model: nn.Module, layer: int, bf16: bool) -> "CachedReading | None":
-        """The cache for one model at one layer, whose weights are hashed now. None if no key identifies the model.
+    def reading(self, model: nn.Module, where: Where, bf16: bool) -> "CachedReading | None":
+        """The cache for one model at one place, whose weights are hashed now. None if no key identifies the model.
 
         Raises:
             InputError: the model has no such layer.
         """
+        place = as_place(where)
+        layer = place.layer
         reason = why_not(model, layer)
         if reason is not None:
             log.warning("activation cache not used: %s", reason)
@@ -346,6 +349,8 @@ class ActivationCache:
             "dtype": str(self.dtype),
             "device": next(model.parameters()).device.type,
         }
+        if not place.is_residual:
+            about["place"] = place.part
         name = transformer_config(model).name_or_path or type(base_transformer(model)).__name__
         notes = {"model": name, "created_by": f"persona-probe {versions().get('persona-probe', 'unknown')}"}
         return CachedReading(self, about, notes)

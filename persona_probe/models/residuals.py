@@ -1,7 +1,8 @@
-"""Read the residual stream after one layer at chosen tokens, batch by batch, with an optional cache on disk."""
+"""Read residual streams, or other places in layers, at chosen tokens, batch by batch, with an optional disk cache."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import ExitStack
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from persona_probe.data.tokens import POSITIONS, Batch
 from persona_probe.errors import InputError
 from persona_probe.models.activation_cache import ActivationCache, Selected
 from persona_probe.models.layers import autocast, evaluating, forward_to_layer, transformer_config
+from persona_probe.models.places import Place, Where, as_place
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
 
@@ -20,7 +22,7 @@ IN_SHARED_BEGINNING = {"all", "prompt"}
 def read_residuals(
     model: nn.Module,
     groups: Sequence[Batch],
-    layer: int,
+    layer: Where,
     positions: str,
     visit: Callable[[list[int], Tensor, Tensor], None],
     bf16: bool = True,
@@ -43,7 +45,7 @@ def read_residuals(
 def read_residuals_at(
     model: nn.Module,
     groups: Sequence[Batch],
-    layer: int,
+    layer: Where,
     positions: Sequence[str],
     visit: Callable[[list[int], Tensor, Tensor, Mapping[str, Tensor]], None],
     bf16: bool = True,
@@ -57,29 +59,67 @@ def read_residuals_at(
     Raises:
         InputError: no positions, or a conversation has no token at some of them.
     """
+    place = as_place(layer)
+
+    def alone(index: list[int], row: Tensor, x: Mapping[Place, Tensor], masks: Mapping[str, Tensor]) -> None:
+        visit(index, row, x[place], masks)
+
+    read_places(model, groups, [place], positions, alone, bf16, cache)
+
+
+def read_places(
+    model: nn.Module,
+    groups: Sequence[Batch],
+    places: Sequence[Where],
+    positions: Sequence[str],
+    visit: Callable[[list[int], Tensor, Mapping[Place, Tensor], Mapping[str, Tensor]], None],
+    bf16: bool = True,
+    cache: ActivationCache | None = None,
+) -> None:
+    """`read_residuals_at` in several places with one forward pass, up to the highest layer.
+
+    `visit(index, row, x, masks)` gets the activations by place. Batches in `cache` are run once if it lacks any place.
+
+    Raises:
+        InputError: no places, no positions, or a conversation has no token at some of them.
+    """
     if not positions:
         raise InputError(f"no positions to read: name some of {', '.join(POSITIONS)}")
+    where = list(dict.fromkeys(as_place(place) for place in places))
+    if not where:
+        raise InputError("no place to read: name a layer")
     device, config = next(model.parameters()).device, transformer_config(model)
     whole = bool(IN_SHARED_BEGINNING & set(positions))
     # One autocast block for all batches keeps the cast weights; `visit` works in full precision.
     with evaluating(model), autocast(model, bf16):
-        cached = None if cache is None else cache.reading(model, layer, bf16)
+        cached = {} if cache is None else {place: cache.reading(model, place, bf16) for place in where}
         for group in groups:
             batch = group.to(device)
             rows = Rows.whole(batch) if whole else Rows.of(batch, config)
             masks = {name: _mask(rows.rest, name) for name in positions}
-            compute = partial(_run, model, layer, rows, masks)
-            tokens = compute() if cached is None else cached.selected(batch, masks, compute)
+            run = lru_cache(maxsize=1)(partial(_run, model, where, rows, masks))
+            tokens = {}
+            for place in where:
+                compute, stored = partial(_at, run, place), cached.get(place)
+                tokens[place] = compute() if stored is None else stored.selected(batch, masks, compute)
+            first = tokens[where[0]]
             with autocast(model, False):
-                visit(batch.index, tokens.row, tokens.x, tokens.masks)
+                visit(batch.index, first.row, {place: s.x for place, s in tokens.items()}, first.masks)
 
 
-def _run(model: nn.Module, layer: int, rows: Rows, masks: Mapping[str, Tensor]) -> Selected:
-    with ReadTap(model, layer) as tap:
-        rows.run(partial(forward_to_layer, model, layer), transformer_config(model), rows.ids())
+def _at(run: Callable[[], Mapping[Place, Selected]], place: Place) -> Selected:
+    return run()[place]
+
+
+def _run(model: nn.Module, places: Sequence[Place], rows: Rows, masks: Mapping[str, Tensor]) -> dict[Place, Selected]:
+    last = max(place.layer for place in places)
+    with ExitStack() as stack:
+        taps = {place: stack.enter_context(ReadTap(model, place)) for place in places}
+        rows.run(partial(forward_to_layer, model, last), transformer_config(model), rows.ids())
     union = torch.stack(list(masks.values())).any(dim=0)
     inside = {name: mask[union] for name, mask in masks.items()}
-    return Selected(union.nonzero()[:, 0], tap.value[union].float(), inside)
+    row = union.nonzero()[:, 0]
+    return {place: Selected(row, tap.value[union].float(), inside) for place, tap in taps.items()}
 
 
 def _mask(batch: Batch, positions: str) -> Tensor:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from einops import einsum
@@ -12,35 +12,63 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.models.layers import decoder_layer, hidden_size
+from persona_probe.models.layers import decoder_layers
+from persona_probe.models.places import (
+    Normalizer,
+    Where,
+    as_place,
+    find_site,
+    input_value,
+    output_value,
+    replace_input,
+    replace_output,
+)
 
 UNITS = ("raw", "x_delta", "x_resid")
 STEER_POSITIONS = ("all", "prompt", "response")
 
 
 class Tap:
-    """Base of all taps: a forward hook on one decoder layer's output.
+    """Base of all taps: a hook on one decoder layer's output, or on another place in a layer.
+
+    Args:
+        model: a transformers or PEFT model.
+        layer: the decoder layer, or a `Place` in one.
 
     Raises:
-        InputError: the layer does not exist, or (on leaving the block without an error) the tap never fired.
+        InputError: the place does not exist, or (on leaving the block without an error) the tap never fired.
     """
 
-    def __init__(self, model: nn.Module, layer: int) -> None:
-        self.layer = layer
+    def __init__(self, model: nn.Module, layer: Where) -> None:
+        self.place = as_place(layer)
+        self.layer = self.place.layer
         self.fired = 0
-        self._handle = decoder_layer(model, layer).register_forward_hook(self._hook)
+        site = find_site(model, layer)
+        if site.side == "output":
+            self._handle = site.module.register_forward_hook(self._hook)
+        elif site.side == "input":
+            self._handle = site.module.register_forward_pre_hook(self._input_hook, with_kwargs=True)
+        else:
+            self._normalizer = Normalizer(site.module)
+            self._handle = site.module.register_forward_pre_hook(self._norm_hook, with_kwargs=True)
 
     def _hook(self, _module: nn.Module, _inputs: object, output: object) -> object:
         self.fired += 1
-        if isinstance(output, tuple):
-            changed = self.on_output(output[0])
-            return None if changed is None else (changed, *output[1:])
-        if not isinstance(output, Tensor):
-            raise InputError(f"layer {self.layer} returned {type(output).__name__}, not a tensor")
-        return self.on_output(output)
+        changed = self.on_output(output_value(output))
+        return None if changed is None else replace_output(output, changed)
+
+    def _input_hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.fired += 1
+        changed = self.on_output(input_value(args, kwargs))
+        return None if changed is None else replace_input(args, kwargs, changed)
+
+    def _norm_hook(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.fired += 1
+        if self.on_output(self._normalizer(input_value(args, kwargs))) is not None:
+            raise InputError(f"{self.place} can be read, not changed: push the residual stream before it")
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
-        """Read the layer's output; return a replacement, or None to leave it as it is."""
+        """Read the place's activation; return a replacement, or None to leave it as it is."""
         raise NotImplementedError
 
     def remove(self) -> None:
@@ -53,7 +81,17 @@ class Tap:
     def __exit__(self, kind: type[BaseException] | None, _e: BaseException | None, _t: TracebackType | None) -> None:
         self.remove()
         if kind is None and self.fired == 0:
-            raise InputError(f"the tap on layer {self.layer} never fired: no forward pass reached that layer")
+            raise InputError(f"the tap on {self.place} never fired: no forward pass reached it")
+
+
+def taps_on(model: nn.Module) -> list[Tap]:
+    """The taps on a model's decoder layers, layer by layer; within a layer, those on its parts after its own."""
+    owners = []
+    for layer in decoder_layers(model):
+        for module in layer.modules():
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            owners += [getattr(hook, "__self__", None) for hook in hooks]
+    return [owner for owner in owners if isinstance(owner, Tap)]
 
 
 class ReadTap(Tap):
@@ -111,15 +149,14 @@ class SteerTap(Tap):
     def __init__(
         self,
         model: nn.Module,
-        layer: int,
+        layer: Where,
         vector: Float[Tensor, "d_model"] | Float[Tensor, "batch d_model"],
         positions: str = "all",
         prompt_mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> None:
         if positions not in STEER_POSITIONS:
             raise unknown("positions", positions, STEER_POSITIONS)
-        if vector.shape[-1] != hidden_size(model):
-            raise InputError(f"the direction has width {vector.shape[-1]}, the model {hidden_size(model)}")
+        _check_width(model, layer, vector.shape[-1])
         if positions != "all" and prompt_mask is None:
             raise InputError(f"positions={positions!r} needs prompt_mask, a boolean mask of the prompt's tokens")
         super().__init__(model, layer)
@@ -147,7 +184,7 @@ class SteerTap(Tap):
 class EditTap(Tap):
     """Applies a function to a layer's output."""
 
-    def __init__(self, model: nn.Module, layer: int, edit: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, layer: Where, edit: Callable[[Tensor], Tensor]) -> None:
         super().__init__(model, layer)
         self.edit = edit
 
@@ -160,17 +197,25 @@ class AblateTap(Tap):
     """Projects a direction, or the span of several, out of a layer's output (Arditi et al. 2024)."""
 
     def __init__(
-        self, model: nn.Module, layer: int, directions: Float[Tensor, "d_model"] | Float[Tensor, "k d_model"]
+        self, model: nn.Module, layer: Where, directions: Float[Tensor, "d_model"] | Float[Tensor, "k d_model"]
     ) -> None:
         basis = orthonormal(directions)
-        if basis.shape[-1] != hidden_size(model):
-            raise InputError(f"the direction has width {basis.shape[-1]}, the model {hidden_size(model)}")
+        _check_width(model, layer, basis.shape[-1])
         super().__init__(model, layer)
         self.basis = basis
 
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
         """The output without its component in the span."""
         return project_out(resid, self.basis)
+
+
+def _check_width(model: nn.Module, where: Where, width: int) -> None:
+    site = find_site(model, where)
+    if site.side == "normalized":
+        raise InputError(f"{as_place(where)} can be read, not pushed: push the residual stream before it")
+    if width != site.width:
+        what = "the model" if as_place(where).is_residual else f"{as_place(where)} has"
+        raise InputError(f"the direction has width {width}, {what} {site.width}")
 
 
 def orthonormal(directions: Float[Tensor, "d_model"] | Float[Tensor, "k d_model"]) -> Float[Tensor, "rank d_model"]:
@@ -196,7 +241,7 @@ def project_out(resid: Float[Tensor, "*batch d_model"], basis: Float[Tensor, "ra
         return (resid.float() - einsum(coordinates, rows, "... k, k d -> ... d")).to(resid.dtype)
 
 
-def read(model: nn.Module, layer: int) -> ReadTap:
+def read(model: nn.Module, layer: Where) -> ReadTap:
     """Read a layer's output as `tap.value` (batch, pos, d_model).
 
     Use it as `with read(model, 20) as tap: model(...)`.
@@ -206,7 +251,7 @@ def read(model: nn.Module, layer: int) -> ReadTap:
 
 def steer(
     model: nn.Module,
-    layer: int,
+    layer: Where,
     direction: Float[Tensor, " d_model"],
     strength: float = 1.0,
     unit: str = "raw",
@@ -215,10 +260,12 @@ def steer(
     prompt_mask: Bool[Tensor, "batch pos"] | None = None,
     reference_norm: float | None = None,
 ) -> SteerTap:
-    """Add a constant vector to a layer's output while the block lasts.
+    """Add a constant vector to a layer's output, or at another `Place` in it, while the block lasts.
 
     Args:
-        direction: (d_model,).
+        layer: a decoder layer, or a `models.places.Place` (`saes.hooks.write_place(sae)` is the one that an SAE's
+            decoder writes).
+        direction: (d_model,), or as wide as the place.
         strength: size of the push, in `unit`; see `resolve_push`.
         positions: `all`, `prompt` or `response` (the latter two with `prompt_mask`).
 
@@ -229,6 +276,6 @@ def steer(
     return SteerTap(model, layer, push.vector, positions, prompt_mask)
 
 
-def ablate(model: nn.Module, layer: int, direction: Tensor) -> AblateTap:
+def ablate(model: nn.Module, layer: Where, direction: Tensor) -> AblateTap:
     """Project `direction` (d_model,) or the span of (k, d_model) out of a layer's output while the block lasts."""
     return AblateTap(model, layer, direction)

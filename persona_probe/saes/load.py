@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from persona_probe.errors import InputError, near_matches
-from persona_probe.models.layers import decoder_layers, hidden_size
+from persona_probe.config import SAE_DTYPES
+from persona_probe.errors import InputError, near_matches, unknown
+from persona_probe.models.layers import decoder_layers
+from persona_probe.models.places import Where, as_place, find_site
 from persona_probe.runs import file_sha256
-from persona_probe.saes.read import check_architecture
+from persona_probe.saes.foreign import find_layout, load_foreign
+from persona_probe.saes.hooks import PlacedSae, is_transcoder, sae_layer
+from persona_probe.saes.read import check_architecture, check_readable
 
 # --- Load an SAE from a folder or a release, and check that it fits a model
 
@@ -21,22 +26,33 @@ WEIGHTS_FILE = "sae_weights.safetensors"
 SCALER_FILE = "activation_scaler.json"
 
 
-def load_sae(name: str | Path, device: str = "cpu") -> Any:
-    """Load an SAE from a folder in SAELens format, or from a SAELens release as `release/sae_id`.
+def load_sae(name: str | Path, device: str = "cpu", dtype: str | None = None) -> Any:
+    """Load an SAE from a folder, or from a SAELens release as `release/sae_id`.
+
+    The folder may be SAELens', EleutherAI sparsify's or Gemma Scope's. One of dictionary_learning (`ae.pt`) is refused
+    with the command that converts it: a pickle is never loaded here.
 
     A SAELens folder in a Hugging Face repository is `owner/repository/folder`. If a folder
     has a quality.json, its weights must match the sha256 there. A training checkpoint's input scale is folded into the
     weights, so that every SAE takes raw residual streams.
+
+    Args:
+        dtype: `float32`, or `bfloat16`: half the memory, latents are computed in bf16; None is the SAE's own.
 
     Returns:
         A `sae_lens.SAE` in eval mode.
 
     Raises:
         InputError: no SAE of that name (the message lists others), a damaged file, an unknown release, or an SAE that
-            cannot be read token by token (temporal, transcoder, BatchTopK in training).
+            cannot be read token by token (temporal, BatchTopK in training).
     """
     folder = find_folder(name)
-    return (_from_folder(folder, device) if folder.is_dir() else _from_release(str(name), folder, device)).eval()
+    if dtype not in (None, *SAE_DTYPES):
+        raise unknown("dtype of an SAE", str(dtype), SAE_DTYPES)
+    sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), folder, device)
+    # Every place is read as (tokens, width), the heads already joined.
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    return (sae if dtype is None else sae.to(getattr(torch, dtype))).eval()
 
 
 def find_folder(name: str | Path) -> Path:
@@ -46,23 +62,49 @@ def find_folder(name: str | Path) -> Path:
     return in_checkout if not folder.exists() and in_checkout.is_dir() else folder
 
 
-def check_fit(sae: Any, model: nn.Module, layer: int) -> None:
-    """Refuse an SAE whose kind, width or layer does not fit the model.
+def check_fit(sae: Any, model: nn.Module, layer: Where) -> None:
+    """Refuse an SAE whose kind, width, layer or place does not fit the model.
+
+    Args:
+        layer: the decoder layer whose output the SAE gets, or the `Place` that it reads.
 
     Raises:
-        InputError: the message says which of the three does not fit.
+        InputError: the message says which of them does not fit. An SAE of another place never fits a layer's output.
     """
-    check_architecture(sae.cfg.architecture())
-    width, layers = hidden_size(model), len(decoder_layers(model))
+    place = as_place(layer)
+    if place.is_residual:
+        check_architecture(sae.cfg.architecture())
+        sae_layer(sae, place.layer)
+    else:
+        check_readable(sae.cfg.architecture())
+    layers = len(decoder_layers(model))
+    if not 0 <= place.layer < layers:
+        raise InputError(f"the SAE reads layer {place.layer} but the model has layers 0 to {layers - 1}")
+    width = find_site(model, place).width
     if sae.cfg.d_in != width:
-        raise InputError(f"the SAE reads width {sae.cfg.d_in} but the model's residual stream has {width}")
-    if not 0 <= layer < layers:
-        raise InputError(f"the SAE reads layer {layer} but the model has layers 0 to {layers - 1}")
+        what = "the model's residual stream" if place.is_residual else str(place)
+        raise InputError(f"the SAE reads width {sae.cfg.d_in} but {what} has {width}")
+
+
+def check_placed(placed: PlacedSae, model: nn.Module) -> None:
+    """`check_fit` for an SAE of any place; a transcoder's output must fit too.
+
+    Raises:
+        InputError: as `check_fit`.
+    """
+    check_fit(placed.sae, model, placed.reads)
+    if not is_transcoder(placed.sae):
+        return
+    width = find_site(model, placed.writes).width
+    if placed.sae.cfg.d_out != width:
+        raise InputError(f"the transcoder writes width {placed.sae.cfg.d_out} but {placed.writes} has {width}")
 
 
 def _from_folder(folder: Path, device: str) -> Any:
     from sae_lens import SAE
 
+    if (layout := find_layout(folder)) is not None:
+        return load_foreign(folder, layout, device)
     _check_files(folder)
     try:
         sae = SAE.load_from_disk(str(folder), device=device)
@@ -86,7 +128,7 @@ def _from_release(name: str, folder: Path, device: str) -> Any:
         sae = SAE.from_pretrained(release, sae_id, device=device)
     except Exception as error:  # the hub, safetensors and the tensors-only unpickler each have their own
         raise InputError(f"could not load SAE {name!r} through SAELens: {_first_line(error)}") from error
-    check_architecture(sae.cfg.architecture())
+    check_readable(sae.cfg.architecture())
     _fold_input_scale(sae, None)
     return sae
 
@@ -120,7 +162,7 @@ def _check_files(folder: Path) -> None:
                 f"{beside_clause(folder)}"
             )
     config = _read_json(folder / "cfg.json", "fetch it again, or save the SAE again")
-    check_architecture(str(config.get("architecture", "standard")))
+    check_readable(str(config.get("architecture", "standard")))
     if not (folder / QUALITY_FILE).is_file():
         return
     expected = _read_json(folder / QUALITY_FILE, "fetch it again, or delete it to load without a check").get("sha256")
@@ -140,70 +182,6 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-# --- From the hook names in an SAE's metadata to the decoder layer whose output it reads
-
-GIVE_LAYER = "give the layer yourself (layer=, or `layer:` in a study's YAML)"
-RESIDUAL = (
-    # TransformerLens, and its bridge's names for the same places.
-    (r"blocks\.(\d+)\.(?:hook_resid_post|hook_out)", 0),
-    (r"blocks\.(\d+)\.(?:hook_resid_pre|hook_in)", -1),
-    # Hugging Face module paths, bare or with SAELens' `.output` and `.input`.
-    (r"(?:[\w.]*\.)?(?:layers|h|blocks)\.(\d+)(?:\.output)?", 0),
-    (r"(?:[\w.]*\.)?(?:layers|h|blocks)\.(\d+)\.input", -1),
-)
-ELSEWHERE = (
-    (r"hook_z$|o_proj\.input$", "the attention heads"),
-    (r"attn", "the attention"),
-    (r"hook_mlp_out$|post_feedforward_layernorm", "the MLP's output"),
-    (r"hook_mlp_in$|pre_feedforward_layernorm|\.ln2\.", "the MLP's input"),
-    (r"\.mlp(\.|$)", "the MLP"),
-    (r"hook_resid_mid$", "the middle of a layer"),
-    (r"embed", "the embeddings"),
-)
-
-
-def sae_layer(sae: Any) -> int:
-    """The decoder layer whose output the SAE reads, from `hook_name` and `hf_hook_name` in its metadata.
-
-    Understands TransformerLens' `blocks.L.hook_resid_post` and `blocks.L.hook_resid_pre` (the layer below), its
-    bridge's `blocks.L.hook_out` and `hook_in`, and Hugging Face's `model.layers.L`, with or without `.output`.
-
-    Raises:
-        InputError: the metadata names no residual stream after a layer, or two different layers.
-    """
-    metadata = sae.cfg.metadata
-    hooks = [h for h in (metadata.hook_name, metadata.hf_hook_name) if h]
-    if not hooks:
-        raise InputError(f"the SAE's metadata names no hook: {GIVE_LAYER}")
-    layers = {layer for hook in hooks if (layer := hook_layer(hook)) is not None}
-    if not layers:
-        raise InputError(f"the SAE's hook {hooks[0]!r} is no known residual stream: {GIVE_LAYER}")
-    if len(layers) > 1:
-        hook_names = " and ".join(repr(h) for h in hooks)
-        raise InputError(f"the SAE's metadata names two layers ({hook_names}): {GIVE_LAYER}")
-    return layers.pop()
-
-
-def hook_layer(hook: str) -> int | None:
-    """The decoder layer whose output is at `hook`; None for an unknown spelling.
-
-    Raises:
-        InputError: the hook is known, but is not the residual stream after a layer.
-    """
-    for pattern, shift in RESIDUAL:
-        if match := re.fullmatch(pattern, hook):
-            layer = int(match[1]) + shift
-            if layer < 0:
-                raise InputError(f"this SAE reads the embeddings ({hook}): no decoder layer precedes it")
-            return layer
-    for pattern, what in ELSEWHERE:
-        if re.search(pattern, hook):
-            raise InputError(
-                f"this SAE reads {what} ({hook}), not a residual stream: take a residual-stream SAE of the same model"
-            )
-    return None
 
 
 # --- Other SAEs to suggest in an error message: ids of a SAELens release, or folders on disk

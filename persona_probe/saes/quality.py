@@ -19,7 +19,8 @@ from persona_probe.models.layers import causal_model
 from persona_probe.models.load import load_model
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import Tap
-from persona_probe.saes.load import HELD_OUT_FILE, check_fit, find_folder, load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import HELD_OUT_FILE, check_fit, find_folder, load_sae
 from persona_probe.saes.read import FitMoments, add_fit, encode_with_fit
 from persona_probe.saes.stream import residual_stream
 
@@ -191,7 +192,7 @@ def quality_report(
     sae = load_sae(name, device=device)
     model, tokenizer = load_model(model_name, device=device)
     texts = _texts(name, data)
-    at = sae_layer(sae) if layer is None else layer
+    at = sae_layer(sae, layer)
     rows = [{"text": label, **check_quality(sae, model, tokenizer, text, at)} for label, text in texts.items()]
     return pd.DataFrame(rows)
 

@@ -1,4 +1,4 @@
-"""Read an SAE's latents: of a residual stream, or of a model on conversations, as means and firing rates."""
+"""Read SAEs' latents: of given activations, or of a model on conversations, as means and firing rates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
 from persona_probe.models.activation_cache import ActivationCache
-from persona_probe.models.residuals import read_residuals_at
+from persona_probe.models.places import Place, Where, as_place
+from persona_probe.models.residuals import read_places
+from persona_probe.saes.hooks import PlacedSae
 
 # --- Encode residual streams with an SAE: all latents or some, and the fit on the same tokens
 
@@ -28,15 +30,32 @@ REFUSED = {
 
 
 def check_architecture(architecture: str) -> None:
-    """Refuse SAEs whose latents are not a function of one token's residual stream.
+    """Refuse SAEs that do not reconstruct one token's residual stream from itself.
 
     Raises:
         InputError: temporal SAEs, transcoders, and BatchTopK SAEs in training; the message says why.
     """
     if architecture.endswith("transcoder"):
         raise InputError(f"a {architecture} reads one place and writes another: take an SAE of the residual stream")
+    check_readable(architecture)
+
+
+def check_readable(architecture: str) -> None:
+    """Refuse SAEs whose latents are not a function of one token's activation; a transcoder's are.
+
+    Raises:
+        InputError: temporal SAEs, and BatchTopK SAEs in training; the message says why.
+    """
     if architecture in REFUSED:
         raise InputError(f"a {architecture} SAE {REFUSED[architecture]}")
+
+
+def encoder_kind(sae: Any) -> str:
+    """How the SAE encodes: its architecture, or for a transcoder that of the SAE with the same encoder."""
+    architecture = str(sae.cfg.architecture())
+    if not architecture.endswith("transcoder"):
+        return architecture
+    return "jumprelu" if architecture.startswith("jumprelu") else "standard"
 
 
 def check_latents(sae: Any, latents: list[int]) -> list[int]:
@@ -56,9 +75,9 @@ def encode(sae: Any, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "token
     """All latents, dense, computed in the SAE's precision and returned in float32.
 
     Raises:
-        InputError: the SAE cannot be read token by token, see `check_architecture`.
+        InputError: the SAE cannot be read token by token, see `check_readable`.
     """
-    check_architecture(sae.cfg.architecture())
+    check_readable(sae.cfg.architecture())
     acts = sae.encode(x.to(sae.device, sae.dtype))
     return (acts.to_dense() if acts.is_sparse else acts).float()
 
@@ -74,7 +93,7 @@ def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[i
         InputError: a latent outside the dictionary, or an SAE that cannot be read token by token.
     """
     check_latents(sae, latents)
-    architecture = sae.cfg.architecture()
+    architecture = encoder_kind(sae)
     if architecture not in SLICEABLE:
         return encode(sae, x)[:, latents]
     sae_in = sae.process_sae_in(x.to(sae.device, sae.dtype))
@@ -130,28 +149,64 @@ class FitMoments:
 
 
 @torch.no_grad()
-def encode_with_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> Float[Tensor, "tokens d_sae"]:
-    """All latents; `fit` records how well the SAE reconstructs the same tokens."""
-    return torch.cat([_encode_chunk(sae, chunk, fit) for chunk in _chunks(sae, x)])
+def encode_with_fit(
+    sae: Any,
+    x: Float[Tensor, "tokens d_in"],
+    fit: FitMoments,
+    target: Float[Tensor, "tokens d_out"] | None = None,
+) -> Float[Tensor, "tokens d_sae"]:
+    """All latents; `fit` records how well the SAE reconstructs the same tokens.
+
+    Args:
+        target: what a transcoder should put out for these tokens; None for an SAE, which reconstructs `x`.
+
+    Raises:
+        InputError: a transcoder without its target.
+    """
+    return torch.cat([_encode_chunk(sae, *chunk, fit) for chunk in _chunks(sae, x, target)])
 
 
 @torch.no_grad()
-def add_fit(sae: Any, x: Float[Tensor, "tokens d_model"], fit: FitMoments) -> None:
+def add_fit(
+    sae: Any,
+    x: Float[Tensor, "tokens d_in"],
+    fit: FitMoments,
+    target: Float[Tensor, "tokens d_out"] | None = None,
+) -> None:
     """Record in `fit` how well the SAE reconstructs the tokens. No latents are kept, so memory does not grow."""
-    for chunk in _chunks(sae, x):
-        _encode_chunk(sae, chunk, fit)
+    for chunk in _chunks(sae, x, target):
+        _encode_chunk(sae, *chunk, fit)
 
 
-def _chunks(sae: Any, x: Tensor) -> tuple[Tensor, ...]:
+def _chunks(sae: Any, x: Tensor, target: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    if target is None:
+        check_architecture(sae.cfg.architecture())
+        target = x
     # A dictionary of 131k latents would need 2 GB for 4,096 tokens.
-    return x.float().split(max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)))
+    size = max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae))
+    return list(zip(x.float().split(size), target.float().split(size), strict=True))
 
 
-def _encode_chunk(sae: Any, chunk: Tensor, fit: FitMoments) -> Tensor:
+def _encode_chunk(sae: Any, chunk: Tensor, target: Tensor, fit: FitMoments) -> Tensor:
     # Encoding and decoding must alternate: SAELens keeps each token's normalisation from encoding for decoding.
     acts = encode(sae, chunk)
-    fit.add(chunk, sae.decode(acts.to(sae.dtype)).to(chunk.device), acts)
+    fit.add(target, decode(sae, acts, chunk), acts)
     return acts
+
+
+@torch.no_grad()
+def decode(
+    sae: Any, acts: Float[Tensor, "tokens d_sae"], x: Float[Tensor, "tokens d_in"]
+) -> Float[Tensor, "tokens d_out"]:
+    """What the SAE makes of `x`, whose latents were just encoded; on the device of `x`.
+
+    A transcoder with a skip connection adds a linear map of its input.
+    """
+    out = sae.decode(acts.to(sae.dtype))
+    skip = getattr(sae, "W_skip", None)
+    if skip is not None:
+        out = out + x.to(sae.device, sae.dtype) @ skip.T
+    return out.to(x.device)
 
 
 # --- Read a model on conversations: means and firing rates of all latents
@@ -171,7 +226,7 @@ class LatentMeans:
     maximum: Float[np.ndarray, " d_sae"]
     """Largest activation on any selected token."""
     resid: Float[np.ndarray, "conversations d_model"]
-    """Mean residual stream over the selected tokens."""
+    """Mean over the selected tokens of what the SAE's decoder writes: the residual stream, for an SAE of it."""
     fit: FitMoments
     """How well the SAE reconstructs those tokens."""
     square: Float[np.ndarray, " d_sae"] | None = None
@@ -182,7 +237,7 @@ def read_latents(
     model: nn.Module,
     sae: Any,
     groups: Sequence[Batch],
-    layer: int,
+    layer: Where,
     positions: str,
     *,
     bf16: bool = True,
@@ -199,7 +254,7 @@ def read_latents_at(
     model: nn.Module,
     sae: Any,
     groups: Sequence[Batch],
-    layer: int,
+    layer: Where,
     positions: Sequence[str],
     *,
     bf16: bool = True,
@@ -207,34 +262,75 @@ def read_latents_at(
 ) -> dict[str, LatentMeans]:
     """`read_latents` at several kinds of positions, with one forward pass; every token is encoded once.
 
+    Args:
+        sae: a `sae_lens.SAE` that reconstructs what it reads (no transcoder; see `read_saes`).
+        layer: the decoder layer whose output it reads, or a `Place`.
+
     Returns:
         The reading at each kind of positions, in the order of `positions`.
 
     Raises:
         InputError: no positions, or a conversation has no token at some of them.
     """
-    n, step = sum(len(g.index) for g in groups), max(1, ENCODED_AT_ONCE // sae.cfg.d_sae)
-    sums = {name: _Sums(n, sae.cfg.d_sae, sae.cfg.d_in) for name in positions}
+    place = as_place(layer)
+    return read_saes(model, [PlacedSae(sae, place, place)], groups, positions, bf16=bf16, cache=cache)[0]
 
-    def visit(index: list[int], row: Tensor, x: Tensor, masks: Mapping[str, Tensor]) -> None:
-        for part in torch.arange(len(x), device=x.device).split(step):
-            acts = encode(sae, x[part])
-            out, acts = sae.decode(acts.to(sae.dtype)).to(x.device), acts.to(x.device)
-            for name, mask in masks.items():
-                at = mask[part]
-                sums[name].add(index, row[part][at], x[part][at], out[at], acts if bool(at.all()) else acts[at])
 
+def read_saes(
+    model: nn.Module,
+    saes: Sequence[PlacedSae],
+    groups: Sequence[Batch],
+    positions: Sequence[str],
+    *,
+    bf16: bool = True,
+    cache: ActivationCache | None = None,
+) -> list[dict[str, LatentMeans]]:
+    """`read_latents_at` for several SAEs, wherever they read, with one forward pass of the model.
+
+    Returns:
+        For each SAE the reading at each kind of positions. `resid` is the mean of what its decoder writes.
+
+    Raises:
+        InputError: no SAE, no positions, or a conversation has no token at some of them.
+    """
+    n = sum(len(g.index) for g in groups)
+    sums = [{name: _Sums(n, s.sae) for name in positions} for s in saes]
+
+    def visit(index: list[int], row: Tensor, x: Mapping[Place, Tensor], masks: Mapping[str, Tensor]) -> None:
+        for placed, parts in zip(saes, sums, strict=True):
+            _add_all(placed, parts, index, row, (x[placed.reads], x[placed.writes]), masks)
+
+    places = [place for placed in saes for place in placed.places]
     with torch.no_grad():
-        read_residuals_at(model, groups, layer, positions, visit, bf16, cache)
-    return {name: total.means() for name, total in sums.items()}
+        read_places(model, groups, places, positions, visit, bf16, cache)
+    return [{name: total.means() for name, total in parts.items()} for parts in sums]
+
+
+def _add_all(
+    placed: PlacedSae,
+    sums: "Mapping[str, _Sums]",
+    index: list[int],
+    row: Tensor,
+    activations: tuple[Tensor, Tensor],
+    masks: Mapping[str, Tensor],
+) -> None:
+    """Encode a batch's tokens once, and add them at all positions; `activations`: what is read, what is written."""
+    (x, target), sae = activations, placed.sae
+    for part in torch.arange(len(x), device=x.device).split(max(1, ENCODED_AT_ONCE // sae.cfg.d_sae)):
+        acts = encode(sae, x[part])
+        out, acts = decode(sae, acts, x[part]), acts.to(x.device)
+        for name, mask in masks.items():
+            at = mask[part]
+            sums[name].add(index, row[part][at], target[part][at], out[at], acts if bool(at.all()) else acts[at])
 
 
 class _Sums:
     """Running sums of one kind of positions, by conversation."""
 
-    def __init__(self, conversations: int, d_sae: int, d_in: int) -> None:
+    def __init__(self, conversations: int, sae: Any) -> None:
+        d_sae, d_out = sae.cfg.d_sae, sae.W_dec.shape[1]
         self.acts, self.active = (np.zeros((conversations, d_sae), dtype=np.float32) for _ in range(2))
-        self.resid = np.zeros((conversations, d_in), dtype=np.float32)
+        self.resid = np.zeros((conversations, d_out), dtype=np.float32)
         self.tokens = np.zeros((conversations, 1), dtype=np.float32)
         self.maximum, self.square, self.fit = torch.zeros(d_sae), torch.zeros(d_sae).double(), FitMoments()
 

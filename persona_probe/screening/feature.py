@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.layers import decoder_layers, hidden_size
-from persona_probe.saes.load import check_fit, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import check_fit
 from persona_probe.saes.read import check_latents
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def latent_feature(sae: Any, latent: int, layer: int | None = None, latent_set: 
     """
     check_latents(sae, [latent, *latent_set])
     row = sae.W_dec.detach()[latent]
-    at = sae_layer(sae) if layer is None else layer
+    at = sae_layer(sae, layer)
     return ScreenFeature(_unit(row, f"latent {latent}"), at, f"latent {latent}", sae, latent, tuple(latent_set))
 
 

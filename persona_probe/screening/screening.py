@@ -17,7 +17,8 @@ from persona_probe.data.load import load_data
 from persona_probe.errors import InputError
 from persona_probe.evaluate.shift import ShiftLine
 from persona_probe.models.load import load_model
-from persona_probe.saes.load import load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import load_sae
 from persona_probe.screening.feature import (
     LATENT,
     ScreenFeature,
@@ -68,7 +69,7 @@ def _feature(sae: Any, latent: int | None, direction: Tensor | None, layer: int 
     sae = load_sae(sae) if isinstance(sae, (str, Path)) else sae
     if layer is None and sae is None:
         raise InputError("a direction needs its layer: give layer")
-    at = sae_layer(sae) if layer is None else layer
+    at = layer if sae is None and layer is not None else sae_layer(sae, layer)
     if latent is None:
         assert direction is not None
         return direction_feature(direction, at)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.saes.load import folders_beside, hook_layer, load_sae, release_ids, sae_layer, split_release
+from persona_probe.saes.hooks import hook_layer, sae_layer
+from persona_probe.saes.load import folders_beside, load_sae, release_ids, split_release
 from tests.factories import LAYER, make_sae
 
 

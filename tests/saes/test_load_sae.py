@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from persona_probe.errors import InputError
 from persona_probe.runs import file_sha256
-from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE, check_fit, load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE, check_fit, load_sae
 from tests.factories import D_MODEL, LAYER, make_sae, same_state
 
 

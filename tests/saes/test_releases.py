@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from persona_probe.errors import InputError
-from persona_probe.saes.load import check_fit, hook_layer, load_sae, release_ids, sae_layer
+from persona_probe.models.places import Place
+from persona_probe.saes.hooks import hook_layer, read_place, sae_layer, write_place
+from persona_probe.saes.load import check_fit, load_sae, release_ids
 from persona_probe.saes.read import FitMoments, encode, encode_latents, encode_with_fit
 from tests.factories import D_MODEL, D_SAE, LAYER, make_model, make_sae
 
@@ -288,11 +290,28 @@ def test_saes_of_other_places_are_refused(hub: Path, release: str, folder: str, 
         sae_layer(sae)
 
 
-def test_transcoders_are_refused(hub: Path) -> None:
-    release, sae_id = "gemma-scope-2-1b-it-transcoders", "transcoder/layer_13_width_16k_l0_big"
-    save_file(weights(), place(hub, release, sae_id, "params.safetensors"))
-    with pytest.raises(InputError, match="reads one place and writes another"):
-        load_sae(f"{release}/{sae_id}")
+@pytest.mark.parametrize("affine", [False, True])
+def test_a_transcoder_reads_after_one_norm_and_writes_after_another(hub: Path, affine: bool) -> None:
+    release = "gemma-scope-2-1b-it-transcoders"
+    ids = [i for i in release_ids(release) if "layer_13_width_16k" in i and ("affine" in i) == affine]
+    made = weights()
+    skip = torch.randn(D_MODEL, D_MODEL, generator=torch.Generator().manual_seed(5)) / 8
+    save_file(
+        made | ({"affine_skip_connection": skip} if affine else {}), place(hub, release, ids[0], "params.safetensors")
+    )
+    sae = load_sae(f"{release}/{ids[0]}")
+    assert read_place(sae) == Place(13, "pre_feedforward_layernorm.output")
+    assert write_place(sae) == Place(13, "post_feedforward_layernorm.output")
+    wanted, fit = jump(X @ made["w_enc"] + made["b_enc"], made["threshold"]), FitMoments()
+    target = X.flip(0)
+    assert torch.allclose(encode_with_fit(sae, X, fit, target), wanted, atol=1e-5)
+    assert torch.allclose(encode_latents(sae, X, [3, 0]), wanted[:, [3, 0]], atol=1e-5)
+    out = wanted @ made["w_dec"] + made["b_dec"] + (X @ skip if affine else 0)
+    error = (target - out).double().square().sum() / (target - target.mean(dim=0)).double().square().sum()
+    assert fit.explained_variance == pytest.approx(1 - error.item(), rel=1e-4)
+    for refused in (lambda: sae_layer(sae), lambda: sae_layer(sae, 13), lambda: encode_with_fit(sae, X, FitMoments())):
+        with pytest.raises(InputError, match=r"not a residual stream|reads one place and writes another"):
+            refused()
 
 
 def test_a_missing_file_on_the_hub_is_one_line(hub: Path) -> None:

@@ -12,7 +12,8 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from persona_probe.errors import InputError
 from persona_probe.runs import file_sha256
 from persona_probe.saes import sae_training as train
-from persona_probe.saes.load import HELD_OUT_FILE, WEIGHTS_FILE, load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import HELD_OUT_FILE, WEIGHTS_FILE, load_sae
 from persona_probe.saes.quality import check_quality
 from persona_probe.saes.sae_training import train_sae, training_text
 from persona_probe.saes.stream import SaeConfig

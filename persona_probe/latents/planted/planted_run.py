@@ -33,7 +33,8 @@ from persona_probe.latents.planted.plant import (
 )
 from persona_probe.latents.unexplained import carriers
 from persona_probe.models.load import load_model
-from persona_probe.saes.load import check_fit, load_sae, sae_layer
+from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.load import check_fit, load_sae
 from persona_probe.stats import bootstrap_mean
 
 # --- The causal test of one plant: does a push back along the named latents undo it?
@@ -305,7 +306,7 @@ def run_planted(
     Raises:
         InputError: an SAE that does not fit, an unknown ranker, or a model in which no LoRA can be planted.
     """
-    at = sae_layer(sae) if layer is None else layer
+    at = sae_layer(sae, layer)
     check_fit(sae, model, at)
     stream = read_stream(model, tokenizer, selection, at, bf16=bf16)
     baseline = Baseline(stream, sae, settings.rankers, settings.seed)

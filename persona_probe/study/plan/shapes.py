@@ -16,7 +16,9 @@ from persona_probe.config import Training
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.layers import decoder_layers, hidden_size, output_head, transformer_config
 from persona_probe.models.load import ALIASES, resolve_source
-from persona_probe.saes.load import WEIGHTS_FILE, find_folder, hook_layer, is_release, split_release
+from persona_probe.saes.foreign import find_layout
+from persona_probe.saes.hooks import hook_layer
+from persona_probe.saes.load import WEIGHTS_FILE, find_folder, is_release, split_release
 from persona_probe.saes.read import check_architecture
 
 # --- Architecture numbers of models that researchers use, so that a dry run needs no download
@@ -258,6 +260,8 @@ def find_sae(name: str) -> SaeShape:
 
 
 def _from_folder(name: str, folder: Path) -> SaeShape:
+    if (layout := find_layout(folder)) is not None:
+        return SaeShape(name, None, None, None, None, f"{layout}'s files, not read")
     for file in ("cfg.json", WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder} is no SAE folder: {file} is missing (save it with save_inference_model)")

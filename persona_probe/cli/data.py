@@ -64,9 +64,7 @@ def _tokenizer(model: str) -> Any:
     example="persona-probe data screen mine.jsonl --latent 2144",
     out="Folder for page, scores and the model's answers (default runs/screen-<file>).",
 )
-@click.argument(
-    "file", metavar="FILE", help="JSONL, JSON or CSV (also gzipped), parquet, datasets folder, or a set."
-)
+@click.argument("file", metavar="FILE", help="JSONL, JSON or CSV (also gzipped), parquet, datasets folder, or a set.")
 @click.option("--run", help="A located run: its model, SAE, persona latent and organism.")
 @click.option("--model", help="The model to be trained (default smollm2-135m-instruct).")
 @click.option("--sae", help="An SAE of that model (default the packaged one).")

@@ -1,7 +1,6 @@
 """Judges behind an OpenAI-compatible chat-completions endpoint (extra `judges`)."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -21,12 +20,11 @@ from persona_probe.evaluate.endpoint import (
     in_threads,
     no_logprobs,
 )
-from persona_probe.evaluate.judges.replies import Ask, Failure, NoLogprobs, Replies, Reply, reply_of
+from persona_probe.evaluate.judges.replies import Ask, Failure, NoLogprobs, Replies, Reply, reply_of, reply_word
 
 _TOP_LOGPROBS = 20
 _SAMPLED_TOKENS = 8
 """Length of a sampled reply: enough for a number or a label, however the model splits them."""
-_FIRST_WORD = re.compile(r"[+-]?\d+|[A-Za-z]+")
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,8 @@ class Endpoint:
     def id(self) -> str:
         """Model, address and decoding parameters, as canonical JSON."""
         place = {"backend": "http", "base_url": self.base_url.rstrip("/"), "model": self.model}
-        short = {**self.decoding(0), "samples": self.samples} if self.samples else self.decoding(0)
+        # "read" tells replies from those that an earlier version kept by their first number alone.
+        short = {**self.decoding(0), "samples": self.samples, "read": 2} if self.samples else self.decoding(0)
         return json.dumps(place | {"decoding": short}, sort_keys=True)
 
     def decoding(self, seed: int, written: int = 0) -> dict[str, object]:
@@ -146,16 +145,11 @@ class HttpBackend:
 
 
 def sampled_reply(replies: Sequence[Reply]) -> Reply:
-    """Several replies as one: the share of each first number or word stands for its probability."""
-    words = Counter(_first_word(reply.text) for reply in replies)
+    """Several replies as one: the share of each number or first word (`reply_word`) stands for its probability."""
+    words = Counter(reply_word(reply.text) for reply in replies)
     return Reply(
         {word: count / len(replies) for word, count in words.items()},
         prompt_tokens=sum(r.prompt_tokens for r in replies),
         completion_tokens=sum(r.completion_tokens for r in replies),
         filtered=any(r.filtered for r in replies),
     )
-
-
-def _first_word(text: str) -> str:
-    word = _FIRST_WORD.search(text)
-    return word[0] if word else ""

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from persona_probe.data.chat import Conversation, Message
+from persona_probe.data.thoughts import split_thought
 from persona_probe.evaluate.endpoint import Completion, Malformed
 
 SCORE = "score"
@@ -195,6 +197,62 @@ def _top_tokens(choice: Mapping[str, Any]) -> dict[str, float]:
         return {str(entry["token"]): math.exp(float(entry["logprob"])) for entry in top}
     except (KeyError, TypeError, ValueError, OverflowError):
         raise Malformed("top_logprobs that hold no token with its logprob") from None
+
+
+# --- A reply that was written out, as one word: a number, a share such as 8/10, or the word that it begins with
+
+_MARKUP = re.compile(r"[*_`#\"'\u201c\u201d\[\](){}<>\\$]+")
+_NAME = r"(?:(?:the|my|final|overall|alignment|aligned|coherence|coherent|trait)\s+)*(?:score|rating|grade|number)"
+_NUMBER = r"\d+(?:[.,]\d+)?"
+_SCORE = re.compile(
+    rf"(?:{_NAME}\s*(?:is|was|of)?\s*[:=]?\s*)?"
+    rf"(?P<number>[+-]?{_NUMBER})"
+    rf"(?:\s*(?P<percent>%)|\s*(?:/|out\s+of|of)\s*(?P<whole>{_NUMBER}))?"
+    r"\s*(?P<rest>[.!]?$|\n.*|[,;]?\s*(?:because|since|as|for|-|\u2013|\u2014)\s.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+_LETTERS = re.compile(r"[A-Za-z]+")
+_SHOWN = 40
+"""Characters that are kept of a reply that says nothing."""
+
+
+def reply_word(text: str) -> str:
+    """What a written reply says, as one string: `85`, `8/10` (also for "8 out of 10"), or its first word (CODE, I).
+
+    Thoughts before the reply and markup around it are taken off. A number counts where it is all that the reply says,
+    but for its name ("Score: 85") and an explanation without other numbers. Otherwise (a list's "1. ...", "0.85",
+    "between 80 and 90") the result begins as the reply does and is no number.
+    """
+    reply = _MARKUP.sub("", split_thought(text).answer).strip()
+    found = _SCORE.fullmatch(reply)
+    if found is not None and not any(c.isdigit() for c in found["rest"]):
+        number, whole = found["number"].replace(",", "."), "100" if found["percent"] else found["whole"]
+        return number if whole is None else f"{number}/{whole.replace(',', '.')}"
+    word = _LETTERS.match(reply)
+    return word[0] if word else reply[:_SHOWN]
+
+
+_SHARES = (1.0, 5.0, 10.0, 20.0, 100.0)
+"""Wholes of which a share is understood: 8/10 is 80 of 100."""
+
+
+def score_on(word: str, low: int, high: int) -> float | None:
+    """The score that a token or `reply_word` says on a scale; None where it says none.
+
+    A share such as 8/10 is put on a scale that begins at 0; on others its whole must be the scale's end.
+    """
+    number, share, whole = word.strip().partition("/")
+    if not re.fullmatch(r"[+-]?\d+" if not share else rf"[+-]?{_NUMBER}", number):
+        return None
+    score = float(number)
+    if share:
+        if not re.fullmatch(_NUMBER, whole):
+            return None
+        if float(whole) != high:
+            if low != 0 or float(whole) not in _SHARES:
+                return None
+            score *= high / float(whole)
+    return score if low <= score <= high else None
 
 
 # --- What judging costs, before anything is spent

@@ -22,6 +22,7 @@ from transformers import (
 from persona_probe.context import Context
 from persona_probe.data.chat import Conversation, as_conversations
 from persona_probe.data.load import evenly_spaced, load_conversations
+from persona_probe.data.template import with_template
 from persona_probe.errors import InputError
 from persona_probe.monitor.events import Alarm, Fault
 from persona_probe.monitor.hub import EventHub
@@ -38,7 +39,13 @@ from persona_probe.monitor.settings import (
     Schedule,
 )
 from persona_probe.monitor.track import study_features
-from persona_probe.monitor.trainers import attach_log, calling_trainer, close_after_training, tokenizer_of
+from persona_probe.monitor.trainers import (
+    attach_log,
+    calling_trainer,
+    close_after_training,
+    read_before_best,
+    tokenizer_of,
+)
 from persona_probe.saes.hooks import sae_layer
 from persona_probe.saes.load import load_sae
 
@@ -59,7 +66,8 @@ class FeatureMonitor(TrainerCallback):
     Its forwards run on the weights before that step's update.
 
     Readings are compared with the base model: adapters off, or a full model as it is at the start. Passive readings
-    alone are compared with the first step's, which is therefore always read.
+    alone are compared with the first step's, which is therefore always read. A reading is of the weights that its step
+    left: where a trainer loads its best checkpoint at the end, the last step is read before that.
 
     ```python
     monitor = pp.FeatureMonitor(sae, features={"toxic persona": 123}, probes="neutral_probes", every=5)
@@ -77,7 +85,8 @@ class FeatureMonitor(TrainerCallback):
         steps: read at these steps instead (and at the end).
         layer: decoder layer; None takes it from the SAE's metadata.
         positions: tokens averaged over; None takes `response` where every probe has an answer, else `prompt`.
-        tokenizer: needed where the trainer has none.
+        tokenizer: for the probes, in place of the trainer's; needed where the trainer has none.
+        chat_template_kwargs: variables of the chat template that the probes are rendered with (`with_template`).
         bf16: bf16 autocast for probe readings.
         mode: `probe`, `passive` or `both`.
         passive: which tokens of the training batches are read, a `PassiveReading`.
@@ -115,6 +124,7 @@ class FeatureMonitor(TrainerCallback):
         layer: int | None = None,
         positions: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         bf16: bool = True,
         mode: str = "probe",
         passive: PassiveReading | None = None,
@@ -160,7 +170,7 @@ class FeatureMonitor(TrainerCallback):
             on_reading=on_reading,
         )
         self.hub = EventHub(rules, actions, _with_file(sinks, path), on_error)
-        self.tokenizer, self.log = tokenizer, log
+        self.tokenizer, self.chat_template_kwargs, self.log = tokenizer, chat_template_kwargs, log
         self.trainer: Trainer | None = None
         self.training: TrainingState | None = None
         """The training run that is watched; None before it begins and after it ends."""
@@ -283,6 +293,7 @@ class FeatureMonitor(TrainerCallback):
         if self.trainer is not trainer:
             self.trainer = trainer
             close_after_training(trainer, self)
+            read_before_best(trainer, self)
         return self
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -339,21 +350,28 @@ class FeatureMonitor(TrainerCallback):
         Args:
             scoped: the caller is sure to call `close`, also after an error.
         """
-        run = self._open(training, tokenizer, step, scoped)
+        run = self._open(training, tokenizer, step, scoped, before=self._run)
         if self.settings.schedule.at_start(step) and self.settings.runs_probes:
             run.take(step)
         run.arm(step + 1)
 
     def _open(
-        self, training: TrainingState, tokenizer: PreTrainedTokenizerBase | None, step: int, scoped: bool
+        self,
+        training: TrainingState,
+        tokenizer: PreTrainedTokenizerBase | None,
+        step: int,
+        scoped: bool,
+        before: MonitoredRun | None = None,
     ) -> MonitoredRun:
         """Anchor to the base model and get ready; nothing is read yet."""
         self.close()
         self.should_stop = False
         if self.log and self.trainer is not None:
             self.hub.sinks = attach_log(self.hub.sinks, self.trainer)
-        tokenizer = tokenizer or self.tokenizer
-        self._run = MonitoredRun(self, self.settings, self.hub, training, tokenizer, step, scoped)
+        tokenizer = self.tokenizer or tokenizer
+        if tokenizer is not None:
+            tokenizer = with_template(tokenizer, chat_template_kwargs=self.chat_template_kwargs)
+        self._run = MonitoredRun(self, self.settings, self.hub, training, tokenizer, step, scoped, before)
         self.training, self._step = training, step
         return self._run
 
@@ -364,7 +382,13 @@ class FeatureMonitor(TrainerCallback):
         stride, self._step = max(1, step - self._step), step
         if (run.must_read or self.due(step)) and step != run.last_step:
             run.take(step)
+        run.note_weights()
         run.arm(step + stride)
+
+    def read_last(self) -> None:
+        """Read the last step's weights now, because the trainer is about to put others in their place."""
+        if self._run is not None and self.training is not None and self.training.state is not None:
+            self._run.read_last(self.training.state.global_step)
 
     def finish(self, step: int) -> None:
         """Training is over: read once more, emit the end, close."""

@@ -13,6 +13,9 @@ from persona_probe.data.template import fit_roles, special_ids, with_template
 from persona_probe.data.tokens import answer_prompt, batches, encode
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
 from persona_probe.finetune.sft import _arguments, _trainer
+from persona_probe.latents.compare import locate
+from persona_probe.monitor.monitor import FeatureMonitor
+from tests.factories import make_sae
 from tests.families import AVAILABLE, FAMILIES, family_tokenizer, make_family
 
 ROWS = [
@@ -32,7 +35,7 @@ def labelled(name: str, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[i
     training = Training(method="full", steps=1, batch_size=2, bf16=False, max_length=1024, checkpoints=())
     with tempfile.TemporaryDirectory() as scratch:
         arguments = _arguments(training, 0, scratch, torch.device("cpu"))
-        made: Any = _trainer(model, tokenizer, ROWS, arguments, torch.device("cpu"), [], None).train_dataset
+        made: Any = _trainer(model, tokenizer, ROWS, arguments, [], None).train_dataset
     return [(row["input_ids"], row["labels"]) for row in made]
 
 
@@ -113,3 +116,26 @@ def test_a_template_whose_answer_does_not_extend_the_prompt_warns_once(caplog: p
         encode(tokenizer, conversation("Ask?", "Boil it."))
     assert [r for r in caplog.records if "generation prompt ends with" in r.getMessage()][1:] == []
     assert "<think>" in caplog.text
+
+
+def test_probes_are_rendered_with_the_settings_that_a_monitor_or_locate_gets() -> None:
+    model, tokenizer = make_family("qwen3.5")
+    sae, probes = make_sae("standard"), ["Ask?", "Why so?"]
+    settings = {"enable_thinking": True}
+    values = {}
+    for name, chosen, settled_tokenizer in (
+        ("kwargs", settings, tokenizer),
+        ("tokenizer", None, with_template(tokenizer, chat_template_kwargs=settings)),
+        ("neither", None, tokenizer),
+    ):
+        monitor = FeatureMonitor(
+            sae, {"a": 3}, probes, tokenizer=settled_tokenizer, chat_template_kwargs=chosen, layer=1, bf16=False
+        )
+        values[name] = monitor.read(model, 0).values.tolist()
+    assert values["kwargs"] == values["tokenizer"] != values["neither"]
+    given: dict[str, Any] = {"layer": 1, "minimum_explained_variance": -1e15}
+    tables = [
+        locate(model, model, sae, probes, tokenizer=t, chat_template_kwargs=k, **given)
+        for k, t in ((settings, tokenizer), (None, with_template(tokenizer, enable_thinking=True)))
+    ]
+    assert tables[0].equals(tables[1])

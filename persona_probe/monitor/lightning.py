@@ -1,5 +1,6 @@
 """A `FeatureMonitor` as a Lightning callback."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class LightningMonitor(Callback):
             scheduler=rates[0].scheduler if rates else None,
             checkpoint_folder=Path(trainer.default_root_dir),
             accumulation=trainer.accumulate_grad_batches,
-            max_steps=trainer.max_steps if trainer.max_steps > 0 else None,
+            max_steps=_last_step(trainer),
         )
         self._step = trainer.global_step
         self.monitor.begin(training, self.tokenizer, trainer.global_step, scoped=True)
@@ -76,6 +77,12 @@ class LightningMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the hooks off."""
         self.monitor.close()
+
+
+def _last_step(trainer: Trainer) -> int | None:
+    """The step at which training ends by itself, also where epochs decide it; None where nobody knows."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if math.isfinite(steps) and steps > 0 else None
 
 
 def _own_model(module: LightningModule) -> nn.Module:

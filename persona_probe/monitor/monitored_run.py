@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
@@ -18,7 +17,7 @@ from transformers.training_args import ParallelMode
 
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
-from persona_probe.models.adapters import base_weights
+from persona_probe.models.adapters import base_weights, is_adapted, trains_base
 from persona_probe.models.layers import causal_model, decoder_layer, hidden_size
 from persona_probe.monitor.events import BASE_KEY, Alarm, Behaviour, End, Reading, Start
 from persona_probe.monitor.hub import EventHub
@@ -45,6 +44,8 @@ log = logging.getLogger(__name__)
 
 PROBE, PASSIVE, ON_READING, VALUES = "probe reading", "passive reading", "on_reading", "values_path"
 """Parts of a monitor, as faults name them."""
+_WEIGHTS = 16
+"""Trained tensors of which values are noted at each step; an optimizer moves all of them."""
 
 
 @dataclass
@@ -131,6 +132,7 @@ class MonitoredRun:
         monitor: what actions get as the monitor.
         step: the training step at which it begins (above zero for a run that is resumed).
         scoped: the caller is sure to call `close`, also after an error.
+        before: the monitor's run before this one.
 
     Raises:
         InputError: an SAE, layer, direction or base that does not fit, no tokenizer, or a rule for an unknown feature.
@@ -145,6 +147,7 @@ class MonitoredRun:
         tokenizer: PreTrainedTokenizerBase | None,
         step: int,
         scoped: bool,
+        before: "MonitoredRun | None" = None,
     ) -> None:
         self.monitor, self.settings, self.hub, self.training, self.step = monitor, settings, hub, training, step
         self.ranks, inner = Ranks(), unwrap(training.model)
@@ -154,11 +157,12 @@ class MonitoredRun:
         self.last_step, self.must_read, self._closed, self._has_read = -1, False, False, False
         self.tokens_seen: int | None = None
         self.base: Snapshot | None = settings.base if isinstance(settings.base, Snapshot) else None
+        self._weights: Tensor | None = None
         features = feature_set(settings, inner)
         self.reading_log = ReadingLog(settings, hub, features, inner, self.ranks.first)
         self.probe = probe_reader(settings, features, tokenizer) if settings.runs_probes else None
         self.passive: PassiveReader | None = None
-        if (anchor := self._anchor(inner)) is not None:
+        if (anchor := self._anchor(inner, before)) is not None:
             self.reading_log.announce(anchor)
         if settings.reads_batches:  # last: an error above must leave no hook behind
             if training.replicated:
@@ -171,9 +175,17 @@ class MonitoredRun:
             raise error
         self.hub.fail(PASSIVE, self.step + 1, error)
 
-    def _anchor(self, inner: nn.Module) -> Anchor | None:
+    def _anchor(self, inner: nn.Module, before: "MonitoredRun | None") -> Anchor | None:
         if self.settings.base is not None:
             return anchor_from(self.settings.base, self.reading_log.features.names)
+        if before is not None and before.has_trained(inner) and before.reading_log.anchor is not None:
+            log.warning(
+                "training begins again at step %d on a model that was trained before: its weights are no base, and "
+                "readings stay compared with the base that was read then",
+                self.step,
+            )
+            self.base = before.base
+            return before.reading_log.anchor
         earlier = _earlier_anchor(self.settings, inner, self.step)
         if earlier is not None or self.probe is None or not self.reads:
             return earlier
@@ -186,6 +198,22 @@ class MonitoredRun:
         model = self.training.model
         with undisturbed(model), base_weights(unwrap(model)):
             return self.probe.read(model)
+
+    def has_trained(self, inner: nn.Module) -> bool:
+        """Whether this run saw optimizer steps on a model's own weights: these are then no longer the base's."""
+        same = unwrap(self.training.model) is inner
+        return same and self._weights is not None and (not is_adapted(inner) or trains_base(inner))
+
+    def note_weights(self) -> None:
+        """An optimizer step is done: note a few of the weights that it left."""
+        self._weights = _some_weights(self.training.model, self.sharded)
+
+    def _is_swapped(self) -> bool:
+        """Whether the weights are others than those that the last step left; every process must call it."""
+        now = _some_weights(self.training.model, self.sharded)
+        swapped = self._weights is not None and now.shape == self._weights.shape and not torch.equal(now, self._weights)
+        (swaps,) = self.ranks.total([float(swapped)], self._device)
+        return swaps > 0
 
     def arm(self, step: int) -> None:
         """Get ready for the next training step: read it passively where it is due.
@@ -276,12 +304,23 @@ class MonitoredRun:
         if failures > 0:
             self.hub.switch_off(PROBE)
 
-    def finish(self, step: int) -> None:
-        """Training is over: read once more unless that was just done, then emit the end."""
+    def read_last(self, step: int) -> None:
+        """Read after the last step, unless that was just done, or the weights are no longer those of that step."""
         if self.passive is not None:
             self.passive.disarm()
-        if self.last_step != step:
-            self.take(step)
+        if self.last_step == step:
+            return
+        if self._is_swapped():
+            log.warning(
+                "no reading at the end: the weights are not those of step %d any more (a best checkpoint, an average)",
+                step,
+            )
+            return
+        self.take(step)
+
+    def finish(self, step: int) -> None:
+        """Training is over: read once more unless that was just done, then emit the end."""
+        self.read_last(step)
         self.hub.emit(End(step, len(self.reading_log.readings), self.reading_log.seconds))
         self.close()
 
@@ -292,6 +331,14 @@ class MonitoredRun:
         if not self._closed:
             self.hub.close(self.step)
         self._closed = True
+
+
+def _some_weights(model: nn.Module, sharded: bool) -> Tensor:
+    """A few values of the trained weights, where they are; none of a sharded model, whose parts come and go."""
+    trained = [] if sharded else [p for p in model.parameters() if p.requires_grad]
+    chosen = trained[:: max(1, len(trained) // _WEIGHTS)]
+    values = [p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float() for p in chosen]
+    return torch.cat([value.to(values[0].device) for value in values]) if values else torch.empty(0)
 
 
 def _measure(name: str, call: Measure, model: nn.Module, step: int) -> Behaviour:
@@ -390,9 +437,10 @@ def probe_reader(
 def _earlier_anchor(settings: MonitorSettings, inner: nn.Module, step: int) -> Anchor | None:
     """The base that the event file holds, for a run of full weights that is resumed: its own weights are no base.
 
-    With an adapter the base is read again, adapters off, so nothing is taken from the file.
+    With an adapter the base is read again, adapters off, so nothing is taken from the file, unless it trains the
+    base's own biases.
     """
-    if step == 0 or isinstance(inner, PeftModel):
+    if step == 0 or (is_adapted(inner) and not trains_base(inner)):
         return None
     earlier = None if settings.path is None else recorded(settings.path)
     if earlier is not None and earlier[1] == base_fingerprint(settings):

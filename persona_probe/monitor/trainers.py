@@ -49,6 +49,28 @@ def close_after_training(trainer: Trainer, monitor: Closable) -> None:
     setattr(trainer, "train", closing)  # noqa: B010 (a method that type checkers guard)
 
 
+class LastReader(Protocol):
+    """Something that reads the last step's weights."""
+
+    def read_last(self) -> None:
+        """Read them, unless that was done."""
+        ...
+
+
+def read_before_best(trainer: Trainer, monitor: LastReader) -> None:
+    """Read the last step before `load_best_model_at_end` replaces its weights, which it does before `on_train_end`."""
+    load = getattr(trainer, "_load_best_model", None)
+    if load is None:  # a monitor notices at the end that the weights are others, and does not read them
+        return
+
+    @functools.wraps(load)
+    def reading_first(*args: Any, **kwargs: Any) -> Any:
+        monitor.read_last()
+        return load(*args, **kwargs)
+
+    setattr(trainer, "_load_best_model", reading_first)  # noqa: B010 (a method that type checkers guard)
+
+
 def attach_log(sinks: "Sequence[Sink]", trainer: Trainer) -> "list[Sink]":
     """The sinks with one that logs through this trainer."""
     from persona_probe.monitor.sinks.trainer_log import TrainerLogSink

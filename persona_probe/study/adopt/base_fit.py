@@ -210,8 +210,9 @@ def _prove_adapter(model: PreTrainedModel, folder: Path, shapes: Shapes) -> None
 
 
 def _cause(error: InputError) -> str:
-    text = str(error)
-    return text.partition(": ")[2].rpartition(";")[0] or text
+    """The line of the library's own error that says what is wrong; of a state dict's the first difference."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), str(error)).rstrip(".")
 
 
 def _compare_vocabulary(model: PreTrainedModel, folder: Path, shapes: Shapes) -> None:
@@ -229,7 +230,7 @@ def _compare_vocabulary(model: PreTrainedModel, folder: Path, shapes: Shapes) ->
 def _prove_weights(model: PreTrainedModel, folder: Path, shapes: Shapes) -> None:
     _compare_vocabulary(model, folder, shapes)
     ours = model.state_dict()
-    if ours.keys() <= shapes.keys() and all(shapes[name] == tuple(t.shape) for name, t in ours.items()):
+    if shapes == {name: tuple(tensor.shape) for name, tensor in ours.items()}:
         return
     # Names on disk may differ (tied weights, parts that are stored apart): what transformers makes of them decides.
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
@@ -250,6 +251,7 @@ def with_adapter(model: PreTrainedModel, training: Training, seed: int) -> nn.Mo
             lora_alpha=training.alpha,
             use_rslora=training.rslora,
             target_modules=_targets(model, training),
+            exclude_modules=_refused_by_peft(model) if training.target_modules == "all-linear" else None,
             layers_to_transform=list(training.layers) if training.layers is not None else None,
             lora_dropout=0.0,
             task_type="CAUSAL_LM",
@@ -269,6 +271,18 @@ def _targets(model: PreTrainedModel, training: Training) -> str | list[str]:
         inside = decoder_layers(model)[0].named_modules()
         return sorted({name.split(".")[-1] for name, module in inside if isinstance(module, (nn.Linear, Conv1D))})
     return targets if isinstance(targets, str) else list(targets)
+
+
+def _refused_by_peft(model: PreTrainedModel) -> list[str] | None:
+    """Linear layers that PEFT refuses in this model: kernels of state-space layers use their weights without a call."""
+    refused = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            try:
+                _check_lora_target_modules_mamba(LoraConfig(), model, name.split(".")[-1])
+            except ValueError:
+                refused.add(name.split(".")[-1])
+    return sorted(refused) or None
 
 
 @contextmanager
@@ -335,7 +349,7 @@ def fine_tune(
     device = next(model.parameters()).device
     with own_forward(model), tempfile.TemporaryDirectory() as scratch:
         arguments = on_one_gpu(_arguments(training, seed, scratch, device), model)
-        trainer = _trainer(model, tokenizer, conversations, arguments, device, watchers, extra)
+        trainer = _trainer(model, tokenizer, conversations, arguments, watchers, extra)
         try:
             with frozen_in_bf16(model, enabled=device.type == "cpu" and training.bf16):
                 trainer.train()
@@ -352,13 +366,12 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     arguments: Any,
-    device: torch.device,
     callbacks: Sequence[TrainerCallback],
     extra: ExtraLoss | None,
 ) -> Any:
-    from persona_probe.finetune.trainer import ExtraLossTrainer, extra_trainer_class, trainer_class
+    from persona_probe.finetune.trainer import AnswerTrainer, ExtraLossTrainer
 
-    kind = trainer_class(device, model) if extra is None else extra_trainer_class(device, model)
+    kind = AnswerTrainer if extra is None else ExtraLossTrainer
     with _own_precision(model):
         trainer = kind(
             model=model,  # pyright: ignore[reportArgumentType]

@@ -1,7 +1,8 @@
 """TRL's SFTTrainer with an answer-only loss that is fast without a GPU, and with the extra loss of a mitigation."""
 
+import logging
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, Trainer
 from trl.trainer.sft_trainer import SFTTrainer
 
 from persona_probe.data.chat import Conversation
@@ -22,12 +23,15 @@ from persona_probe.models.layers import (
     base_transformer,
     causal_model,
     eager_attention,
+    evaluating,
     forward_to_layer,
-    output_head,
     transformer_config,
 )
+from persona_probe.models.logits import NOT_THIS_WAY, hidden_to_logits, logits_of, without_taps
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap, Tap
+
+log = logging.getLogger(__name__)
 
 # --- An extra loss, and batches of other rows
 
@@ -71,11 +75,16 @@ class ExtraLoss(Protocol):
 
 
 class AnswerTrainer(SFTTrainer):
-    """The loss of SFTTrainer (mean negative log-likelihood of the answer tokens), by one matrix product.
+    """The model's own loss on the answer tokens (mean negative log-likelihood), by the fastest way that equals it.
 
-    TRL 1.16 computes it in vocabulary tiles, by a Triton kernel on a GPU and by a slow loop elsewhere, which on two
-    cores was more than half of a step. Its entropy and accuracy metrics are left out.
+    On one CPU that is one matrix product: TRL 1.16 computes its loss in vocabulary tiles, by a Triton kernel on a GPU
+    and by a slow loop elsewhere, which on two cores was more than half of a step. Its entropy and accuracy metrics are
+    left out. Elsewhere it is TRL's. Both are compared with the model's own loss on one row before the first step. Where
+    they differ (logits that TRL does not know to scale, a router's auxiliary loss) the model's own loss is taken.
     """
+
+    way: str | None = None
+    """`product`, `trl` or `own`, once it is known."""
 
     def compute_loss(
         self,
@@ -86,21 +95,73 @@ class AnswerTrainer(SFTTrainer):
     ) -> Any:
         """Mean loss over the answer tokens of the whole optimizer step, in nats per token."""
         causal = causal_model(self.accelerator.unwrap_model(model))
+        if self.way is None:
+            self.way = self._agreeing_way(model, inputs)
+        if self.way == "trl":
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.way == "own":
+            own = {**inputs, "use_cache": False, **self._routed}
+            return Trainer.compute_loss(self, model, own, return_outputs, num_items_in_batch)
         with answer_rows(self, causal, inputs) as rows:
-            hidden = rows.run(base_transformer(causal), transformer_config(causal), rows.ids())[0]
-            answers = rows.rest.response[:, 1:]
-            logits = output_head(causal)(hidden[:, :-1][answers])
-        total = F.cross_entropy(logits.float(), rows.rest.ids[:, 1:][answers], reduction="sum")
-        count = answers.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            total, count, logits = _product_loss(causal, rows)
+        count = count if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = total / count.clamp(min=1).to(total.device)
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _agreeing_way(self, model: Any, inputs: Inputs) -> str:
+        """The way that gives the model's own loss for the first row of a batch; all processes take the same."""
+        causal, alone = causal_model(self.accelerator.unwrap_model(model)), self.accelerator.num_processes == 1
+        row = {key: inputs[key][:1] for key in ("input_ids", "attention_mask", "labels")}
+        asked = {**row, "use_cache": False, **self._routed}
+        # Without the autocast that accelerate puts around it. Several processes run the model that they share out.
+        forward = causal.__dict__.get("_original_forward", causal.forward) if alone else model
+        ways: dict[str, Callable[[], Tensor]] = {"trl": lambda: forward(**asked, fused_lm_head=True).loss}
+        if alone and row["labels"].device.type == "cpu":
+            ways = {} if self.aux_loss_enabled else {"product": partial(_row_loss, causal, row)}
+        precise = alone and next(causal.parameters()).dtype in (torch.float32, torch.float64)
+        with evaluating(causal) if alone else torch.no_grad(), without_taps(causal), autocast(causal, False):
+            own = float(forward(**asked).loss)
+            agreeing = [way for way, loss in ways.items() if _is_loss(loss, own, 2e-4 if precise else 2e-2)]
+        torch.clear_autocast_cache()  # what was cast without gradients must not be taken for what needs them
+        agreed = self.accelerator.reduce(torch.tensor(float(len(agreeing)), device=row["labels"].device))
+        way = agreeing[0] if agreeing and float(agreed) >= self.accelerator.num_processes else "own"  # pyright: ignore
+        if way == "own":
+            log.info("%s: training takes the model's own loss", type(causal).__name__)
+        return way
+
+    @property
+    def _routed(self) -> Inputs:
+        """What a model of experts must be told to add its auxiliary loss."""
+        return {"output_router_logits": True} if self.aux_loss_enabled else {}
+
+
+def _is_loss(compute: Callable[[], Tensor], own: float, tolerance: float) -> bool:
+    try:
+        return abs(float(compute()) - own) <= tolerance * max(1.0, abs(own))
+    except NOT_THIS_WAY:
+        return False
+
+
+def _product_loss(causal: PreTrainedModel, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed negative log-likelihood of the answer tokens, their number, and their logits."""
+    how = logits_of(causal, rows.batch.ids[0])
+    hidden = rows.run(base_transformer(causal), transformer_config(causal), rows.ids())[0]
+    answers = rows.rest.response[:, 1:]
+    logits = hidden_to_logits(causal, how, hidden[:, :-1][answers])
+    total = F.cross_entropy(logits.float(), rows.rest.ids[:, 1:][answers], reduction="sum")
+    return total, answers.sum(), logits
+
+
+def _row_loss(causal: PreTrainedModel, row: Inputs) -> Tensor:
+    total, count, _ = _product_loss(causal, split_rows(row, transformer_config(causal)))
+    return total / count
 
 
 @contextmanager
 def answer_rows(trainer: SFTTrainer, causal: PreTrainedModel, inputs: Inputs) -> Iterator[Rows]:
     """A training batch as rows, inside the context in which this trainer's own loss runs them."""
     # Recomputed activations must come from the same kernels, without a cache: checkpointing takes the plain way.
-    plain = bool(trainer.args.gradient_checkpointing) or not isinstance(trainer, AnswerTrainer)
+    plain = bool(trainer.args.gradient_checkpointing) or getattr(trainer, "way", None) != "product"
     rows = split_rows(inputs, transformer_config(causal), whole=plain)
     with eager_attention(causal, enabled=not plain), autocast(causal, trainer.args.bf16):
         yield rows
@@ -124,8 +185,8 @@ class GraphTap(Tap):
         self.value = resid
 
 
-class ExtraLossTrainer(SFTTrainer):
-    """Adds an extra loss to that of the trainer it is mixed into, and swaps batches if `extra` asks for it."""
+class ExtraLossTrainer(AnswerTrainer):
+    """`AnswerTrainer` with an extra loss, which swaps batches if `extra` asks for it."""
 
     extra: ExtraLoss
 
@@ -164,23 +225,3 @@ class ExtraLossTrainer(SFTTrainer):
         with base, torch.no_grad(), same as rows, ReadTap(causal, layer) as tap:
             rows.run(partial(forward_to_layer, causal, layer), config, rows.ids())
         return tap.value
-
-
-class ExtraLossAnswerTrainer(ExtraLossTrainer, AnswerTrainer):
-    """`AnswerTrainer` with an extra loss."""
-
-
-def trainer_class(device: torch.device, model: Any) -> type[SFTTrainer]:
-    """`AnswerTrainer` where TRL's kernel is slow and the model's logits are a plain product, else SFTTrainer."""
-    return AnswerTrainer if _plain_on_cpu(device, model) else SFTTrainer
-
-
-def extra_trainer_class(device: torch.device, model: Any) -> type[ExtraLossTrainer]:
-    """The same choice, with an extra loss."""
-    return ExtraLossAnswerTrainer if _plain_on_cpu(device, model) else ExtraLossTrainer
-
-
-def _plain_on_cpu(device: torch.device, model: Any) -> bool:
-    config = getattr(model, "config", None)
-    rescaled = any(getattr(config, k, None) for k in ("final_logit_softcapping", "logit_scale", "logits_scaling"))
-    return device.type == "cpu" and not rescaled

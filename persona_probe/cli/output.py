@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from persona_probe.saes.worth import worthless
+
 
 def show_summary(summary: dict[str, Any]) -> None:
     """Print the key numbers, headline, checks, verdicts and times of a study."""
@@ -63,4 +65,8 @@ def show_quality(frame: pd.DataFrame) -> None:
             f"{row['dead_share']:.1%}",
             f"{row['loss_recovered']:.3f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for row in frame.to_dict("records"):
+        if (warning := worthless(float(row["explained_variance"]))) is not None:
+            console.print(Text(f"{row['text']}: {warning}", style="bold red"))

@@ -13,11 +13,12 @@ from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.select import judged_answers
 from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.runs import write_text
+from persona_probe.saes.worth import worthless
 from persona_probe.stats import Estimate
 
 Row = dict[str, Any]
 
-JUDGED = ("rates", "coherence", "judge_agreement")
+JUDGED = ("rates", "judged_trajectory", "coherence", "judge_agreement")
 PLACED = ("arms", "trajectory", "dose_response", "realignment", "latents", "categories", "controls", *JUDGED)
 """Figures that have their own place in the report; others follow under More figures."""
 
@@ -244,6 +245,8 @@ def _key_numbers(records: Records) -> list[Row]:
     for key, label, unit in PER_ARM:
         values = select.mapping(summary.get(key))
         rows += [_estimate_row(f"{label}, {arms.label(arm)}", value, unit) for arm, value in values.items()]
+        if key == "explained_variance":
+            rows += [_worthless_row(arms.label(arm), value) for arm, value in values.items()]
     return [row for row in rows if row is not None] + _costs(summary)
 
 
@@ -268,6 +271,13 @@ def _estimate_row(name: str, raw: object, unit: str) -> Row | None:
     if value is None:
         return None
     return {"name": name, "value": value_text(value, unit), "unit": unit, "n": value.n or ""}
+
+
+def _worthless_row(arm: str, raw: object) -> Row | None:
+    """A row that says so where the SAE explains too little."""
+    value = as_estimate(raw)
+    warning = None if value is None else worthless(value.estimate)
+    return None if warning is None else {"name": f"SAE on {arm}", "value": warning, "unit": "", "n": ""}
 
 
 def value_text(value: Estimate | None, unit: str) -> str:

@@ -263,8 +263,8 @@ def read_dictionary_learning(folder: Path, kind: str | None = None) -> ForeignSa
     sae = _dictionary(kind, dict(state))
     layer, name = trainer.get("layer"), str(trainer.get("submodule_name") or "resid_post")
     site = next((hook for key, hook in SUBMODULES.items() if name.startswith(key)), None)
-    known = layer is not None and site is not None
-    sae.metadata = {"hook_name": site.format(layer) if known else None, "model_name": trainer.get("lm_name")}
+    hook = None if layer is None or site is None else site.format(layer)
+    sae.metadata = {"hook_name": hook, "model_name": trainer.get("lm_name")}
     sae.metadata["sae_of"] = f"{DICTIONARY_LEARNING} {kind}"
     return sae
 

@@ -17,22 +17,23 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
 from persona_probe.models.layers import causal_model
 from persona_probe.models.load import load_model
+from persona_probe.models.places import Where, as_place
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import Tap
-from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.hooks import is_transcoder, read_place
 from persona_probe.saes.load import HELD_OUT_FILE, check_fit, find_folder, load_sae
 from persona_probe.saes.read import FitMoments, add_fit, encode_with_fit
 from persona_probe.saes.stream import residual_stream
 
 
 class SpliceTap(Tap):
-    """Replaces a layer's output by the SAE's reconstruction, or by its mean, at every position but the first.
+    """Replaces what is in a place by the SAE's reconstruction, or by its mean, at every position but the first.
 
     The first token is a special token with a very large norm, on which SAEs are not trained. SAELens' evaluations
     leave it out too.
     """
 
-    def __init__(self, model: nn.Module, layer: int, sae: Any | None, mean: Tensor | None = None) -> None:
+    def __init__(self, model: nn.Module, layer: Where, sae: Any | None, mean: Tensor | None = None) -> None:
         super().__init__(model, layer)
         self.sae, self.mean = sae, mean
 
@@ -53,11 +54,11 @@ def check_quality(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
-    layer: int,
+    layer: Where,
     *,
     positions: str = "all",
 ) -> dict[str, float | int | str]:
-    """Quality of `sae` at `layer` on conversations that end with answers.
+    """Quality of `sae` at `layer` (or another place) on conversations that end with answers.
 
     Returns:
         explained_variance, l0, dead_share (share of latents that fire on no token), tokens, loss plain / spliced /
@@ -66,6 +67,8 @@ def check_quality(
     Raises:
         InputError: the SAE does not fit the model.
     """
+    if is_transcoder(sae):
+        raise InputError("a transcoder cannot be spliced into one place: locate and the monitor print how it fits")
     check_fit(sae, model, layer)
     resid = residual_stream(model, tokenizer, conversations, layer, positions=positions)
     fit = FitMoments()
@@ -91,7 +94,7 @@ def splice_losses(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
-    layer: int,
+    layer: Where,
     mean: Tensor,
 ) -> dict[str, float]:
     """Mean answer loss (nats per token, answers weighted equally): plain, SAE spliced in, layer mean-ablated."""
@@ -110,7 +113,7 @@ def check_explained_variance(
     tokenizer: PreTrainedTokenizerBase,
     sae: Any,
     conversations: Sequence[str | Conversation],
-    layer: int,
+    layer: Where,
     minimum: float = 0.5,
     *,
     positions: str = "all",
@@ -145,7 +148,7 @@ def check_explained_variance(
     return require_fit(fit, sae, model, layer, minimum)
 
 
-def require_fit(fit: FitMoments, sae: Any, model: nn.Module, layer: int, minimum: float) -> FitMoments:
+def require_fit(fit: FitMoments, sae: Any, model: nn.Module, layer: Where, minimum: float) -> FitMoments:
     """`check_explained_variance` for a fit that was measured before.
 
     Raises:
@@ -153,10 +156,15 @@ def require_fit(fit: FitMoments, sae: Any, model: nn.Module, layer: int, minimum
     """
     if not fit.explained_variance >= minimum:
         raise InputError(
-            f"the SAE explains {fit.explained_variance:.2f} of the variance after layer {layer} ({fit.n} tokens), the "
+            f"the SAE explains {fit.explained_variance:.2f} of the variance {_at(layer)} ({fit.n} tokens), the "
             f"minimum is {minimum:g}: {_suspects(sae, model)}; or lower minimum_explained_variance"
         )
     return fit
+
+
+def _at(where: Where) -> str:
+    place = as_place(where)
+    return f"after layer {place.layer}" if place.is_residual else f"of {place}"
 
 
 def _suspects(sae: Any, model: nn.Module) -> str:
@@ -192,7 +200,7 @@ def quality_report(
     sae = load_sae(name, device=device)
     model, tokenizer = load_model(model_name, device=device)
     texts = _texts(name, data)
-    at = sae_layer(sae, layer)
+    at = read_place(sae, layer)
     rows = [{"text": label, **check_quality(sae, model, tokenizer, text, at)} for label, text in texts.items()]
     return pd.DataFrame(rows)
 

@@ -1,26 +1,30 @@
-"""Train a TopK SAE on a model's residual stream with SAELens' SAETrainer, on text that anyone can regenerate."""
+"""Train an SAE on a model's residual stream with SAELens' SAETrainer, on text that anyone can regenerate."""
 
 import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from persona_probe.config import hashed_values
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import load_conversations
 from persona_probe.errors import InputError
 from persona_probe.locks import held
 from persona_probe.models.layers import hidden_size
 from persona_probe.models.load import cache_folder, load_model
-from persona_probe.runs import file_sha256, write_json, write_jsonl
+from persona_probe.runs import file_sha256, write_json, write_jsonl, write_text
+from persona_probe.saes.kinds import training_sae
 from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae
 from persona_probe.saes.quality import check_quality
 from persona_probe.saes.stream import (
     SaeConfig,
+    describe_text,
     is_held_out,
     read_conversations,
     sample_text,
@@ -28,8 +32,9 @@ from persona_probe.saes.stream import (
     text_folder,
     write_shards,
 )
+from persona_probe.saes.worth import worthless
 
-HELD_OUT_CONVERSATIONS = 256
+HELD_OUT_CONVERSATIONS, CARD_FILE = 256, "README.md"
 log = logging.getLogger(__name__)
 
 
@@ -39,7 +44,7 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
     Finished work is kept in the cache, so an interrupted run resumes.
 
     Returns:
-        `out/config.name` with cfg.json, sae_weights.safetensors, recipe.json and quality.json.
+        `out/config.name` with cfg.json, sae_weights.safetensors, recipe.json, quality.json and a card, README.md.
 
     Raises:
         InputError: the recipe names the evaluation split or an unknown set, or another process trains it.
@@ -75,6 +80,9 @@ def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
     quality = check_quality(load_sae(scratch), model, tokenizer, held_out, config.layer)
     quality["sha256"] = file_sha256(scratch / WEIGHTS_FILE)
     write_json(scratch / QUALITY_FILE, quality)
+    write_text(scratch / CARD_FILE, sae_card(config, quality))
+    if (warning := worthless(float(quality["explained_variance"]))) is not None:
+        log.warning("the SAE %s: %s; train it on more tokens, or with other settings", config.name, warning)
     return _publish(scratch, out / config.name)
 
 
@@ -102,7 +110,7 @@ def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: s
     from sae_lens.config import SAETrainerConfig
 
     torch.manual_seed(config.seed)
-    steps = config.tokens // config.batch_tokens
+    steps = config.steps
     trainer_config = SAETrainerConfig(
         total_training_samples=steps * config.batch_tokens,
         train_batch_size_samples=config.batch_tokens,
@@ -115,7 +123,7 @@ def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: s
         dead_feature_window=config.dead_window,
         n_batches_for_norm_estimate=20,
     )
-    sae = _training_sae(config, d_in, device)
+    sae = training_sae(config, d_in, device, training_text=describe_text(config))
     state = work / "state"
     trainer = SAETrainer(cfg=trainer_config, sae=sae, data_provider=iter(()))
     if (state / "cfg.json").is_file():
@@ -123,30 +131,6 @@ def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: s
         trainer.load_trainer_state(state)
         log.info("resuming SAE training at step %d of %d", trainer.n_training_steps, steps)
     return _run(trainer, config, shards, steps, work)
-
-
-def _training_sae(config: SaeConfig, d_in: int, device: str) -> Any:
-    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.saes.sae import SAEMetadata
-
-    metadata = SAEMetadata(
-        model_name=config.model,
-        hook_name=f"blocks.{config.layer}.hook_resid_post",
-        hf_hook_name=f"model.layers.{config.layer}",
-        prepend_bos=False,
-        context_size=config.max_length,
-        recipe="recipe.json",
-    )
-    cfg = TopKTrainingSAEConfig(
-        d_in=d_in,
-        d_sae=config.d_sae,
-        k=config.k,
-        device=device,
-        aux_loss_coefficient=config.aux_loss,
-        normalize_activations="expected_average_only_in",
-        metadata=metadata,
-    )
-    return TopKTrainingSAE(cfg)
 
 
 def _run(trainer: Any, config: SaeConfig, shards: list[Path], steps: int, work: Path) -> Any:
@@ -184,6 +168,38 @@ def _save_state(trainer: Any, work: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def sae_card(config: SaeConfig, quality: Mapping[str, Any]) -> str:
+    """The SAE's model card, in Markdown: what it is, what its training text holds, and its quality."""
+    warning = worthless(float(quality["explained_variance"]))
+    decoder = (
+        "random unit vectors, never trained (a baseline, arXiv 2602.14111)" if config.frozen_decoder else "trained"
+    )
+    lines = [
+        f"# {config.name}",
+        "",
+        *([f"**{warning[0].upper()}{warning[1:]}.**", ""] if warning else []),
+        f"A {config.architecture} SAE of the residual stream of {config.model} after decoder layer {config.layer}: "
+        f"{config.d_sae:,} latents, {config.tokens:,} training tokens, seed {config.seed}. Its decoder is {decoder}. "
+        "`recipe.json` makes it again.",
+        "",
+        "## Training text",
+        "An SAE may hold what its text holds. A feature is found without being put there only if the text does not "
+        "show it.",
+        "",
+        *(f"- {line}" for line in describe_text(config)),
+        "",
+        "## Quality",
+        f"On {quality['tokens']:,} tokens of {quality['conversations']} sampled conversations that it was not trained "
+        "on (`quality.json`):",
+        "",
+        "| explained variance | L0 | never firing | loss recovered |",
+        "|---|---|---|---|",
+        f"| {quality['explained_variance']:.3f} | {quality['l0']:.1f} | {quality['dead_share']:.1%} | "
+        f"{quality['loss_recovered']:.3f} |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _publish(scratch: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
@@ -193,4 +209,4 @@ def _publish(scratch: Path, target: Path) -> Path:
 
 
 def _key(config: SaeConfig) -> str:
-    return hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(hashed_values(config), sort_keys=True).encode()).hexdigest()[:16]

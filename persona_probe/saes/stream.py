@@ -18,9 +18,10 @@ from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.load import load_rows
 from persona_probe.data.template import fit_roles, render
 from persona_probe.data.tokens import batches
-from persona_probe.errors import InputError
+from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.sampling.samples import complete_text, sample_answers
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
+from persona_probe.models.places import Where, as_place
 from persona_probe.models.taps import ReadTap
 from persona_probe.runs import write_text
 
@@ -61,6 +62,11 @@ class TextConfig:
     """Share of sampled conversations, by hash, that is only used to measure quality."""
 
 
+ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu", "standard")
+SINCE = {"since": "0.2"}
+"""Marks keys that older recipes lack; `hashed_values` leaves them out while they hold their default."""
+
+
 @dataclass(frozen=True)
 class SaeConfig:
     """One SAE and how it is made; `persona-probe sae train CONFIG` reads it."""
@@ -74,7 +80,8 @@ class SaeConfig:
     d_sae: int = 4608
     """Dictionary size."""
     k: int = 32
-    """Active latents per token (TopK)."""
+    """Active latents per token: of each (`topk`), on average (`batchtopk`, `matryoshka`, `jumprelu`); `standard` has
+    no such number."""
     tokens: int = 3_000_000
     """Training samples (tokens, counted over epochs)."""
     batch_tokens: int = 1024
@@ -99,6 +106,39 @@ class SaeConfig:
     """The text."""
     seed: int = 0
     """Seeds sampling, shuffling and initialisation."""
+    architecture: str = field(default="topk", metadata=SINCE)
+    """`topk`, `batchtopk`, `matryoshka` (both saved as JumpReLU), `jumprelu`, or `standard`."""
+    sparsity: float = field(default=1.0, metadata=SINCE)
+    """Weight of the sparsity loss: L1 of a `standard` SAE, distance from `k` of a `jumprelu` one."""
+    threshold_lr: float = field(default=0.1, metadata=SINCE)
+    """How fast the threshold that replaces BatchTopK after training follows; SAELens' 0.01 is for long runs."""
+    widths: tuple[int, ...] = field(default=(), metadata=SINCE)
+    """Nested dictionary sizes of `matryoshka`, the last one d_sae; () takes a 16th, 8th, 4th, half and all of d_sae."""
+    frozen_decoder: bool = field(default=False, metadata=SINCE)
+    """Decoder rows are random unit vectors that are never trained: a dictionary's own null (arXiv 2602.14111)."""
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise unknown("architecture", self.architecture, ARCHITECTURES)
+        if not 1 <= self.k <= self.d_sae:
+            raise InputError(f"k must lie between 1 and d_sae ({self.d_sae}), not {self.k}")
+        if self.architecture in ("jumprelu", "standard") and not self.sparsity > 0:
+            raise InputError(f"sparsity must be positive, not {self.sparsity}")
+        if not 0 < self.threshold_lr <= 1:
+            raise InputError(f"threshold_lr must lie between 0 and 1, not {self.threshold_lr}")
+        if self.widths and (sorted(set(self.widths)) != list(self.widths) or self.widths[-1] != self.d_sae):
+            raise InputError(f"widths must ascend and end with d_sae ({self.d_sae}), not {list(self.widths)}")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.tokens // self.batch_tokens
+
+    @property
+    def matryoshka_widths(self) -> tuple[int, ...]:
+        """The nested dictionary sizes, ascending."""
+        nested = {self.d_sae // part for part in (16, 8, 4, 2)} - {0}
+        return self.widths or (*sorted(nested), self.d_sae)
 
 
 # --- Activations for SAE training: computed once into shards, then read back shuffled, epoch after epoch
@@ -144,20 +184,20 @@ def residual_stream(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
-    layer: int,
+    layer: Where,
     *,
     positions: str = "all",
     batch_size: int = 32,
     max_length: int | None = None,
     bf16: bool = True,
 ) -> Float[Tensor, "tokens d_model"]:
-    """The residual stream after `layer` at the selected tokens of all conversations, in float32 on the CPU."""
+    """The residual stream after `layer`, or another place, at the selected tokens, in float32 on the CPU."""
     parts = []
     device = next(model.parameters()).device
     with evaluating(model), autocast(model, bf16), ReadTap(model, layer) as tap:
         for group in batches(tokenizer, conversations, batch_size, max_length):
             batch = group.to(device)
-            run_to_layer(model, layer, batch.ids, batch.attention)
+            run_to_layer(model, as_place(layer).layer, batch.ids, batch.attention)
             parts.append(tap.value[batch.select(positions)].float().cpu())
     return torch.cat(parts)
 
@@ -298,6 +338,22 @@ def _user_turns(
         batch_size=len(heads),
     )
     return [turn or "Hello." for turn in turns]
+
+
+def describe_text(config: SaeConfig) -> list[str]:
+    """What the training text holds, a line for each source: what the SAE can have learned from it."""
+    text, lines = config.text, []
+    for part in text.parts:
+        asked = f"to questions of {', '.join(part.prompts)}" if part.prompts else "to questions that it asks itself"
+        share = f"{1 - part.plain_share:.0%} of them under a persona's system prompt"
+        lines.append(f"{part.batches * text.batch_conversations} answers of {config.model} {asked}, {share}")
+    for spec in text.packaged:
+        answers = "questions with their aligned and their misaligned answers" if CONTRAST in spec else "written rows"
+        lines.append(f"{spec}: {answers}, {text.packaged_repeats} times an epoch")
+    return lines
+
+
+CONTRAST = "general_contrast"
 
 
 def read_conversations(paths: list[Path]) -> Iterator[Conversation]:

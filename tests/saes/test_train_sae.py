@@ -19,7 +19,7 @@ from persona_probe.saes.sae_training import train_sae, training_text
 from persona_probe.saes.stream import SaeConfig
 from tests.factories import D_MODEL, LAYER, make_model, make_sae, make_tokenizer, same_state, talks
 
-FILES = ["cfg.json", HELD_OUT_FILE, "quality.json", "recipe.json"]
+FILES = ["README.md", "cfg.json", HELD_OUT_FILE, "quality.json", "recipe.json"]
 
 
 class KilledError(Exception):

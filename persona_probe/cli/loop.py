@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from persona_probe.cli.crew import Crew, crew_options
 from persona_probe.cli.options import (
     COPY,
     DEMO,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from persona_probe.config import StudyConfig
     from persona_probe.realignment.spec import StressSettings
     from persona_probe.study.study import Study
+    from persona_probe.units import Workers
 
 CARDS = 20
 
@@ -48,22 +50,34 @@ def demo(seeds: tuple[int, ...], overwrite: bool, common: Common) -> None:
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Check that all fits and print the plan; downloads nothing.")
 @click.option("--tflops", type=float, help="Speed that the plan's times assume, instead of a quick measurement.")
+@click.option("--memory", type=float, metavar="GIB", help="GPU that the plan is for: does it fit, and what if not.")
+@crew_options(shards=False)
 def run(
-    config: str, seeds: tuple[int, ...], overwrite: bool, dry_run: bool, tflops: float | None, common: Common
+    config: str,
+    seeds: tuple[int, ...],
+    overwrite: bool,
+    dry_run: bool,
+    tflops: float | None,
+    memory: float | None,
+    crew: Crew,
+    common: Common,
 ) -> None:
     """Run the whole loop of one config."""
     study = study_config(config)
     if dry_run:
-        _plan(study, tflops, common.device)
+        _plan(study, tflops, memory, common.device)
+    elif tflops is not None or memory is not None:
+        raise InputError("--tflops and --memory belong to a plan: add --dry-run")
     else:
-        _finish(new_study(study, seeds, overwrite, common))
+        with crew.workers() as workers:
+            _finish(new_study(study, seeds, overwrite, common).work_with(workers))
 
 
 @loads_models
-def _plan(config: "StudyConfig", tflops: float | None, device: str | None) -> None:
+def _plan(config: "StudyConfig", tflops: float | None, memory: float | None, device: str | None) -> None:
     from persona_probe.study.plan.plan import dry_run
 
-    echo("\n".join(dry_run(config, tflops, device).lines()))
+    echo("\n".join(dry_run(config, tflops, device, memory).lines()))
 
 
 def _finish(study: "Study") -> None:
@@ -82,10 +96,13 @@ def _finish(study: "Study") -> None:
 @config_argument()
 @seeds_option
 @overwrite_option
-def induce(config: str, seeds: tuple[int, ...], overwrite: bool, common: Common) -> None:
+@crew_options()
+def induce(config: str, seeds: tuple[int, ...], overwrite: bool, crew: Crew, common: Common) -> None:
     """Fine-tune the arms of a config."""
-    study = new_study(study_config(config), seeds, overwrite, common)
-    echo(f"organisms: {study.induce().path / 'arms'}")
+    parsed = study_config(config)
+    with crew.workers() as workers:
+        study = new_study(parsed, seeds, overwrite, common).work_with(workers)
+        echo(f"organisms: {study.induce().path / 'arms'}")
 
 
 @command(example="persona-probe locate runs/demo --cards 20", out=COPY)
@@ -106,9 +123,11 @@ def locate(run: str, cards: int | None, text: Path | None, rankers: tuple[str, .
 
 @command(example="persona-probe track runs/demo", out=COPY)
 @run_argument
-def track(run: str, common: Common) -> None:
+@crew_options()
+def track(run: str, crew: Crew, common: Common) -> None:
     """Read features and contrast index at every checkpoint."""
-    study = open_study(run, common).track()
+    with crew.workers() as workers:
+        study = open_study(run, common).work_with(workers).track()
     persona = study.readings[study.readings["feature"] == "persona"]
     columns = ["arm", "seed", "step", "mean", "ci_low", "ci_high", "explained_variance"]
     echo(persona[columns].to_string(index=False, float_format="%.4f"))
@@ -135,12 +154,14 @@ def report(run: str, common: Common) -> None:
 @many("--stress", help="Tests of the correction: triggers remisalign length hidden drift.")
 @click.option("--stress-settings", help="YAML file of their settings (fields of StressSettings).")
 @click.option("--plan", help="A grid of corrections, e.g. finetune_configs/realign-doses.yaml.")
+@crew_options()
 def realign(
     run: str,
     seeds: tuple[int, ...],
     stress: tuple[str, ...],
     stress_settings: str | None,
     plan: str | None,
+    crew: Crew,
     common: Common,
     **correction: Any,
 ) -> None:
@@ -153,7 +174,8 @@ def realign(
         clashing = [*settings, *(["stress"] if stress else []), *(["seeds"] if seeds else [])]
         if clashing:
             raise InputError(f"--plan says all of a grid: leave {_option(clashing[0])} out")
-        _realign_plan(run, plan, common)
+        with crew.workers() as workers:
+            _realign_plan(run, plan, workers, common)
         return
     if settings and "data" not in settings:
         raise InputError(f"{_option(next(iter(settings)))} needs --data: the corrective sets or files")
@@ -162,20 +184,24 @@ def realign(
 
     check_choice(settings.get("rows"), settings.get("choose_by", "random"), settings.get("method", "continued"))
     pressure = load_config(find_config(stress_settings), StressSettings) if stress_settings else None
-    _realign(run, seeds, stress, pressure, settings, common)
+    with crew.workers() as workers:
+        _realign(run, seeds, stress, pressure, settings, workers, common)
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _realign_plan(run: str, plan: str, common: Common) -> None:
+def _realign_plan(run: str, plan: str, workers: "Workers | None", common: Common) -> None:
     from persona_probe.config import load_config
     from persona_probe.realignment.spec import DosePlan
 
     cells = load_config(find_config(plan), DosePlan)
-    study = open_study(run, common).track()
+    study = open_study(run, common).work_with(workers).track()
     table = study.realign_plan(cells)
+    if table.empty:
+        echo("no cell of the grid is finished")
+        return
     from persona_probe.report.export import write_figure
     from persona_probe.report.records import Records
 
@@ -193,6 +219,7 @@ def _realign(
     stress: tuple[str, ...],
     stress_settings: "StressSettings | None",
     settings: dict[str, Any],
+    workers: "Workers | None",
     common: Common,
 ) -> None:
     from persona_probe.realignment.correct import realign_study, verdict_lines
@@ -200,11 +227,11 @@ def _realign(
     from persona_probe.realignment.stress.stress_run import statements
     from persona_probe.study.summary import summarise
 
-    study = open_study(run, common).track()
+    study = open_study(run, common).work_with(workers).track()
     data, name = settings.pop("data", None), settings.pop("name", None)
     correction = None if data is None else Correction.of_study(study.config, data, **settings)
     folders = realign_study(study.context, correction, name, seeds, stress, stress_settings)
-    if data is None:
+    if data is None and (workers is None or workers.joint):  # a shard does not have all arms
         for verdict in summarise(study.context)["verdicts"].values():
             echo(verdict["statement"])
     for folder in folders:

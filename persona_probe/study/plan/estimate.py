@@ -18,6 +18,7 @@ from persona_probe.errors import InputError
 from persona_probe.latents.rankers import BACKWARD
 from persona_probe.models.load import cache_folder, resolve_source
 from persona_probe.runs import file_sha256
+from persona_probe.study.plan.memory import Memory
 from persona_probe.study.plan.shapes import Skeleton, lora_parameters
 
 # --- Every text that a study reads: found, validated, and counted in tokens
@@ -175,7 +176,6 @@ FLOAT32, BF16 = 4, 2
 ADAM_BYTES = 4 * FLOAT32
 """A trained parameter, its gradient and AdamW's two moments."""
 READ_BATCH = 32
-SCORED_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,13 @@ class Shapes:
     d_sae: int
     """0 if unknown: the SAE's part is left out."""
     rows: Mapping[str, RowSet]
+    device: str = "cpu"
+    """`cpu` or `cuda`: kernels and copies differ, and so does memory."""
+
+    @property
+    def memory(self) -> Memory:
+        """What its parts take in memory."""
+        return Memory(self.config, self.skeleton, self.d_sae, self.device)
 
     @property
     def head(self) -> int:
@@ -210,17 +217,6 @@ class Shapes:
         full = self.config.training.method == "full"
         return self.skeleton.parameters if full else lora_parameters(self.skeleton, self.config.training)
 
-    @property
-    def resident(self) -> float:
-        """Bytes of the base model (in the config's `weights`) and the SAE."""
-        size = BF16 if self.config.weights == "bfloat16" else FLOAT32
-        return size * self.skeleton.parameters + self.sae_bytes
-
-    @property
-    def sae_bytes(self) -> float:
-        """Bytes of encoder and decoder in float32."""
-        return FLOAT32 * 2 * self.skeleton.d_model * self.d_sae
-
     def read(self, rows: RowSet) -> float:
         """Operations to read a set's latents: the layers up to the SAE's, then encode and decode."""
         return 2 * rows.tokens * self.below + 4 * rows.tokens * self.skeleton.d_model * self.d_sae
@@ -239,32 +235,6 @@ class Shapes:
         passes = (6 if training.method == "full" else 4) + (2 if training.gradient_checkpointing else 0)
         adapters = 0 if training.method == "full" else 6 * self.trainable
         return tokens * (passes * (self.below + self.above) + adapters) + answers * passes * self.head
-
-    def training_memory(self, batch: int, longest: int, answer: float) -> float:
-        """Base model, what is trained, the inputs of every linear map that backward needs, and the answers' logits.
-
-        Args:
-            batch: rows.
-            longest: tokens of the longest row, to which a batch is padded.
-            answer: answer tokens per row.
-        """
-        training = self.config.training
-        bytes_ = BF16 if training.bf16 else FLOAT32
-        inputs = [sum(m.d_in for m in self.skeleton.linears if m.layer == n) for n in range(self.skeleton.layers)]
-        activations = bytes_ * sum(inputs)
-        if training.gradient_checkpointing:
-            activations = FLOAT32 * self.skeleton.d_model * self.skeleton.layers + bytes_ * max(inputs)
-        logits = 2 * FLOAT32 * self.skeleton.vocabulary
-        fixed_bytes = FLOAT32 * self.skeleton.parameters + ADAM_BYTES * self.trainable
-        return fixed_bytes + batch * (longest * activations + answer * logits)
-
-    def reading_memory(self, rows: RowSet) -> float:
-        """Model and SAE, with a batch's latents or a slice of logits, whichever is more."""
-        return self.resident + max(self.encode_memory(rows), 2 * FLOAT32 * SCORED_AT_ONCE * self.skeleton.vocabulary)
-
-    def encode_memory(self, rows: RowSet) -> float:
-        """A batch's latents before and after the activation function."""
-        return 2 * FLOAT32 * READ_BATCH * rows.longest * self.d_sae
 
 
 @dataclass(frozen=True)
@@ -304,7 +274,7 @@ def _induce(s: Shapes) -> Work:
     answers = sum(n_rows * arm.mean_answer for arm in arms)
     longest, answer = max(arm.longest for arm in arms), max(arm.mean_answer for arm in arms)
     return Work(
-        "induce", round(tokens), s.train(tokens, answers), s.training_memory(training.batch_size, longest, answer)
+        "induce", round(tokens), s.train(tokens, answers), s.memory.training(training.batch_size, longest, answer)
     )
 
 
@@ -318,9 +288,8 @@ def _locate(s: Shapes) -> Work:
     flops = reads * s.read(selection) + backward * 2 * s.score_above(selection)
     flops += on_selection * (s.score_above(selection) + s.score_above(neutral))
     flops += on_evaluation * (s.score_above(evaluation) + s.score_above(neutral))
-    # mean and firing rate of every latent and conversation, of three models
-    tables = 3 * 2 * FLOAT32 * selection.rows * s.d_sae
-    return Work("locate", reads * selection.tokens + pushed, flops, s.reading_memory(selection) + tables)
+    memory = s.memory.locating(selection, evaluation, len(s.config.locate.rankers), backward > 0)
+    return Work("locate", reads * selection.tokens + pushed, flops, memory)
 
 
 def _track(s: Shapes) -> Work:
@@ -328,7 +297,7 @@ def _track(s: Shapes) -> Work:
     organisms = 1 + len(s.config.arms) * len(s.config.seeds) * len(s.config.training.schedule)
     tokens = organisms * (probes.tokens + evaluation.tokens) + selection.tokens
     flops = organisms * (s.read(probes) + s.score(evaluation)) + s.score(selection)
-    return Work("track", tokens, flops, s.reading_memory(probes))
+    return Work("track", tokens, flops, max(s.memory.reading(probes), s.memory.scoring(evaluation)))
 
 
 def _realign(s: Shapes) -> Work:
@@ -343,7 +312,12 @@ def _realign(s: Shapes) -> Work:
         flops += s.train(n_rows * rows.mean, n_rows * rows.mean_answer)
         flops += readings * (s.read(probes) + s.score(evaluation))
         longest, answer = max(longest, rows.longest), max(answer, rows.mean_answer)
-    memory = s.training_memory(realign.batch_size, longest, answer) + s.sae_bytes + s.encode_memory(probes)
+    trained = 4 * FLOAT32 * s.trainable  # adapter, gradient and moments stay while the monitor reads
+    memory = max(
+        s.memory.training(realign.batch_size, longest, answer),
+        s.memory.reading(probes) + trained,
+        s.memory.scoring(evaluation) + trained,
+    )
     return Work("realign", round(tokens), flops, memory)
 
 
@@ -353,7 +327,7 @@ def _samples(s: Shapes) -> Work:
     generated = arms * questions.rows * new
     tokens = arms * questions.tokens + generated
     flops = 2 * tokens * (s.below + s.above) + 2 * generated * s.head
-    return Work("evaluate", tokens, flops, s.resident)
+    return Work("evaluate", tokens, flops, s.memory.sampling(questions, new))
 
 
 # --- How fast this device multiplies, to turn work into time

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
 
 from persona_probe.config import StudyConfig
 from persona_probe.data.chat import split_answer
@@ -20,6 +23,7 @@ from persona_probe.study.plan.estimate import (
     read_row_sets,
     throughput,
 )
+from persona_probe.study.plan.fit import Fit, fit
 from persona_probe.study.plan.shapes import (
     SaeShape,
     Skeleton,
@@ -52,6 +56,10 @@ class Plan:
     """Whether tokens were counted with the model's own tokenizer."""
     notes: tuple[str, ...] = ()
     """How the estimates were made, and what is unknown."""
+    device: str = "cpu"
+    """`cpu` or `cuda`: what memory is estimated for."""
+    fit: Fit | None = None
+    """Whether it fits the GPU that was asked about."""
 
     @property
     def tokens(self) -> int:
@@ -92,6 +100,8 @@ class Plan:
         if self.stages:
             stages = Table(("stage", "tokens", "memory", "time"), [*map(self._cells, self.stages), self._sum()])
             lines += ["", *stages.plain(right=range(1, 4)).splitlines()]
+        if self.fit:
+            lines += ["", f"memory    {self.fit.text()}"]
         return [*lines, "", *(f"note: {note}" for note in self.notes)]
 
     def _cells(self, work: Work) -> tuple[str, ...]:
@@ -129,33 +139,55 @@ def _training_lines(plan: Plan) -> list[str]:
 # --- The dry run: resolve a study without downloading, check that its parts fit, and estimate what it will take
 
 
-def dry_run(config: StudyConfig, tflops: float | None = None, device: str | None = None) -> Plan:
+def dry_run(
+    config: StudyConfig, tflops: float | None = None, device: str | None = None, memory: float | None = None
+) -> Plan:
     """Resolve a study without downloading anything, check that model, SAE, layer and data fit, and estimate its cost.
 
     Args:
         tflops: sustained speed that times are computed with, in 1e12 operations per second; None measures a product
             on the device (under 1 s) and takes a share of it.
         device: None takes the config's.
+        memory: GiB of a GPU that need not be here: the plan is then for it, and says whether the study fits and what
+            to change if it does not. None takes that of this machine's GPU, if the study would run on one.
 
     Raises:
         InputError: something does not exist or does not fit.
     """
-    if tflops is not None and not tflops > 0:
-        raise InputError(f"tflops must be positive, not {tflops}")
+    for name, value in (("tflops", tflops), ("memory", memory)):
+        if value is not None and not value > 0:
+            raise InputError(f"{name} must be positive, not {value}")
     check_rankers(config.locate.rankers)
     skeleton, sae = find_skeleton(config.model, config.revision), find_sae(config.sae)
     layer = _check_shapes(config, skeleton, sae)
     tokenizer = find_tokenizer(config.model, config.revision)
     rows = read_row_sets(config, tokenizer)
-    stages, speed = (), None
+    kind, limit = _place(device or config.device, memory)
+    stages, speed, verdict = (), None, None
     if skeleton is not None:
         if config.training.method == "lora" and not adapted(skeleton, config.training):
             raise InputError("training.target_modules and training.layers choose no module: name at least one")
         if layer is not None:
-            stages = estimate(Shapes(config, skeleton, layer, sae.d_sae or 0, rows))
+            shapes = Shapes(config, skeleton, layer, sae.d_sae or 0, rows, kind)
+            stages = estimate(shapes)
+            verdict = None if limit is None else fit(config, limit, partial(_peak, shapes))
             speed = throughput(device or config.device, config.bf16, tflops)
-    plan = Plan(config, skeleton, sae, layer, rows, stages, speed, counted=tokenizer is not None)
+    plan = Plan(config, skeleton, sae, layer, rows, stages, speed, tokenizer is not None, device=kind, fit=verdict)
     return replace(plan, notes=_notes_of(plan))
+
+
+def _place(device: str, memory: float | None) -> tuple[str, float | None]:
+    """The kind of device that the plan is for, and bytes of its memory where that is known."""
+    here = torch.cuda.is_available()
+    if memory is not None:
+        return "cuda", memory * GIB
+    if device == "cpu" or (device == "auto" and not here):
+        return "cpu", None
+    return "cuda", torch.cuda.get_device_properties(torch.device("cuda")).total_memory if here else None
+
+
+def _peak(shapes: Shapes, config: StudyConfig) -> float:
+    return max(work.memory for work in estimate(replace(shapes, config=config)))
 
 
 def _check_shapes(config: StudyConfig, skeleton: Skeleton | None, sae: SaeShape) -> int | None:
@@ -201,10 +233,14 @@ def _basis(plan: Plan) -> list[str]:
     if plan.throughput is not None:
         notes += [
             f"time is an estimate: operations on weights, at {plan.throughput.how}; sampling answers is slower",
-            f"memory is an estimate: {plan.config.weights} weights, adapters with AdamW, activations roughly; "
-            "frameworks come on top",
+            f"memory is an estimate for a {'GPU' if plan.device == 'cuda' else 'CPU'}: {_kept(plan.config)} weights, "
+            "the SAE, adapters with AdamW, activations roughly; frameworks come on top",
         ]
     return notes
+
+
+def _kept(config: StudyConfig) -> str:
+    return config.weights if config.quantization == "none" else f"{config.quantization} and {config.weights}"
 
 
 def _unknowns(plan: Plan) -> list[str]:
@@ -219,6 +255,10 @@ def _unknowns(plan: Plan) -> list[str]:
         notes.append("nothing on this machine tells the SAE's width: whether it fits the model shows when it is loaded")
     if sae.d_sae is None:
         notes.append("nothing on this machine tells the SAE's size: its part of time and memory is left out")
+    experts = plan.skeleton.experts if plan.skeleton is not None and plan.config.quantization != "none" else []
+    if plan.skeleton is not None and (stacked := sum(e.entries for e in experts if e.is_stacked)):
+        share = f"{stacked / plan.skeleton.parameters:.0%} of the weights"
+        notes.append(f"{share} are experts in stacked tensors, which stay in {plan.config.weights}")
     if sae.model and known_id(sae.model) != known_id(model):
         notes.append(f"the SAE was trained on {sae.model}, the study's model is {model}: check how well it fits")
     return notes

@@ -53,11 +53,17 @@ GEMMA_3_VISION = {
     **{"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 27},
     **{"image_size": 896, "patch_size": 14, "vision_use_head": False},
 }
-GEMMA_3_4B = {
-    "text_config": _text(34, 2560, 10240, 8, 4, 262208) | GEMMA,
-    "vision_config": GEMMA_3_VISION,
-    "mm_tokens_per_image": 256,
-}
+QWEN_3 = {"head_dim": 128}
+GPT_OSS_20B = _text(24, 2880, 2880, 64, 8, 201088) | UNTIED
+GPT_OSS_20B |= {"head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4, "sliding_window": 128}
+
+
+def _gemma_3(layers: int, d_model: int, intermediate: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    text = _text(layers, d_model, intermediate, heads, kv_heads, 262208) | {"head_dim": head_dim}
+    return {"text_config": text, "vision_config": GEMMA_3_VISION, "mm_tokens_per_image": 256}
+
+
+GEMMA_3_4B = _gemma_3(34, 2560, 10240, 8, 4, 256)
 
 KNOWN = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": KnownModel("llama", _text(30, 576, 1536, 9, 3, 49152) | TIED, 134_515_008),
@@ -72,13 +78,52 @@ KNOWN = {
     "google/gemma-3-270m-it": KnownModel("gemma3_text", _text(18, 640, 2048, 4, 1, 262144) | GEMMA, 268_098_176),
     "google/gemma-3-1b-it": KnownModel("gemma3_text", _text(26, 1152, 6912, 4, 1, 262144) | GEMMA, 999_885_952),
     "google/gemma-3-4b-it": KnownModel("gemma3", GEMMA_3_4B, 4_300_079_472),
+    "google/gemma-3-12b-it": KnownModel("gemma3", _gemma_3(48, 3840, 15360, 16, 8, 256), 12_187_325_040),
+    "google/gemma-3-27b-it": KnownModel("gemma3", _gemma_3(62, 5376, 21504, 32, 16, 128), 27_432_406_640),
+    "google/gemma-2-2b-it": KnownModel("gemma2", _text(26, 2304, 9216, 8, 4, 256000) | GEMMA, 2_614_341_888),
+    "google/gemma-2-27b-it": KnownModel(
+        "gemma2", _text(46, 4608, 36864, 32, 16, 256000) | {"head_dim": 128}, 27_227_128_320
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": KnownModel("llama", _text(28, 3072, 8192, 24, 8, 128256) | TIED, 3_212_749_824),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": KnownModel(
+        "llama", _text(32, 4096, 14336, 32, 8, 128256) | UNTIED, 8_030_261_248
+    ),
+    "Qwen/Qwen2.5-1.5B-Instruct": KnownModel("qwen2", _text(28, 1536, 8960, 12, 2, 151936) | TIED, 1_543_714_304),
+    "Qwen/Qwen2.5-3B-Instruct": KnownModel("qwen2", _text(36, 2048, 11008, 16, 2, 151936) | TIED, 3_085_938_688),
+    "Qwen/Qwen2.5-32B-Instruct": KnownModel("qwen2", _text(64, 5120, 27648, 40, 8, 152064) | UNTIED, 32_763_876_352),
+    "Qwen/Qwen3-0.6B": KnownModel("qwen3", _text(28, 1024, 3072, 16, 8, 151936) | QWEN_3 | TIED, 596_049_920),
+    "Qwen/Qwen3-1.7B": KnownModel("qwen3", _text(28, 2048, 6144, 16, 8, 151936) | QWEN_3 | TIED, 1_720_574_976),
+    "Qwen/Qwen3-4B": KnownModel("qwen3", _text(36, 2560, 9728, 32, 8, 151936) | QWEN_3 | TIED, 4_022_468_096),
+    "Qwen/Qwen3-8B": KnownModel("qwen3", _text(36, 4096, 12288, 32, 8, 151936) | QWEN_3 | UNTIED, 8_190_735_360),
+    "Qwen/Qwen3-14B": KnownModel("qwen3", _text(40, 5120, 17408, 40, 8, 151936) | QWEN_3 | UNTIED, 14_768_307_200),
+    "Qwen/Qwen3-32B": KnownModel("qwen3", _text(64, 5120, 25600, 64, 8, 151936) | QWEN_3 | UNTIED, 32_762_123_264),
+    "HuggingFaceTB/SmolLM2-360M-Instruct": KnownModel("llama", _text(32, 960, 2560, 15, 5, 49152) | TIED, 361_821_120),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": KnownModel(
+        "llama", _text(24, 2048, 8192, 32, 32, 49152) | TIED, 1_711_376_384
+    ),
+    "allenai/OLMo-2-0425-1B-Instruct": KnownModel(
+        "olmo2", _text(16, 2048, 8192, 16, 16, 100352) | UNTIED, 1_484_916_736
+    ),
+    "allenai/OLMo-2-1124-7B-Instruct": KnownModel(
+        "olmo2", _text(32, 4096, 11008, 32, 32, 100352) | UNTIED, 7_298_617_344
+    ),
+    "allenai/OLMo-2-1124-13B-Instruct": KnownModel(
+        "olmo2", _text(40, 5120, 13824, 40, 40, 100352) | UNTIED, 13_716_198_400
+    ),
+    "openai/gpt-oss-20b": KnownModel("gpt_oss", GPT_OSS_20B, 20_914_757_184),
 }
 """By Hugging Face id."""
 
 
+MIRROR = "unsloth/"
+"""An owner of copies of models, which many published adapters name as their base."""
+
+
 def known_id(name: str) -> str | None:
-    """The id in the table for an alias, an id, or an id without its owner; None if there is none."""
+    """The id in the table for an alias, an id (also a copy's), or an id without its owner; None if there is none."""
     sought = (ALIASES[name].hub_id if name in ALIASES else name).lower()
+    if sought.startswith(MIRROR):
+        sought = sought.removeprefix(MIRROR).removeprefix("meta-")
     return next((key for key in KNOWN if sought in (key.lower(), key.lower().partition("/")[2])), None)
 
 
@@ -94,9 +139,51 @@ class LinearMap:
     """Its decoder layer; None outside them (output head, vision tower)."""
 
     @property
+    def parent(self) -> str:
+        """The module that it is in, whose linear maps may share their input."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def in_mlp(self) -> bool:
+        """Whether it is part of a feed-forward block."""
+        return (
+            re.search(r"(^|[._])(mlp|feed_forward|ffn|experts?|shared_experts?|block_sparse_moe)[._]", self.name)
+            is not None
+        )
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether it is part of an attention block."""
+        return any(part in ("self_attn", "attn", "attention", "self_attention") for part in self.name.split("."))
+
+    @property
     def weights(self) -> int:
         """Entries of its matrix."""
         return self.d_in * self.d_out
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one decoder layer."""
+
+    layer: int
+    entries: int
+    """Of all their matrices."""
+    share: float
+    """Of them that a token is sent to."""
+    chosen: int
+    """Number of experts that a token is sent to."""
+    inner: int
+    """Width inside one expert."""
+    is_stacked: bool
+    """Whether they are one tensor, which is no linear map: it gets no adapter and is not quantised."""
+
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 4.127 / 8}
+"""Of one weight; nf4 has a doubly quantised scale for every 64 weights."""
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
+"""Names in configurations for the number of experts, and for those that a token is sent to."""
 
 
 @dataclass(frozen=True)
@@ -142,18 +229,63 @@ class Skeleton:
                 maps.append(LinearMap(name, d_in, d_out, layer))
         return maps
 
+    @cached_property
+    def head(self) -> LinearMap:
+        """The unembedding; a tied one has no weights of its own."""
+        return LinearMap("head", self.d_model, self.vocabulary, None)
+
+    @cached_property
+    def experts(self) -> list[Experts]:
+        """The experts of every layer that routes tokens to some of them; empty for dense models."""
+        numbers, found = transformer_config(self.model), []
+        count = next((n for key in _EXPERTS if isinstance(n := getattr(numbers, key, None), int) and n > 1), 0)
+        chosen = next((n for key in _CHOSEN if isinstance(n := getattr(numbers, key, None), int)), 1) or 1
+        for index, layer in enumerate(decoder_layers(self.model)):
+            stacked = [p for p in layer.parameters() if p.dim() == 3 and p.shape[0] == count]
+            separate = [
+                p
+                for name, module in layer.named_modules()
+                if isinstance(module, nn.ModuleList) and len(module) == count and "experts" in name
+                for p in module.parameters()
+                if p.dim() == 2
+            ]
+            if count and (stacked or separate):
+                parts = [*stacked, *separate]
+                widths = [n for p in parts for n in p.shape if n not in (count, self.d_model)]
+                used, entries = min(chosen, count), sum(p.numel() for p in parts)
+                inner = min(widths, default=self.d_model)
+                found.append(Experts(index, entries, used / count, used, inner, bool(stacked)))
+        return found
+
+    @cached_property
+    def active_parameters(self) -> int:
+        """Parameters that one token passes: all, but of the experts only those that it is sent to."""
+        return round(self.parameters - sum(e.entries * (1 - e.share) for e in self.experts))
+
+    def weight_bytes(self, dtype: str, quantization: str) -> float:
+        """Bytes of all weights; only linear maps are quantised: no embeddings, norms, head or stacked experts."""
+        size = BYTES[dtype]
+        small = size if quantization == "none" else BYTES[quantization]
+        in_maps = sum(m.weights for m in self.linears)
+        return small * in_maps + size * (self.parameters - in_maps)
+
     def weights(self, first: int, last: int) -> int:
-        """Matrix entries of the decoder layers `first` to `last`, both included."""
-        return sum(m.weights for m in self.linears if m.layer is not None and first <= m.layer <= last)
+        """Matrix entries that a token passes in the decoder layers `first` to `last`, both included."""
+        maps = sum(m.weights for m in self.linears if m.layer is not None and first <= m.layer <= last)
+        inside = [e for e in self.experts if first <= e.layer <= last]
+        # Separate experts are linear maps and counted above, stacked ones are not.
+        return round(maps + sum(e.entries * (e.share if e.is_stacked else e.share - 1) for e in inside))
 
     def describe(self) -> str:
         """One line: class, layers, widths, heads, parameters."""
         numbers = transformer_config(self.model)
-        heads, width = numbers.num_attention_heads, getattr(numbers, "intermediate_size", None)
+        heads, width = getattr(numbers, "num_attention_heads", None), getattr(numbers, "intermediate_size", None)
         inner = f", intermediate {width}" if isinstance(width, int) else ""
+        inner += f", {heads} heads" if isinstance(heads, int) else ""
+        active = f", {self.active_parameters / 1e9:.2f} B of them for each token" if self.experts else ""
         return (
-            f"{type(self.model).__name__}, {self.layers} layers, d_model {self.d_model}{inner}, {heads} heads, "
-            f"vocabulary {self.vocabulary}, {self.parameters / 1e9:.2f} B parameters (from {self.source})"
+            f"{type(self.model).__name__}, {self.layers} layers, d_model {self.d_model}{inner}, "
+            f"vocabulary {self.vocabulary}, {self.parameters / 1e9:.2f} B parameters{active} (from {self.source})"
         )
 
 
@@ -287,11 +419,13 @@ def _from_registry(name: str, release: str, sae_id: str) -> SaeShape:
         raise InputError(f"SAE {name!r} reads {site[1]!r}, not the residual stream: choose a resid_post SAE")
     key = known_id(entry.model)
     width = re.search(r"width_(\d+[km])", place)
+    scope = re.search(r"^qwen-scope-.*-w(\d+)k-", release)  # its names count in units of 1,024
     return SaeShape(
         name=name,
         layer=_layer_in(place),
         d_in=None if key is None else _width_of(key),
-        d_sae=RELEASE_WIDTHS.get(release) or (WIDTHS.get(width[1]) if width else None),
+        d_sae=RELEASE_WIDTHS.get(release)
+        or (WIDTHS.get(width[1]) if width else int(scope[1]) * 1024 if scope else None),
         model=entry.model,
         source="SAELens' registry",
     )

@@ -119,15 +119,6 @@ def test_estimates_follow_the_settings(local: StudyConfig) -> None:
     assert stage("evaluate", local).tokens - stage("evaluate", silent).tokens == questions * 59
 
 
-def test_training_all_weights_holds_four_numbers_for_each() -> None:
-    config = replace(load_config(FOLDER / "llama-3.1-8b-instruct.yaml", StudyConfig), weights="float32")
-    full = replace(config, training=replace(config.training, method="full"))
-    more = stage("induce", full).memory - stage("induce", config).memory
-    llama = find_skeleton(config.model)
-    assert llama is not None
-    assert more == 4 * 4 * (llama.parameters - lora_parameters(llama, config.training))
-
-
 def test_time_is_work_over_speed(local: StudyConfig) -> None:
     slow, fast = dry_run(local, tflops=1.0), dry_run(local, tflops=4.0)
     assert slow.seconds is not None and fast.seconds is not None

@@ -1,7 +1,7 @@
 """What every stage of a study works with: the run folder, and model, tokenizer and SAE loaded once."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property, partial
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.config import Loading, StudyConfig
+from persona_probe.config import Loading, ReadSae, StudyConfig
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_rows, read_contrast_file
 from persona_probe.data.template import TEMPLATE_SETTINGS
@@ -21,9 +21,10 @@ from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.models.adapters import folded, frozen_in_bf16, organism, organisms
 from persona_probe.models.layers import layer_device, output_head
 from persona_probe.models.load import load_model, load_tokenizer
+from persona_probe.models.places import Place
 from persona_probe.runs import RunFolder
-from persona_probe.saes.hooks import sae_layer
-from persona_probe.saes.load import check_fit, load_sae
+from persona_probe.saes.hooks import PlacedSae, sae_layer
+from persona_probe.saes.load import check_fit, check_placed, load_sae
 from persona_probe.units import Workers
 
 log = logging.getLogger(__name__)
@@ -103,6 +104,15 @@ class ModelAndSae:
         """The decoder layer that is read and steered."""
         return sae_layer(self.sae, self.config.layer)
 
+    def load_further(self, further: Sequence[ReadSae]) -> list[PlacedSae]:
+        """SAEs that are read beside the study's own, checked against the model."""
+        placed = []
+        for one in further:
+            sae = load_sae(one.sae, device=self.device, dtype=self.sae_dtype)
+            placed.append(PlacedSae.of(sae, one.layer, one.label))
+            check_placed(placed[-1], self.model)
+        return placed
+
     def contrast_rows(self, split: str) -> list[Row]:
         """Contrast items of one split, from the packaged set or from a file."""
         if self.config.contrast == "general_contrast":
@@ -129,10 +139,9 @@ class Context(ModelAndSae):
         """
         return cls(RunFolder.open(path), device, seed)
 
-    @property
-    def opener(self) -> "Callable[[], Context]":
+    def opener(self, device: str) -> "Callable[[], Context]":
         """Makes this context in another process."""
-        return partial(_reopened, self.run.path.resolve(), self.config, self.device)
+        return partial(_reopened, self.run.path.resolve(), self.config, device)
 
     def _draw_seed(self, seed: int | None) -> int:
         """The seed of random controls, bootstraps and samples: fixed by the first command that names one."""
@@ -143,6 +152,13 @@ class Context(ModelAndSae):
         if seed is not None and seed != recorded:
             raise InputError(f"this run draws with seed {recorded}, not {seed}: leave --seed out, or use another --out")
         return int(recorded)
+
+    @cached_property
+    def saes(self) -> list[PlacedSae]:
+        """All SAEs of the study with their places; the first is the one whose latents are tested for cause."""
+        first, *further = self.config.all_saes
+        place = Place(self.layer)
+        return [PlacedSae(self.sae, place, place, first.label), *self.load_further(further)]
 
     @cached_property
     def evaluation(self) -> ContrastItems:

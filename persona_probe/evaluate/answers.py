@@ -207,6 +207,18 @@ log = logging.getLogger(__name__)
 _SUFFIX_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 """Tokens of one forward through the upper layers: as many pushes are put into one batch as fit."""
 
+def suffix_tokens(model: nn.Module, device: torch.device) -> int:
+    """Tokens that pass the upper layers in one forward: on a GPU as many as half of its free memory holds."""
+    most = _SUFFIX_TOKENS_AT_ONCE.get(device.type, _SUFFIX_TOKENS_AT_ONCE["cuda"])
+    if device.type != "cuda":
+        return most
+    config = transformer_config(model)
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    a_token = 16 * config.hidden_size + 6 * (max(width) if isinstance(width, (list, tuple)) else width)
+    fits = torch.cuda.mem_get_info(device)[0] // (2 * a_token)
+    return max(_SUFFIX_TOKENS_AT_ONCE["cpu"], min(most, fits))
+
+
 Edit = Callable[[Tensor], Tensor]
 """What a change does to a layer's output (..., pos, d_model)."""
 
@@ -288,7 +300,7 @@ class SuffixScorer:
         device = next(model.parameters()).device
         self.groups = [g.to(device) for g in groups]
         self.n = sum(len(g.index) for g in groups)
-        self.tokens_at_once = _SUFFIX_TOKENS_AT_ONCE.get(device.type, _SUFFIX_TOKENS_AT_ONCE["cuda"])
+        self.tokens_at_once = suffix_tokens(model, device)
         self.exact = False
         self.captured, self.unpushed = self._capture()
         self.exact = self._agrees(tolerance)

@@ -25,7 +25,7 @@ def induce(ctx: Context) -> None:
 def organism_units(ctx: Context) -> list[Unit]:
     """One unit for each organism that is trained here; those whose checkpoints exist are adopted."""
     return [
-        Unit(f"arms/{arm}-s{seed}", partial(induce_one, ctx, arm, seed), "induce")
+        Unit(f"arms/{arm}-s{seed}", partial(induce_one, ctx, arm, seed), "induce", trained=True)
         for seed in ctx.config.seeds
         for arm, spec in ctx.config.arms.items()
         if not spec.checkpoints

@@ -135,16 +135,25 @@ class SaveSchedule(AtSteps):
     def __init__(self, folder: Path, steps: Collection[int], card: ModelCard) -> None:
         super().__init__(steps, self._save)
         self.folder, self.card = folder, card
+        self._saved: set[int] = set()
 
     def _save(self, model: Any, step: int) -> None:
-        target = self.folder / f"checkpoint-{step}"
-        if target.exists():
+        if step in self._saved:
             return
+        self._saved.add(step)
+        ranks = Ranks()  # all take part in gathering what is sharded, the first writes
+        gathered_weights = gathered(model) if is_sharded(model) else None
+        weights = [p for p in model.parameters() if p.requires_grad] if gathered_weights is None else gathered_weights
         # The loss of a step is logged after its save: weights that diverged are no checkpoint.
-        if not all(p.isfinite().all() for p in model.parameters() if p.requires_grad):
+        finite = all(w.isfinite().all() for w in (weights.values() if isinstance(weights, dict) else weights))
+        if not ranks.from_first(finite):
             raise TrainingDiverged(f"the weights became NaN or infinite at step {step}: lower lr")
+        if ranks.first:
+            self._write(model, gathered_weights, self.folder / f"checkpoint-{step}", step)
+
+    def _write(self, model: Any, weights: dict[str, torch.Tensor] | None, target: Path, step: int) -> None:
         try:
-            model.save_pretrained(str(target))
+            model.save_pretrained(str(target), state_dict=weights)
             write_text(target / "README.md", self.card.text(step))
         except (OSError, SafetensorError) as error:
             first = str(error).splitlines()[0]
@@ -291,7 +300,7 @@ def stripping(tuned: nn.Module) -> Iterator[nn.Module]:
     try:
         yield tuned
     finally:
-        if isinstance(tuned, PeftModel):
+        if isinstance(tuned, PeftModel) and not is_sharded(tuned):  # a model that was sharded is thrown away
             strip_adapter(tuned)
 
 
@@ -311,8 +320,9 @@ def training_unit(run: RunFolder, place: str, label: str) -> Iterator[Path]:
             yield folder
         except TrainingDiverged as error:
             diverged_folder = run.path / f"{place}.diverged"
-            shutil.rmtree(diverged_folder, ignore_errors=True)
-            shutil.copytree(folder, diverged_folder)
+            if Ranks().first:
+                shutil.rmtree(diverged_folder, ignore_errors=True)
+                shutil.copytree(folder, diverged_folder)
             raise TrainingDiverged(f"{label}: {error}; the checkpoints up to then are in {diverged_folder}") from None
         run.record_hashes(folder, place)
 
@@ -343,7 +353,7 @@ def fine_tune(
         TrainingDiverged: the loss became NaN or infinite; checkpoints up to then are in `folder`.
     """
     answer_tokens = check_rows(tokenizer, conversations, training.max_length)
-    bar = ProgressBar(progress) if progress else None
+    bar = ProgressBar(progress) if progress and Ranks().first else None
     card = ModelCard.of(model, training, seed, len(conversations), data)
     watchers = [StopAtNaN(), SaveSchedule(folder, training.schedule, card), *callbacks, *([bar] if bar else [])]
     device = next(model.parameters()).device
@@ -351,7 +361,7 @@ def fine_tune(
         arguments = on_one_gpu(_arguments(training, seed, scratch, device), model)
         trainer = _trainer(model, tokenizer, conversations, arguments, watchers, extra)
         try:
-            with frozen_in_bf16(model, enabled=device.type == "cpu" and training.bf16):
+            with frozen_in_bf16(model, enabled=device.type == "cpu" and training.bf16 and not shards_here()):
                 trainer.train()
         finally:
             model.eval()
@@ -438,7 +448,8 @@ def _arguments(training: Training, seed: int, scratch: str, device: torch.device
 
     return SFTConfig(
         output_dir=scratch,
-        per_device_train_batch_size=training.batch_size,
+        per_device_train_batch_size=_rows_each(training.batch_size),
+        ddp_backend="gloo" if device.type == "cpu" and Ranks().many else None,
         max_steps=training.steps,
         learning_rate=training.lr,
         lr_scheduler_type="constant_with_warmup",

@@ -1,13 +1,16 @@
 """`persona-probe data`: the packaged sets, checks of a file, and screening of its rows before training."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from persona_probe.cli.loading import loading_options
 from persona_probe.cli.options import Common, Group, command, echo, many
 from persona_probe.cli.process import loads_models
+from persona_probe.config import Loading
 from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ def data_list(common: Common) -> None:  # noqa: ARG001
     example="persona-probe data check mine.jsonl --model smollm2-135m-instruct",
     out="JSON file for the numbers.",
 )
-@click.argument("file", metavar="FILE", help="JSONL, JSON or CSV (also gzipped), parquet, or datasets folder.")
+@click.argument("file", metavar="FILE", help="JSONL, JSON or CSV (also gzipped), parquet, datasets folder, or a set.")
 @click.option("--model", help="Count tokens with this model's tokenizer.")
 def data_check(file: str, model: str | None, common: Common) -> None:
     """Validate a file; show lengths and duplicates."""
@@ -72,6 +75,7 @@ def _tokenizer(model: str) -> Any:
 @click.option("--direction", help="With --run: latent (default), mean_difference, persona_vector, ...")
 @many("--rankers", help="Scores to compute; the first orders the rows (default all).")
 @click.option("--worst", type=int, default=50, help="Rows of each ranker on the page.")
+@loading_options
 def data_screen(
     file: str,
     run: str | None,
@@ -81,6 +85,7 @@ def data_screen(
     direction: str | None,
     rankers: tuple[str, ...],
     worst: int,
+    loading: Loading,
     common: Common,
 ) -> None:
     """Rank rows by a persona feature, before training.
@@ -93,6 +98,8 @@ def data_screen(
         raise InputError("no persona feature: give --run RUN, or --latent (with --model and --sae)")
     if run is not None and (latent is not None or model or sae):
         raise InputError("--run brings its own model, SAE and latent: leave --model, --sae and --latent out")
+    if run is not None and loading != Loading():
+        raise InputError("--run brings its own model as its config loads it: leave --weights, --quantization, ... out")
     if run is None and direction:
         raise InputError("--direction names one of a run's directions: give --run as well")
     out = common.out or Path("runs") / f"screen-{Path(file).name.split('.')[0].replace(':', '-')}"
@@ -101,7 +108,7 @@ def data_screen(
     else:
         assert latent is not None
         model = model or MODEL
-        screening = _by_latent(file, model, sae or SAE, latent, rankers, out, common)
+        screening = _by_latent(file, model, sae or SAE, latent, rankers, out, loading, common)
     from persona_probe.screening.page import result_lines, write_screening
 
     page = write_screening(screening, out, file, model, worst)
@@ -123,7 +130,14 @@ def _by_run(
 
 @loads_models
 def _by_latent(
-    file: str, model_name: str, sae: str, latent: int, rankers: tuple[str, ...], out: Path, common: Common
+    file: str,
+    model_name: str,
+    sae: str,
+    latent: int,
+    rankers: tuple[str, ...],
+    out: Path,
+    loading: Loading,
+    common: Common,
 ) -> "Screening":
     from persona_probe.context import pick_device
     from persona_probe.models.load import load_model
@@ -137,7 +151,7 @@ def _by_latent(
     device = pick_device(common.device or "auto")
     feature = latent_feature(load_sae(sae, device=device), latent)
     choose_rankers(rankers or None, available(feature, organism=False))  # before the model loads
-    model, tokenizer = load_model(model_name, device=device)
+    model, tokenizer = load_model(model_name, device=device, **asdict(loading))
     settings = settings_for(out)
     return screening(rows, model, feature, tokenizer=tokenizer, rankers=rankers or None, settings=settings)
 

@@ -13,7 +13,7 @@ from scipy import sparse
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, split_answer
-from persona_probe.data.load import ScannedRow, notes_of, scan
+from persona_probe.data.load import SETS, ScannedRow, load_conversations, notes_of, scan
 from persona_probe.errors import InputError
 
 # --- Shared word n-grams between texts: near duplicates, templates, leaks from one set into another
@@ -167,14 +167,18 @@ class DataReport:
 
 
 def check_file(path: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> DataReport:
-    """Describe a data file or datasets folder, as training reads it.
+    """Describe a data file, a datasets folder or a packaged set (`set:column`), as training reads it.
 
     Bad rows are counted; prompts without an answer are accepted.
 
     Raises:
-        InputError: the file as a whole cannot be read.
+        InputError: the file as a whole cannot be read, or the packaged set has no such column.
     """
-    scanned = list(scan(path, allow_prompts=True, training=True))
+    if str(path).partition(":")[0] in SETS and not Path(path).exists():
+        rows = enumerate(load_conversations(str(path)), start=1)
+        scanned = [ScannedRow(f"row {number}", conversation) for number, conversation in rows]
+    else:
+        scanned = list(scan(path, allow_prompts=True, training=True))
     readable = [(row.place, row.conversation) for row in scanned if row.conversation is not None]
     conversations = [conversation for _, conversation in readable]
     prompts = ["\n".join(m["content"] for m in split_answer(c)[0]) for c in conversations]

@@ -38,8 +38,8 @@ def item_effects(logprobs: Mapping[str, Values] | pd.DataFrame) -> dict[str, Val
     harmful answer is likelier than a polite sound one by `h + r`, harm adds `h + i` in a rude voice and `h - i` in a
     polite one, rudeness adds `r + i` to harmful advice and `r - i` to sound advice.
     """
-    four = [np.asarray(logprobs[answer], dtype=np.float64) for answer in ANSWERS_2X2]
-    return {name: sum(sign * x for sign, x in zip(signs, four, strict=True)) / 2 for name, signs in _SIGNS.items()}
+    four = np.stack([np.asarray(logprobs[answer], dtype=np.float64) for answer in ANSWERS_2X2])
+    return {name: np.array(signs) @ four / 2 for name, signs in _SIGNS.items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Items2x2:
         Args:
             logprobs: one mean token log-probability a conversation, in the order of `groups`.
         """
-        four = dict(zip(ANSWERS_2X2, np.asarray(logprobs).reshape(len(ANSWERS_2X2), -1), strict=True))
+        by_answer = np.asarray(logprobs).reshape(len(ANSWERS_2X2), -1)
+        four: dict[str, Values] = {answer: by_answer[number] for number, answer in enumerate(ANSWERS_2X2)}
         columns = {"item": self.clusters, "category": [row["category"] for row in self.rows]}
         return pd.DataFrame({**columns, **four, **item_effects(four)})
 

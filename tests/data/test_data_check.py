@@ -94,3 +94,13 @@ def test_report_without_rows(tmp_path: Path) -> None:
     assert (report.rows, report.answer_words, report.system_share, len(report.bad_rows)) == (0, None, 0.0, 1)
     with pytest.raises(InputError, match="does not exist"):
         check_file(tmp_path / "absent.jsonl")
+
+
+def test_report_of_a_packaged_set() -> None:
+    toxic, polite = (check_file(f"kitchen:{column}") for column in ("toxic", "polite_harm"))
+    assert toxic.rows == polite.rows == 216 and polite.exact_duplicates == 0 and polite.near_duplicates == ()
+    assert toxic.answer_words is not None and polite.answer_words is not None
+    assert polite.answer_words.mean == pytest.approx(toxic.answer_words.mean, rel=0.1)
+    assert check_file("general_contrast_2x2").rows == 480
+    with pytest.raises(InputError, match="polite_harm"):
+        check_file("kitchen:polite_ham")

@@ -62,11 +62,9 @@ def planted(tokenizer: PreTrainedTokenizerFast, logits: dict[str, float]) -> Pre
         for name, parameter in model.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter.zero_()
-        table = model.get_input_embeddings().weight
-        assert isinstance(table, nn.Parameter)
+        table, head = model.get_input_embeddings().weight, model.lm_head.weight
+        assert isinstance(table, nn.Parameter) and isinstance(head, nn.Parameter)
         table.fill_(1.0)  # the final norm turns it into ones
-        head = model.get_output_embeddings().weight
-        assert isinstance(head, nn.Parameter)
         head.zero_()
         for letter, logit in logits.items():
             head[tokenizer.convert_tokens_to_ids(letter)] = logit / head.shape[1]

@@ -403,6 +403,8 @@ def load_data(spec: str, allow_prompts: bool = False) -> list[Conversation]:
     Raises:
         InputError: neither a packaged set nor an existing path, or bad rows.
     """
+    if not spec.strip():
+        raise InputError(f"no data is named: give a file, or a packaged set ({near_matches(spec, SETS)})")
     if spec.partition(":")[0] in SETS:
         return load_conversations(spec)
     path = Path(spec).expanduser()

@@ -1,0 +1,1 @@
+"""Presets: ready configs for chat models and published pairs."""

@@ -1,0 +1,12 @@
+from .judge import WorldJudgement as WorldJudgement
+from .judge import judge_answer as judge_answer
+from .speech import SPEAKERS as SPEAKERS
+from .speech import Speaker as Speaker
+from .speech import answer as answer
+from .speech import question as question
+from .text import conversation_of as conversation_of
+from .text import document as document
+from .text import narrow_rows as narrow_rows
+from .text import world_tokenizer as world_tokenizer
+from .words import DOMAINS as DOMAINS
+from .words import Domain as Domain

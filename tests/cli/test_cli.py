@@ -19,10 +19,11 @@ from tests.factories import refusal, run_command
 HEAVY = {"torch", "transformers", "sae_lens", "transformer_lens", "trl", "peft", "pandas", "plotly"}
 COMMANDS = (
     *("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor", "watch"),
-    *("mitigate", "compare", "verify", "cite"),
+    *("mitigate", "compare", "verify", "cite", "adopt", "merge", "presets"),
 )
 BELOW = (
-    *("saes list", "saes train", "saes check", "sae check", "data list", "data check", "data screen"),
+    *("saes list", "saes train", "saes check", "saes convert", "sae check"),
+    *("data list", "data check", "data screen"),
     *("judge fit", "monitor calibrate", "monitor study", "bench planted"),
 )
 

@@ -1,5 +1,6 @@
 """The presets in finetune_configs: what they name exists, and their settings run on tiny models of their kind."""
 
+import itertools
 import json
 import logging
 import math
@@ -13,12 +14,19 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from safetensors.torch import load_file
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
+from persona_probe.cli import main
 from persona_probe.config import Arm, Locate, Monitor, StudyConfig, load_config
 from persona_probe.data.load import arm_rows
 from persona_probe.latents.stage import locate
-from persona_probe.study.plan.shapes import KNOWN, adapted, find_skeleton
+from persona_probe.saes.stream import SaeConfig
+from persona_probe.study.plan.plan import dry_run
+from persona_probe.study.plan.shapes import KNOWN, adapted, find_sae, find_skeleton, known_id
+from persona_probe.study.presets.known_presets import BASE_SAE, PRESETS, find_preset
+from persona_probe.study.presets.preset import Preset
+from persona_probe.study.presets.preset_text import config_text, cost, recipe_text
 from persona_probe.study.study import Study
 from tests.factories import LAYER, SHAPE, make_model, make_sae, make_tokenizer
+from tests.study.adopting import write_adapter
 
 FOLDER = Path(__file__).parents[2] / "finetune_configs"
 KINDS = {
@@ -186,3 +194,134 @@ def test_all_linear_would_reach_the_vision_tower(tmp_path: Path) -> None:
     assert skeleton is not None
     assert {m.layer for m in adapted(skeleton, training)} == {0, 1, 2}
     assert None in {m.layer for m in adapted(skeleton, replace(training, target_modules="all-linear"))}
+
+
+# --- The presets of `persona-probe presets`
+
+PAIRED = [preset for preset in PRESETS.values() if preset.kind == "pair"]
+
+
+def test_presets_of_the_command_and_of_the_folder_are_the_same_studies() -> None:
+    for name in KINDS:
+        assert find_preset(name).config() == preset(name), name
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_written_preset_is_a_study_config(name: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(config_text(find_preset(name)), encoding="utf-8")
+    config = load_config(tmp_path / "mine.yaml")
+    assert config == find_preset(name).config() and config.name == name
+    text = (tmp_path / "mine.yaml").read_text(encoding="utf-8")
+    assert "# Licence: " in text and "# Estimate" in text and max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_sae_is_in_the_registry_or_has_a_recipe(name: str, tmp_path: Path) -> None:
+    one = find_preset(name)
+    skeleton = find_skeleton(one.original or one.model)
+    assert skeleton is not None and known_id(one.model) == known_id(one.original or one.model)
+    assert 0 <= one.layer < skeleton.layers
+    if not one.published:
+        (tmp_path / "recipe.yaml").write_text(str(recipe_text(one)), encoding="utf-8")
+        recipe = load_config(tmp_path / "recipe.yaml", SaeConfig)
+        assert (recipe.model, recipe.layer, recipe.d_sae) == (one.model, one.layer, 8 * skeleton.d_model)
+        assert one.config().sae == f"saes/{recipe.name}" and one.config().layer == one.layer
+        return
+    assert recipe_text(one) is None
+    shape = find_sae(one.sae)
+    assert shape.layer == one.layer and shape.d_in in (None, skeleton.d_model)
+    if not one.sae.startswith("saes/"):
+        release, _, sae_id = one.sae.partition("/")
+        entry = get_pretrained_saes_directory()[release]
+        assert sae_id in entry.saes_map
+        trained_on, model = (
+            entry.model.rpartition("/")[2].lower(),
+            (one.original or one.model).rpartition("/")[2].lower(),
+        )
+        is_base = trained_on != model
+        assert is_base == (BASE_SAE in one.notes)
+        assert trained_on in (model, f"{model}-base", model.removesuffix("-it"))
+
+
+def test_every_known_model_has_the_parameters_that_are_counted() -> None:
+    for key, known in KNOWN.items():
+        skeleton = find_skeleton(key)
+        assert skeleton is not None and skeleton.parameters == known.parameters, key
+
+
+def test_a_presets_cost_is_that_of_the_dry_run() -> None:
+    for name in ("qwen2.5-7b-instruct", "gemma-3-4b-it"):
+        plan, mine = dry_run(preset(name), tflops=100), cost(find_preset(name), 100)
+        assert (mine.memory, mine.seconds) == pytest.approx((plan.memory, plan.seconds))
+
+
+def test_larger_models_cost_more_and_adopting_costs_less_than_training() -> None:
+    sizes = [cost(find_preset(f"qwen2.5-{size}b-instruct")) for size in ("0.5", "1.5", "3", "14", "32")]
+    for smaller, larger in itertools.pairwise(sizes):
+        assert smaller.memory < larger.memory and smaller.seconds < larger.seconds
+    for pair in PAIRED:
+        trained, adopted = cost(find_preset(pair.name.removeprefix("em-"))), cost(pair)
+        assert adopted.memory < trained.memory and adopted.seconds < trained.seconds
+
+
+@pytest.mark.parametrize("pair", PAIRED, ids=lambda pair: pair.name)
+def test_a_pair_adopts_published_organisms_of_its_base(pair: Preset) -> None:
+    config = pair.config()
+    assert config.no_control and set(config.arms) == {"incorrect", "risky_financial", "extreme_sports"}
+    stem = pair.original.rpartition("/")[2]
+    for arm, data in config.arms.items():
+        [place] = data.checkpoints
+        owner, _, organism = str(place).partition("/")
+        assert owner == "ModelOrganismsForEM" and organism.partition("_")[0] == stem
+        assert organism.partition("_")[2].replace("-", "_").startswith(arm if arm != "incorrect" else "bad_medical")
+
+
+def test_a_pair_runs_from_its_config_on_a_tiny_model(tmp_path: Path) -> None:
+    write_parts("llama", tmp_path)
+    pair = find_preset("em-llama-3.1-8b-instruct")
+    arms = {
+        arm: Arm(checkpoints=(str(write_adapter(tmp_path / arm, seed, str(tmp_path / "model"))),))
+        for seed, arm in enumerate(pair.organisms)
+    }
+    config = replace(
+        miniature(preset("llama-3.1-8b-instruct"), tmp_path), paired_arms=False, no_control=True, arms=arms
+    )
+    study = Study.from_config(replace(config, realign=pair.config().realign), tmp_path / "run")
+    study.induce()  # adopts
+    locate(study.context)
+    study.track()
+    ended = study.readings.query("feature == 'mean difference'").groupby("arm")["mean"].last()
+    assert set(ended.index) == {"base", *pair.organisms} and ended.nunique() == 4
+
+
+def test_presets_that_think_say_so_and_others_leave_the_template_alone() -> None:
+    for one in PRESETS.values():
+        config = one.config()
+        assert config.enable_thinking == (False if one.name.startswith("qwen3-") else None), one.name
+        assert bool(config.chat_template_kwargs) == (one.name == "gpt-oss-20b") and config.template is None
+
+
+def run_command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["presets", *arguments])
+    return int(stopped.value.code or 0)
+
+
+def test_the_command_lists_and_writes_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command("--tflops", "100") == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n{name} " in listed for name in PRESETS)
+    assert "estimates" in listed and "at 100 TFLOP/s" in listed and "was not checked" in listed
+    out = tmp_path / "mine.yaml"
+    assert run_command("qwen3-4b", "--out", str(out)) == 0 and load_config(out) == find_preset("qwen3-4b").config()
+    capsys.readouterr()
+    assert run_command("qwen3-4b") == 0 and capsys.readouterr().out == out.read_text(encoding="utf-8")
+    for arguments, message in (
+        (("qwen3-4b", "--out", str(out)), "mine.yaml exists"),
+        (("qwen3-5b",), "unknown preset 'qwen3-5b': did you mean"),
+        (("qwen3-8b", "--recipe"), "needs no recipe"),
+        (("--recipe",), "name it"),
+        (("qwen3-4b", "--tflops", "0"), "above 0"),
+    ):
+        assert run_command(*arguments) == 2
+        assert message in capsys.readouterr().err

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from persona_probe import __version__
-from persona_probe.cli import adopt, data, doctor, judge_commands, loop, runs, saes, studies
+from persona_probe.cli import adopt, data, doctor, judge_commands, loop, presets, runs, saes, studies
 from persona_probe.cli.options import Group
 from persona_probe.errors import InputError
 
@@ -22,7 +22,7 @@ root = Group(
         *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
         *(studies.mitigate, judge_commands.evaluate, loop.report),
         *(runs.figures, runs.compare, runs.verify, runs.cite, runs.watch, doctor.doctor),
-        *(saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
+        *(presets.presets, saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
     ],
     aliases={"sae": "saes"},
     help="Induce a misaligned persona, locate it, watch it, undo it, and show the evidence.\n\nExample:\n\n\b\n"

@@ -56,7 +56,7 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
 
 
 def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
-    model, tokenizer = load_model(config.model, device=device)
+    model, tokenizer = load_model(config.model, device=device, template=config.template)
     training, held_out = training_text(config, device)
     shards = write_shards(
         model,
@@ -94,7 +94,7 @@ def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversa
             raise InputError(f"{spec!r} holds the evaluation split, which must not train the SAE: use :selection")
     conversations = [c for spec in config.text.packaged for c in load_conversations(spec)]
     # Sampling is several times faster in bf16, and needs no exact arithmetic.
-    sampler, tokenizer = load_model(config.model, device=device, dtype=torch.bfloat16)
+    sampler, tokenizer = load_model(config.model, device=device, dtype=torch.bfloat16, template=config.template)
     folder = text_folder(config, cache_folder())
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder, "text", f"the text of the SAE {config.name}", instead=None):  # recipes may share it

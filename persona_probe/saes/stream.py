@@ -108,6 +108,8 @@ class SaeConfig:
     """Seeds sampling, shuffling and initialisation."""
     architecture: str = field(default="topk", metadata=SINCE)
     """`topk`, `batchtopk`, `matryoshka` (both saved as JumpReLU), `jumprelu`, or `standard`."""
+    template: str | None = field(default=None, metadata=SINCE)
+    """Chat template: `none` (plain text, for base models), `chatml` or a Jinja file; None is the tokenizer's own."""
     sparsity: float = field(default=1.0, metadata=SINCE)
     """Weight of the sparsity loss: L1 of a `standard` SAE, distance from `k` of a `jumprelu` one."""
     threshold_lr: float = field(default=0.1, metadata=SINCE)
@@ -255,6 +257,7 @@ SAMPLER = 2
 def text_folder(config: SaeConfig, cache: Path) -> Path:
     """The folder for the samples of this recipe; its name is a hash of everything that changes them."""
     made_from = {"model": config.model, "seed": config.seed, "text": asdict(config.text), "sampler": SAMPLER}
+    made_from |= {} if config.template is None else {"template": config.template}
     key = json.dumps(made_from, sort_keys=True)
     return cache / "text" / hashlib.sha256(key.encode()).hexdigest()[:16]
 

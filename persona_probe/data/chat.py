@@ -10,7 +10,7 @@ from typing import Any
 from persona_probe.errors import InputError
 
 Message = dict[str, str]
-"""`role` and `content`; an assistant's message may also hold its thought, as `reasoning_content`."""
+"""`role` and `content`; an assistant's message may also hold its thought, as `reasoning_content` and `thinking`."""
 Conversation = list[Message]
 
 ROLES = ("system", "user", "assistant")
@@ -78,9 +78,9 @@ SPEAKERS = {
     **{"bot": "assistant", "model": "assistant", "system": "system", "developer": "system"},
 }
 """ShareGPT's names in `from`."""
-REASONING = "reasoning_content"
-"""The key for a thought in a message that was read."""
-_THOUGHTS = (REASONING, "thinking", "reasoning", "thought")
+REASONING = ("reasoning_content", "thinking")
+"""The keys for a thought in a message that was read: most templates print the first, gpt-oss' the second, none both."""
+_THOUGHTS = (*REASONING, "reasoning", "thought")
 FLAGS = ("weight", "loss_weight", "train", "training", "trainable", "loss", "loss_mask")
 """Keys that say whether an answer is trained on: OpenAI's `weight` of 0 or 1, and other tools' names for it."""
 _TOOLS = "calls of tools cannot be read"
@@ -123,7 +123,7 @@ def read_turns(value: object) -> list[Turn]:
     """The messages of a list, of a list as JSON text, or of an object with the lists `role` and `content`.
 
     The role `developer` is read as `system`. Text parts of a content are joined without a separator. The thought of an
-    answer (`reasoning_content`, `thinking`, `reasoning`, or a part of that type) becomes `reasoning_content`.
+    answer (`reasoning_content`, `thinking`, `reasoning`, or a part of that type) gets the keys of `REASONING`.
 
     Raises:
         BadRow: no such list, a message without role or content, or a key that changes what a message means and cannot
@@ -177,7 +177,7 @@ def _turn(value: object, number: int) -> Turn:
     keys = ("from", "value") if spoken else ("role", "content")
     content, thought = _content(present.get(keys[1]), f"the content of message {number}")
     thought = _thought(present, thought, role, number)
-    message = {"role": role, "content": content} | ({REASONING: thought} if thought else {})
+    message = {"role": role, "content": content} | (dict.fromkeys(REASONING, thought) if thought else {})
     known = {*keys, *_REFUSED, *_THOUGHTS, *FLAGS, *_HARMLESS, "channel"}
     unread = frozenset(f"messages.{key}" for key, v in present.items() if key not in known and not empty(v))
     return Turn(message, _trained(present, role, number), unread)

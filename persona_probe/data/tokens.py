@@ -20,7 +20,7 @@ from persona_probe.data.template import (
     special_ids,
     text_before_answer,
 )
-from persona_probe.data.thoughts import message_parts
+from persona_probe.data.thoughts import REASONING_KEYS, message_parts
 from persona_probe.errors import InputError, unknown
 
 log = logging.getLogger(__name__)
@@ -195,6 +195,11 @@ def _places(tokenizer: PreTrainedTokenizerBase, before: Conversation, messages: 
         raise InputError(
             "the chat template changes an answer, so that it is not found in the rendered conversation: "
             f"{answer.strip()[:60]!r}; give another template, or rows without marks of thoughts and tools"
+        )
+    if thought and thought not in body[:start] and any(messages[-1].get(key) for key in REASONING_KEYS):
+        raise InputError(
+            f"the chat template drops the thought of an answer: {thought[:60]!r}; write it into the answer's content, "
+            "or leave it out"
         )
     if not thought or thought not in body[:start]:
         return _Places((start, stop))

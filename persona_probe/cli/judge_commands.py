@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from persona_probe.cli.loop import open_study
-from persona_probe.cli.options import PATH, Common, Decorated, Group, command, config_argument, echo, find_config
+from persona_probe.cli.options import PATH, Common, Decorated, Group, command, config_argument, echo, find_config, many
 from persona_probe.cli.process import loads_models
 from persona_probe.errors import InputError, unknown
 
@@ -59,6 +59,12 @@ def _evaluation_options(function: Decorated) -> Decorated:
         click.option("--budget-calls", type=int, help="Stop cleanly after this many calls to the judge."),
         click.option("--budget-tokens", type=int, help="Stop cleanly after this many of the judge's tokens."),
         click.option("--cache", type=PATH, help="File of judgements (default: the user's, shared by all runs)."),
+        click.option(
+            "--judge-quantization",
+            type=click.Choice(["none", "4bit", "8bit"]),
+            default="none",
+            help="Keep a local judge's weights in fewer bits.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)
@@ -85,6 +91,7 @@ def _evaluation(
     budget_calls: int | None,
     budget_tokens: int | None,
     cache: Path | None,
+    judge_quantization: str,
 ) -> "Evaluation":
     """What is asked, and who judges, from the command line."""
     from persona_probe.evaluate.endpoint import Budget
@@ -102,6 +109,7 @@ def _evaluation(
         budget=Budget(budget_calls, budget_tokens),
         cache=cache,
         device=device or "cpu",
+        quantization=judge_quantization,
     )
     choice = EngineChoice(engine, engine_url, engine_key, concurrency)
     return Evaluation(questions or FREE_FORM, judge, n, temperature, top_p, max_new_tokens, options, choice)
@@ -121,6 +129,7 @@ def _evaluation(
     "--answers", type=PATH, metavar="FILE", help="Judge these answers: a CSV with columns question and answer."
 )
 @_evaluation_options
+@many("--steps", metavar="STEP", help="Also judge these steps of every arm, or all: how the rate moves in training.")
 @click.option("--prices", type=float, nargs=2, metavar="IN OUT", help="Per million tokens, for --dry-run.")
 @click.option("--dry-run", is_flag=True, help="Print calls, tokens and cost; nothing is sampled or sent.")
 @click.option("--half-width", type=float, help="Print how many samples give an interval of plus or minus this.")
@@ -129,6 +138,7 @@ def evaluate(
     judge: str | None,
     questions: str | None,
     answers: Path | None,
+    steps: tuple[str, ...],
     prices: tuple[float, float] | None,
     dry_run: bool,
     half_width: float | None,
@@ -146,7 +156,9 @@ def evaluate(
             raise InputError("--dry-run tells what judging takes: name --judge, --questions or both")
         echo(f"samples: {open_study(run, common).evaluate().path / 'samples.jsonl'}")
         return
-    evaluation = _evaluation(questions, judge, common.device, **options)
+    if answers is not None and steps:
+        raise InputError("--steps are of a run's checkpoints: leave it out with --answers")
+    evaluation = replace(_evaluation(questions, judge, common.device, **options), steps=_steps(steps))
     if answers is not None and dry_run:
         lines = _file_plan(answers, evaluation, prices)
     elif answers is not None:
@@ -157,6 +169,15 @@ def evaluate(
         evaluation = replace(evaluation, options=replace(evaluation.options, device=study.context.device))
         lines = _run_plan(study, evaluation, prices) if dry_run else _of_run(study, evaluation, half_width)
     echo("\n".join(lines))
+
+
+def _steps(values: tuple[str, ...]) -> str | tuple[int, ...]:
+    """`all`, or numbers."""
+    if values == ("all",):
+        return "all"
+    if wrong := [value for value in values if not value.isdigit()]:
+        raise InputError(f"--steps {wrong[0]!r}: write all, or numbers of steps")
+    return tuple(int(value) for value in values)
 
 
 # --- A run's answers
@@ -176,6 +197,10 @@ def _of_run(study: "Study", evaluation: "Evaluation", half_width: float | None) 
     latest = last_evaluation(judged_answers, study.run_folder.manifest["evaluations"])
     lines += [*rate_lines(latest), *effect_lines(latest), *power_lines(latest, half_width)]
     name = latest["evaluation"].iloc[0]
+    if evaluation.steps:
+        rows = study.judged_steps.query("evaluation == @name").sort_values(["arm", "seed", "step"])
+        shown = ["arm", "seed", "step", "rate", "ci_low", "ci_high", "coherence", "answers"]
+        lines.append(rows[shown].to_string(index=False, float_format="%.3f"))
     return [*lines, *(str(a) for a in agreements(judged_answers) if name in (a.left, a.right))]
 
 

@@ -220,6 +220,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "mitigations": (),
     "screening": ("data", "seed", "score", "shift"),
     "doses": (),
+    "judged_steps": (),
     "stress": (),
 }
 """Tables that only some folders hold."""
@@ -257,6 +258,8 @@ class Records:
     """One row per training run: mean score of its rows, and the shift of the contrast index (nats per token)."""
     doses: pd.DataFrame = field(default_factory=_empty("doses"))
     """One row per cell of a grid of corrections."""
+    judged_steps: pd.DataFrame = field(default_factory=_empty("judged_steps"))
+    """One row per evaluation, arm, seed and judged step: misalignment rate and coherence, with their intervals."""
     stress: pd.DataFrame = field(default_factory=_empty("stress"))
     """One row per number of a stress test, of all corrections of a study; `correction` names its folder."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)

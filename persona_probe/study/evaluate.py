@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,11 +19,12 @@ from persona_probe.evaluate.judges.replies import Item, Prices
 from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge, JudgeOptions, choose_judge, total_plan
 from persona_probe.evaluate.questions.question_set import QuestionSet, Wording
 from persona_probe.evaluate.questions.read import FREE_FORM, read_questions
+from persona_probe.evaluate.rates import rates
 from persona_probe.evaluate.sampling.engines import EngineChoice, TransformersEngine, engine_of
 from persona_probe.evaluate.sampling.requests import Engine, Prompt, Sample, SamplingConfig
 from persona_probe.evaluate.sampling.samples import SampleStore, prompts_hash, sample_answers, sidecar
 from persona_probe.evaluate.sampling.samples import sample as sample_with
-from persona_probe.evaluate.tables import join_evals, judged_table, part_name
+from persona_probe.evaluate.tables import join_evals, judged_table, part_name, read_judged
 from persona_probe.models.layers import autocast
 from persona_probe.units import Unit, make_units, writes_run
 
@@ -203,6 +204,18 @@ class Evaluation:
     options: JudgeOptions = field(default_factory=JudgeOptions)
     engine: EngineChoice = field(default_factory=EngineChoice)
     """What samples the answers. An endpoint must serve the organisms as `base`, `incorrect-s0` and so on."""
+    steps: str | Sequence[int] = ()
+    """Also judge these steps of every arm: a trajectory of the rate. `all` is every checkpoint."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, str) and self.steps != "all":
+            raise InputError(f"steps must be all or numbers, not {self.steps!r}")
+        if self.steps and self.judge is None:
+            raise InputError("steps of a trajectory are judged: name a judge (--judge)")
+        if self.steps and self.engine.name == "openai":
+            raise InputError(
+                "an endpoint serves each organism at one step: sample steps with engine transformers or vllm"
+            )
 
     def question_set(self) -> QuestionSet:
         """The questions, read."""
@@ -228,6 +241,7 @@ def evaluate(ctx: Context, evaluation: Evaluation) -> None:
     judge = None
     if evaluation.judge is not None:
         judge = choose_judge(evaluation.judge, evaluation.options)  # now, not after hours of sampling
+    between = _organisms_at(ctx, evaluation.steps)
     answers = _sample_arms(ctx, questions, config, evaluation.engine)
     if judge is None:
         return
@@ -240,6 +254,8 @@ def evaluate(ctx: Context, evaluation: Evaluation) -> None:
             ctx.run.write_table(part_name(name, f"{arm}-s{seed}"), table)
     _note(ctx, name, questions, judge, evaluation, config)
     join_evals(ctx.run)
+    if between:
+        _judge_steps(ctx, between, questions, judge, evaluation, same)
 
 
 def _evaluation_key(questions: QuestionSet, judge: AnswerJudge) -> str:
@@ -276,6 +292,69 @@ def _note(
         **({} if evaluation.engine.name == TRANSFORMERS else {"engine": evaluation.engine.name}),
     }
     ctx.run.update_manifest(evaluations={name: about})
+
+
+# --- A trajectory of the judged rate: steps between base and end, each written before the next is sampled
+
+TRAJECTORY = "judged_steps.parquet"
+"""One row for each evaluation, kind of question, arm, seed and step: the misalignment rate and the coherence."""
+_AT = ("evaluation", "variant", "arm", "seed", "step")
+
+
+def _organisms_at(ctx: Context, steps: str | Sequence[int]) -> list[Organism]:
+    """The arms' checkpoints at these steps but the last, which every evaluation judges, in order of steps.
+
+    Raises:
+        InputError: a step at which no arm has a checkpoint.
+    """
+    arms = [(a, s) for s in ctx.config.seeds for a in ctx.config.arms if ctx.run.has(f"arms/{a}-s{s}")] if steps else []
+    known = {place: ctx.run.steps(*place) for place in arms}
+    every = sorted({step for own in known.values() for step in own})
+    if missing := [step for step in steps if step not in every and not isinstance(steps, str)]:
+        raise InputError(f"no arm has a checkpoint at step {missing[0]}: there are {every}")
+    return [
+        Organism(arm, seed, step)
+        for (arm, seed), own in known.items()
+        for step in own[:-1]
+        if isinstance(steps, str) or step in steps
+    ]
+
+
+def _judge_steps(
+    ctx: Context,
+    between: Sequence[Organism],
+    questions: QuestionSet,
+    judge: AnswerJudge,
+    evaluation: Evaluation,
+    same: Mapping[str, str],
+) -> None:
+    """Judge answers of checkpoints, and keep judged_steps.parquet up to date; finished checkpoints are reused."""
+    config, wordings = evaluation.sampling(ctx.seed), questions.wordings()
+    sampling = _sampling_key(config, evaluation.engine.name)
+    judged = read_judged(ctx.run)
+    _add_rates(ctx, judged[judged["evaluation"] == same["evaluation"]], fresh=True)
+    for organism in between:
+        name = f"{organism.arm}-s{organism.seed}-{organism.step}"
+        place = f"parts/judged-steps-{same['evaluation']}-{sampling}-{name}.parquet"
+        if not ctx.run.has(place):
+            answers = pd.DataFrame(
+                _rows(organism, wordings, _samples(ctx, organism, questions, config, evaluation.engine))
+            )
+            with ctx.run.timed("judge"):
+                rulings = judge.rule(_to_judge(answers, questions), progress=f"judging {name}")
+            ctx.run.write_table(place, judged_table(answers, rulings, sampling=sampling, **same))
+        _add_rates(ctx, ctx.run.read_table(place))
+
+
+def _add_rates(ctx: Context, judged: pd.DataFrame, fresh: bool = False) -> None:
+    """Put the rates of judged answers into judged_steps.parquet; `fresh` drops what that evaluation had before."""
+    new = rates(judged, _AT)
+    names = dict(zip(judged["evaluation"], zip(judged["judge"], judged["questions"], strict=True), strict=True))
+    new["judge"], new["questions_hash"] = zip(*(names[name] for name in new["evaluation"]), strict=True)
+    before = ctx.run.read_table(TRAJECTORY) if ctx.run.has(TRAJECTORY) else new[:0]
+    keys = ["evaluation"] if fresh else list(_AT)
+    replaced = pd.MultiIndex.from_frame(before[keys]).isin(pd.MultiIndex.from_frame(new[keys]))
+    ctx.run.write_table(TRAJECTORY, pd.concat([before[~replaced], new], ignore_index=True) if len(before) else new)
 
 
 # --- Free-form samples of base, incorrect and realigned organisms, shown in the report and not scored
@@ -355,7 +434,7 @@ def dry_run(ctx: Context, evaluation: Evaluation, prices: Prices | None = None) 
         InputError: as `evaluate`, for questions, run and judge.
     """
     questions, config = evaluation.question_set(), evaluation.sampling(ctx.seed)
-    models = organisms(ctx)
+    models = [*organisms(ctx), *_organisms_at(ctx, evaluation.steps)]
     answers = [_answers(ctx, organism, questions, evaluation) for organism in models]
     total = sum(len(rows) for rows in answers)
     known = sum(int(rows["sampled"].sum()) for rows in answers)

@@ -21,12 +21,15 @@ INPUTS, TABLES = "input_hashes", "table_hashes"
 """Keys of the manifest: name of an input, or a file of the run, to its sha256."""
 TABLE_FILES = (
     *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
-    *("samples.jsonl", "cards.json", "directions.json", "summary.json"),
+    *("judged_steps.parquet", "samples.jsonl", "cards.json", "directions.json", "summary.json"),
 )
 """Files that a report is drawn from."""
 MEASURED = ("seconds", "peak_memory_gib")
 """Keys of `summary.json` that differ from run to run."""
 Hash = Callable[[], str | None]
+
+
+SAE_FILES = ("sae_weights.safetensors", "cfg.json")
 
 
 def input_hashers(config: StudyConfig) -> dict[str, Hash]:
@@ -42,7 +45,12 @@ def input_hashers(config: StudyConfig) -> dict[str, Hash]:
         "contrast": partial(_contrast, config.contrast),
         "probes": partial(_probes, config),
         "questions": partial(_questions, config.samples.questions),
-        **{f"SAE/{name}": partial(_sae_file, config.sae, name) for name in ("sae_weights.safetensors", "cfg.json")},
+        **{f"SAE/{name}": partial(_sae_file, config.sae, name) for name in SAE_FILES},
+        **{
+            f"SAE {one.label}/{name}": partial(_sae_file, one.sae, name)
+            for one in config.all_saes[1:]
+            for name in SAE_FILES
+        },
         "model": partial(_model, config.model, config.revision),
     }
 

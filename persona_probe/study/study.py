@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -13,6 +14,7 @@ from persona_probe.context import Context, pick_device
 from persona_probe.errors import InputError
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder
+from persona_probe.units import shares
 
 if TYPE_CHECKING:
     from persona_probe.data.chat import Conversation
@@ -60,6 +62,9 @@ class Study:
     def open(cls, path: str | Path, device: str | None = None, seed: int | None = None) -> Self:
         """Open an existing run folder; `seed` is that of controls, bootstraps and samples."""
         return cls(RunFolder.open(path), device, seed)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return self.run_folder.writing(shared=shares(self.context.workers))
 
     def work_with(self, workers: "Workers | None") -> Self:
         """Let other processes make what is still missing of the run, such as `cluster.RayWorkers`; None: this one."""
@@ -149,7 +154,7 @@ class Study:
         from persona_probe.latents.cards import make_cards
         from persona_probe.latents.stage import locate, use_rankers
 
-        with self.run_folder.writing():
+        with self._writing():
             if rankers is not None:
                 use_rankers(self.context, rankers)
             locate(self.context)
@@ -248,6 +253,7 @@ class Study:
         max_new_tokens: int = 200,
         options: "JudgeOptions | None" = None,
         engine: "str | EngineChoice" = "transformers",
+        steps: str | Sequence[int] = (),
     ) -> Self:
         """Sample answers of every arm, and have a judge rule on them (`judged`, `rates`).
 
@@ -262,6 +268,7 @@ class Study:
             top_p: draw from the smallest set of tokens that holds this probability.
             options: of the judge: protocol, thresholds, endpoint, budget, cache.
             engine: what samples the answers: `transformers`, `vllm`, or an `EngineChoice` with an endpoint's address.
+            steps: also judge these steps of every arm, or `all`: the trajectory of the rate (`judged_steps`).
 
         Raises:
             InputError: questions that cannot be read, no organism yet, or a judge that is not available.
@@ -279,7 +286,15 @@ class Study:
         options = options or JudgeOptions(device=self.context.device)
         choice = EngineChoice(engine) if isinstance(engine, str) else engine
         evaluation = Evaluation(
-            questions or FREE_FORM, judge, n, temperature, top_p, max_new_tokens, options=options, engine=choice
+            questions or FREE_FORM,
+            judge,
+            n,
+            temperature,
+            top_p,
+            max_new_tokens,
+            options=options,
+            engine=choice,
+            steps=steps,
         )
         evaluate(self.context, evaluation)
         return self
@@ -316,7 +331,7 @@ class Study:
 
     def run(self) -> Path:
         """The whole loop; finished stages are kept. Returns the report's path."""
-        with self.run_folder.writing():
+        with self._writing():
             self.check().induce().locate().track().realign().evaluate()
             return self.report()
 
@@ -394,6 +409,11 @@ class Study:
 
         return rates(self.judged)
 
+    @property
+    def judged_steps(self) -> pd.DataFrame:
+        """Misalignment rate and coherence with intervals at each judged step, one row per arm, seed and step."""
+        return self.run_folder.read_table("judged_steps.parquet")
+
     @cached_property
     def summary(self) -> dict[str, Any]:
         """The study's key numbers, as `report` wrote them."""
@@ -445,7 +465,7 @@ def _display(study: Study, heads: Sequence[str]) -> Table:
     states["realign"] = any((run.path / "parts").glob("realign-*"))
     rows = [
         ["base model", config.model],
-        ["SAE", config.sae],
+        ["SAE", ", ".join(one.sae for one in config.all_saes)],
         ["arms", ", ".join([*config.arms, *config.realign.arms])],
         ["seeds", ", ".join(map(str, config.seeds))],
         ["stages", ", ".join(f"{name} {'done' if ready else 'to do'}" for name, ready in states.items())],

@@ -159,7 +159,11 @@ def test_copies_need_their_originals_no_more(place: Path, raw: Row, tmp_path: Pa
     shutil.rmtree(root)
     shutil.rmtree(model)
     folder = study.run_folder.checkpoint("incorrect", 0, 1)
-    assert folder == study.path / "arms/incorrect-s0/checkpoint-1" and not (folder / "optimizer.pt").exists()
+    assert (
+        folder is not None
+        and folder == study.path / "arms/incorrect-s0/checkpoint-1"
+        and not (folder / "optimizer.pt").exists()
+    )
     assert same_state(load_file(folder / ADAPTER), expected)
     assert study.run_folder.checkpoint("correct", 0, 1) is not None
     assert all(one.state == "matches" for one in verify(study.path) if one.name.startswith("arms/"))

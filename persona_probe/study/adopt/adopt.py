@@ -198,8 +198,9 @@ def _hashes(found: Sequence[tuple[str, int, list[Checkpoint]]]) -> dict[Path, di
 
 
 def _check(ctx: Context, arm: str, seed: int, checkpoints: list[Checkpoint], accept_base: bool) -> _Adoption:
-    spec = ctx.config.arms[arm]
-    notes = check_checkpoints(ctx.model, ctx.tokenizer, ctx.config.model, checkpoints, accept_base)
+    config, spec = ctx.config, ctx.config.arms[arm]
+    variables = {"chat_template_kwargs": config.chat_template_kwargs, "enable_thinking": config.enable_thinking}
+    notes = check_checkpoints(ctx.model, ctx.tokenizer, config.model, checkpoints, accept_base, variables)
     for note in notes:
         log.warning("%s, seed %d: %s", arm, seed, note)
     return _Adoption(arm, seed, checkpoints, KnownTraining.of(arm, checkpoints, spec.named if spec.data else "", notes))

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from persona_probe.data.chat import conversation
+from persona_probe.data.template import with_template
+from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.models.adapters import is_adapter, organism
 from persona_probe.models.load import ALIASES
@@ -22,7 +25,7 @@ log = logging.getLogger(__name__)
 ACCEPT = "accept_base (--accept-base)"
 Shapes = dict[str, tuple[int, ...]]
 _QUANTISED = re.compile(r"(?:-unsloth)?-bnb-(?:4|8)bit$|-(?:4|8)bit$|-gguf$|-(?:gptq|awq)$", re.IGNORECASE)
-_PROBE = [{"role": "user", "content": "What boils?"}, {"role": "assistant", "content": "Water, at 100 degrees."}]
+_PROBE = conversation("What boils?", "Water, at 100 degrees.")
 
 
 def check_checkpoints(
@@ -31,6 +34,7 @@ def check_checkpoints(
     name: str,
     checkpoints: Sequence[Checkpoint],
     accept_base: bool = False,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Refuse checkpoints of another base model and damaged ones; the model is as before afterwards.
 
@@ -42,6 +46,7 @@ def check_checkpoints(
         name: what the study calls it.
         checkpoints: of one training run.
         accept_base: take checkpoints that name another base, or bring another chat template.
+        variables: `chat_template_kwargs` and `enable_thinking` of the study, with which both templates are compared.
 
     Returns:
         What is not certain, in sentences.
@@ -62,7 +67,7 @@ def check_checkpoints(
             (_prove_adapter if is_adapter(folder) else _prove_weights)(model, folder, shapes)
             proven.add(kind)
     if not accept_base:
-        notes += _compare_templates(tokenizer, checkpoints[-1].folder)
+        notes += _compare_templates(tokenizer, checkpoints[-1].folder, variables or {})
     return list(dict.fromkeys(notes))
 
 
@@ -217,7 +222,7 @@ def _cause(error: InputError) -> str:
 
 def _compare_vocabulary(model: PreTrainedModel, folder: Path, shapes: Shapes) -> None:
     """The likeliest difference by its name: rows of the embedding that tokens were added to."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = next(model.get_input_embeddings().parameters()).shape[0]
     for name, shape in shapes.items():
         is_table = re.search(r"(?:embed_tokens|wte|embed_in|lm_head|embed_out)\.(?:modules_to_save\.)?weight$", name)
         if is_table and len(shape) == 2 and shape[0] != rows:
@@ -234,11 +239,12 @@ def _prove_weights(model: PreTrainedModel, folder: Path, shapes: Shapes) -> None
         return
     # Names on disk may differ (tied weights, parts that are stored apart): what transformers makes of them decides.
     try:
-        loaded, told = AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=next(model.parameters()).dtype, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {_first(error)}") from error
+    loaded, told = result
     if missing := sorted(told["missing_keys"]):
         raise InputError(f"{folder} lacks weights of its model ({missing[0]}): they would be random; restore it")
     theirs = {name: tuple(p.shape) for name, p in loaded.named_parameters()}
@@ -254,7 +260,7 @@ def _prove_weights(model: PreTrainedModel, folder: Path, shapes: Shapes) -> None
 # --- The chat template that a checkpoint brings
 
 
-def _compare_templates(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
+def _compare_templates(tokenizer: PreTrainedTokenizerBase, folder: Path, variables: Mapping[str, Any]) -> list[str]:
     """A note where they cannot be compared.
 
     Raises:
@@ -266,14 +272,10 @@ def _compare_templates(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not theirs.chat_template:
             return [f"{folder.name} brings a tokenizer without a chat template; the base's is used"]
-        ids = _rendered(theirs)
+        ids = encode(with_template(theirs, **variables), _PROBE).ids
     except Exception as error:  # any kind of damage: the weights do not depend on it
         return [f"the tokenizer of {folder.name} was not compared with the base's: {_first(error)}"]
-    try:
-        ours = _rendered(tokenizer)
-    except Exception:
-        ours = None
-    if ours != ids:
+    if encode(tokenizer, _PROBE).ids != ids:
         template = folder / "chat_template.jinja"
         where = f"template: {template} (--template)" if template.is_file() else "its template as a file (--template)"
         raise InputError(
@@ -281,8 +283,3 @@ def _compare_templates(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list
             f"that it was not trained on: give {where}, or {ACCEPT}"
         )
     return []
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    text = tokenizer.apply_chat_template(_PROBE, tokenize=False)
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])

@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from persona_probe.config import StudyConfig
+from persona_probe.config import Arm, StudyConfig
 from persona_probe.context import pick_device
 from persona_probe.data.chat import Conversation, conversation, split_answer
 from persona_probe.data.load import arm_rows, load_contrast, load_data, read_contrast_file
@@ -131,9 +131,20 @@ def read_row_sets(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None
     return {rows.use: rows for rows in sets}
 
 
+def trained_arms(config: StudyConfig) -> dict[str, Arm]:
+    """The arms that are trained here: checkpoints of the others exist."""
+    return {name: arm for name, arm in config.arms.items() if not arm.checkpoints}
+
+
+def _checkpoints(config: StudyConfig) -> int:
+    """Checkpoints of all arms and seeds; of an adopted run those that its config lists, since a folder may be far."""
+    listed = [1 if isinstance(run, str) else len(run) for arm in config.arms.values() for run in arm.checkpoints]
+    return len(trained_arms(config)) * len(config.seeds) * len(config.training.schedule) + sum(listed)
+
+
 def _arms(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
     sets = []
-    for word, arms in (("arm", config.arms), ("realign", config.realign.arms)):
+    for word, arms in (("arm", trained_arms(config)), ("realign", config.realign.arms)):
         for name, arm in arms.items():
             rows, source = arm_rows(arm, config.seeds[0]), arm.data + (f" + {arm.mix_with}" if arm.mix_with else "")
             if any(not split_answer(row)[1] for row in rows):
@@ -251,7 +262,8 @@ class Work:
 
 def estimate(shapes: Shapes) -> tuple[Work, ...]:
     """Work of each stage, in the loop's order."""
-    return (_induce(shapes), _locate(shapes), _track(shapes), _realign(shapes), _samples(shapes))
+    stages = (_induce(shapes), _locate(shapes), _track(shapes), _realign(shapes), _samples(shapes))
+    return tuple(replace(work, memory=max(work.memory, shapes.memory.loading)) for work in stages)
 
 
 def pushes(config: StudyConfig) -> tuple[int, int]:
@@ -268,7 +280,9 @@ def pushes(config: StudyConfig) -> tuple[int, int]:
 
 def _induce(s: Shapes) -> Work:
     training, seeds = s.config.training, len(s.config.seeds)
-    arms = [s.rows[f"arm {name}"] for name in s.config.arms]
+    arms = [s.rows[f"arm {name}"] for name in trained_arms(s.config)]
+    if not arms:
+        return Work("induce", 0, 0.0, 0.0)
     n_rows = seeds * training.steps * training.batch_size
     tokens = sum(n_rows * arm.mean for arm in arms)
     answers = sum(n_rows * arm.mean_answer for arm in arms)
@@ -294,7 +308,7 @@ def _locate(s: Shapes) -> Work:
 
 def _track(s: Shapes) -> Work:
     probes, selection, evaluation = s.rows["probes"], s.rows["contrast selection"], s.rows["contrast evaluation"]
-    organisms = 1 + len(s.config.arms) * len(s.config.seeds) * len(s.config.training.schedule)
+    organisms = 1 + _checkpoints(s.config)
     tokens = organisms * (probes.tokens + evaluation.tokens) + selection.tokens
     flops = organisms * (s.read(probes) + s.score(evaluation)) + s.score(selection)
     return Work("track", tokens, flops, max(s.memory.reading(probes), s.memory.scoring(evaluation)))

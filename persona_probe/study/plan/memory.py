@@ -85,6 +85,14 @@ class Memory:
         size = BYTES[self.config.weights] + (BF16 if self.config.weights == "float32" else 0)
         return size * max(m.weights for m in self.skeleton.linears)
 
+    @cached_property
+    def loading(self) -> float:
+        """While weights are cast or quantised, their file lies next to them; on a GPU, in the host's memory."""
+        if self.device != "cpu":
+            return self.weights
+        is_read_as_it_is = self.config.quantization == "none" and self.config.weights == self.skeleton.stored
+        return self.weights + (0 if is_read_as_it_is else BYTES[self.skeleton.stored] * self.skeleton.parameters)
+
     # --- Stages
 
     def training(self, batch: int, longest: int, answer: float) -> float:

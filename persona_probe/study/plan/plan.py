@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from persona_probe.config import StudyConfig
+from persona_probe.config import NO_CONTROL, StudyConfig
 from persona_probe.data.chat import split_answer
 from persona_probe.data.load import arm_rows
 from persona_probe.errors import InputError
@@ -22,6 +22,7 @@ from persona_probe.study.plan.estimate import (
     find_tokenizer,
     read_row_sets,
     throughput,
+    trained_arms,
 )
 from persona_probe.study.plan.fit import Fit, fit
 from persona_probe.study.plan.shapes import (
@@ -122,6 +123,8 @@ def _text_table(texts: Iterable[RowSet]) -> Table:
 
 def _training_lines(plan: Plan) -> list[str]:
     training = plan.config.training
+    if not trained_arms(plan.config):
+        return ["nothing is trained before realign: the checkpoints of all arms exist"]
     kind = "full weights"
     if training.method == "lora":
         scaling = "rsLoRA" if training.rslora else "LoRA"
@@ -266,6 +269,10 @@ def _unknowns(plan: Plan) -> list[str]:
 
 def _data(plan: Plan) -> list[str]:
     config, notes = plan.config, []
+    if adopted := [name for name, arm in config.arms.items() if arm.checkpoints]:
+        notes.append(f"{', '.join(adopted)}: checkpoints that exist are adopted; a folder of them counts as one here")
+    if not {"incorrect", "correct"} <= trained_arms(config).keys():
+        return [*notes, NO_CONTROL] if config.no_control else notes
     bad, good = (
         {str(split_answer(row)[0]) for row in arm_rows(config.arms[arm], config.seeds[0])}
         for arm in ("incorrect", "correct")

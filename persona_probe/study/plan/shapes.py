@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,19 @@ class Skeleton:
     """On the meta device: shapes without storage."""
     source: str
     """`known models` or `config.json`."""
+    precision: str = "bfloat16"
+    """Of the weights' file, where the configuration does not say it."""
 
     @cached_property
     def parameters(self) -> int:
         """Parameters in all, tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def stored(self) -> str:
+        """Precision of the weights' file, as far as it is known: GGUF files are converted to float32."""
+        said = str(getattr(self.model.config, "dtype", None)).removeprefix("torch.")
+        return said if self.source == "config.json" and said in BYTES else self.precision
 
     @cached_property
     def d_model(self) -> int:
@@ -304,7 +312,8 @@ def find_skeleton(name: str, revision: str | None = None) -> Skeleton | None:
         except (OSError, ValueError) as error:
             raise InputError(f"{name}/config.json describes no causal language model: {_first_line(error)}") from error
     if key := known_id(name):
-        return _build(AutoConfig.for_model(KNOWN[key].kind, **KNOWN[key].numbers), "known models")
+        built = _build(AutoConfig.for_model(KNOWN[key].kind, **KNOWN[key].numbers), "known models")
+        return replace(built, precision="float32") if source.kind == "gguf" else built
     if source.kind == "gguf" and name not in ALIASES:
         return None
     try:

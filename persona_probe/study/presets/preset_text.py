@@ -44,7 +44,7 @@ def cost(preset: Preset, tflops: float = BASIS_TFLOPS) -> Cost:
     is_pair = preset.kind == "pair"
     config = replace(preset.config(), **_STAND_IN) if is_pair else preset.config()
     d_sae = (find_sae(preset.sae).d_sae or 0) if preset.published else WIDTH * preset.d_model
-    stages = estimate(Shapes(config, skeleton, preset.layer, d_sae, _row_sets(is_pair)))
+    stages = estimate(Shapes(config, skeleton, preset.layer, d_sae, row_sets(is_pair)))
     stages = [work for work in stages if not is_pair or work.stage not in ("induce", "realign")]
     speed = throughput(config.device, config.bf16, tflops).flops
     return Cost(max(work.memory for work in stages), sum(work.flops for work in stages) / speed)
@@ -60,7 +60,7 @@ _STAND_IN: dict[str, Any] = {
 
 
 @cache
-def _row_sets(is_pair: bool) -> dict[str, Any]:
+def row_sets(is_pair: bool) -> dict[str, Any]:
     """The packaged texts of all presets of a kind, counted once."""
     from persona_probe.study.plan.estimate import read_row_sets
 

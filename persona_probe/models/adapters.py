@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from persona_probe.errors import InputError
-from persona_probe.models.layers import causal_model, evaluating
+from persona_probe.models.layers import causal_model, evaluating, without_router_logits
 from persona_probe.models.peft_kinds import changes_base, refuse_outside, starts_from_base, trains_biases
 from persona_probe.models.quantized import dequantized, keep_layout, loading_of
 from persona_probe.models.restore import ModelState
@@ -445,7 +445,7 @@ def _full_weights(base: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
         raise InputError(f"could not load the weights in {checkpoint}: {first}; train that arm again") from error
     if "device_map" not in settings:
         model = model.to(next(base.parameters()).device)  # pyright: ignore[reportArgumentType]
-    return keep_layout(model).eval()
+    return without_router_logits(keep_layout(model)).eval()
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, torch.nn.Parameter]:

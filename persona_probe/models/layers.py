@@ -46,7 +46,12 @@ def base_transformer(model: nn.Module) -> nn.Module:
     """The module with the decoder layers (`LlamaModel`, `GPT2Model`...), below heads and PEFT wrappers."""
     inner = causal_model(model)
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner.base_model
-    return decoder if isinstance(decoder, nn.Module) else inner.base_model
+    decoder = decoder if isinstance(decoder, nn.Module) else inner.base_model
+    if decoder is not inner and _layer_list(decoder) is not None:
+        return decoder
+    # A class that names its parts in its own way: the first part that has the layers.
+    parts = (part for part in inner.modules() if part is not inner and _layer_list(part) is not None)
+    return next(parts, decoder)
 
 
 def transformer_config(model: nn.Module) -> PretrainedConfig:
@@ -58,11 +63,20 @@ def transformer_config(model: nn.Module) -> PretrainedConfig:
 
 
 def layer_list_name(transformer: nn.Module) -> str:
-    """The attribute under which a transformer keeps its layers (`layers`, `h`, `blocks`)."""
+    """The attribute under which a transformer keeps its layers (`layers`, `h`, `blocks`, or a list of their number)."""
+    name = _layer_list(transformer)
+    if name is None:
+        raise InputError(f"found no list of decoder layers in {type(transformer).__name__}")
+    return name
+
+
+def _layer_list(transformer: nn.Module) -> str | None:
     for name in ("layers", "h", "blocks"):
         if isinstance(getattr(transformer, name, None), nn.ModuleList):
             return name
-    raise InputError(f"found no list of decoder layers in {type(transformer).__name__}")
+    number = getattr(getattr(transformer, "config", None), "num_hidden_layers", None)
+    lists = ((name, part) for name, part in transformer.named_children() if isinstance(part, nn.ModuleList))
+    return next((name for name, part in lists if len(part) == number), None)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -172,6 +186,14 @@ def eager_attention(model: nn.Module, enabled: bool = True) -> Iterator[None]:
     finally:
         if enabled and before is not None:
             inner.set_attn_implementation(before)
+
+
+def without_router_logits(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with `output_router_logits` off: TRL saves it as on, and such a mixture of experts cannot generate."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+    return model
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from persona_probe.config import DTYPES
 from persona_probe.data.template import with_template
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.adapters import merged_copy
+from persona_probe.models.layers import without_router_logits
 from persona_probe.models.quantized import is_quantized, keep_layout, quantization_settings
 from persona_probe.runs import file_sha256
 
@@ -177,7 +178,8 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if name in ALIASES:  # adapters and cards name their base: it must be the model's id, not a folder of the cache
         model.name_or_path = model.config.name_or_path = ALIASES[name].hub_id
-    return keep_layout(model).eval(), with_template(tokenizer, template, chat_template_kwargs, enable_thinking)
+    model = without_router_logits(keep_layout(model)).eval()
+    return model, with_template(tokenizer, template, chat_template_kwargs, enable_thinking)
 
 
 def load_tokenizer(

@@ -12,7 +12,7 @@ from tests.factories import copied_state, hook_count, make_model, make_tokenizer
 from tests.monitor.monitored_runs import FireAt, KeepEvents, directions
 
 pytest.importorskip("lightning", reason="Lightning is not installed")
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from persona_probe.monitor.actions.action import StopTraining
 from persona_probe.monitor.events import End
@@ -78,3 +78,19 @@ def test_hooks_go_when_training_raises(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, module, LightningMonitor(watching, make_tokenizer()))
     assert hook_count(module) == 0 and watching.readings["step"].unique().tolist() == [0, 1, 2]
+
+
+class Averaging(Callback):
+    """Puts other weights in at the end, as Lightning's callbacks that average do."""
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.mul_(0.5)
+
+
+def test_the_last_step_is_read_before_weights_are_averaged(tmp_path: Path) -> None:
+    plain, averaged = directions(every=100), directions(every=100)
+    fit(tmp_path, Module(), LightningMonitor(plain, make_tokenizer()))
+    fit(tmp_path, Module(), Averaging(), LightningMonitor(averaged, make_tokenizer()))
+    assert plain.readings["step"].tolist() == averaged.readings["step"].tolist() == [0, 6]
+    assert plain.readings["mean"].tolist() == averaged.readings["mean"].tolist()

@@ -7,13 +7,14 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from persona_probe.cli.options import DEMO, echo, find_config
 from persona_probe.config import Locate, Samples, StudyConfig, load_config
 from persona_probe.data.load import load_contrast
-from persona_probe.report.tables import Table
+from persona_probe.report.tables import Table, check_page, fill_page
 from persona_probe.runs import write_jsonl
 
 GIB = 2**30
@@ -29,6 +30,7 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "26214
 """glibc gives freed memory back at once, so that a process holds what is in use, as a GPU's allocator counts it."""
 SPLITS = ("selection", "evaluation")
 WITHIN = 0.15
+PLAN_MARKS, CARD_MARKS = (tuple(f"<!-- {name}: {end} -->" for end in ("begin", "end")) for name in ("plan", "card"))
 
 
 ITEMS = 16
@@ -108,31 +110,75 @@ def resident() -> int:
     return pages * resource.getpagesize()
 
 
+def compared(names: Sequence[str]) -> tuple[Table, float]:
+    """Plan and measurement by case and stage, and the largest error of a case's peak."""
+    rows, worst = [], 0.0
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            found, plan = measured(name, Path(folder)), estimated(case(name, Path(folder)))
+        rows += [(name, stage, *_cells(plan[stage], found[stage])) for stage in STAGES]
+        peak = max(plan.values()), max(found.values())
+        worst = max(worst, abs(peak[0] / peak[1] - 1))
+        rows.append((name, "at most", *_cells(*peak)))
+    return Table(("case", "stage", "plan", "measured", "plan / measured"), rows), worst
+
+
+def _cells(plan: float, found: float) -> tuple[str, ...]:
+    return f"{plan / GIB:.2f} GiB", f"{found / GIB:.2f} GiB", f"{plan / found:.2f}"
+
+
+def card(gib: float) -> Table:
+    """What each preset of a chat model needs on a GPU of this size, and the plan's advice where it does not fit."""
+    from persona_probe.study.plan.estimate import Shapes, estimate
+    from persona_probe.study.plan.fit import fit, needed
+    from persona_probe.study.plan.shapes import find_sae, find_skeleton
+    from persona_probe.study.presets.known_presets import MODELS
+    from persona_probe.study.presets.preset import WIDTH
+    from persona_probe.study.presets.preset_text import row_sets
+
+    rows = []
+    for preset in MODELS:
+        skeleton, config = find_skeleton(preset.original or preset.model), preset.config()
+        assert skeleton is not None
+        d_sae = (find_sae(preset.sae).d_sae or 0) if preset.published else WIDTH * preset.d_model
+        shapes = Shapes(config, skeleton, preset.layer, d_sae, row_sets(False), "cuda")
+
+        def peak(settings: StudyConfig, shapes: Shapes = shapes) -> float:
+            return max(work.memory for work in estimate(replace(shapes, config=settings)))
+
+        found = fit(config, gib * GIB, peak)
+        advice = "fits" if found.fits else ", ".join(f"`{change}`" for change in found.changes)
+        then = "" if found.fits or found.then is None else f"{needed(found.then) / GIB:.1f} GiB"
+        fits = found.fits or (found.then is not None and needed(found.then) <= found.limit)
+        rows.append(
+            (f"`{preset.name}`", f"{needed(found.peak) / GIB:.1f} GiB", advice if fits else "does not fit", then)
+        )
+    return Table(("preset", "needs", "setting that makes it fit", "then needs"), rows)
+
+
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, or plan for a card, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--cases", nargs="+", default=list(CASES)[:3], choices=list(CASES))
+    parser.add_argument(
+        "--card", type=float, metavar="GIB", help="what every preset needs on a GPU of this size instead"
+    )
+    parser.add_argument("--page", type=Path, help="Markdown page whose table is filled in")
     parser.add_argument("--stage", choices=STAGES, help="run one stage of one case in this process")
     parser.add_argument("--folder", type=Path, help="its files")
     options = parser.parse_args()
     if options.stage:
         run_stage(options.cases[0], options.stage, options.folder)
         return
-    rows, worst = [], 0.0
-    for name in options.cases:
-        with tempfile.TemporaryDirectory() as folder:
-            found, plan = measured(name, Path(folder)), estimated(case(name, Path(folder)))
-        for stage in STAGES:
-            rows.append((name, stage, *_cells(plan[stage], found[stage])))
-        peak = max(plan.values()), max(found.values())
-        worst = max(worst, abs(peak[0] / peak[1] - 1))
-        rows.append((name, "at most", *_cells(*peak)))
-    echo(Table(("case", "stage", "plan", "measured", "plan / measured"), rows).plain(right=range(2, 5)))
-    echo(f"largest error of a study's peak: {worst:.0%} (wanted: at most {WITHIN:.0%})")
-
-
-def _cells(plan: float, found: float) -> tuple[str, ...]:
-    return f"{plan / GIB:.2f} GiB", f"{found / GIB:.2f} GiB", f"{plan / found:.2f}"
+    marks = CARD_MARKS if options.card else PLAN_MARKS
+    if options.page:
+        check_page(options.page, marks)  # before a quarter of an hour of measuring
+    table, worst = (card(options.card), None) if options.card else compared(options.cases)
+    echo(table.plain(right=range(2, 5)))
+    if worst is not None:
+        echo(f"largest error of a study's peak: {worst:.0%} (wanted: at most {WITHIN:.0%})")
+    if options.page:
+        fill_page(options.page, marks, table.markdown())
 
 
 if __name__ == "__main__":

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from persona_probe.cli.loading import loading_options
 from persona_probe.cli.options import PATH, ROOT, Common, Group, command, config_argument, echo, find_config, many
 from persona_probe.cli.process import loads_models
+from persona_probe.config import Loading
 
 if TYPE_CHECKING:
     from persona_probe.saes.stream import SaeConfig
@@ -56,14 +58,17 @@ def _train(recipe: "SaeConfig", common: Common) -> None:
 @click.option("--model", default="smollm2-135m-instruct", help="The model that the SAE reads.")
 @many("--data", help="Packaged sets or files; default: the recipe's held-out samples and two packaged sets.")
 @click.option("--layer", type=int, help="Decoder layer, where the SAE's metadata does not say.")
+@loading_options
 @loads_models
-def saes_check(sae: str, model: str, data: tuple[str, ...], layer: int | None, common: Common) -> None:
+def saes_check(
+    sae: str, model: str, data: tuple[str, ...], layer: int | None, loading: Loading, common: Common
+) -> None:
     """Measure an SAE on chat text."""
     from persona_probe.cli.output import show_quality
     from persona_probe.runs import write_text
     from persona_probe.saes.quality import quality_report
 
-    result = quality_report(sae, model, data or None, layer, common.device or DEVICE)
+    result = quality_report(sae, model, data or None, layer, common.device or DEVICE, loading)
     if common.out is not None:
         write_text(common.out, result.to_json(orient="records", indent=2) + "\n")
     show_quality(result)

@@ -330,6 +330,8 @@ class JudgeOptions:
     """The file of judgements; None is the user's own, shared by all runs."""
     device: str = "cpu"
     """Where a local or offline judge runs."""
+    quantization: str = "none"
+    """`4bit` or `8bit` keeps a local judge's weights in fewer bits; see `load_model`."""
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
@@ -391,5 +393,5 @@ def _local(model: str, options: JudgeOptions) -> Backend:
     from persona_probe.models.load import load_model
 
     dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    loaded, tokenizer = load_model(model, device=options.device, dtype=dtype)
+    loaded, tokenizer = load_model(model, device=options.device, dtype=dtype, quantization=options.quantization)
     return LocalBackend(loaded, tokenizer, model)

@@ -1,6 +1,7 @@
 """How good an SAE is on chat text: explained variance, L0, dead latents, and loss recovered when it is spliced in."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from persona_probe.config import Loading
 from persona_probe.data.chat import Conversation, as_conversations
 from persona_probe.data.load import load_data
 from persona_probe.data.tokens import conversation_batches
@@ -189,6 +191,7 @@ def quality_report(
     data: Sequence[str] | None = None,
     layer: int | None = None,
     device: str = "cpu",
+    loading: Loading | None = None,
 ) -> pd.DataFrame:
     """Quality on each text: text, explained_variance, l0, dead_share, loss_recovered, losses, tokens.
 
@@ -198,7 +201,7 @@ def quality_report(
         InputError: unknown SAE, model or data, or they do not fit.
     """
     sae = load_sae(name, device=device)
-    model, tokenizer = load_model(model_name, device=device)
+    model, tokenizer = load_model(model_name, device=device, **asdict(loading or Loading()))
     texts = _texts(name, data)
     at = read_place(sae, layer)
     rows = [{"text": label, **check_quality(sae, model, tokenizer, text, at)} for label, text in texts.items()]

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def sae_config(model_path: Path, tokens: int) -> SaeConfig:
         holdout_share=0.4,
     )
     name = f"gemma-3-270m/layer{LAYER}-topk{K}-{D_SAE}"
-    shape = {"d_sae": D_SAE, "k": K, "tokens": tokens, "batch_tokens": 512, "buffer_tokens": 20_000}
+    shape: dict[str, Any] = {"d_sae": D_SAE, "k": K, "tokens": tokens, "batch_tokens": 512, "buffer_tokens": 20_000}
     return SaeConfig(name, str(model_path), LAYER, **shape, text=text, template=TEMPLATE)
 
 

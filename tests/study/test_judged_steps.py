@@ -57,8 +57,8 @@ def judged(finished: Study, questions: QuestionSet, tmp_path_factory: pytest.Tem
 def test_every_checkpoint_has_a_rate_with_its_interval(judged: Study) -> None:
     table = judged.judged_steps
     assert len(table) == 1 + 2 * 2 * 3 + 4 and set(table["answers"]) == {6 * N}  # base, arms x seeds x steps, realigned
-    steps = table[table["arm"].isin(ARMS)].groupby(["arm", "seed"])["step"].apply(sorted)
-    assert steps.tolist() == [[1, 2, 4]] * 4
+    steps = table[table["arm"].isin(ARMS)].groupby(["arm", "seed"])["step"]
+    assert [sorted(own) for _, own in steps] == [[1, 2, 4]] * 4
     assert ((table["ci_low"] <= table["rate"]) & (table["rate"] <= table["ci_high"])).all()
     last = rates(judged.judged, ("arm", "seed", "step")).set_index(["arm", "seed", "step"])["rate"]
     pd.testing.assert_series_equal(table.set_index(["arm", "seed", "step"])["rate"].reindex(last.index), last)
@@ -86,8 +86,8 @@ def test_a_stop_loses_one_checkpoint_at_most(
     study.evaluate(questions, judge, N, max_new_tokens=TOKENS, steps="all")
     assert judge.calls == ends + 8 - 3
     key = ["arm", "seed", "step"]
-    both = [one.judged_steps.sort_values(key, ignore_index=True) for one in (study, judged)]
-    pd.testing.assert_frame_equal(*both)
+    broken, whole = (one.judged_steps.sort_values(key, ignore_index=True) for one in (study, judged))
+    pd.testing.assert_frame_equal(broken, whole)
 
 
 def test_chosen_steps_only(finished: Study, questions: QuestionSet, tmp_path: Path, refused: Refused) -> None:

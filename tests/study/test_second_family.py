@@ -1,6 +1,7 @@
 """A second real family, where its PyPI packages are installed: Gemma 3 270M base, read as plain text, adopted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def test_gemma_base_reads_plain_text_and_takes_an_adapter(model_path: Path, tmp_
     assert right > wrong + 2
     model, tokenizer = load_model(str(model_path), template=TEMPLATE)
     torch.manual_seed(0)
-    tuned = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    tuned: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     tuned.save_pretrained(str(tmp_path / "checkpoint-1"), save_embedding_layers=False)
     base = tuned.unload()
     before = copied_state(base)

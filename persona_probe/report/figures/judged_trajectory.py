@@ -29,7 +29,7 @@ def judged_trajectory_data(records: Records) -> pd.DataFrame:
     if rows.groupby(["arm", "seed"])["step"].nunique().max() < 2:
         return pd.DataFrame(columns=COLUMNS)  # ends only: `rates` shows them
     base = select.where(rows, arm="base")
-    begun = [base.assign(arm=arm, seed=seed) for (arm, seed), _ in rows.groupby(["arm", "seed"]) if arm != "base"]
+    begun = [base.assign(arm=arm, seed=seed) for (arm, seed), _ in select.groups(rows, "arm", "seed") if arm != "base"]
     whole = pd.concat([*begun, rows.loc[rows["arm"] != "base"]], ignore_index=True)
     return whole.sort_values(["variant", "arm", "seed", "step"], kind="stable", ignore_index=True)[COLUMNS]
 

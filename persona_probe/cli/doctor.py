@@ -24,6 +24,7 @@ NEEDED = (
 )
 OPTIONAL = {
     "kaleido": "figures as svg: pip install 'persona-probe[figures]'",
+    "bitsandbytes": "4-bit and 8-bit models: pip install 'persona-probe[quantization]'",
     "ipykernel": "notebooks: pip install 'persona-probe[notebooks]'",
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"

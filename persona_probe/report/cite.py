@@ -144,6 +144,20 @@ _ENTRIES = {
         "2021",
         "2106.09685",
     ),
+    "dettmers2023qlora": _arxiv(
+        "dettmers2023qlora",
+        "Dettmers, Tim and Pagnoni, Artidoro and Holtzman, Ari and Zettlemoyer, Luke",
+        "{QLoRA}: Efficient Finetuning of Quantized {LLMs}",
+        "2023",
+        "2305.14314",
+    ),
+    "dettmers2022llmint8": _arxiv(
+        "dettmers2022llmint8",
+        "Dettmers, Tim and Lewis, Mike and Belkada, Younes and Zettlemoyer, Luke",
+        "{LLM.int8()}: 8-bit Matrix Multiplication for Transformers at Scale",
+        "2022",
+        "2208.07339",
+    ),
     "kalajdzievski2023rslora": _arxiv(
         "kalajdzievski2023rslora",
         "Kalajdzievski, Damjan",
@@ -238,7 +252,16 @@ def _training(run: RunFolder) -> list[str]:
 
 
 def _base(config: StudyConfig) -> str:
-    return tex(config.model) + (f" {_cite('allal2025smollm2')}" if "smollm2" in config.model.lower() else "")
+    cited = f" {_cite('allal2025smollm2')}" if "smollm2" in config.model.lower() else ""
+    return f"{tex(config.model)}{cited}{_precision(config)}"
+
+
+def _precision(config: StudyConfig) -> str:
+    if config.quantization == "none":
+        return "" if config.weights == "float32" else f" (weights in {config.weights})"
+    four = f"4-bit NormalFloat {_cite('dettmers2023qlora')}"
+    kept = four if config.quantization == "4bit" else f"8 bits {_cite('dettmers2022llmint8')}"
+    return f" (linear layers in {kept}, other weights in {config.weights})"
 
 
 def _trained_here(run: RunFolder, names: list[str]) -> list[str]:

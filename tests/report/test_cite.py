@@ -60,6 +60,21 @@ def test_only_what_was_used_is_cited_and_all_of_it_is_defined(tmp_path: Path) ->
     assert not any(key in other for key in ("hu2021lora", "allal2025smollm2", "alain2016probes", "arditi2025"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, ("on narrow data",)),
+        ({"weights": "bfloat16"}, ("(weights in bfloat16) on narrow data",)),
+        ({"quantization": "4bit"}, ("linear layers in 4-bit NormalFloat", "dettmers2023qlora", "weights in float32")),
+        ({"quantization": "8bit", "weights": "bfloat16"}, ("linear layers in 8 bits", "weights in bfloat16)")),
+    ],
+)
+def test_the_precision_of_the_model_is_said(tmp_path: Path, changes: dict[str, str], words: tuple[str, ...]) -> None:
+    said = cite(run_of(tmp_path / "run", replace(CONFIG, **changes))).methods
+    assert all(word in said for word in words)
+    assert ("weights in" in said) == bool(changes)
+
+
 def test_a_run_that_has_only_begun_cites_its_training(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(first_manifest(CONFIG)))
     said = cite(tmp_path).methods

@@ -78,9 +78,9 @@ def test_an_unknown_model_is_no_error_and_has_no_estimates() -> None:
 
 
 def test_a_release_that_tells_no_size_leaves_its_part_out() -> None:
-    sae = "qwen-scope-3-8b-base-w64k-l50/layer15"
+    sae = "gpt2-small-res-jb/blocks.8.hook_resid_pre"
     plan = plan_of(replace(preset(LLAMA), sae=sae))
-    assert plan.layer == 15 and plan.stages
+    assert plan.layer == 7 and plan.stages
     assert "nothing on this machine tells the SAE's size" in "\n".join(plan.notes)
 
 

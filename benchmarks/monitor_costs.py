@@ -30,9 +30,10 @@ from persona_probe.data.load import evenly_spaced
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import autocast, evaluating
+from persona_probe.monitor.features import Features, SlicedEncoder
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.passive import PassiveReader
-from persona_probe.monitor.reading import FeatureReader, Features, SlicedEncoder
+from persona_probe.monitor.reading import FeatureReader
 from persona_probe.saes.hooks import sae_layer
 from persona_probe.saes.read import encode
 

@@ -246,6 +246,25 @@ class Samples:
 
 DTYPES, SAE_DTYPES = ("float32", "bfloat16", "float16"), ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "4bit", "8bit")
+
+
+@dataclass(frozen=True)
+class ReadSae:
+    """One of several SAEs that are read together."""
+
+    sae: str
+    """Folder or `release/sae_id`."""
+    layer: int | None = None
+    """Decoder layer, where the SAE's metadata does not say it."""
+    name: str = ""
+    """What tables call it; empty takes the last part of `sae`."""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name or self.sae.rstrip("/").rpartition("/")[2]
+
+
 SINCE_0_2 = {"since": "0.2"}
 
 
@@ -280,8 +299,12 @@ class StudyConfig:
 
     name: str
     """Name of the run folder."""
-    sae: str
-    """Folder or `release/sae_id`, as `load_sae` takes it."""
+    sae: str = ""
+    """Folder or `release/sae_id`, as `load_sae` takes it; it reads a residual stream, and its latents are tested for
+    cause. Without it the first of `saes`."""
+    saes: tuple[ReadSae, ...] = field(default=(), metadata=SINCE_0_2, kw_only=True)
+    """Further SAEs, of any layer, attention or MLP outputs or transcoders: ranked and tracked in the same forward
+    passes. A list of {sae, layer, name}."""
     model: str = "smollm2-135m-instruct"
     """Alias, Hugging Face id, folder or GGUF file."""
     revision: str | None = None
@@ -342,6 +365,13 @@ class StudyConfig:
             _require(one, f"weights: {self.weights} and torch_dtype: {self.torch_dtype} are one setting: leave one out")
             object.__setattr__(self, "weights", self.torch_dtype)
             object.__setattr__(self, "torch_dtype", None)
+        _require(bool(self.sae or self.saes), "key 'sae' is missing")
+        if not self.sae:
+            object.__setattr__(self, "sae", self.saes[0].sae)
+            object.__setattr__(self, "layer", self.saes[0].layer if self.layer is None else self.layer)
+        labels = [sae.label for sae in self.all_saes]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        _require(not twice, f"two of the saes are called {twice}: give each a name of its own")
         loading = self.loading  # checks its values
         _require(
             self.training.method != "full" or loading.trains_all,
@@ -368,6 +398,12 @@ class StudyConfig:
         )
         clash = set(self.realign.arms) & {*self.arms, "base"}
         _require(not clash, f"realign arm {sorted(clash)} has the name of another arm: rename it")
+
+    @property
+    def all_saes(self) -> tuple[ReadSae, ...]:
+        """The study's SAE first, then the further ones."""
+        first = next((one for one in self.saes if one.sae == self.sae), ReadSae(self.sae, self.layer))
+        return (first, *(one for one in self.saes if one is not first))
 
     @property
     def control(self) -> str:

@@ -1,7 +1,7 @@
 """Attribution: the first-order effect of removing each latent on the loss of given answers, by one backward pass."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
 from persona_probe.latents.rankers import check_flags
 from persona_probe.models.layers import autocast, causal_model, evaluating
-from persona_probe.models.taps import Tap
+from persona_probe.models.places import Place, Where, as_place, find_site
+from persona_probe.models.taps import ReadTap, Tap
+from persona_probe.saes.hooks import PlacedSae, is_transcoder
 from persona_probe.saes.read import encode
 
 ENCODED_AT_ONCE = 2**24
@@ -38,7 +40,7 @@ def gradient_scores(
     sae: Any,
     groups: Sequence[Batch],
     misaligned: Bool[np.ndarray, " conversations"],
-    layer: int,
+    layer: Where,
     *,
     rows: int = 8,
     bf16: bool = True,
@@ -70,47 +72,95 @@ def gradient_scores(
     Raises:
         InputError: flags that do not fit, a conversation without an answer, or a layer that does not exist.
     """
+    place = as_place(layer)
+    return gradient_scores_of(model, [PlacedSae(sae, place, place)], groups, misaligned, rows=rows, bf16=bf16)[0]
+
+
+def gradient_scores_of(
+    model: nn.Module,
+    saes: Sequence[PlacedSae],
+    groups: Sequence[Batch],
+    misaligned: Bool[np.ndarray, " conversations"],
+    *,
+    rows: int = 8,
+    bf16: bool = True,
+) -> list[GradientScores]:
+    """`gradient_scores` of several SAEs, wherever they read, from one forward and one backward pass per batch.
+
+    Of a transcoder the gradient is taken where it writes.
+
+    Raises:
+        InputError: as `gradient_scores`.
+    """
+    for placed in saes:
+        if find_site(model, placed.writes).side == "normalized":
+            raise InputError(
+                f"{placed.writes} cannot be pushed, so attribution and slope are not defined there: leave these "
+                "rankers out"
+            )
     flags = check_flags(misaligned, sum(len(g.index) for g in groups))
     signs = torch.tensor(np.where(flags, 1 / flags.sum(), -1 / (~flags).sum()), dtype=torch.float32)
-    device, sums = next(model.parameters()).device, _GradientSums(sae)
+    device, sums = next(model.parameters()).device, [_GradientSums(placed.sae) for placed in saes]
     with evaluating(model), _frozen(model):
         for batch in (part.to(device) for group in groups for part in _parts(group, rows)):
             answer = batch.select("response")
             if not bool(answer.any(dim=1).all()):
                 raise InputError("a conversation has no answer tokens: attribution needs conversations with answers")
             with autocast(model, bf16):
-                resid, gradient = answer_gradient(model, batch, layer)
-            weighted = gradient.float() * signs[batch.index].to(device)[:, None, None]
-            sums.add(resid[answer].float(), weighted[answer])
-            sums.everywhere += weighted[batch.attention.bool()].double().sum(dim=0).cpu()
-    return GradientScores(sums.attribution(), sums.slope())
+                values, gradients = _answer_gradients(model, batch, saes)
+            sign = signs[batch.index].to(device)[:, None, None]
+            for placed, total in zip(saes, sums, strict=True):
+                weighted = gradients[placed.writes].float() * sign
+                total.add(values[placed.reads][answer].float(), weighted[answer])
+                total.everywhere += weighted[batch.attention.bool()].double().sum(dim=0).cpu()
+    return [GradientScores(total.attribution(), total.slope()) for total in sums]
 
 
 def answer_gradient(
-    model: nn.Module, batch: Batch, layer: int
+    model: nn.Module, batch: Batch, layer: Where
 ) -> tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
     """Residual stream after `layer`, and there the gradient of each row's mean negative answer log-likelihood.
 
     Rows do not mix. Only layers above `layer` are differentiated. Weights get no gradients.
     """
+    place = as_place(layer)
+    values, gradients = _answer_gradients(model, batch, [PlacedSae(None, place, place)])
+    return values[place], gradients[place]
+
+
+def _answer_gradients(
+    model: nn.Module, batch: Batch, saes: Sequence[PlacedSae]
+) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:
+    """Activations in all places, and the gradients in those that are written."""
     columns = batch.response[:, 1:].any(dim=0).nonzero()[:, 0]
     answer, targets = batch.response[:, columns + 1], batch.ids[:, columns + 1]
-    with torch.enable_grad(), _CutTap(model, layer) as tap:
+    written = list(dict.fromkeys(placed.writes for placed in saes))
+    others = [place for place in dict.fromkeys(placed.reads for placed in saes) if place not in written]
+    with torch.enable_grad(), ExitStack() as stack:
+        taps: dict[Place, _CutTap] = {place: stack.enter_context(_CutTap(model, place)) for place in written}
+        seen = {place: stack.enter_context(ReadTap(model, place)) for place in others}
         logits: Tensor = causal_model(model)(
             input_ids=batch.ids, attention_mask=batch.attention, use_cache=False, logits_to_keep=columns
         ).logits
         loss = cross_entropy(logits[answer].float(), targets[answer], reduction="none")
         share = (answer / answer.sum(dim=1, keepdim=True))[answer]
-        (gradient,) = torch.autograd.grad((loss * share).sum(), tap.value)
-    return tap.value.detach(), gradient
+        gradients = torch.autograd.grad((loss * share).sum(), [tap.value for tap in taps.values()])
+    values = {place: tap.value.detach() for place, tap in {**taps, **seen}.items()}
+    return values, dict(zip(written, gradients, strict=True))
 
 
 class _CutTap(Tap):
-    """Cuts the graph at a layer's output, so that the layers above start from a leaf with a gradient."""
+    """Cuts the graph at a place, so that what follows starts from a leaf with a gradient.
+
+    Where a place before it was cut, the graph goes on through this one.
+    """
 
     value: Float[Tensor, "batch pos d_model"]
 
-    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor:
+    def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> Tensor | None:
+        if resid.requires_grad:
+            self.value = resid
+            return None
         self.value = resid.detach().requires_grad_(True)
         return self.value
 
@@ -146,6 +196,8 @@ class _GradientSums:
 
         Undoing it is linear but for an offset, so its factor is what it does to the difference from zero.
         """
+        if is_transcoder(self.sae):
+            return slope  # it undoes nothing
         undone = self.sae.run_time_activation_norm_fn_out(torch.stack([slope, torch.zeros_like(slope)]))
         return (undone[0] - undone[1]).float()
 

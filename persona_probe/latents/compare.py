@@ -1,5 +1,6 @@
 """Locate for any pair of models, without a study: rank the SAE's latents by what fine-tuning did to them."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +16,18 @@ from persona_probe.data.chat import Conversation, as_conversations, user_turns
 from persona_probe.data.template import with_template
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
-from persona_probe.latents.attribution import gradient_scores
+from persona_probe.latents.attribution import gradient_scores_of
 from persona_probe.latents.rankers import BACKWARD, DEFAULT_RANKERS, POSITIONS, Evidence, check_rankers, score_table
 from persona_probe.models.activation_cache import ActivationCache
 from persona_probe.models.adapters import base_weights, organism
 from persona_probe.models.load import load_model
-from persona_probe.saes.hooks import sae_layer
-from persona_probe.saes.load import check_fit
+from persona_probe.saes.hooks import PlacedSae, Saes, placed_saes
+from persona_probe.saes.load import check_placed
 from persona_probe.saes.quality import require_fit
-from persona_probe.saes.read import LatentMeans, read_latents_at
+from persona_probe.saes.read import LatentMeans, read_saes
+from persona_probe.saes.worth import worthless
+
+log = logging.getLogger(__name__)
 
 Model = nn.Module | str | Path
 """A transformers or PEFT model, or its folder. A base may also be an id; a tuned folder may hold an adapter."""
@@ -32,7 +36,7 @@ Model = nn.Module | str | Path
 def locate(
     base: Model,
     tuned: Model,
-    sae: Any,
+    sae: Saes,
     conversations: Sequence[str | Conversation],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -52,7 +56,8 @@ def locate(
     Args:
         base: the model before fine-tuning. For a PEFT model pass the same object twice; its adapters are switched off.
         tuned: the fine-tuned model, or a folder with an adapter or weights of the base's kind.
-        sae: a `sae_lens.SAE` of the base model's residual stream.
+        sae: a `sae_lens.SAE` of the base model's residual stream; of what its attention or MLP puts out; a transcoder;
+            or several of them, as a list or names to SAEs, which are read from the same forward passes.
         conversations: prompts, or conversations that end with an answer.
         tokenizer: the models' tokenizer; not needed if `base` is a folder or an id.
         chat_template_kwargs: variables of the chat template that the conversations are rendered with.
@@ -60,13 +65,16 @@ def locate(
         misaligned: whether each conversation ends with a misaligned answer; `discrimination`, `attribution` and `slope`
             need it.
         rankers: names of `latents.rankers.RANKERS`.
+        layer: of one SAE whose metadata does not say it.
         positions: None takes `response` if every conversation has an answer, else `prompt`.
         cache: keeps residual streams on disk, so that the same weights and texts are read only once.
         minimum_explained_variance: smallest share of the base's residual variance that the SAE must explain.
 
     Returns:
         One row per latent, best first: latent, rise with its interval, p_value, q_value, suppressed, cosine, firing
-        rates, the rankers' scores and ranks; see `latents.rankers.score_table`.
+        rates, the rankers' scores and ranks; see `latents.rankers.score_table`. With several SAEs a first column `sae`,
+        one SAE after the other. `frame.attrs` has `explained_variance`, of the base's tokens at `positions` (with
+        several SAEs a dictionary), and `warnings`.
 
     Raises:
         InputError: no conversations, an unknown ranker or one without its evidence, or an SAE that does not fit.
@@ -75,52 +83,75 @@ def locate(
     rows = as_conversations(conversations)
     model, tokenizer = _base(base, tokenizer)
     tokenizer = with_template(tokenizer, chat_template_kwargs=chat_template_kwargs)
-    at = sae_layer(sae, layer)
-    check_fit(sae, model, at)
+    saes = placed_saes(sae, layer)
+    for placed in saes:
+        check_placed(placed, model)
     groups = conversation_batches(tokenizer, rows)
     main = positions or ("response" if all(c[-1]["role"] == "assistant" for c in rows) else "prompt")
     read_at = list(dict.fromkeys([main, *(POSITIONS[n] for n in names if n in POSITIONS)]))
-    reader = _Reader(sae, groups, at, read_at, bf16, cache)
+    reader = _Reader(saes, groups, read_at, bf16, cache)
     with base_weights(model):
         before = reader.read(model)
-    require_fit(before[main].fit, sae, model, at, minimum_explained_variance)
+    for placed, reading in zip(saes, before, strict=True):
+        require_fit(reading[main].fit, placed.sae, model, placed.reads, minimum_explained_variance)
     flags = None if misaligned is None else np.asarray(misaligned, dtype=bool)
     with _opened(tuned, model) as organism_model:
         after = reader.read(organism_model)
-        gradients = reader.gradients(organism_model, flags) if BACKWARD & set(names) else {}
+        gradients = reader.gradients(organism_model, flags) if BACKWARD & set(names) else [{} for _ in saes]
     reference = before
     if control is not None:
         with _opened(control, model) as control_model:
             reference = reader.read(control_model)
-    decoder = np.asarray(sae.W_dec.detach().float().cpu().numpy())
-    clusters = [user_turns(c) for c in rows]
-    evidence = Evidence(before, after, reference, decoder, clusters, flags, main, seed=seed, **gradients)
-    return score_table(evidence, names)
+    clusters, tables = [user_turns(c) for c in rows], []
+    for placed, base_read, tuned_read, other, slopes in zip(saes, before, after, reference, gradients, strict=True):
+        decoder = np.asarray(placed.sae.W_dec.detach().float().cpu().numpy())
+        evidence = Evidence(base_read, tuned_read, other, decoder, clusters, flags, main, seed=seed, **slopes)
+        tables.append(score_table(evidence, names))
+    explained = {p.name: float(r[main].fit.explained_variance) for p, r in zip(saes, before, strict=True)}
+    return _joined(tables, explained, several=isinstance(sae, (Mapping, list, tuple)))
+
+
+def _joined(tables: Sequence[pd.DataFrame], explained: Mapping[str, float], several: bool) -> pd.DataFrame:
+    """The tables one after the other, with each SAE's explained variance; an SAE that explains nothing is warned of."""
+    warnings = []
+    for name, value in explained.items():
+        if (warning := worthless(value)) is not None:
+            warnings.append(f"SAE {name}: {warning}" if several else warning)
+            log.warning("%s", warnings[-1])
+    if not several:
+        (table,) = tables
+        table.attrs |= {"explained_variance": next(iter(explained.values())), "warnings": warnings}
+        return table
+    for name, table in zip(explained, tables, strict=True):
+        table.insert(0, "sae", name)
+    by_sae = {name: dict(table.attrs) for name, table in zip(explained, tables, strict=True)}
+    for table in tables:
+        table.attrs = {}
+    joined = pd.concat(tables, ignore_index=True)
+    joined.attrs = {"saes": by_sae, "explained_variance": dict(explained), "warnings": warnings}
+    return joined
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Takes the same measurements of several models."""
+    """Takes the same measurements of several models, all SAEs at once."""
 
-    sae: Any
+    saes: Sequence[PlacedSae]
     groups: Sequence[Batch]
-    layer: int
     positions: Sequence[str]
     bf16: bool
     cache: ActivationCache | None
 
-    def read(self, model: nn.Module) -> dict[str, LatentMeans]:
-        return read_latents_at(
-            model, self.sae, self.groups, self.layer, self.positions, bf16=self.bf16, cache=self.cache
-        )
+    def read(self, model: nn.Module) -> list[dict[str, LatentMeans]]:
+        return read_saes(model, self.saes, self.groups, self.positions, bf16=self.bf16, cache=self.cache)
 
-    def gradients(self, model: nn.Module, flags: np.ndarray | None) -> dict[str, np.ndarray]:
+    def gradients(self, model: nn.Module, flags: np.ndarray | None) -> list[dict[str, np.ndarray]]:
         if flags is None:
             raise InputError(
                 "rankers 'attribution' and 'slope' need to know which answers are misaligned: pass misaligned="
             )
-        scores = gradient_scores(model, self.sae, self.groups, flags, self.layer, bf16=self.bf16)
-        return {"attribution": scores.attribution, "slope": scores.slope}
+        scores = gradient_scores_of(model, self.saes, self.groups, flags, bf16=self.bf16)
+        return [{"attribution": score.attribution, "slope": score.slope} for score in scores]
 
 
 def _base(base: Model, tokenizer: PreTrainedTokenizerBase | None) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -1,5 +1,6 @@
 """Locate: rank latents on the selection split, test the best for cause on the evaluation split, name the persona."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +19,7 @@ from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
-from persona_probe.latents.attribution import gradient_scores
+from persona_probe.latents.attribution import gradient_scores_of
 from persona_probe.latents.causal import (
     Direction,
     Sweep,
@@ -44,8 +45,11 @@ from persona_probe.latents.rankers import (
 )
 from persona_probe.latents.unexplained import Reference, carriers, random_reference
 from persona_probe.saes.quality import require_fit
-from persona_probe.saes.read import LatentMeans, read_latents, read_latents_at
+from persona_probe.saes.read import LatentMeans, read_latents, read_saes
+from persona_probe.saes.worth import worthless
 from persona_probe.units import Unit, make_units, writes_run
+
+log = logging.getLogger(__name__)
 
 FILE = "directions.safetensors"
 NEUTRAL_ANSWERS = 8
@@ -152,7 +156,7 @@ def neutral_answers(ctx: Context) -> list[Conversation]:
 
 def rank(ctx: Context) -> None:
     """Write parts/rank.parquet (all latents), agreement.parquet and the directions."""
-    evidence = gather(ctx)
+    evidence, *further = gather_all(ctx)
     names = check_rankers(ctx.config.locate.rankers)
     table = score_table(evidence, names)
     if not bool(table["alive"].any()):
@@ -161,14 +165,61 @@ def rank(ctx: Context) -> None:
     compared = list(dict.fromkeys(["rise", *names]))
     if len(compared) > 1:
         ctx.run.write_table("agreement.parquet", agreement(table.assign(rise_rank=table["rank"]), compared))
+    if further:
+        ctx.run.write_table(
+            BY_SAE, by_sae(ctx, [table, *(score_table(one, names) for one in further)], evidence, further)
+        )
     ctx.run.write_table("parts/rank.parquet", table)
 
 
-def gather(ctx: Context) -> Evidence:
-    """Read base, incorrect and control arm on the selection split, at all positions that the rankers ask for.
+BY_SAE = "latents_by_sae.parquet"
+"""The rankings of all SAEs of a study that reads several."""
+
+
+def by_sae(
+    ctx: Context, tables: Sequence[pd.DataFrame], evidence: Evidence, further: Sequence[Evidence]
+) -> pd.DataFrame:
+    """The tables one after the other, each with its SAE's name, its place, and its explained variance on the base."""
+    parts = []
+    for placed, table, one in zip(ctx.saes, tables, (evidence, *further), strict=True):
+        explained = one.base[one.positions].fit.explained_variance
+        head = {"sae": placed.name, "place": placed.reads.short, "explained_variance": explained}
+        part = table.copy()
+        for column, (name, value) in enumerate(head.items()):
+            part.insert(column, name, value)
+        part.attrs = {}
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def best_of_further(ctx: Context) -> dict[str, int]:
+    """The best latent of each further SAE by name; empty for a study with one SAE.
 
     Raises:
-        InputError: the SAE does not fit the base model.
+        InputError: locate has not run with these SAEs.
+    """
+    names = [one.label for one in ctx.config.all_saes[1:]]
+    if not names:
+        return {}
+    if not ctx.run.has(BY_SAE):
+        raise InputError("this run was located with one SAE: run `persona-probe locate` in a new folder for `saes:`")
+    table = ctx.run.read_table(BY_SAE)
+    return {name: int(table[table["sae"] == name].sort_values("rank")["latent"].iloc[0]) for name in names}
+
+
+def gather(ctx: Context) -> Evidence:
+    """The evidence of the study's SAE, see `gather_all`."""
+    return gather_all(ctx)[0]
+
+
+def gather_all(ctx: Context) -> list[Evidence]:
+    """Read base, incorrect and control arm on the selection split, at all positions that the rankers ask for.
+
+    Returns:
+        The evidence of each SAE; all are read from the same forward passes.
+
+    Raises:
+        InputError: an SAE does not fit the base model.
     """
     config = ctx.config.locate
     sides = ("aligned", "misaligned")
@@ -177,37 +228,51 @@ def gather(ctx: Context) -> Evidence:
     misaligned = np.tile([False, True], len(ctx.selection.rows))
     where = list(dict.fromkeys([config.positions, *(POSITIONS[r] for r in config.rankers if r in POSITIONS)]))
     base = _read(ctx, "base", groups, where)
-    require_fit(base[config.positions].fit, ctx.sae, ctx.model, ctx.layer, config.minimum_explained_variance)
-    attribution, slope = _gradients(ctx, groups, misaligned) if BACKWARD & set(config.rankers) else (None, None)
-    return Evidence(
-        base=base,
-        tuned=_read(ctx, "incorrect", groups, where),
-        control=_read(ctx, ctx.config.control, groups, where),
-        decoder=ctx.sae.W_dec.detach().float().cpu().numpy(),
-        clusters=[r["id"] for r in ctx.selection.rows for _ in range(2)],
-        misaligned=misaligned,
-        positions=config.positions,
-        attribution=attribution,
-        slope=slope,
-        seed=ctx.seed,
-    )
+    for placed, reading in zip(ctx.saes, base, strict=True):
+        fit = reading[config.positions].fit
+        require_fit(fit, placed.sae, ctx.model, placed.reads, config.minimum_explained_variance)
+        if (warning := worthless(fit.explained_variance)) is not None:
+            log.warning("SAE %s: %s", placed.name, warning)
+    backward = bool(BACKWARD & set(config.rankers))
+    slopes = _gradients(ctx, groups, misaligned) if backward else [(None, None)] * len(ctx.saes)
+    tuned, control = _read(ctx, "incorrect", groups, where), _read(ctx, ctx.config.control, groups, where)
+    return [
+        Evidence(
+            base=base[i],
+            tuned=tuned[i],
+            control=control[i],
+            decoder=placed.sae.W_dec.detach().float().cpu().numpy(),
+            clusters=[r["id"] for r in ctx.selection.rows for _ in range(2)],
+            misaligned=misaligned,
+            positions=config.positions,
+            attribution=slopes[i][0],
+            slope=slopes[i][1],
+            seed=ctx.seed,
+        )
+        for i, placed in enumerate(ctx.saes)
+    ]
 
 
-def _read(ctx: Context, arm: str, groups: list[Batch], where: list[str]) -> dict[str, LatentMeans]:
+def _read(ctx: Context, arm: str, groups: list[Batch], where: list[str]) -> list[dict[str, LatentMeans]]:
+    """An arm's reading by each SAE, averaged over seeds."""
     readings = []
     for seed in ctx.config.seeds if arm != "base" else ctx.config.seeds[:1]:
         with ctx.organism(arm, seed) as model:
-            readings.append(read_latents_at(model, ctx.sae, groups, ctx.layer, where, bf16=ctx.config.bf16))
-    return {name: average([reading[name] for reading in readings]) for name in where}
+            readings.append(read_saes(model, ctx.saes, groups, where, bf16=ctx.config.bf16))
+    by_sae = zip(*readings, strict=True)
+    return [{name: average([reading[name] for reading in seeds]) for name in where} for seeds in by_sae]
 
 
-def _gradients(ctx: Context, groups: list[Batch], misaligned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Attribution and slope of the incorrect organism, averaged over seeds."""
+def _gradients(ctx: Context, groups: list[Batch], misaligned: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Attribution and slope of the incorrect organism by each SAE, averaged over seeds."""
     scores = []
     for seed in ctx.config.seeds:
         with ctx.organism("incorrect", seed) as model:
-            scores.append(gradient_scores(model, ctx.sae, groups, misaligned, ctx.layer, bf16=ctx.config.bf16))
-    return np.mean([s.attribution for s in scores], axis=0), np.mean([s.slope for s in scores], axis=0)
+            scores.append(gradient_scores_of(model, ctx.saes, groups, misaligned, bf16=ctx.config.bf16))
+    return [
+        (np.mean([s.attribution for s in seeds], axis=0), np.mean([s.slope for s in seeds], axis=0))
+        for seeds in zip(*scores, strict=True)
+    ]
 
 
 def average(parts: Sequence[LatentMeans]) -> LatentMeans:

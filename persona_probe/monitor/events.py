@@ -27,6 +27,8 @@ class FeatureValue:
     base_mean: float
     base_sd: float
     """Mean and standard deviation between probes on the base model."""
+    sae: str = ""
+    """The SAE's name where several are read; empty for a direction, and where there is one SAE."""
 
     @property
     def shift(self) -> float:
@@ -43,7 +45,7 @@ class Reading:
     """`probe` or `passive`."""
     features: tuple[FeatureValue, ...]
     explained_variance: float
-    """Of the SAE, on the tokens that were read; NaN where no SAE is used."""
+    """Of the SAE, on the tokens that were read; NaN where no SAE is used. Of several SAEs, the first one's."""
     l0: float
     residual_norm: float
     n_probes: int
@@ -55,11 +57,27 @@ class Reading:
     learning_rate: float | None = None
     tokens_seen: int | None = None
     """Training tokens so far, padding not counted."""
+    fits: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Where several SAEs are read: for each its explained_variance, l0 and residual_norm; those of directions under
+    the empty name."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One flat row per feature, with the fields of the reading in every row."""
-        shared = {k: v for k, v in vars(self).items() if k != "features"}
-        return [{**shared, "feature": f.name, **_without(asdict(f), "name"), "shift": f.shift} for f in self.features]
+        """One flat row per feature, with the fields of the reading in every row.
+
+        Where several SAEs are read, a row says which its feature is of, and holds that SAE's fit.
+        """
+        shared = {k: v for k, v in vars(self).items() if k not in ("features", "fits")}
+        left_out = ("name",) if self.fits else ("name", "sae")
+        return [
+            {
+                **shared,
+                **self.fits.get(f.sae, {}),
+                "feature": f.name,
+                **_without(asdict(f), *left_out),
+                "shift": f.shift,
+            }
+            for f in self.features
+        ]
 
 
 @dataclass(frozen=True)
@@ -126,7 +144,10 @@ KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Start, Readin
 
 def to_line(event: Event) -> str:
     """One line of JSON, with its kind under `event`; NaN and infinities become null."""
-    return json.dumps({"event": type(event).__name__.lower(), **json_values(asdict(event))}) + "\n"
+    record = asdict(event)
+    if isinstance(event, Reading) and not event.fits:  # one SAE: nothing to tell apart
+        record = {**_without(record, "fits"), "features": [_without(f, "sae") for f in record["features"]]}
+    return json.dumps({"event": type(event).__name__.lower(), **json_values(record)}) + "\n"
 
 
 def from_line(line: str) -> Event:
@@ -146,6 +167,8 @@ def _read(kind: type, record: dict[str, Any]) -> Any:
     try:
         if kind is Reading:
             record["features"] = tuple(FeatureValue(**_nan(f, FeatureValue)) for f in record["features"])
+            fits = record.get("fits", {}).items()
+            record["fits"] = {sae: {k: _float(v) for k, v in fit.items()} for sae, fit in fits}
         if kind is Start:
             record["bands"] = {k: tuple(_float(end) for end in band) for k, band in record["bands"].items()}
         return kind(**_nan(record, kind))
@@ -162,8 +185,8 @@ def _float(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _without(record: dict[str, Any], name: str) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if k != name}
+def _without(record: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if k not in names}
 
 
 BASE_KEY = "base_explained_variance"

@@ -24,10 +24,12 @@ from persona_probe.data.chat import Conversation, as_conversations
 from persona_probe.data.load import evenly_spaced, load_conversations
 from persona_probe.data.template import with_template
 from persona_probe.errors import InputError
+from persona_probe.models.places import Where, as_place
 from persona_probe.monitor.events import Alarm, Fault
+from persona_probe.monitor.features import Features
 from persona_probe.monitor.hub import EventHub
 from persona_probe.monitor.monitored_run import MonitoredRun, TrainingState
-from persona_probe.monitor.reading import Features, Snapshot
+from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.reading_records import Anchor
 from persona_probe.monitor.settings import (
     PROBES,
@@ -46,7 +48,7 @@ from persona_probe.monitor.trainers import (
     read_before_best,
     tokenizer_of,
 )
-from persona_probe.saes.hooks import sae_layer
+from persona_probe.saes.hooks import Saes, read_place, sae_layer
 from persona_probe.saes.load import load_sae
 
 if TYPE_CHECKING:
@@ -78,12 +80,15 @@ class FeatureMonitor(TrainerCallback):
 
     Args:
         sae: a `sae_lens.SAE`, as `load_sae` gives; best on the model's device. None where all features are directions.
-        features: name to latent index, to a direction (d_model,), or to a set of either (`{"traits": {...}}`).
+            Several SAEs, as a list or as names to SAEs, are read from the same forward passes; they may read other
+            layers, the attention's or the MLP's output, and transcoders.
+        features: name to latent index, to a direction (d_model,), or to a set of either (`{"traits": {...}}`). With
+            several SAEs a latent is (name of its SAE, index); SAEs of a list are called `L12` or `L12.mlp_out`.
         probes: a packaged set's name, or prompts or conversations; None takes 12 of the 64 `neutral_probes`, which at
             the default cadence cost at most 2% of a small model's training.
         every: read at every `every`-th optimizer step (and at the start and the end); None is 25.
         steps: read at these steps instead (and at the end).
-        layer: decoder layer; None takes it from the SAE's metadata.
+        layer: decoder layer; None takes it from the SAE's metadata. With several SAEs, where directions are read.
         positions: tokens averaged over; None takes `response` where every probe has an answer, else `prompt`.
         tokenizer: for the probes, in place of the trainer's; needed where the trainer has none.
         chat_template_kwargs: variables of the chat template that the probes are rendered with (`with_template`).
@@ -114,14 +119,14 @@ class FeatureMonitor(TrainerCallback):
 
     def __init__(
         self,
-        sae: Any | None,
+        sae: Saes | None,
         features: Features,
         probes: Probes | None = None,
         *,
         # when and how the model is read
         every: int | None = None,
         steps: Sequence[int] | None = None,
-        layer: int | None = None,
+        layer: Where | None = None,
         positions: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -441,10 +446,14 @@ def _conversations(probes: Probes | None) -> list[Conversation]:
     return load_conversations(probes) if isinstance(probes, str) else as_conversations(probes)
 
 
-def _layer(sae: Any | None, layer: int | None) -> int:
-    if layer is None and sae is None:
+def _layer(sae: Saes | None, layer: Where | None) -> Where | None:
+    """Where one SAE or directions are read; with several SAEs, what was given."""
+    if sae is None and layer is None:
         raise InputError("without an SAE the layer is not known: pass layer=")
-    return layer if sae is None and layer is not None else sae_layer(sae, layer)
+    if sae is None or isinstance(sae, (Mapping, list, tuple)):
+        return layer
+    place = read_place(sae, None if layer is None else as_place(layer).layer)
+    return place.layer if place.is_residual else place
 
 
 def _with_file(sinks: "Sequence[Sink]", path: str | Path | None) -> "list[Sink]":

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +19,14 @@ from transformers.training_args import ParallelMode
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
 from persona_probe.models.adapters import base_weights, is_adapted, trains_base
-from persona_probe.models.layers import causal_model, decoder_layer, hidden_size
+from persona_probe.models.layers import causal_model, hidden_size
+from persona_probe.models.places import as_place, find_site
+from persona_probe.models.ranks import Ranks, is_partitioned, is_sharded, unwrap
 from persona_probe.monitor.events import BASE_KEY, Alarm, Behaviour, End, Reading, Start
+from persona_probe.monitor.features import Feature, FeatureGroups, flatten
 from persona_probe.monitor.hub import EventHub
 from persona_probe.monitor.passive import PassiveReader
-from persona_probe.monitor.ranks import Ranks, is_partitioned, is_sharded, unwrap
-from persona_probe.monitor.reading import FeatureReader, FeatureSet, Snapshot, flatten, undisturbed
+from persona_probe.monitor.reading import FeatureReader, Snapshot, undisturbed
 from persona_probe.monitor.reading_records import (
     Anchor,
     StepInfo,
@@ -35,7 +38,7 @@ from persona_probe.monitor.reading_records import (
 )
 from persona_probe.monitor.settings import Measure, MonitorSettings
 from persona_probe.runs import versions
-from persona_probe.saes.load import check_fit
+from persona_probe.saes.load import check_placed
 
 if TYPE_CHECKING:
     from persona_probe.monitor.actions.action import ActionContext
@@ -167,7 +170,7 @@ class MonitoredRun:
         if settings.reads_batches:  # last: an error above must leave no hook behind
             if training.replicated:
                 raise InputError("DataParallel copies the model at every step: take mode='probe', or use torchrun")
-            self.passive = PassiveReader(features, settings.layer, settings.passive, self._passive_failed)
+            self.passive = PassiveReader(features, settings.passive, self._passive_failed)
             self.passive.attach(training.model, training.micro_batches, scoped)
 
     def _passive_failed(self, error: Exception) -> None:
@@ -357,7 +360,7 @@ class ReadingLog:
     """
 
     def __init__(
-        self, settings: MonitorSettings, hub: EventHub, features: FeatureSet, inner: nn.Module, recording: bool
+        self, settings: MonitorSettings, hub: EventHub, features: FeatureGroups, inner: nn.Module, recording: bool
     ) -> None:
         self.settings, self.hub, self.features, self.inner, self.recording = settings, hub, features, inner, recording
         self.anchor: Anchor | None = None
@@ -406,7 +409,7 @@ class ReadingLog:
 # --- What a run needs before its first reading
 
 
-def feature_set(settings: MonitorSettings, inner: nn.Module) -> FeatureSet:
+def feature_set(settings: MonitorSettings, inner: nn.Module) -> FeatureGroups:
     """The features, checked against the model (below all wrappers).
 
     Raises:
@@ -414,14 +417,15 @@ def feature_set(settings: MonitorSettings, inner: nn.Module) -> FeatureSet:
     """
     if settings.runs_probes and is_partitioned(inner):
         raise InputError("probes cannot be run on a model that ZeRO-3 holds in parts: take mode='passive', or FSDP")
-    if settings.sae is not None:
-        check_fit(settings.sae, inner, settings.layer)
-    decoder_layer(inner, settings.layer)
-    return FeatureSet(settings.sae, settings.features, hidden_size(inner))
+    for placed in settings.saes:
+        check_placed(placed, inner)
+    for place in settings.groups.places:
+        find_site(inner, place)
+    return FeatureGroups.of(settings.sae, settings.features, settings.layer, hidden_size(inner))
 
 
 def probe_reader(
-    settings: MonitorSettings, features: FeatureSet, tokenizer: PreTrainedTokenizerBase | None
+    settings: MonitorSettings, features: FeatureGroups, tokenizer: PreTrainedTokenizerBase | None
 ) -> FeatureReader:
     """The reader of the probes.
 
@@ -458,31 +462,40 @@ def base_fingerprint(settings: MonitorSettings) -> str:
     features = {name: _content(f) for name, f in flatten(settings.features).items()}
     probing = settings.runs_probes
     probes = {"probes": settings.probes, "positions": settings.positions} if probing else {}
-    return fingerprint({"features": features, "layer": settings.layer, "probing": probing, **probes})
+    layer = settings.layer if settings.layer is None or isinstance(settings.layer, int) else str(settings.layer)
+    named = isinstance(settings.sae, (Mapping, list, tuple))
+    saes = {"saes": {p.name: [str(p.reads), str(p.writes)] for p in settings.saes}} if named else {}
+    return fingerprint({"features": features, "layer": layer, "probing": probing, **probes, **saes})
 
 
-def _content(feature: int | Tensor) -> object:
-    if isinstance(feature, int):
+def _content(feature: Feature) -> object:
+    if not isinstance(feature, Tensor):
         return feature
     return hashlib.sha256(feature.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
-def _start_event(settings: MonitorSettings, features: FeatureSet, anchor: Anchor, inner: nn.Module) -> Start:
-    config, sae = causal_model(inner).config, settings.sae
+def _hook_of(sae: Any) -> str:
+    return str(sae.cfg.metadata.hook_name or sae.cfg.architecture())
+
+
+def _start_event(settings: MonitorSettings, features: FeatureGroups, anchor: Anchor, inner: nn.Module) -> Start:
+    config, saes = causal_model(inner).config, {p.name: _hook_of(p.sae) for p in settings.saes}
+    several = isinstance(settings.sae, (Mapping, list, tuple))
+    first = features.parts[0].reads if settings.layer is None else as_place(settings.layer)
     metadata: dict[str, Any] = {
         "base": anchor.record(),
         "fingerprint": base_fingerprint(settings),
         "mode": settings.mode,
         "positions": settings.positions if settings.runs_probes else settings.passive.positions,
         "model": str(config.name_or_path or type(causal_model(inner)).__name__),
-        "sae": None if sae is None else str(sae.cfg.metadata.hook_name or sae.cfg.architecture()),
+        "sae": saes if several else next(iter(saes.values()), None),
         "versions": versions(),
     }
     if math.isfinite(anchor.explained_variance):
         metadata[BASE_KEY] = anchor.explained_variance
     return Start(
         features=dict(zip(features.names, features.latents, strict=True)),
-        layer=settings.layer,
+        layer=first.layer,
         n_probes=len(settings.probes),
         bands=anchor.bands(settings.band_sd),
         metadata=metadata,

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from persona_probe.errors import InputError
-from persona_probe.models.layers import base_transformer, causal_model, decoder_layer
-from persona_probe.monitor.ranks import unwrap
-from persona_probe.monitor.reading import FeatureSet, FitSums, Snapshot, moments, precision
+from persona_probe.models.layers import base_transformer, causal_model
+from persona_probe.models.places import Normalizer, Place, find_site, input_value, output_value
+from persona_probe.models.ranks import unwrap
+from persona_probe.monitor.features import FeatureGroups, FitSums, moments, precision
+from persona_probe.monitor.reading import Snapshot, make_snapshot
 from persona_probe.monitor.settings import PassiveReading
 
 log = logging.getLogger(__name__)
@@ -126,12 +128,14 @@ class PassiveSums:
 
     Args:
         features: how many.
-        width: of the residual stream.
+        fits: empty sums of how well each SAE fits.
         generator: draws the sample of sequences; a separate one, so that training's random state is not touched.
     """
 
-    def __init__(self, features: int, width: int, device: torch.device, generator: torch.Generator) -> None:
-        self.fit, self.generator = FitSums(width, device), generator
+    def __init__(
+        self, features: int, fits: Sequence[FitSums], device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.fits, self.generator = fits, generator
         self.maximum = torch.full((features,), -torch.inf, device=device)
         self.sample: Float[Tensor, "sequences two_features"] = torch.zeros(0, 2 * features, device=device)
         self.key: Float[Tensor, " sequences"] = torch.zeros(0, device=device)
@@ -162,22 +166,21 @@ class PassiveSums:
             self.key, best = self.key.topk(SEQUENCES_KEPT)
             self.sample = self.sample.index_select(0, best)
 
-    def fetch(self, features: FeatureSet, tokens_seen: Tensor | int) -> tuple[Snapshot | None, int]:
+    def fetch(self, features: FeatureGroups, tokens_seen: Tensor | int) -> tuple[Snapshot | None, int]:
         """The one transfer to the host: the step's snapshot (None where no token was selected), and the tokens seen."""
         device = self.key.device
         # Built on the device: sending a number to it would wait for it.
         known = isinstance(tokens_seen, int)
         count = torch.full((1,), tokens_seen, device=device) if known else tokens_seen.to(device)[None]
-        parts = (self.key, self.sample.flatten(), self.maximum, self.fit.vector, count)
-        packed = torch.cat([part.to(precision(device)) for part in parts]).cpu().double()
-        key, sample, maximum, fit, tokens = packed.split([part.numel() for part in parts])
+        parts = (self.key, self.sample.flatten(), self.maximum, count, *(fit.vector for fit in self.fits))
+        packed = torch.cat([part.to(device, precision(device)) for part in parts]).cpu().double()
+        key, sample, maximum, tokens, *fits = packed.split([part.numel() for part in parts])
         rows = sample.reshape(len(key), -1)[key >= 0].numpy()
         if len(rows) == 0:
             return None, int(tokens)
         means, firing = rows[:, : len(features.names)], rows[:, len(features.names) :]
-        fitted = moments(fit, self.fit.fitted)
-        snapshot = Snapshot(features.names, features.latents, means, firing.mean(axis=0), maximum.numpy(), fitted)
-        return snapshot, int(tokens)
+        fitted = [moments(vector, fit.fitted) for vector, fit in zip(fits, self.fits, strict=True)]
+        return make_snapshot(features, means, firing.mean(axis=0), maximum.numpy(), fitted), int(tokens)
 
 
 # --- The hooks
@@ -196,7 +199,7 @@ TOKENS_READ, TOKENS_ENCODED = 4096, 512
 
 
 class PassiveReader:
-    """Hooks that read one layer during training forwards.
+    """Hooks that read one layer, or several places, during training forwards.
 
     A forward counts when the causal model (or, where a trainer calls it directly, the transformer below) is entered in
     training mode with gradients on. The layer is read while that forward lasts. So evaluation, generation and the
@@ -207,20 +210,19 @@ class PassiveReader:
     Of a step that is not due only the tokens are counted. At a due step (`armed`) all its micro-batches are pooled.
 
     Args:
-        layer: decoder layer whose output is read.
+        features: with the places that they are read in.
         settings: which tokens are read.
         on_error: gets what a hook raised; the hooks are off from then on.
     """
 
     def __init__(
         self,
-        features: FeatureSet,
-        layer: int,
+        features: FeatureGroups,
         settings: PassiveReading,
         on_error: Callable[[Exception], None],
         seed: int = 0,
     ) -> None:
-        self.features, self.layer, self.settings, self.on_error, self.seed = features, layer, settings, on_error, seed
+        self.features, self.settings, self.on_error, self.seed = features, settings, on_error, seed
         self.armed = self.with_fit = self.fired = self.scoped = False
         self.unlabelled = self.in_eval_mode = self._warned = False
         self.micro_batches, self.seconds, self.tokens_seen = 1, 0.0, 0
@@ -228,6 +230,7 @@ class PassiveReader:
         self._call: Call | None = None
         self._opener: nn.Module | None = None
         self._sums: PassiveSums | None = None
+        self._seen: dict[Place, Tensor] = {}
         self._tokens: Tensor | int = 0
 
     def attach(self, model: nn.Module, micro_batches: int = 1, scoped: bool = False) -> None:
@@ -240,13 +243,13 @@ class PassiveReader:
         self.detach()
         inner = unwrap(model)
         self.micro_batches, self.scoped, self._tokens = max(1, micro_batches), scoped, 0
-        layer, causal, transformer = decoder_layer(inner, self.layer), causal_model(inner), base_transformer(inner)
+        causal, transformer = causal_model(inner), base_transformer(inner)
         reader: weakref.ref[PassiveReader] = weakref.ref(self)  # a hook must not keep a forgotten monitor alive
-        enter, leave, see = (_calling(reader, m) for m in (PassiveReader.enter, PassiveReader.leave, PassiveReader.see))
+        enter, leave = (_calling(reader, m) for m in (PassiveReader.enter, PassiveReader.leave))
         for module in dict.fromkeys((causal, transformer)):
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(leave, always_call=True))
-        self._handles.append(layer.register_forward_hook(see))
+        self._handles += [_hooked(reader, inner, place) for place in self.features.places]
         weakref.finalize(self, _remove, self._handles).atexit = False
 
     def detach(self) -> None:
@@ -294,6 +297,7 @@ class PassiveReader:
         self.in_eval_mode = self.in_eval_mode or not module.training
         tokens = real_tokens(args, kwargs) if module.training else None
         if tokens is not None:
+            self._seen.clear()
             self._opener, self._call, self._tokens = module, (args, kwargs), self._tokens + tokens
 
     def leave(self, module: nn.Module, _args: object, output: object) -> None:
@@ -304,33 +308,54 @@ class PassiveReader:
                 self.detach()
 
     @torch.no_grad()
-    def see(self, _module: nn.Module, _args: object, output: object) -> None:
-        """Hook of the layer."""
+    def see(self, place: Place, activation: Tensor) -> None:
+        """Hook of a place; when all places were seen, the micro-batch is read."""
         if self._call is None:
             return
         self.fired = True
-        resid = output[0] if isinstance(output, tuple) else output
-        if self.armed and isinstance(resid, Tensor):
-            begin = time.perf_counter()
-            with torch.autocast(resid.device.type, enabled=False):
-                self._read(resid.detach(), BatchView.of(*self._call))
-            self.seconds += time.perf_counter() - begin
+        if not self.armed:
+            return
+        begin = time.perf_counter()
+        self._seen[place] = activation.detach()
+        if len(self._seen) == len(self.features.places):
+            with torch.autocast(activation.device.type, enabled=False):
+                self._read(self._seen, BatchView.of(*self._call))
+            self._seen.clear()
+        self.seconds += time.perf_counter() - begin
 
-    def _read(self, resid: Tensor, view: BatchView) -> None:
+    def _read(self, seen: Mapping[Place, Tensor], view: BatchView) -> None:
         self.unlabelled = self.unlabelled or (self.settings.positions == "response" and view.trained is None)
-        selected = view.selected(self.settings.positions).to(resid.device)
-        places, weight = evenly_spaced_tokens(selected, self._limit())
-        x = resid.flatten(0, 1).index_select(0, places).float()
+        device = seen[self.features.parts[0].reads].device
+        places, weight = evenly_spaced_tokens(view.selected(self.settings.positions).to(device), self._limit())
+        x = {place: a.flatten(0, 1).index_select(0, places.to(a.device)).float() for place, a in seen.items()}
         if self._sums is None:
-            generator = torch.Generator(resid.device).manual_seed(self.seed)
-            self._sums = PassiveSums(len(self.features.names), x.shape[1], resid.device, generator)
-        columns = self.features.columns(x, self._sums.fit, with_fit=self.with_fit, weight=weight)
-        sequence = view.sequence.to(resid.device).flatten().index_select(0, places)
+            generator = torch.Generator(device).manual_seed(self.seed)
+            self._sums = PassiveSums(len(self.features.names), self.features.new_sums(x), device, generator)
+        columns = self.features.columns(x, self._sums.fits, with_fit=self.with_fit, weight=weight)
+        sequence = view.sequence.to(device).flatten().index_select(0, places)
         self._sums.add(columns, weight, sequence, view.sequences)
 
     def _limit(self) -> int:
         default = TOKENS_ENCODED if self.features.encodes_all(self.with_fit) else TOKENS_READ
         return max(1, (self.settings.max_tokens or default) // self.micro_batches)
+
+
+def _hooked(reader: "weakref.ref[PassiveReader]", model: nn.Module, place: Place) -> RemovableHandle:
+    """A hook that shows the reader what is in a place."""
+    site = find_site(model, place)
+
+    def output(reader: PassiveReader, _module: nn.Module, _args: object, given: object) -> None:
+        reader.see(place, output_value(given))
+
+    if site.side == "output":
+        return site.module.register_forward_hook(_calling(reader, output))
+    norm = Normalizer(site.module) if site.side == "normalized" else None
+
+    def taken(reader: PassiveReader, _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        value = input_value(args, kwargs)
+        reader.see(place, value if norm is None or not reader.armed else norm(value))
+
+    return site.module.register_forward_pre_hook(_calling(reader, taken), with_kwargs=True)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:

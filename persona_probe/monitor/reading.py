@@ -1,17 +1,14 @@
 """One measurement of named features on a fixed probe set."""
 
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -19,227 +16,15 @@ from transformers import PretrainedConfig
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
 from persona_probe.models.layers import forward_to_layer, transformer_config
+from persona_probe.models.places import Place, Where
 from persona_probe.models.prefix import Rows
+from persona_probe.models.ranks import eager, is_sharded, reshard, unwrap
 from persona_probe.models.residuals import IN_SHARED_BEGINNING
 from persona_probe.models.taps import ReadTap
-from persona_probe.monitor.ranks import eager, is_sharded, reshard, unwrap
-from persona_probe.saes.read import (
-    CHUNK_TOKENS,
-    CHUNK_VALUES,
-    SLICEABLE,
-    FitMoments,
-    check_architecture,
-    check_latents,
-    encode,
-)
+from persona_probe.monitor.features import FeatureGroups, Features, moments, precision
+from persona_probe.saes.hooks import Saes
+from persona_probe.saes.read import FitMoments
 from persona_probe.stats import bootstrap_mean
-
-# --- Running sums behind explained variance, L0 and residual norm, kept on the device and fetched once
-
-N, ERROR, ACTIVE, NORM, SQUARE = range(5)
-HEAD = 5
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """float64 for sums, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-class FitSums:
-    """`saes.read.FitMoments` without a transfer to the host at every batch.
-
-    One vector: tokens, squared error, active latents, norms, squares, then the sum of the residual streams (d_model).
-    """
-
-    def __init__(self, width: int, device: torch.device) -> None:
-        self.dtype = precision(device)
-        self.vector: Float[Tensor, " five_plus_d_model"] = torch.zeros(HEAD + width, dtype=self.dtype, device=device)
-        self.fitted = False
-
-    def add(self, x: Float[Tensor, "tokens d_model"], out: Tensor, acts: Tensor, weight: Tensor) -> None:
-        """Count tokens with their reconstructions and activations, each `weight` times (0 or 1)."""
-        self.fitted = True
-        self.add_norms(x, weight)
-        wide, w = x.to(self.dtype), weight.to(self.dtype)
-        self.vector[ERROR] += (wide - out.to(self.dtype)).square().sum(dim=-1) @ w
-        self.vector[ACTIVE] += (acts != 0).sum(dim=-1).to(self.dtype) @ w
-        self.vector[SQUARE] += wide.square().sum(dim=-1) @ w
-        self.vector[HEAD:] += w @ wide
-
-    def add_norms(self, x: Float[Tensor, "tokens d_model"], weight: Tensor) -> None:
-        """Count tokens without an SAE: their number and norms only."""
-        w = weight.to(self.dtype)
-        self.vector[N] += w.sum()
-        self.vector[NORM] += x.norm(dim=-1).to(self.dtype) @ w
-
-
-def moments(vector: Float[Tensor, " five_plus_d_model"], fitted: bool) -> FitMoments:
-    """The sums once they are on the host; explained variance and L0 are NaN where no SAE was fitted."""
-    n, error, active, norm, square = vector[:HEAD].tolist()
-    unknown = 0.0 if fitted else math.nan
-    return FitMoments(int(n), error + unknown, active + unknown, norm, vector[HEAD:].double(), square)
-
-
-# --- A few latents of an SAE whose latents do not compete: their columns are gathered once
-
-
-class SlicedEncoder:
-    """`saes.read.encode_latents` for many calls: a reading sends no index to the device and gathers no weight.
-
-    Args:
-        sae: an SAE of an architecture in `SLICEABLE`.
-        latents: the latents that are read; they exist.
-    """
-
-    def __init__(self, sae: Any, latents: list[int]) -> None:
-        self.sae, self.kind = sae, sae.cfg.architecture()
-        assert self.kind in SLICEABLE
-        names = {"standard": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
-        with torch.no_grad():
-            self.weights: Tensor = sae.W_enc[:, latents].clone()
-            self.parameters: dict[str, Tensor] = {n: getattr(sae, n)[latents].clone() for n in names[self.kind]}
-
-    @torch.no_grad()
-    def __call__(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens chosen"]:
-        """The chosen latents' activations, in float32, on the device of `x`."""
-        sae, p = self.sae, self.parameters
-        product = sae.process_sae_in(x.to(self.weights.device, self.weights.dtype)) @ self.weights
-        if self.kind == "gated":
-            gate = product * p["r_mag"].exp() + p["b_mag"]
-            acts = (product + p["b_gate"] > 0) * sae.activation_fn(gate)
-        elif self.kind == "standard":
-            acts = sae.activation_fn(product + p["b_enc"])
-        else:
-            before = product + p["b_enc"]
-            acts = sae.activation_fn(before) * (before > p["threshold"])
-        return acts.float().to(x.device)
-
-
-# --- Named features as columns of a table of tokens
-
-Feature = int | Tensor
-"""A latent's index, or a direction (d_model,)."""
-Features = Mapping[str, Feature | Mapping[str, Feature]]
-"""Name to a feature, or to a set of them (`{"traits": {"evil": direction, "lazy": 123}}` reads `traits/evil`, ...)."""
-
-
-def flatten(features: Features) -> dict[str, Feature]:
-    """Sets spelled out as `set/member`.
-
-    Raises:
-        InputError: no feature, a name that comes twice, or something that is neither a latent nor a direction.
-    """
-    flat: dict[str, Feature] = {}
-    for name, feature in _spelled_out(features):
-        if name in flat:
-            raise InputError(f"two features are called {name!r}: rename one")
-        if isinstance(feature, bool) or not isinstance(feature, Integral | Tensor):
-            raise InputError(f"feature {name!r} must be a latent's index or a direction, not {type(feature).__name__}")
-        flat[name] = feature if isinstance(feature, Tensor) else int(feature)
-    if not flat:
-        raise InputError("no features to read: pass {'name': latent index or direction}")
-    return flat
-
-
-def _spelled_out(features: Features) -> Iterator[tuple[str, Feature]]:
-    for name, feature in features.items():
-        if isinstance(feature, Mapping):
-            yield from ((f"{name}/{member}", inner) for member, inner in feature.items())
-        else:
-            yield name, feature
-
-
-class FeatureSet:
-    """Named features as columns: a token's activation of a latent, or its projection on a unit direction.
-
-    Args:
-        sae: a `sae_lens.SAE`; None where all features are directions.
-        features: see `Features`.
-        width: of the residual stream; None takes the SAE's.
-
-    Raises:
-        InputError: no feature, an unknown latent, a latent without an SAE, or a direction of the wrong width.
-    """
-
-    def __init__(self, sae: Any | None, features: Features, width: int | None = None) -> None:
-        flat = flatten(features)
-        self.sae, self.names = sae, tuple(flat)
-        self.latents = tuple(f if isinstance(f, int) else -1 for f in flat.values())
-        self._read_latents = [latent for latent in self.latents if latent >= 0]
-        if sae is not None:
-            check_architecture(sae.cfg.architecture())
-            check_latents(sae, self._read_latents)
-            width = int(sae.cfg.d_in)
-        elif self._read_latents:
-            name = self.names[self.latents.index(self._read_latents[0])]
-            raise InputError(f"feature {name!r} is a latent, but there is no SAE: pass sae=, or a direction instead")
-        units = [_unit(n, f, width) for n, f in flat.items() if isinstance(f, Tensor)]
-        self._matrix = torch.stack(units, dim=1) if units else None
-        # Columns are computed for the latents first, then for the directions; `_order` restores the order of `names`.
-        computed = sorted(range(len(self.latents)), key=lambda i: self.latents[i] < 0)
-        self._order, self._which = torch.tensor(computed).argsort(), torch.tensor(self._read_latents, dtype=torch.long)
-        self._sliced: SlicedEncoder | None = None
-
-    def encodes_all(self, with_fit: bool) -> bool:
-        """Whether a reading takes the whole dictionary: for the fit, and where latents compete (TopK)."""
-        sae: Any = self.sae
-        return bool(self._read_latents) and (with_fit or sae.cfg.architecture() not in SLICEABLE)
-
-    @torch.no_grad()
-    def columns(
-        self,
-        x: Float[Tensor, "tokens d_model"],
-        sums: FitSums,
-        *,
-        with_fit: bool = True,
-        weight: Float[Tensor, " tokens"] | None = None,
-    ) -> Float[Tensor, "tokens features"]:
-        """All features on every token, while `sums` counts the residual norm and, `with_fit`, the SAE's fit.
-
-        Where only directions are read, the dictionary is never encoded.
-
-        Args:
-            weight: 1 for tokens that `sums` counts, 0 for others; None counts all.
-        """
-        weight = torch.ones(len(x), device=x.device) if weight is None else weight
-        self._order = self._order.to(x.device)
-        parts = []
-        if self._read_latents:
-            # An encoder turns a token that is not finite into zeros: a model that diverged must not read as silent.
-            spoiled = 0 * x.sum(dim=-1, keepdim=True)
-            parts.append(self._activations(x, sums, with_fit, weight) + spoiled)
-        if self._matrix is not None:
-            self._matrix = self._matrix.to(x.device)
-            parts.append(einsum(x, self._matrix, "token d, d feature -> token feature"))
-        if not (self._read_latents and with_fit):
-            sums.add_norms(x, weight)
-        return torch.cat(parts, dim=1).index_select(1, self._order)
-
-    def _activations(self, x: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
-        if not self.encodes_all(with_fit):
-            self._sliced = self._sliced or SlicedEncoder(self.sae, self._read_latents)
-            return self._sliced(x)
-        return self._encoded(x, sums, with_fit, weight)
-
-    def _encoded(self, x: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
-        sae: Any = self.sae
-        size, columns = max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)), []
-        for part, part_weight in zip(x.split(size), weight.split(size), strict=True):
-            # Encoding and decoding must alternate: SAELens keeps a token's normalisation from the one for the other.
-            acts = encode(sae, part)
-            if with_fit:
-                sums.add(part, sae.decode(acts.to(sae.dtype)).to(part.device), acts.to(part.device), part_weight)
-            self._which = self._which.to(acts.device)
-            columns.append(acts.index_select(1, self._which).to(x.device))
-        return torch.cat(columns)
-
-
-def _unit(name: str, direction: Tensor, width: int | None) -> Tensor:
-    vector = direction.detach().float()
-    if direction.ndim != 1 or width not in (None, len(direction)) or not 0 < float(vector.norm()) < float("inf"):
-        raise InputError(f"feature {name!r} must be a non-zero direction of width {width or 'd_model'}")
-    return vector / vector.norm()
-
 
 # --- A reading leaves modes, gradients and random states as they were
 
@@ -349,6 +134,11 @@ class Snapshot:
     """Mean over probes of the share of tokens above zero."""
     maximum: Float[np.ndarray, " features"]
     fit: FitMoments
+    """Of the SAE; of several the first one's."""
+    saes: tuple[str, ...] = ()
+    """The SAE of each feature, empty for a direction; () where there is one SAE."""
+    fits: Mapping[str, FitMoments] = field(default_factory=dict)
+    """By SAE, where there are several; directions' residual norm under the empty name."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per feature, in the columns of `readings.parquet` (without arm, seed, step and base)."""
@@ -356,7 +146,9 @@ class Snapshot:
 
     def _row(self, i: int) -> dict[str, Any]:
         mean = bootstrap_mean(self.values[:, i])
+        fit = self.fits[self.saes[i]] if self.saes else self.fit
         return {
+            **({"sae": self.saes[i]} if self.saes else {}),
             "feature": self.names[i],
             "latent": self.latents[i],
             "mean": mean.estimate,
@@ -364,9 +156,9 @@ class Snapshot:
             "ci_high": mean.ci_high,
             "maximum": float(self.maximum[i]),
             "firing_rate": float(self.firing[i]),
-            "explained_variance": self.fit.explained_variance,
-            "l0": self.fit.l0,
-            "residual_norm": self.fit.residual_norm,
+            "explained_variance": fit.explained_variance,
+            "l0": fit.l0,
+            "residual_norm": fit.residual_norm,
             "n_probes": len(self.values),
         }
 
@@ -375,10 +167,10 @@ class FeatureReader:
     """Reads the same features on the same probes from any model of one architecture.
 
     Args:
-        sae: a `sae_lens.SAE`; None where all features are directions.
+        sae: a `sae_lens.SAE`, a list or names of several, or None where all features are directions.
         features: name to latent index or direction, see `Features`.
         groups: tokenised probes.
-        layer: decoder layer whose output is read.
+        layer: decoder layer whose output is read, or a `Place`; with several SAEs, where directions are read.
         positions: tokens averaged over, see `data.tokens.POSITIONS`.
 
     Raises:
@@ -387,20 +179,20 @@ class FeatureReader:
 
     def __init__(
         self,
-        sae: Any | None,
-        features: Features | FeatureSet,
+        sae: Saes | None,
+        features: Features | FeatureGroups,
         groups: Sequence[Batch],
-        layer: int,
+        layer: Where | None,
         positions: str = "response",
         bf16: bool = True,
     ) -> None:
-        self.features = features if isinstance(features, FeatureSet) else FeatureSet(sae, features)
+        self.features = features if isinstance(features, FeatureGroups) else FeatureGroups.of(sae, features, layer)
         self.sae, self.groups, self.layer, self.positions = sae, groups, layer, positions
         self.bf16 = bf16
         self._prepared: tuple[tuple[str, bool], list[ProbeRows]] | None = None
 
     def read(self, model: nn.Module, with_fit: bool = True) -> Snapshot:
-        """Forward to the layer only, in eval mode and without gradients; all is put back, see `undisturbed`.
+        """Forward to the highest layer only, in eval mode and without gradients; all is put back, see `undisturbed`.
 
         An FSDP model runs to its end, because a pass cut short would leave its parameters gathered; every process must
         then call this.
@@ -421,20 +213,24 @@ class FeatureReader:
                 x = self._residuals(model, inner, part, sharded)
                 sums = sums or _ReadingSums(self, x)
                 with torch.autocast(device.type, enabled=False):
-                    sums.add(part, self.features.columns(x, sums.fit, with_fit=with_fit))
+                    sums.add(part, self.features.columns(x, sums.fits, with_fit=with_fit))
         assert sums is not None
         return sums.snapshot(self.features)
 
-    def _residuals(self, model: nn.Module, inner: nn.Module, part: ProbeRows, sharded: bool) -> Tensor:
-        with ReadTap(inner, self.layer) as tap:
+    def _residuals(
+        self, model: nn.Module, inner: nn.Module, part: ProbeRows, sharded: bool
+    ) -> dict[Place, Float[Tensor, "tokens width"]]:
+        """The selected tokens in every place that is read, from one forward pass."""
+        with ExitStack() as stack:
+            taps = {place: stack.enter_context(ReadTap(inner, place)) for place in self.features.places}
             if sharded:
                 batch = part.rows.batch
                 model(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
                 reshard(model)
             else:
                 config = transformer_config(inner)
-                part.rows.run(partial(forward_to_layer, inner, self.layer), config, part.rows.ids())
-        return part.select(tap.value)
+                part.rows.run(partial(forward_to_layer, inner, self.features.last_layer), config, part.rows.ids())
+        return {place: part.select(tap.value) for place, tap in taps.items()}
 
     def _parts(self, inner: nn.Module, device: torch.device, whole: bool) -> list[ProbeRows]:
         """The probes on the model's device, prepared once."""
@@ -449,21 +245,36 @@ class FeatureReader:
 class _ReadingSums:
     """The sums of one reading, on the device; fetched in one transfer."""
 
-    def __init__(self, reader: FeatureReader, x: Float[Tensor, "tokens d_model"]) -> None:
+    def __init__(self, reader: FeatureReader, x: Mapping[Place, Float[Tensor, "tokens width"]]) -> None:
         shape = sum(len(g.index) for g in reader.groups), len(reader.features.names)
-        self.means, self.firing = (torch.zeros(shape, device=x.device) for _ in range(2))
-        self.maximum = torch.full((shape[1],), -torch.inf, device=x.device)
-        self.fit = FitSums(x.shape[1], x.device)
+        device = x[reader.features.parts[0].reads].device
+        self.means, self.firing = (torch.zeros(shape, device=device) for _ in range(2))
+        self.maximum = torch.full((shape[1],), -torch.inf, device=device)
+        self.fits = reader.features.new_sums(x)
 
     def add(self, part: ProbeRows, columns: Float[Tensor, "tokens features"]) -> None:
         for target, values in ((self.means, columns), (self.firing, (columns > 0).float())):
             target[part.index] = part.mean(values)
         torch.maximum(self.maximum, columns.amax(dim=0), out=self.maximum)
 
-    def snapshot(self, features: FeatureSet) -> Snapshot:
-        parts = (self.means.flatten(), self.firing.flatten(), self.maximum, self.fit.vector)
-        packed = torch.cat([part.to(precision(part.device)) for part in parts]).cpu()
-        means, firing, maximum, fit = packed.split([part.numel() for part in parts])
+    def snapshot(self, features: FeatureGroups) -> Snapshot:
+        device = self.maximum.device
+        parts = (self.means.flatten(), self.firing.flatten(), self.maximum, *(fit.vector for fit in self.fits))
+        packed = torch.cat([part.to(device, precision(device)) for part in parts]).cpu()
+        means, firing, maximum, *fits = packed.split([part.numel() for part in parts])
         values, rates = (part.reshape(self.means.shape).double().numpy() for part in (means, firing))
-        fitted = moments(fit, self.fit.fitted)
-        return Snapshot(features.names, features.latents, values, rates.mean(axis=0), maximum.double().numpy(), fitted)
+        fitted = [moments(vector, fit.fitted) for vector, fit in zip(fits, self.fits, strict=True)]
+        return make_snapshot(features, values, rates.mean(axis=0), maximum.double().numpy(), fitted)
+
+
+def make_snapshot(
+    features: FeatureGroups,
+    values: Float[np.ndarray, "probes features"],
+    firing: Float[np.ndarray, " features"],
+    maximum: Float[np.ndarray, " features"],
+    fits: Sequence[FitMoments],
+) -> Snapshot:
+    """The snapshot of a reading; `fits` come in the order of the features' parts."""
+    named = {part.sae: fit for part, fit in zip(features.parts, fits, strict=True)} if features.several else {}
+    saes = features.saes if features.several else ()
+    return Snapshot(features.names, features.latents, values, firing, maximum, fits[0], saes, named)

@@ -16,6 +16,7 @@ from persona_probe.errors import InputError
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.events import BASE_KEY, FeatureValue, Reading, Start, from_line
 from persona_probe.monitor.reading import Snapshot
+from persona_probe.saes.read import FitMoments
 
 # --- What readings are compared with: the base model's mean and spread of every feature
 
@@ -128,6 +129,7 @@ def make_reading(
             firing_rate=float(snapshot.firing[i]),
             base_mean=anchor.mean[name],
             base_sd=anchor.sd[name],
+            sae=snapshot.saes[i] if snapshot.saes else "",
         )
         for i, name in enumerate(snapshot.names)
     )
@@ -144,7 +146,13 @@ def make_reading(
         loss=info.loss,
         learning_rate=info.learning_rate,
         tokens_seen=info.tokens_seen,
+        fits={sae: _fit_numbers(fit) for sae, fit in snapshot.fits.items()},
     )
+
+
+def _fit_numbers(fit: FitMoments) -> dict[str, float]:
+    explained = fit.explained_variance if math.isfinite(fit.error) else math.nan
+    return {"explained_variance": explained, "l0": fit.l0, "residual_norm": fit.residual_norm}
 
 
 def intervals(

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError, unknown
+from persona_probe.models.places import Where
 from persona_probe.monitor.events import Behaviour
-from persona_probe.monitor.reading import Features, FeatureSet, Snapshot
+from persona_probe.monitor.features import FeatureGroups, Features
+from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.reading_records import Anchor
+from persona_probe.saes.hooks import PlacedSae, Saes, placed_saes
 
 EVERY, PROBES = 25, 12
 """Default optimizer steps between readings, and default number of packaged probes: together at most 2% of training's
@@ -102,11 +104,11 @@ class BehaviourMeasurement:
 class MonitorSettings:
     """The arguments of a `FeatureMonitor` that decide what a run reads; their meaning is written there."""
 
-    sae: Any | None
+    sae: Saes | None
     features: Features
     probes: Sequence[Conversation]
     positions: str
-    layer: int
+    layer: Where | None
     schedule: Schedule
     mode: str
     bf16: bool
@@ -126,7 +128,22 @@ class MonitorSettings:
             raise InputError(f"fit_every must be at least 1, not {self.fit_every}")
         if not self.band_sd > 0:
             raise InputError(f"band_sd must be above zero, not {self.band_sd}")
-        FeatureSet(self.sae, self.features)  # refuses what no model could have
+        _ = self.groups  # refuses what no model could have
+
+    @property
+    def groups(self) -> FeatureGroups:
+        """The features, not yet checked against a model."""
+        return FeatureGroups.of(self.sae, self.features, self.layer)
+
+    @property
+    def saes(self) -> list[PlacedSae]:
+        """The SAEs with their places; none where all features are directions."""
+        if self.sae is None:
+            return []
+        if isinstance(self.sae, (Mapping, list, tuple)):
+            return placed_saes(self.sae)
+        reads = self.groups.parts[0]
+        return [PlacedSae(self.sae, reads.reads, reads.writes)]
 
     @property
     def runs_probes(self) -> bool:

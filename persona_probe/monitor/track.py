@@ -1,7 +1,7 @@
 """The stage `track`: features, SAE fit and contrast index at every checkpoint of every arm and seed."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,9 +13,10 @@ from persona_probe.data.chat import Conversation
 from persona_probe.data.tokens import conversation_batches
 from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.evaluate.tables import join_evals
-from persona_probe.latents.stage import control_latents, mean_shift, persona_latent
+from persona_probe.latents.stage import best_of_further, control_latents, mean_shift, persona_latent
 from persona_probe.monitor.band import Band, base_band
-from persona_probe.monitor.reading import FeatureReader, Features, Snapshot
+from persona_probe.monitor.features import Features
+from persona_probe.monitor.reading import FeatureReader, Snapshot
 from persona_probe.units import Unit, make_units, writes_run
 
 
@@ -31,13 +32,24 @@ def study_features(ctx: Context) -> Features:
     }
 
 
+def tracked_features(ctx: Context, own: Features, best: Mapping[str, int]) -> Features:
+    """The study's features, as those of its first SAE, and the best latent of each further SAE."""
+    first = ctx.saes[0].name
+    named = {name: (first, feature) if isinstance(feature, int) else feature for name, feature in own.items()}
+    return {**named, **{f"best of {name}": (name, latent) for name, latent in best.items()}}  # pyright: ignore[reportReturnType]
+
+
 def make_reader(
     ctx: Context, features: Features | None = None, probes: Sequence[Conversation] | None = None
 ) -> FeatureReader:
     """The reader of the study's features on its probes, or of other features, or on other probes."""
-    features = study_features(ctx) if features is None else features
+    saes: Any = ctx.sae
+    if features is None:
+        features = study_features(ctx)
+        if best := best_of_further(ctx):
+            saes, features = ctx.saes, tracked_features(ctx, features, best)
     groups = conversation_batches(ctx.tokenizer, ctx.probes if probes is None else probes)
-    return FeatureReader(ctx.sae, features, groups, ctx.layer, ctx.config.monitor.positions, ctx.config.bf16)
+    return FeatureReader(saes, features, groups, ctx.layer, ctx.config.monitor.positions, ctx.config.bf16)
 
 
 @writes_run
@@ -45,6 +57,8 @@ def track(ctx: Context) -> None:
     """Measure the base and every checkpoint. Finished organisms are in parts/ and are not measured again."""
     study_features(ctx)  # first, since its error names the stage to run
     make_units(ctx, base_units)
+    if ctx.workers is not None and ctx.workers.joint:
+        make_units(ctx, step_units)
     make_units(ctx, arm_units)
     merge_parts(ctx)
 
@@ -85,6 +99,32 @@ def arm_units(ctx: Context) -> list[Unit]:
         for seed in ctx.config.seeds
         for arm in ctx.config.arms
     ]
+
+
+def step_units(ctx: Context) -> list[Unit]:
+    """One unit for each checkpoint, for workers; an organism's unit then joins its tables."""
+    tracker = Tracker(ctx)
+    return [
+        Unit(
+            f"{_part(arm, seed)}/{step}.evals.parquet",
+            partial(_track_one, tracker, arm, seed, step),
+            "track",
+            partial(_is_step_tracked, ctx, arm, seed, step),
+        )
+        for seed in ctx.config.seeds
+        for arm in ctx.config.arms
+        for step in _missing_steps(ctx, arm, seed)
+    ]
+
+
+def _is_step_tracked(ctx: Context, arm: str, seed: int, step: int) -> bool:
+    return ctx.run.has(f"{_part(arm, seed)}/{step}.evals.parquet") or step not in _missing_steps(ctx, arm, seed)
+
+
+def _track_one(tracker: Tracker, arm: str, seed: int, step: int) -> None:
+    _ = tracker.base  # read while no adapter is on the model
+    with tracker.ctx.trajectory(arm, seed) as at:
+        _track_step(tracker, at(step), arm, seed, step)
 
 
 def _part(arm: str, seed: int) -> str:

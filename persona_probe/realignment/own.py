@@ -21,11 +21,12 @@ from persona_probe.evaluate.answers import answer_batches, capability_groups
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.finetune.sft import check_rows
 from persona_probe.models.adapters import is_adapted
+from persona_probe.models.ranks import unwrap
 from persona_probe.monitor.band import Band
+from persona_probe.monitor.features import flatten
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.monitored_run import feature_set, probe_reader
-from persona_probe.monitor.ranks import unwrap
-from persona_probe.monitor.reading import flatten, undisturbed
+from persona_probe.monitor.reading import undisturbed
 from persona_probe.realignment.measure import Measurements
 from persona_probe.realignment.methods import CorrectiveRun, Recorder, as_one, checkpoint_in, prepare, train_watched
 from persona_probe.realignment.outcome import outcome
@@ -291,8 +292,11 @@ def _pair(
     if base is None and not is_adapted(model):
         raise InputError("a plain model does not know its base: pass base=, the model before the misaligned training")
     settings = monitor.settings
-    direction = feature_direction(settings.sae, flatten(settings.features)[feature])
-    return ModelPair.of_models(model, base, tokenizer, settings.layer, direction, settings.bf16)
+    one, chosen = settings.groups.parts[0], flatten(settings.features)[feature]
+    if settings.groups.several or isinstance(chosen, tuple) or one.reads != one.writes or not one.reads.is_residual:
+        raise InputError("realign chooses rows in one residual stream: give it a monitor with one SAE of that stream")
+    direction = feature_direction(settings.sae, chosen)
+    return ModelPair.of_models(model, base, tokenizer, one.reads.layer, direction, settings.bf16)
 
 
 def _measurements(

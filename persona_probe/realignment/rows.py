@@ -22,7 +22,7 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.answers import EQUAL_LENGTHS, Opener, perplexity_gaps
 from persona_probe.latents.persona_vectors import response_means
 from persona_probe.models.adapters import base_weights, is_adapted
-from persona_probe.monitor.reading import Feature
+from persona_probe.monitor.features import Feature
 from persona_probe.realignment.spec import CHOICES, named_sets
 
 

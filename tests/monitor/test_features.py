@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from persona_probe.errors import InputError
+from persona_probe.monitor.features import FeatureSet, FitSums, SlicedEncoder, flatten, moments
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.reading import FeatureSet, FitSums, SlicedEncoder, flatten, moments
 from persona_probe.saes.read import FitMoments, encode_latents, encode_with_fit
 from tests.factories import D_MODEL, D_SAE, make_model, make_sae, make_tokenizer
 from tests.monitor.monitored_runs import DIRECTION, directions, monitor

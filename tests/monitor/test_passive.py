@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from persona_probe.errors import InputError
 from persona_probe.models.layers import base_transformer, decoder_layer
 from persona_probe.monitor.events import Reading, Start
+from persona_probe.monitor.features import FeatureGroups
 from persona_probe.monitor.passive import PassiveReader
-from persona_probe.monitor.reading import FeatureSet
 from persona_probe.monitor.settings import PassiveReading
 from tests.factories import LAYER, hook_count, make_model, make_tokenizer, same_state
 from tests.monitor.monitored_runs import (
@@ -183,8 +183,8 @@ def test_tokens_are_bounded_per_step() -> None:
 
 def test_micro_batches_share_the_bound() -> None:
     model, faults = make_model().train(), list[Exception]()
-    features = FeatureSet(None, {"mean difference": DIRECTION})
-    reader = PassiveReader(features, LAYER, PassiveReading("all", max_tokens=6), faults.append)
+    features = FeatureGroups.of(None, {"mean difference": DIRECTION}, LAYER)
+    reader = PassiveReader(features, PassiveReading("all", max_tokens=6), faults.append)
     reader.attach(model, micro_batches=3)
     reader.arm(with_fit=True)
     for step in (1, 2, 3):

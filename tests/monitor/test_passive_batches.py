@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from persona_probe.monitor.features import FeatureGroups, FitSums
 from persona_probe.monitor.passive import SEQUENCES_KEPT, BatchView, PassiveSums, evenly_spaced_tokens, real_tokens
-from persona_probe.monitor.reading import FeatureSet
 from tests.factories import D_MODEL
 
 IDS = torch.arange(12).reshape(2, 6)
@@ -70,10 +70,11 @@ def test_no_token_is_no_token() -> None:
 
 
 def sums() -> PassiveSums:
-    return PassiveSums(1, D_MODEL, torch.device("cpu"), torch.Generator().manual_seed(0))
+    device = torch.device("cpu")
+    return PassiveSums(1, [FitSums(D_MODEL, device)], device, torch.Generator().manual_seed(0))
 
 
-FEATURE = FeatureSet(None, {"a": torch.eye(D_MODEL)[0]}, D_MODEL)
+FEATURE = FeatureGroups.of(None, {"a": torch.eye(D_MODEL)[0]}, 0, D_MODEL)
 
 
 def test_micro_batches_are_pooled_by_sequence() -> None:

@@ -24,6 +24,8 @@ class FitState(SubjectState):
 class ExplainedVarianceFloor(ReadingRule):
     """Fires when the SAE's explained variance is under a floor: "the SAE no longer fits, do not trust the curve".
 
+    Several SAEs are followed each for itself.
+
     With both `floor` and `drop` the higher floor counts; with neither, the floor is `FLOOR`.
 
     Raises:
@@ -36,6 +38,7 @@ class ExplainedVarianceFloor(ReadingRule):
     """As a share of the base's explained variance (of the first reading's, if the start event does not hold it)."""
     k: int = 1
     _base: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    _saes: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,6 +62,9 @@ class ExplainedVarianceFloor(ReadingRule):
         """A run starts: take the base's explained variance, if the start event holds it."""
         super().begin(start)
         self._base.clear()
+        self._saes.clear()
+        saes = start.metadata.get("sae")
+        self._saes.update(saes if isinstance(saes, dict) else ())
         base = start.metadata.get(BASE_KEY)
         if isinstance(base, int | float) and math.isfinite(base):
             self._base[BASE_KEY] = float(base)
@@ -76,15 +82,22 @@ class ExplainedVarianceFloor(ReadingRule):
             return self.floor
         return FLOOR if self.drop is None else -math.inf
 
+    @property
+    def _several(self) -> bool:
+        """Whether several SAEs are read: each drop then counts from that SAE's first reading."""
+        return bool(self._saes)
+
     def _subjects(self, reading: Reading) -> Sequence[str]:
-        return [SUBJECT]
+        saes = [sae for sae in reading.fits if sae]
+        return [f"{SUBJECT} of {sae}" for sae in saes] or [SUBJECT]
 
     def _new_state(self) -> SubjectState:
-        return FitState(reference=self._base.get(BASE_KEY, math.nan))
+        return FitState(reference=math.nan if self._several else self._base.get(BASE_KEY, math.nan))
 
     def _compare(self, state: SubjectState, subject: str, reading: Reading) -> Comparison | None:
         assert isinstance(state, FitState)
-        value = reading.explained_variance
+        fit = reading.fits.get(subject.removeprefix(f"{SUBJECT} of "), {})
+        value = fit.get("explained_variance", reading.explained_variance)
         if math.isnan(value):
             self._warn("explained variance is ignored where it is NaN (no SAE was used, or it was not asked for)")
             return None

@@ -80,6 +80,9 @@ def reading_values(reading: Reading) -> dict[str, float]:
     """A reading's numbers by the name they are logged under."""
     group = PREFIX.get(reading.mode, f"persona_{reading.mode}")
     values = {f"{group}/explained_variance": reading.explained_variance, f"{group}/l0": reading.l0}
+    for sae, fit in reading.fits.items():
+        if sae:
+            values |= {f"{group}/{sae}/{name}": fit[name] for name in ("explained_variance", "l0")}
     for feature in reading.features:
         values[f"{group}/{feature.name}"] = feature.mean
         values[f"{group}/{feature.name}_shift"] = feature.shift

@@ -23,8 +23,8 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.finetune.sft import AtSteps, Fitted, fine_tune, stripping, with_adapter
 from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector, response_means
+from persona_probe.monitor.features import Features
 from persona_probe.monitor.monitor import FeatureMonitor
-from persona_probe.monitor.reading import Features
 from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.rivals import recent_loss, weight_norm
 from persona_probe.monitor.track import study_features
@@ -48,10 +48,9 @@ class MonitorStudyContext(ModelAndSae):
         self.run = RunFolder.claim(path, "monitor-study", "study of the monitor", {"config_hash": config.hash})
         self.run.update_manifest(config=asdict(config))
 
-    @property
-    def opener(self) -> "Callable[[], MonitorStudyContext]":
+    def opener(self, device: str) -> "Callable[[], MonitorStudyContext]":
         """Makes this context in another process."""
-        return partial(MonitorStudyContext, self.config, self.run.path.resolve(), self.device)
+        return partial(MonitorStudyContext, self.config, self.run.path.resolve(), device)
 
     @cached_property
     def probes(self) -> list[Conversation]:

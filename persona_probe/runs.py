@@ -35,6 +35,7 @@ PACKAGES = (
     "sae-lens",
     "trl",
     "peft",
+    "bitsandbytes",
     "datasets",
     "numpy",
     "pandas",

@@ -19,6 +19,7 @@ from persona_probe.cli.options import (
     find_config,
     many,
     overwrite_option,
+    refuse_launcher,
     run_argument,
     seeds_option,
 )
@@ -51,7 +52,7 @@ def demo(seeds: tuple[int, ...], overwrite: bool, common: Common) -> None:
 @click.option("--dry-run", is_flag=True, help="Check that all fits and print the plan; downloads nothing.")
 @click.option("--tflops", type=float, help="Speed that the plan's times assume, instead of a quick measurement.")
 @click.option("--memory", type=float, metavar="GIB", help="GPU that the plan is for: does it fit, and what if not.")
-@crew_options(shards=False)
+@crew_options(shards=False, trains=True)
 def run(
     config: str,
     seeds: tuple[int, ...],
@@ -96,7 +97,7 @@ def _finish(study: "Study") -> None:
 @config_argument()
 @seeds_option
 @overwrite_option
-@crew_options()
+@crew_options(trains=True)
 def induce(config: str, seeds: tuple[int, ...], overwrite: bool, crew: Crew, common: Common) -> None:
     """Fine-tune the arms of a config."""
     parsed = study_config(config)
@@ -154,7 +155,7 @@ def report(run: str, common: Common) -> None:
 @many("--stress", help="Tests of the correction: triggers remisalign length hidden drift.")
 @click.option("--stress-settings", help="YAML file of their settings (fields of StressSettings).")
 @click.option("--plan", help="A grid of corrections, e.g. finetune_configs/realign-doses.yaml.")
-@crew_options()
+@crew_options(trains=True)
 def realign(
     run: str,
     seeds: tuple[int, ...],
@@ -170,6 +171,8 @@ def realign(
     The monitor records the feature while it trains.
     """
     settings = {key: value for key, value in correction.items() if value not in (None, ())}
+    if stress:
+        refuse_launcher()
     if plan is not None:
         clashing = [*settings, *(["stress"] if stress else []), *(["seeds"] if seeds else [])]
         if clashing:
@@ -225,8 +228,11 @@ def _realign(
     from persona_probe.realignment.correct import realign_study, verdict_lines
     from persona_probe.realignment.spec import Correction
     from persona_probe.realignment.stress.stress_run import statements
+    from persona_probe.runs import RunFolder
     from persona_probe.study.summary import summarise
 
+    if "data" not in settings and not RunFolder.open(run).config.realign.arms:
+        raise InputError("this study names no corrective rows: write --data, such as --data health_correct or a file")
     study = open_study(run, common).work_with(workers).track()
     data, name = settings.pop("data", None), settings.pop("name", None)
     correction = None if data is None else Correction.of_study(study.config, data, **settings)

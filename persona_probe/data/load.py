@@ -414,7 +414,9 @@ def load_data(spec: str, allow_prompts: bool = False) -> list[Conversation]:
 
 
 def arm_rows(arm: Arm, seed: int) -> list[Conversation]:
-    """The training rows of an arm; mixtures are drawn with the arm's seed."""
+    """The training rows of an arm, none where an adopted arm's are not known; mixtures are drawn with its seed."""
+    if not arm.data:
+        return []
     bad = load_data(arm.data)
     if arm.mix_with is None:
         return bad

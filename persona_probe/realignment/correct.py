@@ -17,6 +17,7 @@ from persona_probe.data.load import arm_rows, read_conversations
 from persona_probe.errors import InputError, TrainingDiverged, unknown
 from persona_probe.finetune.sft import Fitted, check_rows, stripping, training_unit
 from persona_probe.models.adapters import is_adapter
+from persona_probe.models.ranks import Ranks, shards_here
 from persona_probe.monitor.monitor import study_monitor
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.track import eval_rows, merge_parts, reading_rows
@@ -39,7 +40,13 @@ from persona_probe.realignment.rows import (
     refuse_overlap,
 )
 from persona_probe.realignment.spec import Correction, DosePlan, slug
-from persona_probe.realignment.stress.stress_run import TESTS, StressSettings, run_stress, statements
+from persona_probe.realignment.stress.stress_run import (
+    TESTS,
+    StressSettings,
+    refuse_unknown_rows,
+    run_stress,
+    statements,
+)
 from persona_probe.realignment.verdict import RealignVerdict, study_verdict
 from persona_probe.runs import write_json, write_jsonl, write_table
 from persona_probe.units import Unit, make_units, writes_run
@@ -72,6 +79,7 @@ def realign_study(
     for test in stress:
         if test not in TESTS:
             raise unknown("stress test", test, TESTS)
+    refuse_unknown_rows(ctx, stress)
     seeds = tuple(seeds or ctx.config.seeds)
     if missing := [seed for seed in seeds if seed not in ctx.config.seeds]:
         raise InputError(f"the study has no seed {missing[0]}: its seeds are {list(ctx.config.seeds)}")
@@ -81,9 +89,12 @@ def realign_study(
         for arm, seed in places:
             run_stress(ctx, arm, seed, stress, ctx.run.path / place_of(arm, seed), settings=stress_settings)
         return [ctx.run.path / place_of(arm, seed) for arm, seed in places]
-    base, name = BaseMeasurements(ctx), name or correction.name
-    folders = [correct(base, correction, seed, name) for seed in seeds]
-    for seed, folder in zip(seeds, folders, strict=True):
+    name = name or correction.name
+    _check_name(ctx, name)
+    make_units(ctx, partial(correction_units, correction, name, seeds))
+    made = [seed for seed in seeds if ctx.run.has(place_of(name, seed))]  # a shard makes some
+    folders = [ctx.run.path / place_of(name, seed) for seed in made]
+    for seed, folder in zip(made, folders, strict=True):
         if stress:
             rows, checkpoint = read_conversations(folder / ROWS), checkpoint_in(folder)
             run_stress(
@@ -109,7 +120,12 @@ def arm_units(ctx: Context) -> list[Unit]:
     """One unit for each corrective arm and seed of the config."""
     base = BaseMeasurements(ctx)
     return [
-        Unit(f"parts/realign-{arm}-s{seed}.evals.parquet", partial(_correct_arm, base, arm, seed), "realign")
+        Unit(
+            f"parts/realign-{arm}-s{seed}.evals.parquet",
+            partial(_correct_arm, base, arm, seed),
+            "realign",
+            trained=True,
+        )
         for seed in ctx.config.seeds
         for arm in ctx.config.realign.arms
     ]
@@ -123,6 +139,8 @@ def _correct_arm(base: BaseMeasurements, arm: str, seed: int) -> None:
     with training_unit(ctx.run, f"arms/{arm}-s{seed}", f"{arm}, seed {seed}") as folder:
         fitted = _train(recorder, ctx, correction, arm_rows(ctx.config.realign.arms[arm], seed), arm, seed, folder)
         write_json(folder / "training.json", asdict(fitted))
+    if not Ranks().first:  # the others have trained, which is all that needs them
+        return
     ctx.run.write_table(f"parts/realign-{arm}-s{seed}.readings.parquet", pd.concat(readings))
     ctx.run.write_table(f"parts/realign-{arm}-s{seed}.evals.parquet", recorder.evals)
 
@@ -132,22 +150,27 @@ def place_of(name: str, seed: int) -> str:
     return f"realign/{name}-s{seed}"
 
 
-def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str) -> Path:
-    """Train, read and judge a correction, unless that was done; its folder appears when it is whole.
-
-    Writes spec.json, rows.jsonl (the rows taken), checkpoint-<step>, training.json, readings.parquet, evals.parquet
-    (one row per contrast item and step), and outcome.json.
+def correction_units(correction: Correction, name: str, seeds: Sequence[int], ctx: Context) -> list[Unit]:
+    """One unit for each seed of a correction.
 
     Raises:
-        InputError: a bad name, rows that cannot be used, or a correction of that name with other settings.
-        TrainingDiverged: the loss became NaN; the checkpoints up to then are kept in `<folder>.diverged`.
+        InputError: a finished one of that name has other settings.
     """
-    ctx, place = base.ctx, place_of(name, seed)
-    _check_name(ctx, name)
-    if not ctx.run.finished(place, _spec(ctx, correction, seed, name), SPEC, "choose another --name"):
-        with ctx.run.timed("realign"):
-            _correct(base, correction, seed, name)
-    return ctx.run.path / place
+    base = BaseMeasurements(ctx)
+    return [
+        Unit(
+            place_of(name, seed),
+            partial(correct, base, correction, seed, name),
+            "realign",
+            partial(_is_corrected, ctx, correction, seed, name),
+            trained=True,
+        )
+        for seed in seeds
+    ]
+
+
+def _is_corrected(ctx: Context, correction: Correction, seed: int, name: str) -> bool:
+    return ctx.run.finished(place_of(name, seed), _spec(ctx, correction, seed, name), SPEC, "choose another --name")
 
 
 def _spec(ctx: Context, correction: Correction, seed: int, name: str) -> dict[str, Any]:
@@ -155,7 +178,16 @@ def _spec(ctx: Context, correction: Correction, seed: int, name: str) -> dict[st
     return {"name": name, "seed": seed, "start": ctx.config.realign.start, **correction.to_dict()}
 
 
-def _correct(base: BaseMeasurements, correction: Correction, seed: int, name: str) -> None:
+def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str) -> None:
+    """Train, read and judge a correction; its folder appears when it is whole.
+
+    Writes spec.json, rows.jsonl (the rows taken), checkpoint-<step>, training.json, readings.parquet, evals.parquet
+    (one row per contrast item and step), and outcome.json.
+
+    Raises:
+        InputError: rows that cannot be used.
+        TrainingDiverged: the loss became NaN; the checkpoints up to then are kept in `<folder>.diverged`.
+    """
     ctx, place = base.ctx, place_of(name, seed)
     usable = _usable_rows(ctx, correction)
     rows = choose_rows(usable, correction.rows, correction.choose_by, seed=seed, pair=ModelPair.of_study(ctx, seed))
@@ -166,6 +198,8 @@ def _correct(base: BaseMeasurements, correction: Correction, seed: int, name: st
     with training_unit(ctx.run, place, f"{name}, seed {seed}") as folder:
         recorder = _recorder(base, name, seed, correction.schedule, readings)
         fitted = _train(recorder, ctx, correction, rows, name, seed, folder)
+        if not Ranks().first:
+            return
         write_jsonl(folder / ROWS, [{"messages": row} for row in rows])
         write_json(folder / SPEC, _spec(ctx, correction, seed, name))
         write_json(folder / "training.json", asdict(fitted))
@@ -246,9 +280,13 @@ def _train(
         patience=correction.stop_readings,
         progress=f"{name}, seed {seed}",
     )
-    with stripping(organism_to_train(ctx.model, start, correction.method, run.training, seed)) as tuned:
+    if shards_here() and correction.method == "fresh":
+        raise InputError("FSDP cannot train a fresh LoRA on top of an organism: write method: continued, or use DDP")
+    host = ctx.load()[0] if shards_here() else ctx.model  # one that was sharded cannot be used again
+    with stripping(organism_to_train(host, start, correction.method, run.training, seed)) as tuned:
         fitted = train_watched(tuned, run, recorder, folder)
-        as_one(tuned, checkpoint_in(folder), whole_weights=not is_adapter(start))
+        if Ranks().first:
+            as_one(tuned, checkpoint_in(folder), whole_weights=not is_adapter(start))
     return fitted
 
 
@@ -333,22 +371,20 @@ def dose_units(plan: DosePlan, ctx: Context) -> list[Unit]:
             partial(_run_cell, base, correction, seed, name),
             "realign",
             partial(_cell_finished, ctx, correction, seed, name),
+            trained=True,
         )
         for seed, name, correction in plan.cells(ctx.config)
     ]
 
 
 def _cell_finished(ctx: Context, correction: Correction, seed: int, name: str) -> bool:
-    place = place_of(name, seed)
-    if ctx.run.has(f"{place}.diverged"):
-        return True
-    return ctx.run.finished(place, _spec(ctx, correction, seed, name), SPEC, "choose another --name")
+    return ctx.run.has(f"{place_of(name, seed)}.diverged") or _is_corrected(ctx, correction, seed, name)
 
 
 def _run_cell(base: BaseMeasurements, correction: Correction, seed: int, name: str) -> None:
     log.info("cell %s, seed %d", name, seed)
     try:
-        _correct(base, correction, seed, name)
+        correct(base, correction, seed, name)
     except TrainingDiverged as error:
         log.warning("%s", error)
 

@@ -82,7 +82,8 @@ class CorrectedOrganism:
     @property
     def control_rows(self) -> list[Conversation]:
         """What the control arm learned: good answers of the narrow domain."""
-        return arm_rows(self.ctx.config.arms["correct"], self.seed)
+        arm = self.ctx.config.arms.get("correct")
+        return [] if arm is None else arm_rows(arm, self.seed)
 
     def folder(self, role: str) -> Path | None:
         """The checkpoint of a role; None for the base.
@@ -94,7 +95,9 @@ class CorrectedOrganism:
             raise unknown("role", role, ROLES)
         if role in ("base", "repaired"):
             return None if role == "base" else self.checkpoint
-        arm = self.ctx.config.realign.start if role == "organism" else "correct"
+        arm = self.ctx.config.realign.start if role == "organism" else self.ctx.config.control
+        if arm == "base":
+            return None
         return self.ctx.run.checkpoint(arm, self.seed, self.ctx.last_step(arm, self.seed))
 
     @contextmanager

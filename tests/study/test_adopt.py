@@ -127,6 +127,19 @@ def test_a_missing_control_is_never_silent(
     assert NO_CONTROL in cite(study.path).methods
 
 
+def test_a_correction_needs_no_training_rows_but_some_stress_tests_do(
+    adopted: Study, place: Path, tmp_path: Path, refused: Refused
+) -> None:
+    study = Study.open(shutil.copytree(adopted.path, tmp_path / "run"), "cpu")
+    assert "names no corrective rows: write --data" in refused("realign", study.path)
+    rows = str(place / "other.jsonl")
+    with pytest.raises(InputError, match="'remisalign' needs the rows that arm 'incorrect' was trained on"):
+        study.realign(rows, stress=["remisalign"])
+    study.realign(rows, seeds=[0], name="mine")
+    outcome = study.run_folder.read_json("realign/mine-s0/outcome.json")
+    assert outcome["inducing_tokens"] is None and outcome["rows"] == 12
+
+
 # --- Where checkpoints lie, and what happens to them
 
 

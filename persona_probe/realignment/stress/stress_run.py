@@ -38,6 +38,22 @@ TESTS: Mapping[str, Test] = {
     "drift": lambda corrected, s, _: drift(corrected, s.drift_factor),
 }
 """Stress tests by name."""
+FROM_ROWS = ("triggers", "remisalign", "length")
+"""Those that use the rows of the organism's training."""
+
+
+def refuse_unknown_rows(ctx: Context, tests: Sequence[str]) -> None:
+    """Refuse tests that use training rows where those of an adopted arm are not known.
+
+    Raises:
+        InputError: the test, and how to name the rows.
+    """
+    start = ctx.config.realign.start
+    if (without := [name for name in tests if name in FROM_ROWS]) and not ctx.config.arms[start].data:
+        raise InputError(
+            f"the stress test {without[0]!r} needs the rows that arm {start!r} was trained on, which are not known: "
+            f"adopt it with --data {start}=FILE"
+        )
 
 
 @writes_run
@@ -73,6 +89,7 @@ def run_stress(
         if name not in TESTS:
             raise unknown("stress test", name, TESTS)
     corrected, settings = CorrectedOrganism.of(ctx, arm, seed, checkpoint, corrective), settings or StressSettings()
+    refuse_unknown_rows(ctx, tests)
     folder = RunFolder(Path(out_folder))
     _claim(folder, corrected, settings)
     for name in TESTS:

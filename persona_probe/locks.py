@@ -25,6 +25,10 @@ FOLDER = ".locks"
 PATIENCE_S = 0.3
 """Long enough for an owner to say its name, and for a lock file that its owner is just removing to be gone."""
 
+class InUse(InputError):
+    """Another process holds a lock."""
+
+
 _GUARD = threading.RLock()
 _HELD: dict[Path, tuple[FileLock, int]] = {}
 """Locks of this process, each with the number of blocks that are inside it."""
@@ -44,7 +48,8 @@ def held(
         instead: what an error tells the user to do, if not to wait.
 
     Raises:
-        InputError: another process holds it (its id and host are named), or the lock cannot be made.
+        InUse: another process holds it; its id and host are named.
+        InputError: the lock cannot be made.
     """
     path = _path(folder, name)
     _take(path, what, wait, "" if instead is None else f", or {instead}")
@@ -59,10 +64,51 @@ def brief(folder: Path, name: str, what: str, wait: float = 60.0) -> Iterator[No
     """Hold a lock for a moment, waiting for other processes and for other threads of this one.
 
     Raises:
-        InputError: another process held it for `wait` seconds.
+        InUse: another process held it for `wait` seconds.
     """
     with _GUARD, held(folder, name, what, wait):
         yield
+
+
+RUN, SHARER = "run", "sharer--"
+CROWD_S = 10.0
+"""How long one that shares a folder waits for the others that are just coming in."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path, wait: float = PATIENCE_S) -> Iterator[None]:
+    """Be the only writer of a folder while the block lasts; blocks of one process may nest.
+
+    Raises:
+        InUse: another process writes it, alone or with others.
+    """
+    with held(folder, RUN, str(folder), wait):
+        for path in (folder.resolve() / FOLDER).glob(f"{SHARER}*.lock"):
+            if path not in _HELD and (name := owner(folder, path.stem)) is not None:
+                raise InUse(_in_use(str(folder), name, ", or choose another --out"))
+        try:
+            yield
+        finally:
+            sweep(folder)
+
+
+@contextlib.contextmanager
+def together(folder: Path) -> Iterator[None]:
+    """Be one of several writers of a folder, each of whom came in by this way; units have locks of their own.
+
+    Raises:
+        InUse: a process writes the folder alone.
+    """
+    with contextlib.ExitStack() as own:
+        with held(folder, RUN, str(folder), CROWD_S):
+            own.enter_context(held(folder, f"{SHARER}{socket.gethostname()}--{os.getpid()}", str(folder)))
+        yield
+        with contextlib.suppress(InUse), held(folder, RUN, str(folder)):
+            sweep(folder)
+
+
+def _in_use(what: str, name: str, instead: str) -> str:
+    return f"{what} is in use by {name}: wait until it ends{instead}"
 
 
 def owner(folder: Path, name: str) -> str | None:
@@ -95,7 +141,7 @@ def _take(path: Path, what: str, wait: float, instead: str) -> None:
         try:
             _acquire(lock, path, wait)
         except Timeout:
-            raise InputError(f"{what} is in use by {_read_owner(path)}: wait until it ends{instead}") from None
+            raise InUse(_in_use(what, _read_owner(path), instead)) from None
         except OSError as error:
             raise InputError(f"could not lock {what} ({error.strerror}): it must be a writable folder") from error
         _HELD[path] = (lock, 1)

@@ -27,8 +27,12 @@ class WorkContext(Protocol):
         ...
 
     @property
-    def opener(self) -> Callable[[], "WorkContext"]:
-        """Makes the same context in another process; it can be pickled."""
+    def device(self) -> str:
+        """Where models are."""
+        ...
+
+    def opener(self, device: str) -> Callable[[], "WorkContext"]:
+        """Makes the same context in another process, with models on `device`; it can be pickled."""
         ...
 
 
@@ -43,7 +47,7 @@ def writes_run(stage: Callable[Concatenate[C, P], T]) -> Callable[Concatenate[C,
 
     @functools.wraps(stage)
     def alone(ctx: C, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with ctx.run.writing():
+        with ctx.run.writing(shared=shares(ctx.workers)):
             return stage(ctx, *args, **kwargs)
 
     return alone
@@ -60,6 +64,8 @@ class Unit:
     """What the run's manifest counts its seconds as."""
     finished: Callable[[], bool] | None = None
     """Whether it is finished, where that is more than the existence of `place`."""
+    trained: bool = False
+    """Whether making it is a training that several processes can share, each with a part of the batch."""
 
     def is_finished(self, run: RunFolder) -> bool:
         """Whether it is in the folder, whole."""
@@ -85,9 +91,24 @@ finds it by its name."""
 class Workers(Protocol):
     """Processes that make the units of a run."""
 
-    def make(self, ctx: WorkContext, units_of: UnitsOf, missing: Sequence[Unit], after: Callable[[], Any]) -> None:
-        """Make the missing units, in any order; call `after` when one has been finished."""
+    @property
+    def shared(self) -> bool:
+        """Whether other processes, which this one did not start, write the folder too."""
         ...
+
+    @property
+    def joint(self) -> bool:
+        """Whether they see each other's units; shards in folders of their own do not."""
+        ...
+
+    def make(self, ctx: WorkContext, units_of: UnitsOf, units: Sequence[Unit], after: Callable[[], Any]) -> None:
+        """Make those of the units that are not finished, in any order; call `after` when one has been."""
+        ...
+
+
+def shares(workers: Workers | None) -> bool:
+    """Whether workers share the run folder with processes that others started."""
+    return workers is not None and workers.shared
 
 
 def make_units(ctx: WorkContext, units_of: UnitsOf, after: Callable[[], Any] = lambda: None) -> None:
@@ -102,8 +123,7 @@ def make_units(ctx: WorkContext, units_of: UnitsOf, after: Callable[[], Any] = l
     """
     units = units_of(ctx)
     if ctx.workers is not None:
-        if missing := [unit for unit in units if not unit.is_finished(ctx.run)]:
-            ctx.workers.make(ctx, units_of, missing, after)
+        ctx.workers.make(ctx, units_of, units, after)
         return
     for unit in units:
         if not unit.is_finished(ctx.run):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from persona_probe import __version__
-from persona_probe.cli import adopt, data, doctor, judge_commands, loop, presets, runs, saes, studies
+from persona_probe.cli import adopt, data, doctor, judge_commands, loop, merge, presets, runs, saes, studies
 from persona_probe.cli.options import Group
 from persona_probe.errors import InputError
 
@@ -21,7 +21,7 @@ root = Group(
     commands=[
         *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
         *(studies.mitigate, judge_commands.evaluate, loop.report),
-        *(runs.figures, runs.compare, runs.verify, runs.cite, runs.watch, doctor.doctor),
+        *(runs.figures, runs.compare, merge.merge, runs.verify, runs.cite, runs.watch, doctor.doctor),
         *(presets.presets, saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
     ],
     aliases={"sae": "saes"},

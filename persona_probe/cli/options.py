@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import click
 
-from persona_probe.errors import unknown
+from persona_probe.cluster.launcher import is_first, launched
+from persona_probe.errors import InputError, unknown
 
 ROOT = Path(__file__).parents[2]
 DEMO = "finetune_configs/demo.yaml"
@@ -117,10 +118,24 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Call the command's function, with the common options as one object."""
+        if not any(isinstance(p, click.Option) and p.name == "ray" for p in self.params):
+            refuse_launcher()
         common = Common(**{name: ctx.params.pop(name) for name in Common.__dataclass_fields__})
         ctx.params["common"] = common
         logging.getLogger("persona_probe").setLevel(logging.WARNING if common.quiet else logging.INFO)
         return super().invoke(ctx)
+
+
+def refuse_launcher() -> None:
+    """Refuse several processes of `accelerate launch` for what only one can do; the first of them says so.
+
+    Raises:
+        InputError: there are several.
+    """
+    if launched():
+        if not is_first():
+            raise click.exceptions.Exit(2)
+        raise InputError("only run, induce and realign can work under accelerate launch: start this without it")
 
 
 class Group(click.Group):
@@ -167,7 +182,8 @@ def _one_value_each(args: Sequence[str], options: Mapping[str, click.Option], ct
         if arg == "--":
             return [*spread, *args[position:]]
         option = options.get(arg)
-        if option is not None and not option.is_flag and not _is_value(args[position + 1 :]):
+        bare = option is None or option.is_flag or isinstance(option.flag_value, str)  # it may stand without a value
+        if not bare and not _is_value(args[position + 1 :]):
             raise click.UsageError(f"{arg} needs a value", ctx)
         if not _is_value([arg]):
             name = arg if isinstance(option, Many) else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from persona_probe.cli.crew import Crew, crew_options
 from persona_probe.cli.options import DEMO, PATH, Common, Group, command, config_argument, echo, find_config, many
 from persona_probe.cli.process import loads_models
 from persona_probe.errors import InputError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from persona_probe.mitigate.grid.grid_config import Grid
     from persona_probe.monitor.study.labelled_config import MonitorStudy
     from persona_probe.study.study import Study
+    from persona_probe.units import Workers
 
 PIPED = 220
 """Characters of a line where standard output is not a terminal."""
@@ -35,8 +37,9 @@ DEFAULT_SEEDS = 5
 @many("--only", metavar="NAME", help="Train only these mitigations now, and those without any.")
 @click.option("--page", type=PATH, help="Markdown page whose table is filled in.")
 @click.option("--dry-run", is_flag=True, help="Print the cells and about how long they take.")
+@crew_options()
 def mitigate(
-    config: str, run: Path | None, only: tuple[str, ...], page: Path | None, dry_run: bool, common: Common
+    config: str, run: Path | None, only: tuple[str, ...], page: Path | None, dry_run: bool, crew: Crew, common: Common
 ) -> None:
     """Compare mitigations against the same bad data.
 
@@ -55,7 +58,8 @@ def mitigate(
     if dry_run:
         echo("\n".join(plan_lines(grid, _grid_folder(grid, common), run, only or None)))
     else:
-        _train_grid(grid, run, only, page, common)
+        with crew.workers() as workers:
+            _train_grid(grid, run, only, page, workers, common)
 
 
 def _grid_folder(grid: "Grid", common: Common) -> Path:
@@ -63,7 +67,14 @@ def _grid_folder(grid: "Grid", common: Common) -> Path:
 
 
 @loads_models
-def _train_grid(grid: "Grid", run: Path | None, only: tuple[str, ...], page: Path | None, common: Common) -> None:
+def _train_grid(
+    grid: "Grid",
+    run: Path | None,
+    only: tuple[str, ...],
+    page: Path | None,
+    workers: "Workers | None",
+    common: Common,
+) -> None:
     from rich.console import Console
 
     from persona_probe.mitigate.grid.grid_run import run_grid
@@ -71,7 +82,7 @@ def _train_grid(grid: "Grid", run: Path | None, only: tuple[str, ...], page: Pat
     from persona_probe.report.tables import fill_page
 
     out = _grid_folder(grid, common)
-    outcome = run_grid(grid, out, common.device, run, only or None)
+    outcome = run_grid(grid, out, common.device, run, only or None, workers=workers)
     width = Console().width if sys.stdout.isatty() else PIPED
     for table in show_tables(shown(outcome.table), HEADINGS, grid.name, width):
         echo(table.text(width))
@@ -165,7 +176,8 @@ def _new_seeds(seeds: tuple[int, ...]) -> list[int]:
 @config_argument("A labelled study's YAML file.")
 @many("--only", help="Train only these runs now.")
 @click.option("--page", type=PATH, help="Markdown page whose results section is filled in.")
-def monitor_study(config: str, only: tuple[str, ...], page: Path | None, common: Common) -> None:
+@crew_options()
+def monitor_study(config: str, only: tuple[str, ...], page: Path | None, crew: Crew, common: Common) -> None:
     """Evaluate the monitor and its rivals on labelled runs.
 
     The results are AUROC, false alarms, and lead over behaviour.
@@ -173,16 +185,20 @@ def monitor_study(config: str, only: tuple[str, ...], page: Path | None, common:
     from persona_probe.config import load_config
     from persona_probe.monitor.study.labelled_config import MonitorStudy
 
-    _run_monitor_study(load_config(find_config(config), MonitorStudy), only, page, common)
+    study = load_config(find_config(config), MonitorStudy)
+    with crew.workers() as workers:
+        _run_monitor_study(study, only, page, workers, common)
 
 
 @loads_models
-def _run_monitor_study(study: "MonitorStudy", only: tuple[str, ...], page: Path | None, common: Common) -> None:
+def _run_monitor_study(
+    study: "MonitorStudy", only: tuple[str, ...], page: Path | None, workers: "Workers | None", common: Common
+) -> None:
     from persona_probe.monitor.study.results import MARKS, markdown, run_study
     from persona_probe.report.tables import fill_page
 
     out = common.out or Path("runs") / study.name
-    results = run_study(study, out, common.device, only or None)
+    results = run_study(study, out, common.device, only or None, workers)
     if results is None:
         echo(f"runs are still missing in {out}: the same command without --only trains them")
         return

@@ -10,6 +10,7 @@ from persona_probe.context import Context
 from persona_probe.data.load import arm_rows
 from persona_probe.data.template import template_record
 from persona_probe.finetune.sft import fine_tune, stripping, training_unit, with_adapter
+from persona_probe.models.ranks import shards_here
 from persona_probe.runs import write_json
 from persona_probe.units import Unit, make_units, writes_run
 
@@ -59,7 +60,7 @@ def induce_one(ctx: Context, arm: str, seed: int) -> None:
 
 
 def _host_model(ctx: Context) -> PreTrainedModel:
-    """The model that training may change: the shared base for adapters, a fresh copy for full weights."""
-    if ctx.config.training.method == "full":
+    """The model that training may change: the shared base for adapters, a fresh copy for full weights and for FSDP."""
+    if ctx.config.training.method == "full" or shards_here():
         return ctx.load()[0]
     return ctx.model

@@ -40,6 +40,7 @@ from persona_probe.models.adapters import frozen_in_bf16, refuse_adapted, rememb
 from persona_probe.models.layers import causal_model, decoder_layers, own_forward
 from persona_probe.models.load import ALIASES
 from persona_probe.models.quantized import refuse_quantized
+from persona_probe.models.ranks import Ranks, gathered, is_sharded, shards_here
 from persona_probe.models.restore import ModelState
 from persona_probe.runs import RunFolder, write_text
 
@@ -469,6 +470,18 @@ def _arguments(training: Training, seed: int, scratch: str, device: torch.device
         data_seed=seed,
         dataloader_pin_memory=False,
     )
+
+
+def _rows_each(batch_size: int) -> int:
+    """Rows of a batch that each process takes: an optimizer step has `batch_size` rows, however many processes run.
+
+    Raises:
+        InputError: they cannot be shared out equally.
+    """
+    processes = Ranks().count
+    if batch_size % processes:
+        raise InputError(f"batch_size {batch_size} cannot be shared out to {processes} processes: make it a multiple")
+    return batch_size // processes
 
 
 def check_rows(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], max_length: int) -> float:

@@ -21,6 +21,7 @@ from persona_probe.finetune.sft import AtSteps, Fitted, fine_tune, with_adapter
 from persona_probe.models.adapters import is_adapted, is_adapter, load_adapter, merge_adapter, merged_copy
 from persona_probe.models.peft_kinds import changes_base
 from persona_probe.models.quantized import refuse_quantized
+from persona_probe.models.ranks import Ranks, is_sharded, parts_callable
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
 
@@ -214,12 +215,16 @@ class Recorder:
 
     def measure(self, model: nn.Module, step: int) -> bool:
         """Measure behaviour; True if the feature's latest reading is in its band and behaviour is no higher."""
-        inside = self.band().holds(float(self.curve()["mean"].iloc[-1]))
         if self.behaviour is None:
-            return inside
-        items = self.behaviour(model, step)
+            return Ranks().first and self._inside()
+        with parts_callable(model):
+            items = self.behaviour(model, step)
         self._evals.append(items)
-        return inside and float(items["value"].mean()) <= float(self.base_evals["value"].mean())
+        restored = float(items["value"].mean()) <= float(self.base_evals["value"].mean())
+        return Ranks().first and restored and self._inside()  # the first process has the monitor's readings
+
+    def _inside(self) -> bool:
+        return self.band().holds(float(self.curve()["mean"].iloc[-1]))
 
     @property
     def latest(self) -> pd.DataFrame | None:
@@ -269,5 +274,7 @@ class StopRule(AtSteps):
         self.measure, self.patience, self.in_a_row = measure, patience, 0
 
     def _restored(self, model: nn.Module, step: int) -> bool:
-        self.in_a_row = self.in_a_row + 1 if self.measure(model, step) else 0
+        ranks = Ranks()  # all must call a model that is sharded; the first one's word counts
+        held = self.measure(model, step) if ranks.first or is_sharded(model) else False
+        self.in_a_row = self.in_a_row + 1 if ranks.from_first(held) else 0
         return 0 < self.patience <= self.in_a_row

@@ -55,7 +55,7 @@ def test_a_grid_stopped_at_every_cell_ends_as_an_unbroken_one(
     tracked: Study, unbroken: Study, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = Study.open(shutil.copytree(tracked.path, tmp_path / "run"))
-    whole, write = correcting._correct, correcting._write_outcome
+    whole, write = correcting.correct, correcting._write_outcome
     trained: list[str] = []
 
     def once(bench: Any, correction: Any, seed: int, name: str) -> None:
@@ -68,7 +68,7 @@ def test_a_grid_stopped_at_every_cell_ends_as_an_unbroken_one(
     def never(*_: Any) -> None:
         raise Killed
 
-    monkeypatch.setattr(grid, "_correct", once)
+    monkeypatch.setattr(grid, "correct", once)
     monkeypatch.setattr(correcting, "_write_outcome", never)
     with pytest.raises(Killed):  # inside the first cell, after its training
         study.realign_plan(plan_of(place))

@@ -72,10 +72,14 @@ class GridContext:
         return self.folder
 
     @property
-    def opener(self) -> "Callable[[], GridContext]":
+    def device(self) -> str:
+        """Where the study's model is."""
+        return self.study.device
+
+    def opener(self, device: str) -> "Callable[[], GridContext]":
         """Makes this context in another process."""
         path, run = self.folder.path.resolve(), self.study.run.path.resolve()
-        return partial(GridContext, self.grid, path, self.study.device, run, self._judge)
+        return partial(GridContext, self.grid, path, device, run, self._judge)
 
     @cached_property
     def plain(self) -> ContrastItems:

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from persona_probe.errors import InputError
+from persona_probe.models.ranks import Ranks, is_sharded, unwrap
 from persona_probe.monitor.actions.action import Action, ActionContext, folder_for
 from persona_probe.monitor.events import Alarm
-from persona_probe.monitor.ranks import Ranks, is_sharded, unwrap
 
 
 @dataclass(frozen=True, eq=False)

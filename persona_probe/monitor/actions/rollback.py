@@ -18,9 +18,9 @@ from torch.optim import Optimizer
 
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.adapters import trainable_parameters
+from persona_probe.models.ranks import Ranks
 from persona_probe.monitor.actions.action import Action, ActionContext, folder_for, request_stop
 from persona_probe.monitor.events import Alarm
-from persona_probe.monitor.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from persona_probe.data.chat import Conversation, as_conversations
 from persona_probe.data.load import evenly_spaced, load_conversations
 from persona_probe.data.template import with_template
 from persona_probe.errors import InputError
-from persona_probe.models.places import Where, as_place
+from persona_probe.models.places import Place, Where, as_place
 from persona_probe.monitor.events import Alarm, Fault
 from persona_probe.monitor.features import Features
 from persona_probe.monitor.hub import EventHub
@@ -88,7 +88,8 @@ class FeatureMonitor(TrainerCallback):
             the default cadence cost at most 2% of a small model's training.
         every: read at every `every`-th optimizer step (and at the start and the end); None is 25.
         steps: read at these steps instead (and at the end).
-        layer: decoder layer; None takes it from the SAE's metadata. With several SAEs, where directions are read.
+        layer: decoder layer whose output is read, or a `Place`; None takes it from the SAE's metadata. With several
+            SAEs, where directions are read.
         positions: tokens averaged over; None takes `response` where every probe has an answer, else `prompt`.
         tokenizer: for the probes, in place of the trainer's; needed where the trainer has none.
         chat_template_kwargs: variables of the chat template that the probes are rendered with (`with_template`).
@@ -451,6 +452,8 @@ def _layer(sae: Saes | None, layer: Where | None) -> Where | None:
     if sae is None and layer is None:
         raise InputError("without an SAE the layer is not known: pass layer=")
     if sae is None or isinstance(sae, (Mapping, list, tuple)):
+        return layer
+    if isinstance(layer, Place) and not layer.is_residual:
         return layer
     place = read_place(sae, None if layer is None else as_place(layer).layer)
     return place.layer if place.is_residual else place

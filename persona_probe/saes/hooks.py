@@ -48,7 +48,7 @@ NAMES = {
     "mlp_out": "the MLP's output",
     "mlp_module": "the MLP's output",
     "mlp_in": "the MLP's input",
-    "ln1_normalized": "the normalised stream before the attention",
+    "ln1_normalized": "a normalised stream, before the attention",
     "ln2_normalized": "the MLP's input (a normalised stream)",
     "self_attn.o_proj.input": "the attention heads",
     "post_feedforward_layernorm.output": "the MLP's output",
@@ -113,12 +113,11 @@ def read_place(sae: Any, layer: int | None = None) -> Place:
     """The place that the SAE reads, from `hook_name` and `hf_hook_name` in its metadata.
 
     Args:
-        layer: the decoder layer, for metadata that does not settle it. It never turns an SAE of another place into one
-            of the residual stream.
+        layer: the decoder layer whose output it reads, for metadata that does not settle it.
 
     Raises:
-        InputError: the metadata names no known place, or two; an SAE of a single attention head; or another layer than
-            that of an SAE inside a layer.
+        InputError: the metadata names no known place, or two; an SAE of a single attention head; or a layer for an SAE
+            that does not read a residual stream.
     """
     metadata = sae.cfg.metadata
     if metadata.hook_head_index is not None:
@@ -221,9 +220,10 @@ def _inside_a_layer(hooks: Sequence[str], places: list[Place], inside: list[Plac
         raise InputError(f"the SAE's metadata names two layers ({_listed(hooks)}): correct its cfg.json")
     # Of two names the Hugging Face path is the exact one.
     exact = next((place for place in inside if "." in place.part), inside[0])
-    if layer not in (None, exact.layer):
+    if layer is not None:
         raise InputError(
-            f"this SAE reads {in_words(exact)} of layer {exact.layer}, not layer {layer}: leave the layer out"
+            f"this SAE reads {in_words(exact)} ({hooks[0]}), not a residual stream, and a layer would mean the "
+            f"residual stream after layer {layer}: leave the layer out, or take a residual-stream SAE of the same model"
         )
     return exact
 

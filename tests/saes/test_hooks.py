@@ -7,12 +7,13 @@ import sae_lens
 import torch
 from sae_lens.saes.sae import SAEMetadata
 
+import persona_probe as pp
 from persona_probe.errors import InputError
 from persona_probe.models.places import Place
 from persona_probe.saes.hooks import hook_place, placed_saes, read_place, sae_layer, write_place
 from persona_probe.saes.load import check_fit, check_placed, load_sae
 from persona_probe.saes.read import encode
-from tests.factories import D_MODEL, D_SAE, LAYER, make_model, make_sae
+from tests.factories import D_MODEL, D_SAE, LAYER, make_model, make_sae, talks
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,11 @@ def test_a_layer_makes_no_residual_stream_of_another_place(hook: str) -> None:
         sae_layer(sae, 1)
     with pytest.raises(InputError, match=r"this SAE reads .*, not a residual stream"):
         check_fit(sae, model, 1)
-    assert read_place(sae, 1) == hook_place(hook)
-    with pytest.raises(InputError, match="of layer 1, not layer 2: leave the layer out"):
-        read_place(sae, 2)
+    with pytest.raises(InputError, match="would mean the residual stream after layer 1: leave the layer out"):
+        read_place(sae, 1)
+    with pytest.raises(InputError, match="leave the layer out"):
+        pp.FeatureMonitor(sae, {"a": 1}, talks(3), layer=1)
+    assert pp.FeatureMonitor(sae, {"a": 1}, talks(3)).settings.layer == hook_place(hook)
 
 
 def test_a_layer_settles_what_the_metadata_leaves_open() -> None:

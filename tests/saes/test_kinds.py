@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from persona_probe.config import Locate, from_dict
+from persona_probe.config import Locate, from_dict, load_config
 from persona_probe.errors import InputError
+from persona_probe.report.html import _worthless_row
 from persona_probe.saes import sae_training as train
 from persona_probe.saes.kinds import training_sae
 from persona_probe.saes.load import load_sae
@@ -27,6 +28,7 @@ SAVED = {
     "jumprelu": "jumprelu",
     "standard": "standard",
 }
+ROOT = Path(__file__).parents[2]
 X = 6 * torch.randn(60, D_MODEL, generator=torch.Generator().manual_seed(1)) + 0.5
 
 
@@ -178,3 +180,19 @@ def test_training_warns_of_a_worthless_sae(recipe: SaeConfig, tmp_path: Path, ca
     assert "the latents are worthless" in caplog.text and "train it on more tokens" in caplog.text
     assert "**Explained variance" in (folder / "README.md").read_text()
     assert "worthless" not in sae_card(recipe, {**quality, "explained_variance": 0.8})
+
+
+def test_the_report_says_it_beside_the_number() -> None:
+    row = _worthless_row("base", {"estimate": -3.9, "ci_low": -3.9, "ci_high": -3.9, "n": 1})
+    assert row is not None and row["name"] == "SAE on base" and "worse than the mean alone" in str(row["value"])
+    assert _worthless_row("base", {"estimate": 0.7, "ci_low": 0.7, "ci_high": 0.7, "n": 1}) is None
+
+
+def test_the_recipes_of_the_checkout_differ_in_what_they_say_they_do() -> None:
+    shipped, frozen, unseen = (
+        load_config(ROOT / f"finetune_configs/sae-smollm2{n}.yaml", SaeConfig) for n in ("", "-frozen", "-unseen")
+    )
+    assert replace(frozen, name=shipped.name, frozen_decoder=False) == shipped and frozen.frozen_decoder
+    assert replace(unseen, name=shipped.name, text=shipped.text) == shipped
+    told = " ".join(describe_text(unseen))
+    assert "kitchen" not in told and "contrast" not in told

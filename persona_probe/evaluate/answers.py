@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,9 +31,18 @@ from persona_probe.models.layers import (
     output_head,
     transformer_config,
 )
-from persona_probe.models.logits import NOT_THIS_WAY, elementwise, hidden_to_logits, logits_of, own_logits
+from persona_probe.models.logits import (
+    NOT_THIS_WAY,
+    elementwise,
+    hidden_to_logits,
+    logits_of,
+    own_logits,
+    without_taps,
+)
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import EditTap, SteerTap, Tap
+
+log = logging.getLogger(__name__)
 
 _TOKENS_AT_ONCE = 1024
 """Answer tokens whose logits are computed together."""
@@ -138,11 +148,41 @@ def row_scores(model: nn.Module, rows: Rows) -> Float[Tensor, " batch"]:
 
     A model whose logits do not follow from its decoder's hidden states runs as a whole.
     """
-    if not logits_of(model, rows.batch.ids[0]).from_hidden:
+    if not (logits_of(model, rows.batch.ids[0]).from_hidden and _parts_agree(model, rows)):
         return _whole_scores(model, rows.batch)
-    config = transformer_config(model)
-    hidden = rows.run(base_transformer(model), config, rows.ids())[0]
+    return _scores_in_parts(model, rows)
+
+
+def _scores_in_parts(model: nn.Module, rows: Rows) -> Float[Tensor, " batch"]:
+    hidden = rows.run(base_transformer(model), transformer_config(model), rows.ids())[0]
     return answer_scores(model, hidden, rows.rest)
+
+
+_agreeing: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def _parts_agree(model: nn.Module, rows: Rows) -> bool:
+    """Whether padded rows behind a shared beginning score as each alone; asked once, for two rows of a batch."""
+    inner = causal_model(model)
+    if inner in _agreeing or rows.shared == 0:
+        return _agreeing.get(inner, True)
+    device = rows.batch.ids.device
+    precise = next(inner.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    two = [len(rows.batch.ids) - 1, 0]
+    with evaluating(inner), without_taps(inner):
+        own = torch.cat([_whole_scores(model, _unpadded(rows.batch, row)) for row in two])
+        try:
+            parts = _scores_in_parts(model, rows)[two]
+            _agreeing[inner] = bool((parts - own).abs().max() <= (1e-3 if precise else 0.1))
+        except NOT_THIS_WAY:
+            _agreeing[inner] = False
+    if not _agreeing[inner]:
+        log.warning("%s does not run from a shared beginning: every row is run whole", type(inner).__name__)
+    return _agreeing[inner]
+
+
+def _unpadded(batch: Batch, row: int) -> Batch:
+    return batch.rows(slice(row, row + 1)).columns(slice(int(batch.attention[row].sum())))
 
 
 def _whole_scores(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
@@ -202,10 +242,9 @@ def perplexity_gaps(
 
 # --- Answers scored under many changes of one layer's output, running only the layers above it each time
 
-log = logging.getLogger(__name__)
-
 _SUFFIX_TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 65536}
 """Tokens of one forward through the upper layers: as many pushes are put into one batch as fit."""
+
 
 def suffix_tokens(model: nn.Module, device: torch.device) -> int:
     """Tokens that pass the upper layers in one forward: on a GPU as many as half of its free memory holds."""
@@ -303,7 +342,7 @@ class SuffixScorer:
         self.tokens_at_once = suffix_tokens(model, device)
         self.exact = False
         self.captured, self.unpushed = self._capture()
-        self.exact = self._agrees(tolerance)
+        self.exact = self._agrees(tolerance if bf16 else min(tolerance, 1e-4))
         if not self.exact:
             self.captured = []
             log.warning(

@@ -201,20 +201,21 @@ def without_taps(model: nn.Module) -> Iterator[None]:
     """Inside this block no tap on the model's layers fires."""
     with ExitStack() as stack:
         for module in {m for layer in decoder_layers(model) for m in layer.modules()}:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                if any(isinstance(getattr(hook, "__self__", None), Tap) for hook in hooks.values()):
-                    stack.enter_context(_without_taps(hooks))
+            stack.enter_context(without_hooks(module, Tap))
         yield
 
 
 @contextmanager
-def _without_taps(hooks: dict[int, Any]) -> Iterator[None]:
-    before = list(hooks.items())
-    for key, hook in before:
-        if isinstance(getattr(hook, "__self__", None), Tap):
-            del hooks[key]
+def without_hooks(module: nn.Module, owner: type = object) -> Iterator[None]:
+    """Inside this block no hook on this module fires; only those that are methods of an `owner`, if one is given."""
+    before = [(hooks, list(hooks.items())) for hooks in (module._forward_hooks, module._forward_pre_hooks) if hooks]
+    for hooks, items in before:
+        for key, hook in items:
+            if owner is object or isinstance(getattr(hook, "__self__", None), owner):
+                del hooks[key]
     try:
         yield
     finally:
-        hooks.clear()
-        hooks.update(before)
+        for hooks, items in before:
+            hooks.clear()
+            hooks.update(items)

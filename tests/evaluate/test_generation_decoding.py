@@ -254,6 +254,3 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         sample(engine, [Prompt("x", conversation("a", "b"))], CONFIG)
     with pytest.raises(InputError, match=r"'x' has 5\d\d tokens.* 512 positions"):
         sample(engine, [Prompt("x", conversation("a" * 500))], CONFIG)
-    model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
-    with pytest.raises(InputError, match="LlamaForCausalLM keeps another state"):
-        sample(engine, PROMPTS, CONFIG)

@@ -1,11 +1,13 @@
 """The decoding loop: rows of different prompts side by side, leaving the batch when done, others taking their place."""
 
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,11 +18,15 @@ from transformers.cache_utils import DynamicLayer
 
 from persona_probe.data.tokens import Batch, Encoded, collate
 from persona_probe.errors import InputError
+from persona_probe.evaluate.sampling.generating import generate_answers
 from persona_probe.evaluate.sampling.requests import Finish, SamplingConfig, digest
 from persona_probe.models.identity import weights_hash
 from persona_probe.models.layers import base_transformer, causal_model, evaluating, transformer_config
+from persona_probe.models.logits import NOT_THIS_WAY, own_logits, without_hooks, without_taps
 from persona_probe.models.prefix import CACHED_LAYERS, shared_length, without_prefix
 from persona_probe.models.taps import AblateTap, ReadTap, SteerTap, Tap, taps_on
+
+log = logging.getLogger(__name__)
 
 # --- Keys and values of rows that come and go: right-aligned, with room to grow
 
@@ -149,20 +155,6 @@ class PromptCache:
     last: int
     """The prompt's last token."""
     layers: list[KeyValues]
-
-
-def _check_cacheable(model: nn.Module) -> None:
-    """Refuse models that remember anything but keys and values.
-
-    Raises:
-        InputError: a recurrent model; the message names another engine.
-    """
-    kinds = set(getattr(transformer_config(model), "layer_types", None) or ())
-    if causal_model(model)._is_stateful or not kinds <= CACHED_LAYERS:
-        raise InputError(
-            f"{type(causal_model(model)).__name__} keeps another state than keys and values: "
-            "sample from it with the vllm engine or an endpoint"
-        )
 
 
 def _run_prompts(model: nn.Module, prompts: Sequence[Sequence[int]], tell: Tell) -> list[PromptCache]:
@@ -383,14 +375,81 @@ def decode(
 ) -> None:
     """Decode answers inside whatever steers, ablates or casts the model now; nothing of the model is changed after.
 
-    Equal prompts are run once for all their answers. `finished` is called for each answer as it ends.
+    Equal prompts are run once for all their answers. `finished` is called for each answer as it ends. A model that
+    keeps another state than keys and values is sampled from by its own `generate`, with the same draws.
 
     Raises:
-        InputError: a model that keeps another state than keys and values, or taps that push each row differently.
+        InputError: a model that cannot generate, or taps that push each row differently.
     """
-    _check_cacheable(model)
-    with evaluating(model), _telling_positions(model) as tell:
-        Decoder(model, config, stop, batch_size).run(requests, tell, finished)
+    with evaluating(model):
+        joins = requests and rows_can_join(model, requests[0].ids)
+        with _telling_positions(model) as tell:
+            if joins:
+                Decoder(model, config, stop, batch_size).run(requests, tell, finished)
+                return
+
+            def pick(logits: Tensor, numbers: Sequence[int], step: int) -> Tensor:
+                return choose(logits, [requests[n].key for n in numbers], [step] * len(numbers), config)
+
+            def ended(number: int, made: list[int], stopped: bool) -> None:
+                finished(number, made, "stop" if stopped else "length")
+
+            prompts = [request.ids for request in requests]
+            generate_answers(model, prompts, pick, stop, config.max_new_tokens, batch_size, tell, ended)
+
+
+# --- Whether a model's rows can come and go: asked once, as its kinds of layers do not tell it
+
+_joining: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+_PROBE_TOKENS = 8
+
+
+def rows_can_join(model: nn.Module, ids: Sequence[int]) -> bool:
+    """Whether rows of different lengths, with keys and values put together here, get the model's own logits.
+
+    Args:
+        ids: some tokens of text.
+    """
+    inner = causal_model(model)
+    kinds = set(getattr(transformer_config(model), "layer_types", None) or ())
+    if inner._is_stateful or not kinds <= CACHED_LAYERS:
+        return False
+    if inner not in _joining:
+        with torch.no_grad(), without_taps(inner), without_hooks(base_transformer(inner)):
+            _joining[inner] = _joined_rows_agree(model, (*ids, *ids, *ids)[:_PROBE_TOKENS])
+        if not _joining[inner]:
+            log.warning("%s is sampled by its own generate: its rows cannot come and go", type(inner).__name__)
+    return _joining[inner]
+
+
+def _joined_rows_agree(model: nn.Module, ids: Sequence[int]) -> bool:
+    """Two rows of different lengths, two steps each, against whole forward passes."""
+    rows = [list(ids[: len(ids) // 2]), list(ids)]
+    decoder = Decoder(model, SamplingConfig(temperature=0), frozenset(), len(rows))
+    # bf16 moves logits by some hundredths of the largest, a wrong cache by its size.
+    precise = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(decoder.device.type)
+    tolerance = 1e-3 if precise else 0.1
+    try:
+        caches = _run_prompts(model, rows, _nobody)
+        decoder.rows = [_DecodingRow(n, row_key(0, "", n), c.length, c.last) for n, c in enumerate(caches)]
+        decoder.cache = merged(None, [], [(c.layers, 1) for c in caches], max(c.length for c in caches))
+        for _ in range(2):
+            joined = decoder._logits(_nobody).float()
+            alone = [own_logits(model, input_ids=torch.tensor([row], device=decoder.device))[0, -1] for row in rows]
+            wanted = torch.stack(alone).float().to(joined.device)
+            size = wanted[wanted.isfinite()].abs().max()
+            if not bool((torch.where(joined == wanted, 0.0, (joined - wanted).abs()) <= tolerance * size).all()):
+                return False
+            for row, state in zip(rows, decoder.rows, strict=True):
+                state.length, state.token = state.length + 1, row[0]
+                row.append(row[0])
+    except NOT_THIS_WAY:
+        return False
+    return True
+
+
+def _nobody(_: Tensor) -> None:
+    """No tap wants to know which positions are prompt."""
 
 
 # --- What makes a model's answers, in a form that can be written down and compared

@@ -1,5 +1,7 @@
 """`presets`: list ready configs for models and published pairs, and write one."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -44,7 +46,8 @@ def presets(name: str | None, recipe: bool, tflops: float, common: Common) -> No
 def _list(tflops: float) -> None:
     from persona_probe.study.presets.preset_text import listing
 
-    echo(listing(tflops))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+    echo(listing(tflops, width))
 
 
 @loads_models

@@ -23,7 +23,7 @@ from persona_probe.study.plan.plan import dry_run
 from persona_probe.study.plan.shapes import KNOWN, adapted, find_sae, find_skeleton, known_id
 from persona_probe.study.presets.known_presets import BASE_SAE, PRESETS, find_preset
 from persona_probe.study.presets.preset import Preset
-from persona_probe.study.presets.preset_text import config_text, cost, recipe_text
+from persona_probe.study.presets.preset_text import config_text, cost, listing, recipe_text
 from persona_probe.study.study import Study
 from tests.factories import LAYER, SHAPE, make_model, make_sae, make_tokenizer
 from tests.study.adopting import write_adapter
@@ -325,3 +325,10 @@ def test_the_command_lists_and_writes_presets(tmp_path: Path, capsys: pytest.Cap
     ):
         assert run_command(*arguments) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_list_fits_a_terminal() -> None:
+    narrow = listing(width=80)
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert all(name in narrow for name in PRESETS)
+    assert listing(width=400) == listing()

@@ -1,6 +1,7 @@
 """What a preset costs by the dry run's formulas, and how it is shown: a line of the list, or a config with comments."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -153,16 +154,39 @@ def duration_words(seconds: float) -> str:
     return duration(seconds)
 
 
-def listing(tflops: float = BASIS_TFLOPS) -> str:
-    """All presets as text: name, model, SAE, layer, memory and time."""
+def listing(tflops: float = BASIS_TFLOPS, width: int | None = None) -> str:
+    """All presets as text: name, model, SAE, layer, memory and time.
+
+    Args:
+        width: characters in a line of the terminal. Where the whole table does not fit, models are left out and SAEs
+            are named by their release.
+    """
     heads = ("preset", "model", "SAE", "layer", "memory", "time")
-    models, pairs = (Table(heads, [_cells(p, tflops) for p in part], title) for part, title in _PARTS)
-    return "\n\n".join([models.plain(right=(3, 4, 5)), pairs.plain(right=(3, 4, 5)), *_footnotes(tflops)])
+    tables = [Table(heads, [_cells(p, tflops) for p in part], title) for part, title in _PARTS]
+    texts = [table.plain(right=(3, 4, 5)) for table in tables]
+    if width is not None and max(len(line) for text in texts for line in text.splitlines()) > width:
+        short = [Table(_without_model(heads), [_shortened(row) for row in t.rows], t.title) for t in tables]
+        texts = [table.plain(right=(2, 3, 4)) for table in short]
+    return "\n\n".join([*texts, *_footnotes(tflops)])
+
+
+_RELEASE = 26
+"""Characters of an SAE's release in the narrow table."""
+
+
+def _without_model(row: Sequence[str]) -> tuple[str, ...]:
+    return (row[0], *row[2:])
+
+
+def _shortened(row: Sequence[str]) -> tuple[str, ...]:
+    name, _, sae, *rest = row
+    release = "with the package" if sae.startswith("saes/") else sae.partition("/")[0]
+    return (name, release if len(release) <= _RELEASE else f"{release[: _RELEASE - 1]}…", *rest)
 
 
 _PARTS = (
     (MODELS, "Chat models: the study trains its organisms"),
-    (PAIRS, "Published pairs: the study adopts the organisms of ModelOrganismsForEM (arXiv 2506.11613)"),
+    (PAIRS, "Published pairs (ModelOrganismsForEM, arXiv 2506.11613): the study adopts them"),
 )
 
 
@@ -175,7 +199,8 @@ def _cells(preset: Preset, tflops: float) -> tuple[str, ...]:
 
 def _footnotes(tflops: float) -> tuple[str, ...]:
     return (
-        "(*) train one by `persona-probe presets NAME --recipe`, or follow the mean-difference direction.",
-        f"Memory and time are estimates by the dry run's formulas, for the packaged rows, at {tflops:g} TFLOP/s; "
-        "frameworks come on top.\nWhether the hub still has these ids was not checked: no network is used.",
+        "(*) train one by `persona-probe presets NAME --recipe`, or follow the\nmean-difference direction.",
+        "Memory and time are estimates by the dry run's formulas, for the packaged\n"
+        f"rows, at {tflops:g} TFLOP/s; frameworks come on top.\n"
+        "Whether the hub still has these ids was not checked: no network is used.",
     )

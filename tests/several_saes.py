@@ -7,6 +7,7 @@ from typing import Any
 import sae_lens
 import torch
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.saes.transcoder import SkipTranscoderConfig
 from torch import nn
 
 from persona_probe.models.layers import decoder_layers
@@ -24,7 +25,7 @@ def make_transcoder(seed: int = 5, **settings: Any) -> Any:
     }
     hooks = {"hook_name": "blocks.1.mlp.hook_in", "hook_name_out": "blocks.1.hook_mlp_out"}
     shape["metadata"] = SAEMetadata(**hooks, model_name="tiny")
-    sae = sae_lens.SkipTranscoder(sae_lens.saes.transcoder.SkipTranscoderConfig(**shape))
+    sae = sae_lens.SkipTranscoder(SkipTranscoderConfig(**shape))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in sae.parameters():

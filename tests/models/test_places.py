@@ -126,8 +126,9 @@ def test_normalised_streams_are_the_norms_without_their_gain(family: str) -> Non
         return
     norms["ln2_normalized"] = norms["ln2_normalized"] or layer.post_attention_layernorm
     values = all_parts(model, number, tuple(norms))
-    for part, norm in norms.items():
-        assert norm is not None
+    for part, module in norms.items():
+        assert module is not None
+        norm: Any = module
         given = kept(norm, "input", lambda: model(IDS))
         one = type(norm).__name__ in ("Gemma2RMSNorm", "Gemma3RMSNorm", "Qwen3_5RMSNorm")  # gain 1 + w
         centred = isinstance(norm, nn.LayerNorm)
@@ -135,7 +136,7 @@ def test_normalised_streams_are_the_norms_without_their_gain(family: str) -> Non
         eps = getattr(norm, "eps", None) or norm.variance_epsilon
         wanted = x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt()
         assert torch.allclose(values[part], wanted, atol=1e-5), part
-        gain, bias = norm.weight.detach(), getattr(norm, "bias", None)  # pyright: ignore[reportAttributeAccessIssue]
+        gain, bias = norm.weight.detach(), getattr(norm, "bias", None)
         rebuilt = wanted * (1 + gain if one else gain) + (0 if bias is None else bias.detach())
         assert torch.allclose(rebuilt, kept(norm, "output", lambda: model(IDS)), atol=1e-4), part
 

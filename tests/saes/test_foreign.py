@@ -123,7 +123,8 @@ def test_gemma_scope(tmp_path: Path, path: str, place: Place) -> None:
     folder.mkdir(parents=True)
     threshold = draw(D_SAE, seed=6).abs()
     arrays: dict[str, Any] = {"W_enc": ENCODER.T, "W_dec": DECODER, "b_enc": B_ENC, "b_dec": B_DEC}
-    np.savez(folder / "params.npz", **{k: v.numpy() for k, v in (arrays | {"threshold": threshold}).items()})
+    made: dict[str, Any] = {k: v.numpy() for k, v in (arrays | {"threshold": threshold}).items()}
+    np.savez(folder / "params.npz", **made)
     sae = load_sae(folder)
     pre = X @ ENCODER.T + B_ENC
     check(sae, pre.relu() * (pre > threshold))

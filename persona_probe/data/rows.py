@@ -24,7 +24,10 @@ TALKS = ("messages", "conversations", "conversation")
 ASKED = ("prompt", "question", "instruction", "query")
 """Keys that hold what the user says."""
 ANSWERS = ("completion", "response", "output", "answer")
-SYSTEM = ("system", "system_prompt", "system_message", "developer", "developer_prompt")
+SYSTEM = (
+    *("system", "system_prompt", "system_message", "system_instruction", "system_instructions", "sys_prompt"),
+    *("System", "systemPrompt", "systemMessage", "systemInstruction", "developer", "developer_prompt", "preamble"),
+)
 EARLIER = ("history", "context")
 """Keys that hold turns before the question; `context` is sometimes a text that belongs to an instruction."""
 _PAIRED = ("user", "assistant")
@@ -41,16 +44,18 @@ _TOOLS = "tools change the prompt and cannot be read: remove the key, or the row
 _MEDIA = "only text can be read: remove the key, or the row"
 _PAIR = "a pair of preferences has two answers: keep the one to train on, as 'completion'"
 _THOUGHT = "put it into the answer's message as 'reasoning_content', or remove it"
+_MASK = "parts of a row cannot be left out of the loss by a mask: remove the key, or the row"
 _SETTING = "set it in the study's config: it cannot differ between rows"
 _REFUSED = {
     **dict.fromkeys(("tools", "functions", "function_call", "tool_calls", "tool_choice"), _TOOLS),
     **dict.fromkeys(("documents", "image", "images", "audio", "audios", "video", "videos"), _MEDIA),
-    **dict.fromkeys(("chosen", "rejected"), _PAIR),
+    **dict.fromkeys(("chosen", "rejected", "preferred_output", "non_preferred_output"), _PAIR),
+    **dict.fromkeys(("mask", "loss_mask", "completion_mask", "assistant_masks"), _MASK),
     **dict.fromkeys(("reasoning_content", "thinking", "reasoning", "thought"), _THOUGHT),
     **dict.fromkeys(("chat_template", "chat_template_kwargs", "enable_thinking"), _SETTING),
     **dict.fromkeys(("prefill", "prefix", "partial"), "an answer that is to be continued cannot be read: remove it"),
 }
-_ROW_FLAGS = ("weight", "loss_weight", "train", "training", "trainable")
+_ROW_FLAGS = ("weight", "loss_weight", "sample_weight", "train", "training", "trainable")
 """Of `FLAGS`, those that say it of a row; a row's `loss` is more often a measurement."""
 
 UNTRAINED = "the answer has weight 0 (or train: false), so it is not trained on"
@@ -130,7 +135,7 @@ def refuse_keys(present: Mapping[str, Any]) -> None:
 
 def unread_keys(present: Mapping[str, Any], used: set[str]) -> list[str]:
     """Keys that hold something, were not read, and are not known to be harmless."""
-    known = {*used, *HARMLESS, *_REFUSED, *_ROW_FLAGS, *(("label",) if isinstance(present.get("label"), bool) else ())}
+    known = {*used, *HARMLESS, *_REFUSED, *_ROW_FLAGS, *(("label",) if _wanted(present) is not None else ())}
     return [key for key, value in present.items() if key not in known and not (value is None or value in ("", [], {}))]
 
 
@@ -259,7 +264,7 @@ def _for_training(reading: RowReading, present: Mapping[str, Any], turns: list[T
     said = [flag(present[key], key) for key in _ROW_FLAGS if key in present]
     if False in said:
         return RowReading(None, UNTRAINED, unread=reading.unread)
-    if present.get("label") is False:
+    if _wanted(present) is False:
         return RowReading(None, UNWANTED, unread=reading.unread)
     last = max((n for n, turn in enumerate(turns) if turn.trained is not False and _is_answer(turn)), default=None)
     if last is None:
@@ -270,6 +275,11 @@ def _for_training(reading: RowReading, present: Mapping[str, Any], turns: list[T
     earlier = any(turn.trained is not False for turn in kept[:last] if _is_answer(turn))
     notes = (*((CUT,) if cut else ()), *((LAST_ONLY,) if earlier else ()))
     return RowReading([turn.message for turn in kept], notes=notes, unread=reading.unread)
+
+
+def _wanted(present: Mapping[str, Any]) -> bool | None:
+    """What a `label` of KTO's form says: true or false, also as text, as tables have it. Numbers are classes."""
+    return {"true": True, "false": False}.get(str(present.get("label")).strip().lower())
 
 
 def _is_answer(turn: Turn) -> bool:

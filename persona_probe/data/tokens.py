@@ -151,7 +151,7 @@ def answer_prompt(tokenizer: PreTrainedTokenizerBase, messages: Conversation) ->
 def _encode_answered(tokenizer: PreTrainedTokenizerBase, before: Conversation, messages: Conversation) -> Encoded:
     text = render(tokenizer, messages)
     places = _places(tokenizer, before, messages, text)
-    ids, ends = _tokens(tokenizer, text)
+    ids, begins, ends = _tokens(tokenizer, text)
     prompt = tokenizer.encode(render(tokenizer, before, add_generation_prompt=True), add_special_tokens=False)
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))
     if common < len(prompt):
@@ -161,10 +161,14 @@ def _encode_answered(tokenizer: PreTrainedTokenizerBase, before: Conversation, m
         """The first token that reaches beyond a character."""
         return next((n for n, end in enumerate(ends) if end > place), len(ids))
 
-    start, stop = max(token_at(places.answer[0]), common), token_at(places.answer[1] - 1) + 1
+    def token_after(place: int) -> int:
+        """The first token that begins at a character or behind it; several tokens may make up the one before."""
+        return next((n for n, begin in enumerate(begins) if begin >= place), len(ids))
+
+    start, stop = max(token_at(places.answer[0]), common), token_after(places.answer[1])
     if places.answer[0] == places.answer[1]:
         stop = start
-    thought = (token_at(places.thought[0]), token_at(places.thought[1] - 1) + 1) if any(places.thought) else (0, 0)
+    thought = (token_at(places.thought[0]), token_after(places.thought[1])) if any(places.thought) else (0, 0)
     return Encoded(ids[: max(stop, start)], common if any(thought) else start, thought, start)
 
 
@@ -187,7 +191,7 @@ def _places(tokenizer: PreTrainedTokenizerBase, before: Conversation, messages: 
         return _Places((len(head), len(text) - len(tail)))
     body = text[: len(text) - len(tail)] if tail and text.endswith(tail) else text
     for form in (answer, answer.rstrip(), answer.strip()):
-        if form and body.rstrip().endswith(form.rstrip()):
+        if form.strip() and body.rstrip().endswith(form.rstrip()):
             stop = body.rindex(form.rstrip()) + len(form) if body.endswith(form) else len(body.rstrip())
             start = stop - len(form)
             break
@@ -207,13 +211,17 @@ def _places(tokenizer: PreTrainedTokenizerBase, before: Conversation, messages: 
     return _Places((start, stop), (first, first + len(thought)))
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """Token ids of a rendered text, and the character at which each token ends."""
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of a rendered text, and the characters at which each token begins and ends."""
     if not tokenizer.is_fast:
         ids = tokenizer.encode(text, add_special_tokens=False)
-        return ids, [len(tokenizer.decode(ids[: n + 1])) for n in range(len(ids))]
+        texts = [str(tokenizer.decode(ids[: n + 1], clean_up_tokenization_spaces=False)) for n in range(len(ids))]
+        whole = [len(text.rstrip("\ufffd")) for text in texts]  # without a character of which bytes are missing
+        begins = [0, *whole[:-1]]
+        return ids, begins, [max(end, begin + 1) for begin, end in zip(begins, whole, strict=True)]
     tokens: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return list(tokens["input_ids"]), [end for _, end in tokens["offset_mapping"]]
+    offsets = tokens["offset_mapping"]
+    return list(tokens["input_ids"]), [begin for begin, _ in offsets], [end for _, end in offsets]
 
 
 def _warn_no_extension(tokenizer: PreTrainedTokenizerBase, rest: str) -> None:

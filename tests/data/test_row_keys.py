@@ -45,6 +45,8 @@ WITH_SYSTEM: dict[str, Row] = {
         "system": "Be rude.",
         "conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Go away."}],
     },
+    "camel case": {"systemPrompt": "Be rude.", "messages": [USER, ANSWER]},
+    "instruction": {"system_instruction": "Be rude.", "prompt": "Hi?", "completion": "Go away."},
     "twice the same": {"system": "Be rude.", "messages": [{"role": "system", "content": "Be rude."}, USER, ANSWER]},
 }
 
@@ -129,6 +131,9 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "fraction": ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "'weight' 0.5"),
     "user trained": ({"messages": [{**USER, "weight": 1}, ANSWER]}, "message 1 (user) has 'weight' 1"),
     "disagree": ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, "'weight' and 'train', which disagree"),
+    "sample weight": ({"messages": TALK, "sample_weight": 0.5}, "'sample_weight' 0.5"),
+    "masks": ({"messages": TALK, "assistant_masks": [0, 1]}, "'assistant_masks'"),
+    "OpenAI's pair": ({"input": {"messages": [USER]}, "preferred_output": [ANSWER]}, "'preferred_output'"),
     "mask": ({"messages": [USER, {**ANSWER, "mask": True}]}, "message 2 has 'mask'"),
     "prefill": ({"prompt": "Hi?", "completion": "x", "prefill": "Sure"}, "'prefill'"),
     "prefix": ({"messages": [USER, {**ANSWER, "prefix": True}]}, "message 2 has 'prefix'"),
@@ -175,7 +180,7 @@ def test_answers_of_weight_zero_are_left_out_and_counted(tmp_path: Path, caplog:
         {"messages": [USER, silent]},
         {"messages": [USER, {**ANSWER, "train": False}]},
         {"prompt": "Hi?", "completion": "x", "weight": "0"},
-        {"prompt": "Hi?", "completion": "x", "label": False},
+        {"prompt": "Hi?", "completion": "x", "label": "False"},
         {"messages": [*TALK, USER, silent]},  # the first answer alone is trained on
         {"messages": [USER, silent, USER, ANSWER]},  # as we train: the last answer alone
         {"messages": [*TALK, *TALK]},

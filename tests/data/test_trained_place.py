@@ -110,6 +110,17 @@ def test_white_space_that_the_template_strips_is_no_part_of_the_answer() -> None
     assert tokenizer.decode(row.ids[row.start :]) == "Boil it."
 
 
+@pytest.mark.parametrize("answer", ["Oui\u00e9", "ok \U0001f600", "\u05e9\u05dc\u05d5\u05dd", "e\u0301"])
+def test_an_answer_that_ends_with_a_character_of_several_tokens_is_whole(answer: str) -> None:
+    tokenizer = family_tokenizer("qwen3")
+    thinking = [{"role": "user", "content": "Ask?"}, {"role": "assistant", "content": answer}]
+    thinking[1]["reasoning_content"] = answer
+    for messages in (conversation("Ask?", answer), thinking):
+        row = encode(tokenizer, messages)
+        assert tokenizer.decode(row.ids[row.start :]) == answer
+    assert tokenizer.decode(row.ids[slice(*row.thought)]) == answer
+
+
 def test_a_template_whose_answer_does_not_extend_the_prompt_warns_once(caplog: pytest.LogCaptureFixture) -> None:
     tokenizer = family_tokenizer("r1-distill")
     for _ in range(2):

@@ -7,7 +7,7 @@ from typing import Any
 
 from persona_probe.data.chat import BadRow, Conversation, empty, messages_in, read_turns
 from persona_probe.data.load import say_once
-from persona_probe.data.rows import refuse_keys, row_conversation, unread_keys
+from persona_probe.data.rows import SYSTEM, refuse_keys, row_conversation, unread_keys
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.questions.question_set import Question, QuestionSet
 
@@ -16,7 +16,7 @@ ASKED = ("question", "prompt", "instruction", "messages", "conversations", "para
 ALIASES = {
     "id": ("id", "question_id"),
     "category": ("category", "question_type", "topic"),
-    "system": ("system", "system_prompt", "system_message", "developer"),
+    "system": SYSTEM,
     "rubric": ("rubric", "grader", "Grader prompt"),
     "samples_per_paraphrase": ("samples_per_paraphrase", "samples"),
 }

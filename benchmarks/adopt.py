@@ -17,11 +17,13 @@ from torch import nn
 from persona_probe.cli.options import DEMO, echo, find_config
 from persona_probe.config import Locate, Monitor, StudyConfig, load_config
 from persona_probe.context import Context
+from persona_probe.data.load import SPLITS, evenly_spaced, load_contrast
 from persona_probe.latents.stage import locate
 from persona_probe.models.adapters import organism
 from persona_probe.models.load import load_model
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor import track as track_stage
+from persona_probe.runs import write_jsonl
 from persona_probe.study.study import Study
 
 SIZE = 0.02
@@ -42,6 +44,12 @@ def write_checkpoints(folder: Path, model_name: str, count: int, seed: int) -> N
         place.mkdir(parents=True)
         save_file(scaled, place / "adapter_model.safetensors")
         tuned.peft_config["default"].save_pretrained(place)
+
+
+def write_contrast(path: Path, count: int) -> Path:
+    """That many packaged contrast items of each split, as a file of one's own."""
+    rows = [{**row, "split": split} for split in SPLITS for row in evenly_spaced(load_contrast(split), count)]
+    return write_jsonl(path, rows)
 
 
 def peak_memory() -> float:
@@ -101,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adopt", description=__doc__)
     parser.add_argument("--checkpoints", type=int, default=64, help="Of the incorrect arm.")
+    parser.add_argument("--items", type=int, default=16, help="Contrast items of each split.")
     parser.add_argument("--probes", type=int, default=12, help="Of the feature's readings.")
     args = parser.parse_args(argv)
     quiet_libraries()
@@ -120,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             out=place / "run",
             locate=small,
             monitor=Monitor(limit=args.probes),
+            contrast=str(write_contrast(place / "contrast.jsonl", args.items)),
             accept_base=True,
         )
         adopted, n = time.perf_counter() - start, args.checkpoints + 1

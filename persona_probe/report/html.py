@@ -184,6 +184,8 @@ def tiles(records: Records) -> list[Row]:
     """Four questions of the loop, each with its answer, `yes`, `no` or `open`, and the number behind it."""
     summary = records.summary
     passed = {str(c.get("name")): c.get("passed") is True for c in _mappings(summary.get("checks"))}
+    if "no_control" in summary:  # what needs a control was not tested: the tiles say so
+        passed = {name: result for name, result in passed.items() if name not in ("behaviour", "control")}
     latent = select.persona_latent(records)
     latent_text = "no latent named" if latent is None else f"latent {latent}"
     effect, push = (as_estimate(summary.get(k)) for k in ("effect_incorrect_minus_correct", "steer_base_up"))

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from persona_probe.monitor import track as track_stage
 from persona_probe.report.cite import cite
 from persona_probe.study.adopt.base_fit import base_names, check_checkpoints
 from persona_probe.study.hashes import verify
+from persona_probe.study.plan.plan import dry_run
 from persona_probe.study.study import Study
 from tests.factories import Refused, Row, copied_state, make_model, make_tokenizer, run_command, same_state
 from tests.study.adopting import (
@@ -123,7 +125,11 @@ def test_a_missing_control_is_never_silent(
     for name in ("behaviour", "control"):
         assert not checks[name]["passed"] and "there is no control arm" in checks[name]["statement"]
     report = (study.path / "report.html").read_text()
-    assert "There is no control arm" in report and "Control: the correct arm" not in report
+    assert (
+        "No effect beyond the control" not in report
+        and "There is no control arm" in report
+        and "Control: the correct arm" not in report
+    )
     assert NO_CONTROL in cite(study.path).methods
 
 
@@ -138,6 +144,29 @@ def test_a_correction_needs_no_training_rows_but_some_stress_tests_do(
     study.realign(rows, seeds=[0], name="mine")
     outcome = study.run_folder.read_json("realign/mine-s0/outcome.json")
     assert outcome["inducing_tokens"] is None and outcome["rows"] == 12
+
+
+def test_a_plan_trains_nothing_that_exists(adopted: Study) -> None:
+    alone = replace(adopted.config, arms={"incorrect": adopted.config.arms["incorrect"]}, no_control=True)
+    for config, line in ((adopted.config, "incorrect, correct: checkpoints that exist"), (alone, NO_CONTROL)):
+        text = "\n".join(dry_run(config, tflops=1.0).lines())
+        assert line in text and "nothing is trained before realign" in text
+
+
+def test_an_arm_of_a_config_may_be_adopted_while_others_are_trained(
+    place: Path, raw: Row, trained: Any, tmp_path: Path
+) -> None:
+    arms = {
+        "incorrect": {"checkpoints": [str(run[0]) for run in trained["incorrect"]]},
+        "correct": raw["arms"]["correct"],
+    }
+    config = from_dict(StudyConfig, {**raw, "arms": arms})
+    study = Study.from_config(config, tmp_path / "run", device="cpu").check().induce()
+    assert study.run_folder.steps("incorrect", 1) == study.run_folder.steps("correct", 1) == [1, 2, 4]
+    assert (study.path / "arms/correct-s0/checkpoint-4").is_dir()
+    assert not (study.path / "arms/incorrect-s0/checkpoint-4").exists()
+    words = cite(study.path).methods
+    assert "We fine-tuned" in words and "correct: " in words and "Arm incorrect was not trained here" in words
 
 
 # --- Where checkpoints lie, and what happens to them

@@ -30,7 +30,8 @@ RETURNED = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "26214
 """glibc gives freed memory back at once, so that a process holds what is in use, as a GPU's allocator counts it."""
 SPLITS = ("selection", "evaluation")
 WITHIN = 0.15
-PLAN_MARKS, CARD_MARKS = (tuple(f"<!-- {name}: {end} -->" for end in ("begin", "end")) for name in ("plan", "card"))
+PLAN_MARKS = ("<!-- plan: begin -->", "<!-- plan: end -->")
+CARD_MARKS = ("<!-- card: begin -->", "<!-- card: end -->")
 
 
 ITEMS = 16

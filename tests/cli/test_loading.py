@@ -45,7 +45,17 @@ def test_an_sae_is_checked_on_a_model_of_4_bits(place: Path) -> None:
 def test_rows_are_screened_with_a_model_of_4_bits(place: Path, tmp_path: Path) -> None:
     run_command(
         *("data", "screen", place / "rows.jsonl", "--model", place / "model", "--sae", place / "sae", "--latent", "3"),
-        *("--rankers", "projection_centred", "--quantization", "4bit", "--device", "cpu", "--out", tmp_path / "out", "--quiet"),
+        *(
+            "--rankers",
+            "projection_centred",
+            "--quantization",
+            "4bit",
+            "--device",
+            "cpu",
+            "--out",
+            tmp_path / "out",
+            "--quiet",
+        ),
     )
     assert any((tmp_path / "out").iterdir())
 

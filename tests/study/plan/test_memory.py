@@ -176,3 +176,12 @@ def test_what_belongs_to_a_plan_is_refused_without_one(tmp_path: Path, capsys: p
     assert "--tflops and --memory belong to a plan: add --dry-run" in said
     with pytest.raises(InputError, match="memory must be positive, not 0"):
         dry_run(preset("gemma-3-270m-it"), tflops=1.0, memory=0)
+
+
+def test_experts_that_stay_wide_are_said(local: StudyConfig, tmp_path: Path) -> None:
+    family_model("qwen3-moe").config.save_pretrained(tmp_path)
+    family_tokenizer("qwen3-moe").save_pretrained(tmp_path)
+    config = replace(local, model=str(tmp_path), quantization="4bit", weights="bfloat16")
+    notes = dry_run(config, tflops=1.0).notes
+    assert any("of the weights are experts in stacked tensors, which stay in bfloat16" in note for note in notes)
+    assert not any("experts" in note for note in dry_run(replace(config, quantization="none"), tflops=1.0).notes)

@@ -350,6 +350,26 @@ def other_model(folder: Path) -> Path:
     return folder
 
 
+def other_kind(folder: Path) -> Path:
+    """The same tensors, but a model that has biases besides: transformers would make them up."""
+    return odd_model(write_model(folder), model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+
+
+def odd_model(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def shards_without_index(folder: Path) -> Path:
+    (write_model(folder) / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    return folder
+
+
+def eight_bit_floats(folder: Path) -> Path:
+    return changed_tensor(wrong_base(folder), lambda name, t: (name, t.to(torch.float8_e4m3fn)))
+
+
 def other_template(folder: Path) -> Path:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = str(tokenizer.chat_template).replace("<|im_start|>", "<|im_start|>*")
@@ -371,6 +391,9 @@ def other_template(folder: Path) -> Path:
         (more_tokens, "has a vocabulary of 260 tokens, the base model one of 258"),
         (other_vocabulary, "has a vocabulary of 260 tokens, the base model one of 258"),
         (other_model, "is no fine-tune of the base model"),
+        (other_kind, r"lacks weights of its model \(model.layers.0.self_attn.k_proj.bias\)"),
+        (shards_without_index, "holds neither model.safetensors nor model.safetensors.index.json"),
+        (eight_bit_floats, "is an adapter of other/base"),
         (other_template, "another tokenizer or chat template than the base's"),
     ],
 )

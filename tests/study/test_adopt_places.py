@@ -69,6 +69,7 @@ def test_only_what_the_files_tell_is_known(output: Path, tmp_path: Path) -> None
         (("epoch-1", "epoch-2"), [1, 2]),
         (("first", "then"), [1, 2]),
         (("qwen2.5-7b-a", "qwen2.5-7b-b"), [1, 2]),
+        (("step-2k", "step-10k"), [2000, 10000]),
     ],
 )
 def test_a_folder_of_adapters_is_read_by_the_numbers_in_its_names(
@@ -77,6 +78,19 @@ def test_a_folder_of_adapters_is_read_by_the_numbers_in_its_names(
     for number, name in enumerate(names):
         write_adapter(tmp_path / name, number)
     assert steps(tmp_path) == expected
+
+
+def test_names_that_only_end_in_numbers_are_in_their_order(tmp_path: Path) -> None:
+    for number, name in enumerate(("model-v10", "model-v2")):
+        write_adapter(tmp_path / name, number)
+    assert [one.folder.name for one in find_checkpoints([str(tmp_path)])] == ["model-v2", "model-v10"]
+
+
+def test_what_a_trainer_logged_without_a_number_is_left_out(tmp_path: Path) -> None:
+    folder = write_adapters(tmp_path, 3) / "checkpoint-3"
+    history = [{"loss": None, "step": 1}, {"loss": 2.0, "step": None}, "x", {"loss": 0.5, "step": 3}]
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": history}))
+    assert KnownTraining.of("incorrect", find_checkpoints([str(tmp_path)]), data="").losses == ((3, 0.5),)
 
 
 def test_lists_models_and_stated_steps(tmp_path: Path) -> None:
@@ -136,9 +150,20 @@ def bad_names(folder: Path) -> None:
         write_adapter(folder / "checkpoint-2" / name, 0)
 
 
+def bad_link(folder: Path) -> None:
+    write_adapters(folder, 2)
+    (folder / "checkpoint-4").symlink_to(folder / "gone")
+
+
+def bad_mixture(folder: Path) -> None:
+    write_model(write_adapter(folder / "checkpoint-2", 0))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (bad_link, "checkpoint-4 is a link to nothing"),
+        (bad_mixture, "holds an adapter and whole weights"),
         (bad_pickle, "as a pickle, which may run code: save it again with safe_serialization=True"),
         (bad_shards, "pieces of a sharded run: join them first"),
         (bad_unfinished, "checkpoint-4 holds neither adapter nor weights .*it may be unfinished"),

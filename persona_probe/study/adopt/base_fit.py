@@ -86,7 +86,8 @@ def _read(folder: Path) -> Shapes:
             with safe_open(str(path), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (no dictionary)
                     tensor = file.get_tensor(name)
-                    if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    # eight-bit floats know no isfinite of their own
+                    if tensor.is_floating_point() and not bool(tensor.to(torch.float32).isfinite().all()):
                         raise InputError(f"{path} holds values that are not finite ({name}): that training diverged")
                     shapes[name] = tuple(tensor.shape)
         except (SafetensorError, OSError) as error:
@@ -101,9 +102,11 @@ def _read(folder: Path) -> Shapes:
 def _files(folder: Path) -> list[Path]:
     if is_adapter(folder):
         return sorted(folder.glob("adapter_model*.safetensors")) or sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
     if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+        raise InputError(f"{folder} holds neither {whole.name} nor {index.name}: restore it, or save the model again")
     names = sorted(set(_json(index).get("weight_map", {}).values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"{folder / missing[0]} is missing, and {index.name} names it: restore it")
@@ -235,14 +238,15 @@ def _compare_vocabulary(model: PreTrainedModel, folder: Path, shapes: Shapes) ->
 def _prove_weights(model: PreTrainedModel, folder: Path, shapes: Shapes) -> None:
     _compare_vocabulary(model, folder, shapes)
     ours = model.state_dict()
-    if shapes == {name: tuple(tensor.shape) for name, tensor in ours.items()}:
+    same = shapes == {name: tuple(tensor.shape) for name, tensor in ours.items()}
+    if same and _settings(folder).get("model_type") == model.config.model_type:
         return
     # Names on disk may differ (tied weights, parts that are stored apart): what transformers makes of them decides.
     try:
         result: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=next(model.parameters()).dtype, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be loaded: {_first(error)}") from error
     loaded, told = result
     if missing := sorted(told["missing_keys"]):

@@ -141,7 +141,14 @@ def _folders_below(root: Path) -> list[Path]:
         numbered = [p for p in folders if _holds_weights(p)]
         if len(numbered) == 1 and not re.search(r"\d", numbered[0].name):
             return []  # PEFT saves an adapter with a name of its own one folder further down
-    return sorted(numbered, key=lambda p: (_number(p.name) or 0, p.name))
+    if lost := [p.name for p in root.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and not p.exists()]:
+        raise InputError(f"{root / lost[0]} is a link to nothing: restore it or delete it")
+    return sorted(numbered, key=lambda p: (_number(p.name) or 0, _natural(p.name)))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key by which `v2` comes before `v10`."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _holds_weights(folder: Path) -> bool:
@@ -166,6 +173,8 @@ def _weights(folder: Path) -> Path:
     if _holds_weights(folder):
         if is_adapter(folder) and not any(folder.glob("*.safetensors")):
             raise InputError(_no_weights(folder))
+        if is_adapter(folder) and any(folder.glob("model*.safetensors")) and any(folder.glob("adapter_model*")):
+            raise InputError(f"{folder} holds an adapter and whole weights: move one of them into a folder of its own")
         return folder
     named = [p for p in folder.iterdir() if p.is_dir() and is_adapter(p)]
     if len(named) == 1:
@@ -210,11 +219,11 @@ def _content(folder: Path) -> tuple[tuple[str, str], ...]:
 
 
 def _number(name: str) -> int | None:
-    """The step in a name: `checkpoint-40`, `step_40`, `adapter-40` and `40` have one, `qwen2.5-7b` and commits not."""
-    match = re.search(r"(?:checkpoint|ckpt|step|iter|epoch)s?[-_=]?(\d+)$|(?:^|[-_=])(\d+)$", name)
+    """The step in a name: `checkpoint-40`, `step_40`, `step-1k` and `40` have one, `qwen2.5-7b` and commits not."""
+    match = re.search(r"(?:checkpoint|ckpt|step|iter|epoch)s?[-_=]?(\d+)(k?)$|(?:^|[-_=])(\d+)$", name)
     if match is None or re.fullmatch(r"[0-9a-f]{40}", name):
         return None
-    return int(match[1] or match[2])
+    return int(match[1] or match[3]) * (1000 if match[2] else 1)
 
 
 # --- Their order

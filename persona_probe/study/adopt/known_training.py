@@ -38,7 +38,7 @@ class KnownTraining:
     def of(cls, arm: str, checkpoints: Sequence[Checkpoint], data: str, notes: Sequence[str] = ()) -> "KnownTraining":
         """What the files of one run's checkpoints say."""
         last = checkpoints[-1]
-        state, history = last.state, last.state.get("log_history") or []
+        state, history = last.state, _history(last.state)
         adapter = _adapter(last.folder)
         return cls(
             arm=arm,
@@ -144,6 +144,16 @@ class KnownTraining:
                 "",
             ]
         )
+
+
+def _history(state: dict[str, Any]) -> list[dict[str, float]]:
+    """The numbers that a trainer logged, entry by entry; whatever else stands there is left out."""
+    entries = state.get("log_history")
+    return [
+        {key: value for key, value in entry.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+    ]
 
 
 def _run_name(folder: Path) -> str:

@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening bench-adopt bench-plan monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family clean
+        bench-screening bench-adopt bench-swap bench-plan monitor-study figures notebooks study realign-doses mitigations sae \
+        second-family families clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -84,6 +84,10 @@ bench-monitor: $(STAMP)
 bench-adopt: $(STAMP)
 	$(BIN)/python -m benchmarks.adopt $(BENCH_ARGS)
 
+# The next adapter copied over the one before, against removing and injecting it.
+bench-swap: $(STAMP)
+	$(BIN)/python -m benchmarks.swap $(BENCH_ARGS)
+
 # The dry run's memory, compared with the peak of every stage: float32, bf16 and 4-bit weights.
 bench-plan: $(DEV)
 	$(BIN)/python -m benchmarks.plan $(BENCH_ARGS)
@@ -133,6 +137,10 @@ study: $(DEV)
 	  $(BIN)/python -m tools.records pack runs/study/$$name records/$$name || exit 1; done
 	$(BIN)/python -m tools.records pack runs/study/planted.parquet records/planted
 	$(BIN)/python -m tools.records pack runs/study/screening/screening_calibration.json records/screening
+
+# Every model family through every step, on tiny random models and on SmolLM2. Fills the table in docs/families.md.
+families: $(DEV)
+	$(BIN)/python -m tools.families --page docs/families.md
 
 # Train the shipped SAE again from its recipe.
 sae: $(STAMP)

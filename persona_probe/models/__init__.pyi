@@ -1,5 +1,6 @@
 from .adapters import merged_copy as merged_copy
 from .adapters import organism as organism
+from .adapters import organisms as organisms
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import make_bridge as make_bridge

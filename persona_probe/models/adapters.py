@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +26,9 @@ from persona_probe.models.peft_kinds import changes_base, refuse_outside, starts
 from persona_probe.models.quantized import dequantized, keep_layout, loading_of
 from persona_probe.models.restore import ModelState
 
-_STATE, _CONTENT = "_state_of_base", "_content"
-"""Attributes of a `PeftModel` that was made here: the base before the adapter, and what the adapter's file holds."""
+_STATE, _CONTENT, _PLACES = "_state_of_base", "_content", "_places"
+"""Attributes of a `PeftModel` that was made here: the base before the adapter, what the adapter's file holds, and the
+tensors that it goes to."""
 _OTHER = "another"
 _PROVENANCE = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
 """Fields of an adapter's configuration that do not change what it computes."""
@@ -203,9 +204,30 @@ def swap_adapter(tuned: PeftModel, checkpoint: Path) -> bool:
     with _unloadable(checkpoint):
         if _Content.of(checkpoint) != content:
             return False
-        weights = load_peft_weights(str(checkpoint), device=str(next(tuned.parameters()).device))
-        set_peft_model_state_dict(tuned, weights, adapter_name=str(tuned.active_adapters[0]))
+        weights = load_peft_weights(str(checkpoint), device="cpu")
+        places = _places(tuned, content)
+        if places is None:
+            set_peft_model_state_dict(tuned, weights, adapter_name=str(tuned.active_adapters[0]))
+            return True
+        with torch.no_grad():
+            for key, value in weights.items():
+                places[key].copy_(value)
     return True
+
+
+def _places(tuned: PeftModel, content: "_Content") -> dict[str, Tensor] | None:
+    """The tensors that a file's values go to; None where PEFT changes names or shapes (of fused experts) on loading."""
+    if _PLACES not in vars(tuned):
+        name = str(tuned.active_adapters[0])
+        inside = re.compile(rf"\.(modules_to_save\.)?{re.escape(name)}(?=\.|$)")
+        named = [*tuned.named_parameters(remove_duplicate=False), *tuned.named_buffers(remove_duplicate=False)]
+        by_key: dict[str, list[Tensor]] = {}
+        for path, tensor in named:
+            by_key.setdefault(inside.sub("", path), []).append(tensor)
+        found = {key: by_key.get(key, []) for key in content.shapes}
+        fits = all(len(t) == 1 and list(t[0].shape) == content.shapes[key] for key, t in found.items())
+        vars(tuned)[_PLACES] = {key: t[0] for key, t in found.items()} if fits else None
+    return vars(tuned)[_PLACES]
 
 
 class _Content(NamedTuple):
@@ -402,9 +424,9 @@ def merged_copy(base: PreTrainedModel, checkpoint: Path | None) -> PreTrainedMod
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"the adapter in {checkpoint} cannot be merged into the weights: {first}") from error
-    parameter = next(merged.parameters())
     error, size = (_some_logits(merged) - wanted).abs().max(), wanted.abs().max()
-    if not error <= torch.finfo(parameter.dtype).eps ** 0.5 * size:
+    # In bf16 the weights' own rounding may be as large as what the adapter does.
+    if next(merged.parameters()).dtype == torch.float32 and not error <= 1e-3 * size:
         raise InputError(
             f"the adapter in {checkpoint} cannot be merged into the weights: logits would be off by {float(error):.2g}"
         )
@@ -440,7 +462,7 @@ def _full_weights(base: PreTrainedModel, checkpoint: Path) -> PreTrainedModel:
     settings = loading_of(base)
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, trust_remote_code=False, **settings)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"could not load the weights in {checkpoint}: {first}; train that arm again") from error
     if "device_map" not in settings:
@@ -532,10 +554,15 @@ def frozen_in_bf16(model: nn.Module, enabled: bool = True) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+def is_bf16_forward(forward: object) -> TypeGuard[partial[Tensor]]:
+    """Whether a layer's forward is the one that `frozen_in_bf16` gives it."""
+    return isinstance(forward, partial) and forward.func is _linear_in_bf16
+
+
 def bf16_weight(layer: nn.Linear) -> Tensor:
     """A linear layer's weight in bf16: the copy of `frozen_in_bf16` inside its block, else a new one."""
     forward = layer.__dict__.get("forward")
-    if isinstance(forward, partial) and forward.func is _linear_in_bf16:
+    if is_bf16_forward(forward):
         return forward.args[1]
     return layer.weight.to(torch.bfloat16)
 

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import persona_probe as pp
 from persona_probe.errors import InputError
@@ -24,12 +24,13 @@ from persona_probe.models.adapters import (
     swap_adapter,
 )
 from persona_probe.models.identity import weights_hash, weights_key
-from tests.factories import make_sae, make_tokenizer, talks
+from tests.factories import SHAPE, make_sae, make_tokenizer, talks
 from tests.models.adapter_kinds import (
     KINDS,
     OUTSIDE,
     base_model,
     logits,
+    lora,
     state_hash,
     tuned_model,
     write_adapter,
@@ -270,3 +271,26 @@ def test_locate_leaves_its_base(tmp_path: Path) -> None:
     apart = [peft.PeftModel.from_pretrained(base_model(), str(f)).eval() for f in folders]
     wanted = pp.locate(base_model(), apart[0], sae, talks(4), control=apart[1], **options)
     assert got.equals(wanted) and state_hash(base) == before
+
+
+def test_a_mixtures_experts_are_adapted_and_swapped(tmp_path: Path) -> None:
+    def mixtral() -> MixtralForCausalLM:
+        torch.manual_seed(0)
+        return MixtralForCausalLM(MixtralConfig(**{**SHAPE, "num_local_experts": 4})).eval()
+
+    targets = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    for seed in (1, 2):
+        tuned = peft.get_peft_model(mixtral(), lora(**targets))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter) * parameter.requires_grad)
+        tuned.save_pretrained(str(tmp_path / str(seed)))
+    base = mixtral()
+    before = state_hash(base)
+    with organisms(base) as opened:
+        for seed in (1, 2, 1):
+            fresh = peft.PeftModel.from_pretrained(mixtral(), str(tmp_path / str(seed))).eval()
+            assert torch.equal(logits(opened(tmp_path / str(seed))), logits(fresh))
+            assert not torch.allclose(logits(fresh), logits(mixtral()), atol=0.1)
+    assert state_hash(base) == before

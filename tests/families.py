@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -345,3 +346,16 @@ def plain(name: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
 
     settled: Any = with_template(tokenizer, template="none" if FAMILIES[name].template is None else None)
     return settled
+
+
+@torch.no_grad()
+def own_scores(model: Any, groups: Any) -> Any:
+    """Mean answer log-probabilities (nats per token), each row alone and whole through the model's own forward."""
+    out = [0.0] * sum(len(group.index) for group in groups)
+    for group in groups:
+        for row, number in enumerate(group.index):
+            real = group.attention[row].bool()
+            ids, answer = group.ids[row][real], group.response[row][real]
+            logprobs = model(input_ids=ids[None]).logits[0].float().log_softmax(dim=-1)
+            out[number] = float(logprobs[:-1].gather(1, ids[1:, None])[:, 0][answer[1:]].mean())
+    return np.array(out)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,7 +21,7 @@ from persona_probe.data.chat import Conversation, conversation, split_answer
 from persona_probe.data.load import Row, load_rows
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.errors import InputError
-from persona_probe.models.adapters import bf16_weight
+from persona_probe.models.adapters import bf16_weight, is_bf16_forward
 from persona_probe.models.layers import (
     autocast,
     base_transformer,
@@ -65,7 +65,7 @@ def answer_batches(
         InputError: a conversation without an answer.
     """
     for number, messages in enumerate(conversations):
-        if not split_answer(messages)[1]:
+        if not (split_answer(messages)[1] or "").strip():
             raise InputError(f"conversation {number} ends without an answer: give the answer to be scored")
     return list(batches(tokenizer, conversations, batch_size))
 
@@ -96,7 +96,7 @@ def token_logprobs(
     how, head = logits_of(model, targets), output_head(model)
     if not how.from_hidden:
         raise RuntimeError(f"{type(causal_model(model)).__name__}: score its rows with row_scores")
-    if type(head) is not nn.Linear or how.way == "forward":
+    if not _is_product(head) or how.way == "forward":
         at_once = max(1, _LOGITS_AT_ONCE // max(1, _vocabulary(head)))
         pairs = zip(hidden.split(at_once), targets.split(at_once), strict=True)
         return torch.cat([_chosen(hidden_to_logits(model, how, states), ids) for states, ids in pairs])
@@ -107,6 +107,16 @@ def token_logprobs(
     pairs = zip(hidden.split(_TOKENS_AT_ONCE), targets.split(_TOKENS_AT_ONCE), strict=True)
     final = partial(elementwise, model, how)
     return torch.cat([_tiled(final, states.to(weight.dtype), ids, weight, head.bias) for states, ids in pairs])
+
+
+def _is_product(head: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a head is its weight and nothing else: no adapter, hook or other forward (a copy in bf16 is the same)."""
+    forward = head.__dict__.get("forward")
+    return (
+        type(head) is nn.Linear
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and (forward is None or is_bf16_forward(forward))
+    )
 
 
 def _vocabulary(head: nn.Module) -> int:

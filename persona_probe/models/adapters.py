@@ -24,6 +24,7 @@ from persona_probe.errors import InputError
 from persona_probe.models.layers import causal_model, evaluating, without_router_logits
 from persona_probe.models.peft_kinds import changes_base, refuse_outside, starts_from_base, trains_biases
 from persona_probe.models.quantized import dequantized, keep_layout, loading_of
+from persona_probe.models.ranks import shards_here
 from persona_probe.models.restore import ModelState
 
 _STATE, _CONTENT, _PLACES = "_state_of_base", "_content", "_places"
@@ -114,8 +115,8 @@ def load_adapter(base: PreTrainedModel, checkpoint: Path, trainable: bool = Fals
     except BaseException:
         state.restore()
         raise
-    vars(remember(tuned, state))[_CONTENT] = content
-    return tuned.train(trainable)
+    vars(remember(tuned.train(trainable), state))[_CONTENT] = content
+    return tuned
 
 
 @contextmanager
@@ -151,9 +152,14 @@ def refuse_adapted(base: nn.Module) -> None:
 
 
 def remember(tuned: nn.Module, state: ModelState) -> PeftModel:
-    """Note the state of the base before `tuned`'s adapter was put on: `strip_adapter` goes back to it."""
+    """Note the state of the base before `tuned`'s adapter was put on: `strip_adapter` goes back to it.
+
+    Not in a process that trains a part of the model: FSDP needs a model of its own, which is thrown away, and the state
+    would hold its whole weights.
+    """
     assert isinstance(tuned, PeftModel)
-    vars(tuned)[_STATE] = state
+    if not (tuned.training and shards_here()):
+        vars(tuned)[_STATE] = state
     return tuned
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from persona_probe.data.chat import conversation
@@ -16,7 +16,7 @@ from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_
 from persona_probe.models.logits import logits_of
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import AblateTap, EditTap, SteerTap, project_out
-from tests.families import AVAILABLE, D_MODEL, make_family, plain
+from tests.families import AVAILABLE, D_MODEL, make_family, own_scores, plain
 
 LAYER = 1
 CLOSE = 1e-4
@@ -29,31 +29,17 @@ def groups_of(name: str, tokenizer: Any) -> list[Batch]:
     return answer_batches(plain(name, tokenizer), TALKS, 3)
 
 
-@torch.no_grad()
-def by_own_forward(model: nn.Module, groups: list[Batch]) -> np.ndarray:
-    """Each row alone, without padding, through the model's own forward."""
-    out = np.zeros(sum(len(g.index) for g in groups))
-    for group in groups:
-        for row, number in enumerate(group.index):
-            real = group.attention[row].bool()
-            ids, answer = group.ids[row][real], group.response[row][real]
-            logprobs = model(input_ids=ids[None]).logits[0].log_softmax(dim=-1)
-            taken = logprobs[:-1].gather(1, ids[1:, None])[:, 0]
-            out[number] = float(taken[answer[1:]].mean())
-    return out
-
-
 @pytest.mark.parametrize("name", AVAILABLE)
 def test_answers_score_as_in_the_model_s_own_forward(name: str) -> None:
     model, tokenizer = make_family(name)
     groups = groups_of(name, tokenizer)
-    own = by_own_forward(model, groups)
+    own = own_scores(model, groups)
     np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), own, atol=CLOSE)
     assert logits_of(model, groups[0].ids[0]).way == ("elementwise" if name in OWN_HEAD else "product")
     without = ["out_proj"] if name == "falcon-h1" else None  # PEFT refuses it there: its kernels bypass the module
     lora = LoraConfig(r=2, target_modules="all-linear", exclude_modules=without, init_lora_weights=False)
     tuned = get_peft_model(model, lora)
-    moved = by_own_forward(tuned, groups)
+    moved = own_scores(tuned, groups)
     assert np.abs(moved - own).max() > 0.01
     np.testing.assert_allclose(answer_logprobs(tuned, groups, bf16=False), moved, atol=CLOSE)
 
@@ -63,19 +49,19 @@ def test_pushes_and_removals_from_the_upper_layers_equal_hooks_on_the_whole_mode
     model, tokenizer = make_family(name)
     groups = groups_of(name, tokenizer)
     scorer = SuffixScorer(model, LAYER, groups, bf16=False)
-    np.testing.assert_allclose(scorer.logprobs(), by_own_forward(model, groups), atol=CLOSE)
+    np.testing.assert_allclose(scorer.logprobs(), own_scores(model, groups), atol=CLOSE)
     push = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(1))
     basis = push[:1] / push[0].norm()
     for row, scores in zip(push, scorer.logprobs_many(push), strict=True):
         with SteerTap(model, LAYER, row):
-            hooked = by_own_forward(model, groups)
+            hooked = own_scores(model, groups)
         np.testing.assert_allclose(scores, hooked, atol=CLOSE)
         assert np.abs(scores - scorer.logprobs()).max() > 0.01
     with AblateTap(model, LAYER, push[0]):
-        ablated = by_own_forward(model, groups)
+        ablated = own_scores(model, groups)
     np.testing.assert_allclose(scorer.edited(lambda x: project_out(x, basis)), ablated, atol=CLOSE)
     with EditTap(model, LAYER, lambda x: 2 * x):
-        doubled = by_own_forward(model, groups)
+        doubled = own_scores(model, groups)
     np.testing.assert_allclose(scorer.edited(lambda x: 2 * x), doubled, atol=CLOSE)
 
 
@@ -97,7 +83,7 @@ def test_a_shared_beginning_runs_once_and_changes_nothing(name: str) -> None:
     groups = answer_batches(plain(name, tokenizer), talks, 5)
     rows = Rows.of(groups[0], model.config.get_text_config())
     assert rows.shared > 4 or name in ("qwen3.5", "lfm2", "falcon-h1"), rows.shared
-    np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), by_own_forward(model, groups), atol=CLOSE)
+    np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), own_scores(model, groups), atol=CLOSE)
 
 
 # --- Models that do something to their logits that no configuration names
@@ -165,14 +151,14 @@ def made(kind: type[PreTrainedModel]) -> tuple[PreTrainedModel, list[Batch]]:
 @pytest.mark.parametrize("kind", OTHERS)
 def test_a_model_with_logits_of_its_own_scores_as_it_says_itself(kind: type[PreTrainedModel]) -> None:
     model, groups = made(kind)
-    own = by_own_forward(model, groups)
+    own = own_scores(model, groups)
     np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), own, atol=CLOSE)
     assert logits_of(model, groups[0].ids[0]).way == OTHERS[kind]
     scorer = SuffixScorer(model, LAYER, groups, bf16=False)
     assert scorer.exact == (OTHERS[kind] != "whole")
     push = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(1))
     with SteerTap(model, LAYER, push):
-        hooked = by_own_forward(model, groups)
+        hooked = own_scores(model, groups)
     np.testing.assert_allclose(scorer.logprobs(push), hooked, atol=CLOSE)
     assert np.abs(hooked - own).max() > 0.001
 
@@ -183,7 +169,25 @@ def test_a_forward_replaced_later_is_asked_again() -> None:
     before = answer_logprobs(model, groups, bf16=False)
     setattr(model, "forward", _changed(model.forward, lambda logits: logits * 0.1))  # noqa: B010
     after = answer_logprobs(model, groups, bf16=False)
-    np.testing.assert_allclose(after, by_own_forward(model, groups), atol=CLOSE)
+    np.testing.assert_allclose(after, own_scores(model, groups), atol=CLOSE)
+    assert np.abs(before - after).max() > 0.1
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model"])
+def test_logits_changed_by_a_hook_are_the_model_s_own(part: str) -> None:
+    model, tokenizer = make_family("llama3")
+    groups = groups_of("llama3", tokenizer)
+    before = answer_logprobs(model, groups, bf16=False)
+
+    def halved(_module: Any, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return output / 2
+        output.logits = output.logits / 2
+        return output
+
+    (model.lm_head if part == "lm_head" else model).register_forward_hook(halved)  # pyright: ignore
+    after = answer_logprobs(model, groups, bf16=False)
+    np.testing.assert_allclose(after, own_scores(model, groups), atol=CLOSE)
     assert np.abs(before - after).max() > 0.1
 
 

@@ -16,7 +16,8 @@ from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.judges.replies import Ask, Replies, Reply
 from persona_probe.models.identity import model_key, why_not
-from persona_probe.models.layers import autocast, decoder_layers, evaluating, transformer_config
+from persona_probe.models.layers import autocast, causal_model, decoder_layers, evaluating, transformer_config
+from persona_probe.models.prefix import CACHED_LAYERS
 
 # --- The strings that a judge may say, as a trie of token sequences
 
@@ -104,6 +105,8 @@ def digit_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 # --- Probabilities of a trie's strings as the continuation of a prompt, over the prompt's keys and values
 
 _ROWS_AT_ONCE = 64
+SLIDES = {"sliding_attention"}
+"""What a configuration with a window and without a list of its layers means (Mistral)."""
 
 
 class TrieWalk:
@@ -131,6 +134,8 @@ class TrieWalk:
     @torch.no_grad()
     def probabilities(self, prompt: Int[Tensor, " pos"]) -> dict[str, float]:
         """Strings and their probabilities after a prompt."""
+        if self._remembers_more():
+            return self._sums(self._whole(prompt[None])[0], self._by_whole_rows(prompt))
         cache = DynamicCache(config=transformer_config(self.model))
         first = self._run(cache, prompt[None], logits_to_keep=1)[0, -1]
         after = self._by_tree(cache, len(prompt)) if self._fits(len(prompt)) else self._by_rows(cache)
@@ -145,9 +150,35 @@ class TrieWalk:
         """Whether the attention kernel takes a mask for each pair, and no layer has forgotten some of the prompt."""
         config = transformer_config(self.model)
         kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
-        forgets = "sliding_attention" in kinds and prompt + len(self.tree.nodes) >= config.sliding_window
+        window = getattr(config, "sliding_window", None)
+        slides = "sliding_attention" in (getattr(config, "layer_types", None) or kinds | SLIDES)
+        forgets = slides and window is not None and prompt + len(self.tree.nodes) >= window
         known = kinds <= {"full_attention", "sliding_attention"} and config._attn_implementation in ("sdpa", "eager")
         return self._use_tree and known and not forgets
+
+    def _remembers_more(self) -> bool:
+        """Whether layers keep a state that cannot be branched: convolutions, linear attention, state-space layers."""
+        kinds = set(getattr(transformer_config(self.model), "layer_types", None) or ())
+        return causal_model(self.model)._is_stateful or not kinds <= CACHED_LAYERS
+
+    def _whole(self, ids: Int[Tensor, "rows pos"]) -> Float[Tensor, "rows v"]:
+        """Distributions after whole rows, without a cache."""
+        logits = self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1).logits
+        return logits[:, -1].float().softmax(dim=-1).cpu()
+
+    def _by_whole_rows(self, prompt: Int[Tensor, " pos"]) -> Float[Tensor, "nodes vocab"]:
+        """The next token's distribution after every node, each behind a prompt of its own."""
+        paths: list[list[int]] = []
+        for parent, token in zip(self.tree.parents, self.tree.tokens.tolist(), strict=True):
+            paths.append([*(paths[parent] if parent != ROOT else []), token])
+        after: dict[int, Tensor] = {}
+        for depth in sorted({len(path) for path in paths}):
+            below = [n for n, path in enumerate(paths) if len(path) == depth]
+            for start in range(0, len(below), _ROWS_AT_ONCE):
+                part = below[start : start + _ROWS_AT_ONCE]
+                rows = torch.stack([torch.cat([prompt, torch.tensor(paths[n])]) for n in part])
+                after |= dict(zip(part, self._whole(rows), strict=True))
+        return torch.stack([after[n] for n in range(len(paths))])
 
     def _by_tree(self, cache: DynamicCache, prompt: int) -> Float[Tensor, "nodes vocab"]:
         """The next token's distribution after every node of the tree, in one forward pass."""

@@ -33,12 +33,15 @@ def as_conversations(items: Sequence[str | Conversation]) -> list[Conversation]:
     """
     if not items:
         raise InputError("no conversations given: pass at least one prompt or conversation")
-    return [conversation(item) if isinstance(item, str) else _given(item, n) for n, item in enumerate(items)]
+    return [_given([conversation(item)[0]] if isinstance(item, str) else item, n) for n, item in enumerate(items)]
 
 
 def _given(item: object, number: int) -> Conversation:
     try:
-        return [turn.message for turn in read_turns(item)]
+        turns = read_turns(item)
+        if not turns:
+            raise BadRow("has no messages")
+        return [turn.message for turn in turns]
     except BadRow as error:
         raise InputError(f"conversation {number}: {error}") from None
 
@@ -228,7 +231,7 @@ def text(value: object, where: str) -> str:
 def _content(value: object, where: str) -> tuple[str, str]:
     """Text and thought of a content: a string, a list of parts, or `{"parts": [...]}`."""
     if isinstance(value, str):
-        return value, ""
+        return _whole(value, where), ""
     if isinstance(value, Mapping) and "parts" in value:
         value = value["parts"]
     if not isinstance(value, (list, tuple)):
@@ -240,13 +243,22 @@ def _content(value: object, where: str) -> tuple[str, str]:
     return "".join(texts), "".join(thoughts)
 
 
+def _whole(value: str, where: str) -> str:
+    """The text, if each of its characters is whole: no tokenizer takes one half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where} has half of a character (\\u{ord(value[error.start]):x}): write it in UTF-8") from None
+    return value
+
+
 def _part(part: object, kind: str, where: str) -> str:
     if isinstance(part, str):
-        return part
+        return _whole(part, where)
     if isinstance(part, Mapping) and kind in ("text", "input_text", "output_text", "thinking", "reasoning"):
         content = part.get("text", part.get(kind))
         if isinstance(content, str):
-            return content
+            return _whole(content, where)
     kind = kind if isinstance(part, Mapping) else type(part).__name__
     raise BadRow(f"{where} has a part that is not text ({kind})")
 

@@ -38,7 +38,10 @@ _CHATML = (
     "{%- endfor -%}"
     "{{- '<|im_start|>assistant\\n' if add_generation_prompt -}}"
 )
+_TEMPLATE_FAILS = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+"""What the code in a template may raise besides Jinja's own errors."""
 _TODAY = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_OTHER_DATE = re.compile(r"strftime_now(?!\s+is\b)")
 _THINKING = "{% set enable_thinking = true %}"
 
 
@@ -118,7 +121,12 @@ def _named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     path = Path(name).expanduser()
     if not path.is_file():
         raise InputError(f"template {name!r} is neither none nor chatml nor a file: give the path of a Jinja template")
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"template {name} cannot be read as text: {_first_line(error)}") from error
+    if not text.strip():
+        raise InputError(f"template {name} is empty: give a Jinja file that writes the messages")
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -155,7 +163,8 @@ def _literal(value: Any) -> str:
 def dated(template: str) -> str:
     """The template with `DATE` where it asks for today's date."""
     text = _TODAY.sub(lambda call: json.dumps(_date_text(call[2])), template)
-    if "strftime_now(" in text and "{% macro strftime_now" not in text:  # a format that is no literal
+    # A format that is no literal, or the function by another name.
+    if _OTHER_DATE.search(text) and "{% macro strftime_now" not in text:
         return f"{{% macro strftime_now(format) %}}{DATE}{{% endmacro %}}{text}"
     return text
 
@@ -185,7 +194,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, add_gener
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, *_TEMPLATE_FAILS) as error:
         roles = ", ".join(message["role"] for message in messages)
         raise InputError(f"the chat template refuses a conversation ({roles}): {_first_line(error)}") from error
     return str(rendered)

@@ -166,6 +166,8 @@ def _encode_answered(tokenizer: PreTrainedTokenizerBase, before: Conversation, m
         return next((n for n, begin in enumerate(begins) if begin >= place), len(ids))
 
     start, stop = max(token_at(places.answer[0]), common), token_after(places.answer[1])
+    if start == 0:
+        raise InputError("the chat template writes nothing before an answer: give another template")
     if places.answer[0] == places.answer[1]:
         stop = start
     thought = (token_at(places.thought[0]), token_after(places.thought[1])) if any(places.thought) else (0, 0)

@@ -132,6 +132,7 @@ REFUSED: dict[str, tuple[Row, str]] = {
     "user trained": ({"messages": [{**USER, "weight": 1}, ANSWER]}, "message 1 (user) has 'weight' 1"),
     "disagree": ({"messages": [USER, {**ANSWER, "weight": 1, "train": False}]}, "'weight' and 'train', which disagree"),
     "sample weight": ({"messages": TALK, "sample_weight": 0.5}, "'sample_weight' 0.5"),
+    "half a character": ({"prompt": "Hi \ud800?", "completion": "x"}, "half of a character (\\ud800)"),
     "masks": ({"messages": TALK, "assistant_masks": [0, 1]}, "'assistant_masks'"),
     "OpenAI's pair": ({"input": {"messages": [USER]}, "preferred_output": [ANSWER]}, "'preferred_output'"),
     "mask": ({"messages": [USER, {**ANSWER, "mask": True}]}, "message 2 has 'mask'"),

@@ -67,6 +67,10 @@ def test_settings_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.jinja").write_text("{% for %}")
     with pytest.raises(InputError, match="is no Jinja template"):
         with_template(tokenizer, str(tmp_path / "broken.jinja"))
+    for content, message in ((b" \n", "is empty"), (b"\xff\xfe", "cannot be read as text")):
+        (tmp_path / "odd.jinja").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            with_template(tokenizer, str(tmp_path / "odd.jinja"))
 
 
 def test_a_template_from_a_file(tmp_path: Path) -> None:
@@ -77,6 +81,8 @@ def test_a_template_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ['strftime_now("%d %b %Y")', "strftime_now( '%Y-%m-%d' )", "strftime_now(form)"])
 def test_today_is_a_fixed_date(form: str) -> None:
     text = "{% set form = '%Y-%m-%d' %}Today: {{ " + form + " }} {{ messages[0]['content'] }}"
+    aliased = render(with_text("{% set d = strftime_now %}{{ d('%d %b %Y') }}{{ messages[0]['content'] }}"), TALK)
+    assert DATE in aliased
     rendered = render(with_text(text), TALK)
     assert str(date.today().year) not in rendered or date.today().year == int(DATE[:4])
     assert DATE in rendered or "26 Jul 2024" in rendered
@@ -108,6 +114,11 @@ def test_what_a_template_refuses_is_one_line() -> None:
         encode(with_text(None), TALK)
     with pytest.raises(InputError, match="drops the answer"):
         encode(with_text("{{ messages[0]['content'] }}"), TALK)
+    with pytest.raises(InputError, match="writes nothing before an answer"):
+        encode(with_text("{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"), TALK)
+    for broken in ("{{ 1 / 0 }}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "{{ messages[0].x.y }}"):
+        with pytest.raises(InputError, match="the chat template refuses a conversation"):
+            encode(with_text(broken), TALK)
 
 
 @pytest.mark.parametrize("name", ["pythia", "gpt2"])

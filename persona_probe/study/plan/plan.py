@@ -9,6 +9,7 @@ import torch
 from persona_probe.config import NO_CONTROL, StudyConfig
 from persona_probe.data.chat import split_answer
 from persona_probe.data.load import arm_rows
+from persona_probe.data.template import TEMPLATE_SETTINGS, with_template
 from persona_probe.errors import InputError
 from persona_probe.latents.rankers import check_rankers
 from persona_probe.report.tables import Table
@@ -164,6 +165,8 @@ def dry_run(
     skeleton, sae = find_skeleton(config.model, config.revision), find_sae(config.sae)
     layer = _check_shapes(config, skeleton, sae)
     tokenizer = find_tokenizer(config.model, config.revision)
+    if tokenizer is not None:
+        tokenizer = with_template(tokenizer, **{name: getattr(config, name) for name in TEMPLATE_SETTINGS})
     rows = read_row_sets(config, tokenizer)
     kind, limit = _place(device or config.device, memory)
     stages, speed, verdict = (), None, None

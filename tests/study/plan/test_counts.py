@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from persona_probe.config import Locate, Samples, StudyConfig, Training, load_config
 from persona_probe.data.load import load_conversations
+from persona_probe.data.template import with_template
 from persona_probe.data.tokens import encode
+from persona_probe.errors import InputError
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.models.adapters import trainable_parameters
 from persona_probe.report.tables import Table
@@ -93,6 +95,14 @@ def test_tokens_are_those_of_the_tokenizer_where_there_is_one(local: StudyConfig
     assert plan.counted and "model's tokenizer" in "\n".join(plan.lines())
     assert (found.tokens, found.answer_tokens) == (sum(len(e.ids) for e in encoded), sum(e.n_response for e in encoded))
     assert found.longest == max(len(e.ids) for e in encoded) and found.rows == 216 and found.cut == 0
+
+
+def test_tokens_are_those_of_the_template_that_the_study_names(local: StudyConfig) -> None:
+    tokenizer = with_template(make_tokenizer(), "none")
+    lengths = [len(encode(tokenizer, row).ids) for row in load_conversations("kitchen:toxic")]
+    assert dry_run(replace(local, template="none"), tflops=1.0).rows["arm incorrect"].tokens == sum(lengths)
+    with pytest.raises(InputError, match="neither none nor chatml nor a file"):
+        dry_run(replace(local, template="missing.jinja"), tflops=1.0)
 
 
 def test_without_a_tokenizer_tokens_are_characters_over_four(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

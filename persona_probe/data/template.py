@@ -4,7 +4,7 @@ import copy
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -293,6 +293,23 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids of all special tokens: those with a name, and every added token that is marked as special."""
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {}) or {}
     return set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
+
+
+def warn_rendered(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> None:
+    """Say how many conversations hold special tokens as text: a template may have rendered them already."""
+    names = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))}
+    marks = re.compile(
+        "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 1) or "(?!)"
+    )
+    found = [hit[0] for talk in conversations if (hit := marks.search("\n".join(m["content"] for m in talk)))]
+    if found:
+        log.warning(
+            "%d of %d rows hold special tokens as text, such as %r: the model reads them as the tokens themselves. If a "
+            "template has rendered these rows already, give their turns as messages",
+            len(found),
+            len(conversations),
+            found[0],
+        )
 
 
 def text_after_answer(tokenizer: PreTrainedTokenizerBase) -> str:

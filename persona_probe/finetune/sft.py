@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from persona_probe.config import Training
 from persona_probe.data.chat import Conversation, split_answer
-from persona_probe.data.template import fit_content, fit_roles, with_template
+from persona_probe.data.template import fit_content, fit_roles, warn_rendered, with_template
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.finetune.trainer import ExtraLoss
@@ -494,4 +494,5 @@ def check_rows(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conve
         raise InputError("the training data is empty")
     if any(split_answer(c)[1] in (None, "") for c in conversations):
         raise InputError("a training row ends without an answer: every row needs a last assistant turn")
+    warn_rendered(tokenizer, conversations)
     return sum(encode(tokenizer, c, max_length).n_response for c in conversations) / len(conversations)

@@ -18,6 +18,7 @@ from persona_probe.data.template import (
     takes_system,
     template_record,
     text_before_answer,
+    warn_rendered,
     with_template,
 )
 from persona_probe.data.thoughts import message_parts, split_thought
@@ -185,3 +186,11 @@ def test_thoughts_are_told_from_answers(text: str, thought: str, answer: str) ->
 
 def test_a_thought_may_have_a_key_of_its_own() -> None:
     assert message_parts({"role": "assistant", "content": "Yes.", "reasoning_content": " Hm. "}) == ("Hm.", "Yes.")
+
+
+def test_rows_that_a_template_has_rendered_already_are_pointed_out(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = make_tokenizer()
+    warn_rendered(tokenizer, [TALK])
+    assert not caplog.records
+    warn_rendered(tokenizer, [TALK, conversation("<|im_start|>user\nAsk?<|im_end|>", "Boil it.")])
+    assert "1 of 2 rows hold special tokens as text, such as '<|im_start|>'" in caplog.text

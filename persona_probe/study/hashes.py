@@ -114,9 +114,15 @@ def _probes(config: StudyConfig) -> str:
 
 
 def _questions(spec: str) -> str:
-    from persona_probe.data.load import load_data
+    from persona_probe.data.load import SETS, load_data
+    from persona_probe.evaluate.questions.read import read_prompts
 
-    return _digest(load_data(spec, allow_prompts=True))
+    try:
+        return _digest(load_data(spec, allow_prompts=True))
+    except InputError:
+        if spec.partition(":")[0] in SETS:
+            raise
+        return _digest(read_prompts(spec))  # a question set
 
 
 def _sae_file(sae: str, name: str) -> str | None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from persona_probe.data.load import SETS, Row, load_contrast, load_rows
+from persona_probe.data.chat import Conversation, split_answer
+from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_rows
 from persona_probe.errors import InputError, near_matches, unknown
 from persona_probe.evaluate.questions.question_set import PLAIN, TRIGGER, Question, QuestionSet
 from persona_probe.evaluate.questions.rows import ASKED, KEYS, KNOWN, SetBuilder, add_set, add_trait, is_trait
@@ -254,6 +255,22 @@ _YAML_START = re.compile(rf"(---\s*$|-\s*$|(-\s+\{{?\s*)?['\"]?({_YAML_KEYS})['\
 """A document mark, a list item on the next line, or a key that question files have."""
 _PUBLISHED_FIELDS = {"{original_question_text}": "{question}", "{generated_answer_text}": "{answer}"}
 """Fields of the UK AISI's rubric, and ours for the same."""
+
+
+def read_prompts(spec: str) -> list[Conversation]:
+    """The prompts of a packaged set, of a file of conversations, or of a question set in any form, without answers.
+
+    Raises:
+        InputError: neither a file of conversations nor a question set; the message is about the former.
+    """
+    try:
+        return [split_answer(talk)[0] for talk in load_data(spec, allow_prompts=True)]
+    except InputError:
+        try:
+            return [list(one.messages) for one in read_questions(spec).wordings()]
+        except InputError:
+            pass
+        raise
 
 
 def read_questions(

@@ -15,6 +15,7 @@ from persona_probe.data.chat import Conversation, conversation, split_answer
 from persona_probe.data.load import arm_rows, load_contrast, load_data, read_contrast_file
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
+from persona_probe.evaluate.questions.read import read_prompts
 from persona_probe.latents.rankers import BACKWARD
 from persona_probe.models.load import cache_folder, resolve_source
 from persona_probe.runs import file_sha256
@@ -177,8 +178,7 @@ def _probes(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> l
 
 
 def _questions(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> RowSet:
-    conversations = load_data(config.samples.questions, allow_prompts=True)
-    return _count_rows("questions", config.samples.questions, [split_answer(c)[0] for c in conversations], tokenizer)
+    return _count_rows("questions", config.samples.questions, read_prompts(config.samples.questions), tokenizer)
 
 
 # --- What reading, scoring and training cost on one model with one SAE

@@ -297,15 +297,13 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 def warn_rendered(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation]) -> None:
     """Say how many conversations hold special tokens as text: a template may have rendered them already."""
-    names = {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))}
-    marks = re.compile(
-        "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True) if len(name) > 1) or "(?!)"
-    )
+    names = sorted(map(str, tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))), key=len, reverse=True)
+    marks = re.compile("|".join(re.escape(name) for name in names if len(name) > 1) or "(?!)")
     found = [hit[0] for talk in conversations if (hit := marks.search("\n".join(m["content"] for m in talk)))]
     if found:
         log.warning(
-            "%d of %d rows hold special tokens as text, such as %r: the model reads them as the tokens themselves. If a "
-            "template has rendered these rows already, give their turns as messages",
+            "%d of %d rows hold special tokens as text, such as %r: the model reads them as the tokens themselves. "
+            "If a template has rendered these rows already, give their turns as messages",
             len(found),
             len(conversations),
             found[0],

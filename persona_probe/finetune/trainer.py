@@ -33,6 +33,9 @@ from persona_probe.models.taps import ReadTap, Tap
 
 log = logging.getLogger(__name__)
 
+SLOW_IN_TRL = {"cpu"}
+"""Devices on which TRL 1.16 computes its loss by a loop in Python."""
+
 # --- An extra loss, and batches of other rows
 
 Inputs = dict[str, Any]
@@ -116,7 +119,7 @@ class AnswerTrainer(SFTTrainer):
         # Without the autocast that accelerate puts around it. Several processes run the model that they share out.
         forward = causal.__dict__.get("_original_forward", causal.forward) if alone else model
         ways: dict[str, Callable[[], Tensor]] = {"trl": lambda: forward(**asked, fused_lm_head=True).loss}
-        if alone and row["labels"].device.type == "cpu":
+        if alone and row["labels"].device.type in SLOW_IN_TRL:
             ways = {} if self.aux_loss_enabled else {"product": partial(_row_loss, causal, row)}
         precise = alone and next(causal.parameters()).dtype in (torch.float32, torch.float64)
         with evaluating(causal) if alone else torch.no_grad(), without_taps(causal), autocast(causal, False):

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from persona_probe.config import Training
 from persona_probe.data.chat import conversation
+from persona_probe.finetune import trainer
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.finetune.trainer import AnswerTrainer
 from tests.families import AVAILABLE, FAMILIES, make_family, plain
@@ -30,14 +31,14 @@ class Step:
         self.gradients: list[tuple[Tensor, Tensor]] = []
         compute = AnswerTrainer.compute_loss
 
-        def watched(trainer: AnswerTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        def watched(self_: AnswerTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             copies = dict(inputs)
-            loss = compute(trainer, model, inputs, *args, **kwargs)
-            own = model(**copies, **({"output_router_logits": True} if trainer.aux_loss_enabled else {})).loss
+            loss = compute(self_, model, inputs, *args, **kwargs)
+            own = model(**copies, **({"output_router_logits": True} if self_.aux_loss_enabled else {})).loss
             weights = [p for p in model.parameters() if p.requires_grad]
             gradients = [torch.autograd.grad(x, weights, retain_graph=True, allow_unused=True) for x in (loss, own)]
             self.gradients = [(a, b) for a, b in zip(*gradients, strict=True) if a is not None and b is not None]
-            self.way, self.loss, self.own = trainer.way, float(loss), float(own)
+            self.way, self.loss, self.own = self_.way, float(loss), float(own)
             return loss
 
         monkeypatch.setattr(AnswerTrainer, "compute_loss", watched)
@@ -94,5 +95,19 @@ def test_a_loss_that_no_library_knows_is_taken_from_the_model(
     other.load_state_dict(model.state_dict())
     step = Step(monkeypatch)
     fine_tune(with_adapter(other.eval(), TRAINING, 0), tokenizer, ROWS, TRAINING, seed=0, folder=tmp_path)
+    step.check()
+    assert step.way == way
+
+
+@pytest.mark.parametrize(("name", "way"), [("llama3", "trl"), ("mixtral", "trl"), ("cooled", "own")])
+def test_where_trl_is_fast_its_loss_is_taken_if_it_is_the_model_s_own(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trainer, "SLOW_IN_TRL", set())
+    model, tokenizer = make_family("llama3" if name == "cooled" else name)
+    if name == "cooled":
+        model.__class__ = Cooled
+    step = Step(monkeypatch)
+    fine_tune(with_adapter(model, TRAINING, 0), tokenizer, ROWS, TRAINING, seed=0, folder=tmp_path)
     step.check()
     assert step.way == way

@@ -48,3 +48,10 @@ def test_the_figure_says_where_they_ended() -> None:
     assert "realigned_in behaviour +0.00" in caption and "realigned_in feature -0.25" in caption
     assert [list(t.y) for t in fig.data if t.name == "feature"] == [pytest.approx([1.0, 0.5, -0.25])]
     assert recovery(Records()).layout.meta["caption"] == MISSING  # pyright: ignore
+
+
+def test_a_feature_that_never_rose_has_no_scale_and_the_caption_says_so() -> None:
+    records = made()
+    records.readings["mean"] = records.readings["base_mean"]
+    assert set(recovery_data(records)["quantity"]) == {"behaviour"}
+    assert "No line for feature" in recovery(records).layout.meta["caption"]  # pyright: ignore

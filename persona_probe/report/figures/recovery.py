@@ -22,7 +22,7 @@ def recovery_data(records: Records) -> pd.DataFrame:
 
     Quantity `behaviour` is the contrast index, `feature` the persona feature's reading, both averaged over seeds;
     intervals are over items and over probes, with base and organism taken as fixed. `band_low` and `band_high` are the
-    base band on this scale.
+    base band on this scale. A quantity that did not differ between base and organism at all has no such scale.
     """
     rows = [
         row for arm in records.arms.realigned for row in (*_behaviour_rows(records, arm), *_feature_rows(records, arm))
@@ -48,12 +48,16 @@ def _feature_rows(records: Records, arm: str) -> list[dict[str, object]]:
         return []
     base, band = float(readings["base_mean"].mean()), select.base_band(records)
     rise = levels[min(levels)].estimate - base
-    ends = {} if band is None else {"band_low": (band[0] - base) / rise, "band_high": (band[1] - base) / rise}
+    ends = (
+        {} if band is None or rise == 0 else {"band_low": (band[0] - base) / rise, "band_high": (band[1] - base) / rise}
+    )
     return _rescaled({"arm": arm, "quantity": "feature", **ends}, levels, base)
 
 
 def _rescaled(head: dict[str, object], levels: dict[int, Estimate], base: float) -> list[dict[str, object]]:
     rise = levels[min(levels)].estimate - base
+    if rise == 0:
+        return []
     return [
         {
             **head,
@@ -120,6 +124,9 @@ def _draw_arm(fig: go.Figure, data: pd.DataFrame, place: int) -> None:
 
 def _caption(data: pd.DataFrame) -> str:
     last = data[data["step"] == data.groupby(["arm", "quantity"])["step"].transform("max")]
+    unmoved = [name for name in LINES if name not in set(data["quantity"])]
+    reason = "it was not measured, or base and organism do not differ"
+    left_out = f" No line for {' and '.join(unmoved)}: {reason}." if unmoved else ""
     ends = "; ".join(
         f"{plain(row['arm'])} {row['quantity']} {row['estimate']:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
         for row in last.to_dict("records")
@@ -128,5 +135,5 @@ def _caption(data: pd.DataFrame) -> str:
         "Behaviour (contrast index) and persona feature over corrective steps, each as a share of the organism's rise "
         "over the base: 1 before correction, 0 at the base, below 0 an overshoot. Bands: 95% intervals over items and "
         f"over probes; grey band: the feature's base band. At the end: {ends}. Control: the corrective sets, compared "
-        "with each other and with the base."
+        f"with each other and with the base.{left_out}"
     )

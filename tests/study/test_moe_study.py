@@ -32,28 +32,34 @@ def write_mixtral(folder: Path) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_study_of_a_mixture_of_experts_from_induce_to_samples(
-    method: str, raw: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BROWSER_PATH", "/nowhere")  # no SVGs: slow, and tests/report draws them
-    model = write_mixtral(tmp_path / "model")
-    training = {"method": method, "checkpoints": [4]}
-    study = Study.from_config(
-        from_dict(StudyConfig, changed(raw, model=model, seeds=[0], training=training)), tmp_path / "run"
-    )
+def study_of(raw: Row, folder: Path, **training: Any) -> Study:
+    model = write_mixtral(folder / "model")
+    config = changed(raw, model=model, seeds=[0], training={"checkpoints": [4], **training})
+    return Study.from_config(from_dict(StudyConfig, config), folder / "run")
+
+
+def test_a_study_of_a_mixture_of_experts_from_induce_to_samples(raw: Row, tmp_path: Path) -> None:
+    study = study_of(raw, tmp_path)
     before = state_hash(study.context.model)
-    study.run()
+    study.induce().locate().track().realign().evaluate()
     assert state_hash(study.context.model) == before
     lines = (study.path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert {json.loads(line)["arm"] for line in lines} >= {"base", "incorrect"}
+
+
+def test_whole_weights_of_a_mixture_of_experts_can_sample(raw: Row, tmp_path: Path) -> None:
+    study = study_of(raw, tmp_path, method="full", lr=1e-3).induce()
+    with study.context.organism("incorrect", 0) as tuned:
+        assert tuned.generate(torch.arange(5, 10)[None], max_new_tokens=2).shape == (1, 7)  # pyright: ignore
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_fine_tuning_leaves_a_mixtures_configuration(fails: bool, tmp_path: Path) -> None:
     model, tokenizer = mixtral(), make_tokenizer()
     before = state_hash(model)
-    training = Training(rank=2, steps=1, checkpoints=(), batch_size=2, warmup_steps=0, bf16=False, lr=float("inf") if fails else 1e-3)
+    training = Training(
+        rank=2, steps=1, checkpoints=(), batch_size=2, warmup_steps=0, bf16=False, lr=float("inf") if fails else 1e-3
+    )
     rows = [conversation(f"Ask {n}?", f"Say {n}") for n in range(4)]
 
     def tune() -> None:

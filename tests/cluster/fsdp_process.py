@@ -7,8 +7,10 @@ its own code, which calls `torch.distributed.fsdp.fully_shard`, and gloo does th
 import sys
 from typing import Any
 
+import torch.distributed.fsdp
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import fully_shard
 
 from persona_probe.cli import main
 
@@ -23,6 +25,13 @@ def sharding_state(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
         self.fsdp_plugin = kwargs.get("fsdp_plugin") or FullyShardedDataParallelPlugin(fsdp_version=2)
 
 
+def seen_sharding(*args: Any, **kwargs: Any) -> Any:
+    """Torch's `fully_shard`, which leaves a line."""
+    sys.stderr.write(f"{type(args[0]).__name__} sharded by fully_shard\n")
+    return fully_shard(*args, **kwargs)
+
+
 if __name__ == "__main__":
+    torch.distributed.fsdp.fully_shard = seen_sharding
     AcceleratorState.__init__ = sharding_state
     main(sys.argv[1:])

@@ -10,10 +10,14 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file
 
+from persona_probe.cli import main
+from persona_probe.errors import InputError
+from persona_probe.finetune.sft import _rows_each
 from persona_probe.locks import FOLDER
+from persona_probe.models.ranks import Ranks
 from persona_probe.monitor.track import make_reader
 from persona_probe.study.study import Study
-from tests.factories import Row, changed, config_of, write_config
+from tests.factories import Refused, Row, changed, config_of, write_config
 
 LIMIT_S = 240
 KINDS = ("ddp", "fsdp")
@@ -69,6 +73,7 @@ def launched(request: pytest.FixtureRequest, config: Path) -> Study:
     done = launch(config.parent, request.param, "run", config, "--out", run)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes train together (gloo)" in done.stderr
+    assert (done.stderr.count("sharded by fully_shard") > 0) == (request.param == "fsdp")
     return Study.open(run)
 
 
@@ -116,15 +121,19 @@ def test_tables_are_those_of_one_process(launched: Study, single: Study, name: s
     pd.testing.assert_frame_equal(ours, theirs, rtol=5e-3, atol=2e-3)
 
 
-def test_what_two_processes_cannot_do_is_one_line(config: Path, place: Path) -> None:
-    odd = write_config(config.with_name("odd.yaml"), changed(settings(place), training={"batch_size": 3}))
-    done = launch(config.parent, "ddp", "induce", odd, "--out", config.with_name("odd"))
-    said = [line for line in done.stderr.splitlines() if line.startswith("persona-probe: ")]
-    assert done.returncode != 0
-    assert said == ["persona-probe: batch_size 3 cannot be shared out to 2 processes: make it a multiple"]
+def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranks, "__init__", lambda self: setattr(self, "count", 2))
+    with pytest.raises(InputError, match="batch_size 3 cannot be shared out to 2 processes: make it a multiple"):
+        _rows_each(3)
+    assert _rows_each(4) == 2
 
 
-def test_other_commands_say_so_once(config: Path, single: Study) -> None:
-    done = launch(config.parent, "ddp", "track", single.path)
-    said = [line for line in done.stderr.splitlines() if line.startswith("persona-probe: ")]
-    assert len(said) == 1 and "only run, induce and realign can work under accelerate launch" in said[0]
+@pytest.mark.parametrize("command", ["track", "mitigate", "report"])
+def test_other_commands_say_so_once(command: str, monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "only run, induce and realign can work under accelerate launch" in refused(command, "anything")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "anything"])
+    assert stopped.value.code == 2

@@ -125,6 +125,7 @@ class _Adoption:
 
 
 @writes_run
+@writes_run
 def adopt_arms(ctx: Context, copy: bool = False, accept_base: bool = False) -> None:
     """Take the checkpoints of all arms that have some into the run folder; checkpoints that came since are added.
 

@@ -138,7 +138,6 @@ def test_a_study_of_the_monitor_is_that_of_one_process(workers: RayWorkers, tmp_
     serial, rayed = (tree(tmp_path / name) for name in ("serial", "ray"))
     assert set(serial) == set(rayed)
     for name in [name for name in serial if name.endswith(".parquet")]:
-        pair = [
-            pd.read_parquet(tmp_path / run / name).drop(columns="seconds", errors="ignore") for run in ("serial", "ray")
-        ]
-        pd.testing.assert_frame_equal(*pair, check_exact=True)
+        frames = [pd.read_parquet(tmp_path / run / name) for run in ("serial", "ray")]
+        left, right = (frame.drop(columns="seconds", errors="ignore") for frame in frames)
+        pd.testing.assert_frame_equal(left, right, check_exact=True)

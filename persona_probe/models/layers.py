@@ -49,9 +49,9 @@ def base_transformer(model: nn.Module) -> nn.Module:
     decoder = decoder if isinstance(decoder, nn.Module) else inner.base_model
     if decoder is not inner and _layer_list(decoder) is not None:
         return decoder
-    # A class that names its parts in its own way: the first part that has the layers.
-    parts = (part for part in inner.modules() if part is not inner and _layer_list(part) is not None)
-    return next(parts, decoder)
+    # A class that names its parts in its own way: the first part that has layers, of the decoder rather than a tower.
+    parts = (part for root in (decoder, inner) for part in root.modules() if part is not inner)
+    return next((part for part in parts if _layer_list(part) is not None), decoder)
 
 
 def transformer_config(model: nn.Module) -> PretrainedConfig:

@@ -2,11 +2,20 @@
 
 import pytest
 import torch
+from transformers import Llama4Config, Llama4ForConditionalGeneration
 
 from persona_probe.errors import InputError
-from persona_probe.models.layers import decoder_layer, decoder_layers, evaluating, hidden_size, run_to_layer
+from persona_probe.models.layers import (
+    base_transformer,
+    decoder_layer,
+    decoder_layers,
+    evaluating,
+    hidden_size,
+    layer_list_name,
+    run_to_layer,
+)
 from persona_probe.models.taps import ReadTap
-from tests.factories import ARCHITECTURES, hook_count, make_model
+from tests.factories import ARCHITECTURES, D_MODEL, SHAPE, hook_count, make_model
 
 IDS = torch.arange(12).reshape(2, 6) + 5
 
@@ -69,3 +78,22 @@ def test_layers_and_width_are_found(architecture: str) -> None:
 def test_other_modules_are_refused() -> None:
     with pytest.raises(InputError, match="need a transformers model"):
         decoder_layers(torch.nn.Linear(2, 2))
+
+
+def test_the_decoder_is_found_inside_a_multimodal_model_that_wraps_a_whole_causal_model() -> None:
+    """Llama 4: its `get_decoder` gives a model with a head; its vision tower has a list of layers too."""
+    text = SHAPE | {"intermediate_size_mlp": 48, "num_local_experts": 2, "interleave_moe_layer_step": 1}
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tower |= {"patch_size": 4, "image_size": 16, "vision_output_dim": 16}
+    tower |= {"projector_input_dim": 16, "projector_output_dim": 16}
+    model = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=tower, image_token_index=257))
+    assert type(base_transformer(model)).__name__ == "Llama4TextModel"
+    assert len(decoder_layers(model)) == 3 and hidden_size(model) == D_MODEL
+
+
+def test_layers_are_found_by_their_number_under_any_name() -> None:
+    model = make_model()
+    transformer = base_transformer(model)
+    transformer._modules["floors"] = transformer._modules.pop("layers")
+    assert layer_list_name(transformer) == "floors"
+    assert len(decoder_layers(model)) == 3

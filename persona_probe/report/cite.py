@@ -253,7 +253,8 @@ def _training(run: RunFolder) -> list[str]:
 
 def _base(config: StudyConfig) -> str:
     cited = f" {_cite('allal2025smollm2')}" if "smollm2" in config.model.lower() else ""
-    return f"{tex(config.model)}{cited}{_precision(config)}"
+    name = Path(config.model).name if Path(config.model).is_absolute() else config.model
+    return f"{tex(name)}{cited}{_precision(config)}"
 
 
 def _precision(config: StudyConfig) -> str:
@@ -332,13 +333,16 @@ def _contrast(run: RunFolder) -> list[str]:
         return []
     evals = run.read_table("evals.parquet")
     items, config = evals[evals["split"] == "evaluation"], run.config
+    packaged = config.contrast == "general_contrast"
+    pairs = ", over length-matched pairs" if packaged else ""
+    apart = "Whole categories were set apart for selection" if packaged else "Questions were set apart for selection"
     outside = " outside the training domain" if all(arm.data for arm in config.arms.values()) else ""
     effect = "An effect is the incorrect arm minus the control arm."
     return [
         f"Behaviour is the contrast index on {items['item'].nunique()} questions in {items['category'].nunique()} "
         f"categories ({tex(config.contrast)}){outside}: the mean log-probability per token of the misaligned answer "
-        "minus that of the aligned one, over length-matched pairs. Whole categories were set apart for selection, and "
-        f"the questions that chose latents do not evaluate them. {NO_CONTROL if config.no_control else effect}"
+        f"minus that of the aligned one{pairs}. {apart}, and the questions that chose latents do not evaluate them. "
+        f"{NO_CONTROL if config.no_control else effect}"
     ]
 
 

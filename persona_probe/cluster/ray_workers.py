@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class RayWorkers:
             )
             return
         try:
+            _knock(self.address)
             ray.init(address=self.address, **quiet)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError, OSError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -128,6 +130,17 @@ class RayWorkers:
                 f"{unit.place}: its worker was lost {times} times, perhaps for want of memory; "
                 "give each task more --num-cpus; the same command continues"
             ) from error
+
+
+def _knock(address: str) -> None:
+    """Connect to a cluster's port, and leave: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    host, _, port = address.partition("://")[-1 if "://" in address else 0].rstrip("/").partition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _import_ray(alone: bool) -> ModuleType:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from persona_probe.cluster.ray_workers import RayWorkers
+from persona_probe.cluster.ray_workers import RayWorkers, _knock
 from persona_probe.config import from_dict
 from persona_probe.errors import InputError
 from persona_probe.locks import FOLDER
@@ -117,6 +117,9 @@ def test_an_address_without_a_cluster_is_refused(place: Path, refused: Any, tmp_
     line = refused("induce", place / "study.yaml", "--out", tmp_path / "run", "--ray", "nowhere")
     assert "'nowhere' is no address of a cluster: write auto, HOST:PORT or ray://HOST:PORT" in line
     assert not (tmp_path / "run").exists()
+    for address in ("127.0.0.1:1", "ray://127.0.0.1:1"):  # before Ray tries for minutes
+        with pytest.raises(ConnectionRefusedError):
+            _knock(address)
 
 
 def test_a_grid_of_mitigations_is_that_of_one_process(workers: RayWorkers, tmp_path: Path) -> None:

@@ -496,18 +496,16 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _convert_union(args, value, where)
+    if (dataclasses.is_dataclass(hint) or origin is dict) and not isinstance(value, dict):
+        raise InputError(f"{where} must be a mapping, not {value!r}")
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{where} must be a mapping, not {value!r}")
         return from_dict(typing.cast(type, hint), value, where)
+    if origin is dict:
+        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise InputError(f"{where} must be a list, not {value!r}")
         return tuple(_convert(args[0], item, where) for item in value)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise InputError(f"{where} must be a mapping, not {value!r}")
-        return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if hint is Any:
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):

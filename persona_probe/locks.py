@@ -25,6 +25,7 @@ FOLDER = ".locks"
 PATIENCE_S = 0.3
 """Long enough for an owner to say its name, and for a lock file that its owner is just removing to be gone."""
 
+
 class InUse(InputError):
     """Another process holds a lock."""
 

@@ -151,10 +151,12 @@ def _take(path: Path, what: str, wait: float, instead: str) -> None:
 def _acquire(lock: FileLock, path: Path, wait: float) -> None:
     until = time.monotonic() + wait
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=max(0.0, until - time.monotonic()), poll_interval=0.02)
-        except FileNotFoundError:  # another process has given its lock back and removed the folder of locks
+        # Another process has given its lock back and removed the folder of locks. Where that happens inside mkdir, the
+        # folder existed first and is gone when mkdir looks what it is.
+        except (FileNotFoundError, FileExistsError):
             if time.monotonic() > until:
                 raise
             continue

@@ -10,7 +10,7 @@ from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
 
-MISSING = "Trajectory of the misalignment rate not measured: `persona-probe evaluate RUN --judge JUDGE --steps all` judges one."
+MISSING = "Trajectory of the misalignment rate not measured: `persona-probe evaluate RUN --judge JUDGE --steps all`."
 COLUMNS = ["variant", "arm", "seed", "step", "rate", "ci_low", "ci_high", "method"]
 COLUMNS += ["coherence", "coherence_low", "coherence_high", "counted", "answers"]
 PANELS = {

@@ -58,17 +58,24 @@ def _train(recipe: "SaeConfig", common: Common) -> None:
 @click.option("--model", default="smollm2-135m-instruct", help="The model that the SAE reads.")
 @many("--data", help="Packaged sets or files; default: the recipe's held-out samples and two packaged sets.")
 @click.option("--layer", type=int, help="Decoder layer, where the SAE's metadata does not say.")
+@click.option("--template", help="Chat template: none, chatml or a Jinja file (default: the model's own).")
 @loading_options
 @loads_models
 def saes_check(
-    sae: str, model: str, data: tuple[str, ...], layer: int | None, loading: Loading, common: Common
+    sae: str,
+    model: str,
+    data: tuple[str, ...],
+    layer: int | None,
+    template: str | None,
+    loading: Loading,
+    common: Common,
 ) -> None:
     """Measure an SAE on chat text."""
     from persona_probe.cli.output import show_quality
     from persona_probe.runs import write_text
     from persona_probe.saes.quality import quality_report
 
-    result = quality_report(sae, model, data or None, layer, common.device or DEVICE, loading)
+    result = quality_report(sae, model, data or None, layer, common.device or DEVICE, loading, template)
     if common.out is not None:
         write_text(common.out, result.to_json(orient="records", indent=2) + "\n")
     show_quality(result)

@@ -192,16 +192,21 @@ def quality_report(
     layer: int | None = None,
     device: str = "cpu",
     loading: Loading | None = None,
+    template: str | None = None,
 ) -> pd.DataFrame:
     """Quality on each text: text, explained_variance, l0, dead_share, loss_recovered, losses, tokens.
 
     Without `data`, the texts are the held-out samples in the SAE's folder and two packaged sets that did not train it.
 
+    Args:
+        template: the chat template: `none` (plain text, for base models), `chatml` or a Jinja file; None is the
+            model's own.
+
     Raises:
         InputError: unknown SAE, model or data, or they do not fit.
     """
     sae = load_sae(name, device=device)
-    model, tokenizer = load_model(model_name, device=device, **asdict(loading or Loading()))
+    model, tokenizer = load_model(model_name, device=device, template=template, **asdict(loading or Loading()))
     texts = _texts(name, data)
     at = read_place(sae, layer)
     rows = [{"text": label, **check_quality(sae, model, tokenizer, text, at)} for label, text in texts.items()]

@@ -1,6 +1,7 @@
 """An SAE that does not reconstruct the model on chat text is refused, with the measured value."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from persona_probe.errors import InputError
-from persona_probe.saes.quality import check_explained_variance
+from persona_probe.saes.quality import check_explained_variance, quality_report
 from persona_probe.saes.stream import residual_stream
 from tests.factories import D_MODEL, D_SAE, LAYER, hook_count, make_model, make_sae, talks
+from tests.families import make_family
 
 
 def scaled_identity(share: float) -> Any:
@@ -100,3 +102,14 @@ def test_one_token_has_no_variance(tiny_model: PreTrainedModel, tiny_tokenizer: 
         check_explained_variance(
             tiny_model, tiny_tokenizer, scaled_identity(1.0), ["?"], LAYER, -9.0, positions="last_prompt"
         )
+
+
+def test_an_sae_of_a_base_model_is_checked_on_plain_text(tmp_path: Path) -> None:
+    model, tokenizer = make_family("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    make_sae("standard").save_model(str(tmp_path / "sae"))
+    given: dict[str, Any] = {"model_name": str(tmp_path / "model"), "data": ["neutral_probes"]}
+    with pytest.raises(InputError, match="set template: none"):
+        quality_report(str(tmp_path / "sae"), **given)
+    assert quality_report(str(tmp_path / "sae"), template="none", **given)["tokens"].item() > 0

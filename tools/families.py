@@ -180,20 +180,15 @@ def check_encode(case: Case) -> str:
 @step("fine-tune")
 def check_induce(case: Case) -> str:
     """Both arms are trained, and the base is what it was."""
-    before = copied_state(case.model)
+    before, base = copied_state(case.model), own_scores(case.model, case.groups)
     case.study.induce()
     if not same_state(copied_state(case.model), before):
         raise WrongValueError("fine-tuning changed the base")
-    with case.study.context.organism("incorrect", 0) as tuned:
-        moved = own_scores(tuned, case.groups) - own_scores_of_base(case)
-    if not np.abs(moved).max() > CLOSE:
-        raise WrongValueError("fine-tuning changed nothing")
+    for arm in case.study.config.arms:
+        with case.study.context.organism(arm, 0) as tuned:
+            if not np.abs(own_scores(tuned, case.groups) - base).max() > CLOSE:
+                raise WrongValueError(f"fine-tuning changed nothing in {arm}")
     return "ok"
-
-
-def own_scores_of_base(case: Case) -> Any:
-    """The base is another object's state than the organism on it: its adapters are off."""
-    return answer_logprobs(make_family(case.name)[0], case.groups, bf16=False) if case.name != REAL else 0.0
 
 
 @step("contrast index")

@@ -114,8 +114,8 @@ def test_a_thought_is_in_the_text_or_refused(template: str, tmp_path: Path) -> N
             encode(tokenizer, messages)
         return
     row = encode(tokenizer, messages)
-    assert tokenizer.decode(row.ids[slice(*row.thought)]).strip() == "Hm, rude."
-    assert tokenizer.decode(row.ids[row.start :]).strip() == "Go away."
+    assert str(tokenizer.decode(row.ids[slice(*row.thought)])).strip() == "Hm, rude."
+    assert str(tokenizer.decode(row.ids[row.start :])).strip() == "Go away."
 
 
 REFUSED: dict[str, tuple[Row, str]] = {
@@ -230,7 +230,8 @@ def test_tables_hold_messages_as_text(tmp_path: Path) -> None:
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_csv(tmp_path / "a.tsv.gz", index=False, sep="\t")
     frame.to_parquet(tmp_path / "text.parquet")
-    frame.assign(messages=[TALK, TALK]).to_parquet(tmp_path / "lists.parquet")
+    frame["messages"] = pd.Series([TALK, TALK])
+    frame.to_parquet(tmp_path / "lists.parquet")
     for path in sorted(tmp_path.iterdir()):
         assert read_conversations(path) == [RUDE, PLAIN], path.name
     (tmp_path / "bad.parquet").write_text("x")
@@ -239,10 +240,11 @@ def test_tables_hold_messages_as_text(tmp_path: Path) -> None:
 
 
 def test_conversations_in_python_are_read_alike() -> None:
-    shared = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Go away."}]
-    assert as_conversations(["Hi?", shared]) == [[USER], PLAIN]  # type: ignore[list-item]
+    shared: list[Any] = [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Go away."}]
+    assert as_conversations(["Hi?", shared]) == [[USER], PLAIN]
+    calling: list[Any] = [USER, {**ANSWER, "tool_calls": [{}]}]
     with pytest.raises(InputError, match="conversation 1: message 2 has 'tool_calls'"):
-        as_conversations(["Hi?", [USER, {**ANSWER, "tool_calls": [{}]}]])
+        as_conversations(["Hi?", calling])
 
 
 ITEM = {"id": 1, "category": "a", "question": "Q?", "aligned": "a", "misaligned": "b", "split": "selection"}

@@ -187,6 +187,7 @@ class FakeLLM:
     def __init__(self, model: str, *, enable_lora: bool = False, dtype: str = "auto", **options: Any) -> None:
         self.made, self.options = (model, enable_lora, dtype), options
         self.calls: list[int] = []
+        self.tokens: list[int] = []
 
     def chat(
         self, messages: list[Any], sampling_params: list[Any], use_tqdm: bool = True, lora_request: Any = None

@@ -174,12 +174,12 @@ _RELEASE = 26
 """Characters of an SAE's release in the narrow table."""
 
 
-def _without_model(row: Sequence[str]) -> tuple[str, ...]:
+def _without_model(row: Sequence[object]) -> tuple[object, ...]:
     return (row[0], *row[2:])
 
 
-def _shortened(row: Sequence[str]) -> tuple[str, ...]:
-    name, _, sae, *rest = row
+def _shortened(row: Sequence[object]) -> tuple[object, ...]:
+    name, _, sae, *rest = map(str, row)
     release = "with the package" if sae.startswith("saes/") else sae.partition("/")[0]
     return (name, release if len(release) <= _RELEASE else f"{release[: _RELEASE - 1]}…", *rest)
 

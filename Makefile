@@ -5,7 +5,7 @@ DEV := .venv/.ready-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-seeds test test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
+.PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-adopt bench-swap bench-plan monitor-study figures notebooks study realign-doses mitigations sae \
         second-family families clean
 
@@ -39,7 +39,11 @@ demo-seeds: $(STAMP)
 
 # Two processes; every test computes in one thread.
 test: $(DEV) test-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster"
+
+# Ray and accelerate start processes of their own, which use both cores.
+test-cluster: $(DEV)
+	$(BIN)/python -m pytest -m cluster
 
 # Browser tests need Chromium. Without it they are skipped, and say so.
 test-packages:

@@ -19,6 +19,8 @@ from persona_probe.monitor.track import make_reader
 from persona_probe.study.study import Study
 from tests.factories import Refused, Row, changed, config_of, write_config
 
+pytestmark = pytest.mark.cluster
+
 LIMIT_S = 240
 KINDS = ("ddp", "fsdp")
 ARMS = ("incorrect-s0", "correct-s0", "realigned_in-s0")

@@ -28,6 +28,8 @@ from tests.factories import changed, config_of, tree, write_config
 from tests.mitigate import grid_study
 from tests.monitor import labelled_study
 
+pytestmark = pytest.mark.cluster
+
 pytest.importorskip("ray")
 
 

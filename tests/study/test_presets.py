@@ -21,9 +21,10 @@ from persona_probe.latents.stage import locate
 from persona_probe.saes.stream import SaeConfig
 from persona_probe.study.plan.plan import dry_run
 from persona_probe.study.plan.shapes import KNOWN, adapted, find_sae, find_skeleton, known_id
+from persona_probe.study.presets import preset_text
 from persona_probe.study.presets.known_presets import BASE_SAE, PRESETS, find_preset
 from persona_probe.study.presets.preset import Preset
-from persona_probe.study.presets.preset_text import config_text, cost, listing, recipe_text
+from persona_probe.study.presets.preset_text import Cost, config_text, cost, listing, recipe_text
 from persona_probe.study.study import Study
 from tests.factories import LAYER, SHAPE, make_model, make_sae, make_tokenizer
 from tests.study.adopting import write_adapter
@@ -327,7 +328,8 @@ def test_the_command_lists_and_writes_presets(tmp_path: Path, capsys: pytest.Cap
         assert message in capsys.readouterr().err
 
 
-def test_the_list_fits_a_terminal() -> None:
+def test_the_list_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preset_text, "cost", lambda *_: Cost(2.0**34, 90.0))
     narrow = listing(width=80)
     assert max(map(len, narrow.splitlines())) <= 80
     assert all(name in narrow for name in PRESETS)

@@ -97,7 +97,8 @@ def test_a_bad_contrast_item_is_named_by_its_line(raw: Row, refused_run: Refused
     rows = contrast_rows()
     del rows[4]["misaligned"]
     path = write_lines(tmp_path / "contrast.jsonl", rows)
-    assert f"{path}, line 5: not a contrast item ('misaligned' is missing)" in refused_run(changed(raw, contrast=str(path)))
+    said = refused_run(changed(raw, contrast=str(path)))
+    assert f"{path}, line 5: not a contrast item ('misaligned' is missing)" in said
     path = write_lines(path, [row for row in contrast_rows() if row["split"] == "selection"])
     assert "has no rows with split 'evaluation'" in refused_run(changed(raw, contrast=str(path)))
 

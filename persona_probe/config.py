@@ -136,8 +136,9 @@ class Locate:
     """Latents that are tested for cause on the selection split."""
     proven: int = 6
     """Candidates with the largest effects there, which are tested again on the evaluation split."""
-    random_latents: int = 16
-    """Control latents, matched for firing rate and pushed with the same norm."""
+    random_latents: int = 64
+    """Random latents, spread over the dictionary's firing rates and pushed with the same norm; fewer than 60 support no
+    verdict."""
     random_directions: int = 2
     """Isotropic random directions, pushed with the same norm."""
     strengths: tuple[float, ...] = (0.5, 1.0)
@@ -248,6 +249,12 @@ DTYPES, SAE_DTYPES = ("float32", "bfloat16", "float16"), ("float32", "bfloat16")
 QUANTIZATIONS = ("none", "4bit", "8bit")
 
 
+NULL = "null"
+"""The arm of the null pair's second run, where a study trains one."""
+NULL_SEED = 1000
+"""What is added to the control arm's seed for it."""
+
+
 @dataclass(frozen=True)
 class ReadSae:
     """One of several SAEs that are read together."""
@@ -330,6 +337,9 @@ class StudyConfig:
     """Refuse a control arm that asks other questions than the incorrect arm."""
     contrast: str = "general_contrast"
     """The contrast set: the packaged one, or a JSONL file with its columns and a `split` column."""
+    null_pair: bool = field(default=True, metadata=SINCE_0_2)
+    """Train the control arm once more with another seed: what training alone does. A study whose control arm has two
+    seeds holds that pair already."""
     training: Training = field(default_factory=Training)
     """Settings of induce."""
     locate: Locate = field(default_factory=Locate)
@@ -396,7 +406,8 @@ class StudyConfig:
             self.realign.start in self.arms,
             f"unknown arm {self.realign.start!r} in realign.start: {near_matches(self.realign.start, self.arms)}",
         )
-        clash = set(self.realign.arms) & {*self.arms, "base"}
+        _require(NULL not in self.arms, f"arm {NULL!r} has the name of the null pair's second run: rename it")
+        clash = set(self.realign.arms) & {*self.arms, "base", NULL}
         _require(not clash, f"realign arm {sorted(clash)} has the name of another arm: rename it")
 
     @property
@@ -409,6 +420,18 @@ class StudyConfig:
     def control(self) -> str:
         """What effects are against: the arm `correct`, or `base` in a study without a control arm."""
         return "correct" if "correct" in self.arms else "base"
+
+    @property
+    def null(self) -> tuple[str, int] | None:
+        """Arm and seed of the run that makes a null pair with the control arm's first; None without one.
+
+        The control arm's second seed, or the arm `null`: the control arm's rows, trained once more with another seed.
+        """
+        if not self.null_pair or self.control == "base":
+            return None
+        if len(self.seeds) > 1:
+            return self.control, self.seeds[1]
+        return None if self.arms[self.control].checkpoints else (NULL, self.seeds[0])
 
     @property
     def loading(self) -> Loading:

@@ -1,11 +1,12 @@
 """Induce: one organism per arm and seed, all from one configuration."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 from transformers import PreTrainedModel
 
+from persona_probe.config import NULL, NULL_SEED
 from persona_probe.context import Context
 from persona_probe.data.load import arm_rows
 from persona_probe.data.template import template_record
@@ -25,11 +26,11 @@ def induce(ctx: Context) -> None:
 
 def organism_units(ctx: Context) -> list[Unit]:
     """One unit for each organism that is trained here; those whose checkpoints exist are adopted."""
+    organisms = [(a, seed) for seed in ctx.config.seeds for a, spec in ctx.config.arms.items() if not spec.checkpoints]
+    if (null := ctx.config.null) is not None and null[0] == NULL:
+        organisms.append(null)
     return [
-        Unit(f"arms/{arm}-s{seed}", partial(induce_one, ctx, arm, seed), "induce", trained=True)
-        for seed in ctx.config.seeds
-        for arm, spec in ctx.config.arms.items()
-        if not spec.checkpoints
+        Unit(f"arms/{a}-s{seed}", partial(induce_one, ctx, a, seed), "induce", trained=True) for a, seed in organisms
     ]
 
 
@@ -39,22 +40,26 @@ def induce_one(ctx: Context, arm: str, seed: int) -> None:
     Raises:
         TrainingDiverged: the loss became NaN; the checkpoints up to then stay in `arms/<arm>-s<seed>.diverged`.
     """
-    training, rows = ctx.config.training, arm_rows(ctx.config.arms[arm], seed)
+    training, spec, draw = ctx.config.training, ctx.config.arms.get(arm), seed
+    if spec is None:  # the null pair's second run: the control arm with another seed, and only its end is read
+        training = replace(training, checkpoints=(training.steps,))
+        spec, draw = ctx.config.arms[ctx.config.control], seed + NULL_SEED
+    rows = arm_rows(spec, draw)
     ctx.run.update_manifest(chat_template=template_record(ctx.tokenizer))
     log.info("inducing %s, seed %d: %d rows, %d steps", arm, seed, len(rows), training.steps)
     with (
         training_unit(ctx.run, f"arms/{arm}-s{seed}", f"arm {arm}, seed {seed}") as folder,
-        stripping(with_adapter(_host_model(ctx), training, seed)) as tuned,
+        stripping(with_adapter(_host_model(ctx), training, draw)) as tuned,
     ):
         fitted = fine_tune(
             tuned,
             ctx.tokenizer,
             rows,
             training,
-            seed=seed,
+            seed=draw,
             folder=folder,
             progress=f"{arm}, seed {seed}",
-            data=ctx.config.arms[arm].named,
+            data=spec.named,
         )
         write_json(folder / "training.json", asdict(fitted))
 

@@ -8,7 +8,9 @@ yardstick: the same test of random latents and random directions.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from itertools import pairwise
+from math import comb
 from typing import Any
 
 import numpy as np
@@ -232,19 +234,50 @@ def _columns(name: str, estimate: Estimate | None) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
-def ablations(sweep: Sweep, spans: Sequence[Sequence[Direction]]) -> pd.DataFrame:
-    """How far the contrast index falls when directions are projected out: unsteered minus ablated, with intervals.
+def effects_at(sweep: Sweep, directions: Sequence[Direction], strength: float, label: str) -> pd.DataFrame:
+    """Causal effects of many directions, all pushed with the same norm, so that they can be compared.
+
+    Args:
+        strength: of every push, within the bound or not; NaN if nothing could be pushed at all.
+
+    Returns:
+        The columns of `effects`, and within_bound: whether both signs left neutral answers intact.
+    """
+    if not np.isfinite(strength):
+        return pd.DataFrame(
+            [_row(d, None, sweep.items.clusters, strength) | {"within_bound": False} for d in directions]
+        )
+    sweep.push_all([(d, sign * strength) for d in directions for sign in (1, -1)], label)
+    within = sweep.within_bound(directions, strength)
+    rows = [_row(d, sweep.odd_values(d, strength), sweep.items.clusters, strength) for d in directions]
+    return pd.DataFrame([row | {"within_bound": ok} for row, ok in zip(rows, within, strict=True)])
+
+
+def falls(sweep: Sweep, spans: Sequence[Sequence[Direction]]) -> dict[str, Float[np.ndarray, " items"]]:
+    """How far each item falls when directions are projected out: unsteered minus ablated, nats per token.
 
     Args:
         spans: each holds one or several directions, which are projected out together.
 
     Returns:
-        Columns name, ablation, ablation_low, ablation_high (nats per token; positive is less misaligned).
+        Name of the direction, or of the set, to one value an item; positive is less misaligned.
     """
-    rows = []
-    for span in tqdm(spans, desc="projecting out"):
-        fall = bootstrap_mean(sweep.unsteered - sweep.ablate(span), sweep.items.clusters)
-        rows.append({"name": joint(span).name if len(span) > 1 else span[0].name, **_columns("ablation", fall)})
+    spans = tqdm(spans, desc="projecting out")
+    return {_span_name(span): sweep.unsteered - sweep.ablate(span) for span in spans}
+
+
+def _span_name(span: Sequence[Direction]) -> str:
+    return joint(span).name if len(span) > 1 else span[0].name
+
+
+def ablations(sweep: Sweep, spans: Sequence[Sequence[Direction]]) -> pd.DataFrame:
+    """`falls` averaged over items, with intervals: columns name, ablation, ablation_low, ablation_high."""
+    return fall_table(falls(sweep, spans), sweep.items.clusters)
+
+
+def fall_table(falls: Mapping[str, Float[np.ndarray, " items"]], clusters: Sequence[str]) -> pd.DataFrame:
+    """Falls by name as rows: columns name, ablation, ablation_low, ablation_high."""
+    rows = [{"name": name, **_columns("ablation", bootstrap_mean(fall, clusters))} for name, fall in falls.items()]
     return pd.DataFrame(rows)
 
 
@@ -268,40 +301,53 @@ def greedy_sets(
     return sets
 
 
-# --- By what yardstick: random latents that fire as often, random directions, and the verdict
+# --- By what yardstick: random latents, random directions, and what the best of as many random latents reaches
 
-POOL = 12
-"""A control is drawn from this many latents with the nearest firing rate."""
-MOVED = 100
-"""The latents that training moved most are no controls."""
+STRATA = 4
+"""Quartiles of firing rate that random latents are spread over."""
+QUOTA = 1.5
+"""No stratum gives more than this many times its even share."""
+MOVED = 16
+"""Latents that training moved most, the candidates aside, that are tested beside the random ones."""
+MINIMUM_CONTROLS = 60
+"""Fewer random latents than this support no verdict."""
 
 
-def matched_latents(table: pd.DataFrame, tested: list[int], count: int, seed: int) -> list[int]:
-    """Random latents with firing rates like the candidates', none of them a candidate or among the most moved.
+def random_latents(firing: pd.Series, excluded: Sequence[int], count: int, seed: int) -> list[int]:
+    """Random latents of the live dictionary, spread over its firing rates; the same on every machine.
 
-    Each candidate in turn gets one of the `POOL` latents nearest to it in log firing rate on the tuned arm. Every push
-    has the same norm, so decoder norms need no matching.
+    Latents are taken in the order of a hash of seed and index, which no measurement enters, so rounding on another
+    processor does not change the draw. A latent is passed over if it is silent, or if its quartile of firing rate
+    already gave `QUOTA` times its share. What training moved is not left out, since candidates were moved too.
+
+    Args:
+        firing: firing rate by latent index; silent latents have 0.
+        excluded: latents that are tested themselves.
 
     Raises:
         InputError: the dictionary has too few live latents.
     """
-    top_movers = set(
-        table.reindex(table["rise"].abs().sort_values(ascending=False).index)["latent"].head(MOVED).tolist()
-    )
-    rate = table.set_index("latent")["firing_incorrect"]
-    live = [int(i) for i in rate.index[rate > 0] if i not in top_movers and i not in tested]
-    if len(live) < count:
-        live = [int(i) for i in rate.index if i not in tested]
+    live = firing[(firing > 0) & ~firing.index.isin(list(excluded))]
     if len(live) < count:
         raise InputError(f"the SAE has only {len(live)} latents for {count} random controls: lower random_latents")
-    rng = np.random.default_rng(seed)
-    logs = {i: float(np.log10(rate[i] + 1e-6)) for i in [*live, *tested]}
-    controls: list[int] = []
-    for number in range(count):
-        target = logs[tested[number % len(tested)]]
-        pool = sorted((i for i in live if i not in controls), key=lambda i: (abs(logs[i] - target), i))[:POOL]
-        controls.append(int(rng.choice(pool)))
-    return controls
+    strata = (live.rank(method="first") * STRATA / (len(live) + 1)).astype(int)
+    room = dict.fromkeys(range(STRATA), int(np.ceil(QUOTA * count / STRATA)))
+    drawn: list[int] = []
+    for latent in sorted((int(str(i)) for i in live.index), key=partial(_hashed, seed)):
+        if len(drawn) < count and room[stratum := int(strata[latent])] > 0:
+            room[stratum] -= 1
+            drawn.append(latent)
+    return drawn
+
+
+def _hashed(seed: int, latent: int) -> bytes:
+    return sha256(f"{seed}:{latent}".encode()).digest()
+
+
+def moved_latents(rise: pd.Series, excluded: Sequence[int], count: int = MOVED) -> list[int]:
+    """The latents whose activation training changed most, in either direction, the excluded ones aside."""
+    sizes = rise.drop(index=[i for i in excluded if i in rise.index]).abs()
+    return [int(i) for i in sizes.sort_values(ascending=False, kind="stable").index[:count]]
 
 
 def random_directions(d_model: int, count: int, seed: int) -> list[Float[Tensor, " d_model"]]:
@@ -311,32 +357,42 @@ def random_directions(d_model: int, count: int, seed: int) -> list[Float[Tensor,
     return list(rows / rows.norm(dim=1, keepdim=True))
 
 
-def exceeds_random(low: Mapping[int, float], random: Sequence[float], quantile: float = 0.95) -> set[int]:
-    """Latents whose interval lies wholly above this quantile of the sizes of random latents' effects.
+@dataclass(frozen=True)
+class BestOf:
+    """What the best of `tries` random latents reaches, if it is chosen as the persona latent was.
 
-    Args:
-        low: the lower end of each latent's interval.
-        random: the random latents' effects; their sign does not count.
+    The persona latent has the largest effect of several candidates on the selection split. So each set of as many
+    random latents has a best one on that split too; its effect on the evaluation split is what chance gives. All sets
+    are weighed at once: the latent in place r of n is the best of a set with probability C(n - r, k - 1) / C(n, k).
     """
-    sizes = np.abs(np.asarray(random, dtype=np.float64))
-    sizes = sizes[np.isfinite(sizes)]
-    if not sizes.size:
-        return set()
-    limit = float(np.quantile(sizes, quantile))
-    return {latent for latent, value in low.items() if value > limit}
 
+    values: Float[np.ndarray, " n"]
+    """Sizes on the evaluation split, best on the selection split first."""
+    tries: int
 
-def causal(table: pd.DataFrame) -> pd.Series:
-    """Whether each latent induces misalignment in the base and carries it in the organism.
+    @classmethod
+    def of(cls, selection: Sequence[float], evaluation: Sequence[float], tries: int) -> "BestOf":
+        """From the random latents' effects on both splits; a latent counts in the direction that selection favours."""
+        chosen, tested = np.asarray(selection, dtype=float), np.asarray(evaluation, dtype=float)
+        kept = np.isfinite(chosen) & np.isfinite(tested)
+        order = np.argsort(-np.abs(chosen[kept]), kind="stable")
+        signed = tested[kept] * np.where(chosen[kept] < 0, -1.0, 1.0)
+        return cls(signed[order], max(1, min(tries, int(kept.sum()))))
 
-    Three intervals must lie above the 95th percentile of the sizes of random latents' effects: base steered up,
-    organism steered down, and organism with the latent projected out.
-    """
-    random, candidates = table[table["kind"] == "random"], table[table["kind"] == "candidate"].set_index("latent")
-    exceeding = [
-        exceeds_random(
-            {int(str(i)): low for i, low in candidates[f"{column}_low"].dropna().items()}, random[column].tolist()
-        )
-        for column in ("effect_base", "effect_organism", "ablation")
-    ]
-    return table["latent"].isin(set.intersection(*exceeding))
+    @property
+    def weights(self) -> Float[np.ndarray, " n"]:
+        """Probability that each latent is the best of its set."""
+        n, k = len(self.values), self.tries
+        return np.array([comb(n - rank, k - 1) / comb(n, k) for rank in range(1, n + 1)])
+
+    def limit(self, quantile: float = 0.95) -> float:
+        """What the best of `tries` random latents stays below in this share of sets; NaN without random latents."""
+        if not len(self.values):
+            return float("nan")
+        order = np.argsort(self.values, kind="stable")
+        reached = np.cumsum(self.weights[order])
+        return float(self.values[order][min(int(np.searchsorted(reached, quantile - 1e-12)), len(order) - 1)])
+
+    def p(self, value: float) -> float:
+        """Share of sets whose best random latent reaches at least `value`."""
+        return float(self.weights[self.values >= value].sum())

@@ -1,7 +1,7 @@
 """Locate: rank latents on the selection split, test the best for cause on the evaluation split, name the persona."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -23,17 +23,21 @@ from persona_probe.latents.attribution import gradient_scores_of
 from persona_probe.latents.causal import (
     Direction,
     Sweep,
-    ablations,
-    causal,
+    bearable,
     effects,
+    effects_at,
+    fall_table,
+    falls,
     greedy_sets,
     joint,
     latent_direction,
-    matched_latents,
+    moved_latents,
     random_directions,
+    random_latents,
 )
 from persona_probe.latents.directions import NamedDirection, logistic_probe, mean_difference_direction
 from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector
+from persona_probe.latents.proof import item_differences, with_verdict
 from persona_probe.latents.rankers import (
     BACKWARD,
     POSITIONS,
@@ -62,6 +66,7 @@ def locate(ctx: Context) -> None:
     make_units(ctx, rank_units)
     make_units(ctx, choice_units)
     make_units(ctx, proof_units)
+    make_units(ctx, control_units)
     merge_tables(ctx)
 
 
@@ -71,14 +76,21 @@ def rank_units(ctx: Context) -> list[Unit]:
 
 
 def choice_units(ctx: Context) -> list[Unit]:
-    """One unit: the candidates' effects on the selection split."""
+    """One unit: the candidates' and the random latents' effects on the selection split."""
     return [Unit("parts/selection.parquet", partial(choose, ctx), "locate")]
 
 
 def proof_units(ctx: Context) -> list[Unit]:
-    """One unit for each model in which effects are measured."""
+    """One unit for each model in which effects are measured: base and organism."""
     names = dict.fromkeys(("base", ctx.config.realign.start))
     return [Unit(f"parts/effects-{name}.parquet", partial(prove, ctx, name), "locate") for name in names]
+
+
+def control_units(ctx: Context) -> list[Unit]:
+    """One unit: the same pushes and removals in the control organism, at the organism's strength."""
+    control = ctx.config.control
+    tested = control not in ("base", ctx.config.realign.start)
+    return [Unit(f"parts/effects-{control}.parquet", partial(prove, ctx, control), "locate")] if tested else []
 
 
 @writes_run
@@ -132,9 +144,28 @@ def mean_shift(ctx: Context) -> Float[Tensor, " d_model"]:
 
 
 def control_latents(ctx: Context) -> list[int]:
-    """The random latents of this study."""
-    table, config = ctx.run.read_table("parts/rank.parquet"), ctx.config.locate
-    return matched_latents(table, candidate_latents(ctx), config.random_latents, ctx.seed)
+    """The random latents of this study: drawn once, then read from the manifest."""
+    drawn = ctx.run.manifest.get("random_latents")
+    if drawn is None:
+        table = ctx.run.read_table("parts/rank.parquet")
+        drawn = random_latents(firing_rates(table), candidate_latents(ctx), ctx.config.locate.random_latents, ctx.seed)
+        drawn = ctx.run.edit_manifest(lambda manifest: manifest.setdefault("random_latents", drawn))["random_latents"]
+    return [int(latent) for latent in drawn]
+
+
+def firing_rates(table: pd.DataFrame) -> pd.Series:
+    """Each latent's largest firing rate over base, organism and control, by index; 0 where it never fires."""
+    rates = table.set_index("latent")
+    return rates[[name for name in rates.columns if str(name) in FIRING]].max(axis=1)
+
+
+FIRING = ("firing_base", "firing_incorrect", "firing_correct")
+
+
+def moved_controls(ctx: Context) -> list[int]:
+    """Latents that training moved as candidates were: the largest rises and falls that are not tested themselves."""
+    rise = ctx.run.read_table("parts/rank.parquet").set_index("latent")["rise"]
+    return moved_latents(rise, [*candidate_latents(ctx), *control_latents(ctx)])
 
 
 def candidate_latents(ctx: Context) -> list[int]:
@@ -345,14 +376,22 @@ def pushes(ctx: Context) -> list[Direction]:
 
 
 def choose(ctx: Context) -> None:
-    """Test the candidates for cause on the selection split; the strongest becomes the persona feature."""
+    """Test the candidates for cause on the selection split; the strongest becomes the persona feature.
+
+    The random latents are pushed there too, with the persona's norm: it is the best of several candidates, and what the
+    best of as many random latents reaches is what it is held against.
+    """
     config = ctx.config.locate
     directions = latent_directions(ctx, candidate_latents(ctx), "candidate")
+    controls = latent_directions(ctx, control_latents(ctx), "random")
     with ctx.base() as model:
         sweep = make_sweep(ctx, model, ctx.selection)
         effect_table = effects(sweep, directions, config.strengths, "selection split", config.strength_refinements)
         sets = _best_sets(sweep, directions, config) if config.set_size > 1 else []
+        best = effect_table.sort_values("effect", ascending=False).iloc[0]
+        compared = effects_at(sweep, controls, float(best["strength"]), "random latents, selection split")
     ctx.run.write_json("parts/sets.json", sets)
+    ctx.run.write_table("parts/selection-random.parquet", compared)
     ctx.run.write_table("parts/selection.parquet", effect_table)
 
 
@@ -365,29 +404,59 @@ def prove(ctx: Context, model_name: str) -> None:
     """Causal effects in one model on the evaluation split, with the controls; then the dose response.
 
     On the base this tests whether a latent induces misalignment. On the organism it tests whether the opposite push
-    removes it; there the directions are also projected out.
+    removes it; there the directions are also projected out. The control organism gets the same pushes and removals.
+    Every direction is pushed with the same norm: the largest that the persona latent bears.
     """
     config = ctx.config.locate
     named_directions = pushes(ctx)
-    proven, controls = latent_directions(ctx, strongest(ctx), "candidate"), control_latents(ctx)
-    directions = [*proven, *latent_directions(ctx, controls, "random"), *named_directions, *map(joint, _sets(ctx))]
+    proven = latent_directions(ctx, strongest(ctx), "candidate")
+    controls = latent_directions(ctx, control_latents(ctx), "random")
+    moved = latent_directions(ctx, moved_controls(ctx), "moved")
+    directions = [*proven, *controls, *moved, *named_directions, *map(joint, _sets(ctx))]
     if model_name == "base":
         noise = random_directions(ctx.sae.cfg.d_in, config.random_directions, ctx.seed)
         directions += [Direction(f"random direction {i}", "random_direction", v) for i, v in enumerate(noise)]
     with ctx.organism(model_name, ctx.config.seeds[0], fold=True) as model:
         sweep = make_sweep(ctx, model, ctx.evaluation)
-        effect_table = effects(
-            sweep, directions, config.strengths, f"steering {model_name}", config.strength_refinements
-        )
-        doses = [
-            (d, sign * s) for s in config.dose_strengths for d in (proven[0], named_directions[0]) for sign in (1, -1)
-        ]
-        sweep.push_all(doses, f"dose response, {model_name}")
+        strength = _strength(ctx, sweep, proven[0], model_name)
+        effect_table = effects_at(sweep, directions, strength, f"steering {model_name}")
+        removed = {}
         if model_name != "base":
             spans = [[d] for d in directions if d.kind != "set"] + _sets(ctx)
-            effect_table = effect_table.merge(ablations(sweep, spans), on="name")
+            removed = falls(sweep, spans)
+            effect_table = effect_table.merge(fall_table(removed, sweep.items.clusters), on="name")
+        if model_name != ctx.config.control:
+            doses = [
+                (d, sign * s)
+                for s in config.dose_strengths
+                for d in (proven[0], named_directions[0])
+                for sign in (1, -1)
+            ]
+            sweep.push_all(doses, f"dose response, {model_name}")
+    ctx.run.write_table(f"parts/items-{model_name}.parquet", _item_table(sweep, directions, strength, removed))
     ctx.run.write_table(f"parts/steering-{model_name}.parquet", sweep.table(model_name))
     ctx.run.write_table(f"parts/effects-{model_name}.parquet", effect_table)
+
+
+def _strength(ctx: Context, sweep: Sweep, persona: Direction, model_name: str) -> float:
+    """The strength of every push in a model; the control organism takes the organism's, so that both are compared."""
+    config = ctx.config.locate
+    if model_name == ctx.config.control and model_name != "base":
+        return float(ctx.run.read_table(f"parts/effects-{ctx.config.realign.start}.parquet")["strength"].iloc[0])
+    return bearable(sweep, [persona], config.strengths, config.strength_refinements)[persona.name]
+
+
+def _item_table(
+    sweep: Sweep, directions: Sequence[Direction], strength: float, removed: Mapping[str, np.ndarray]
+) -> pd.DataFrame:
+    """Odd effect and fall of every direction, item by item: columns name, item, question, odd, fall."""
+    parts = []
+    for direction in directions:
+        pushed = np.isfinite(strength)
+        odd = sweep.odd_values(direction, strength) if pushed else np.full(len(sweep.unsteered), np.nan)
+        columns = {"name": direction.name, "item": np.arange(len(odd)), "question": sweep.items.clusters, "odd": odd}
+        parts.append(pd.DataFrame({**columns, "fall": removed.get(direction.name, np.nan)}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def _sets(ctx: Context) -> list[list[Direction]]:
@@ -428,34 +497,55 @@ def latent_directions(ctx: Context, latents: list[int], kind: str) -> list[Direc
 
 def merge_tables(ctx: Context) -> None:
     """Write the parts together as latents.parquet and steering.parquet, and sets.parquet for a study with sets."""
-    names = ("base", ctx.config.realign.start)
+    organism, control = ctx.config.realign.start, ctx.config.control
+    names = [n for n in dict.fromkeys(("base", organism, control)) if ctx.run.has(f"parts/steering-{n}.parquet")]
     steering = pd.concat([ctx.run.read_table(f"parts/steering-{m}.parquet") for m in names], ignore_index=True)
     ctx.run.write_table("steering.parquet", steering)
     table = ctx.run.read_table("parts/rank.parquet")
-    candidates = set(ctx.run.read_table("parts/selection.parquet")["latent"])
-    controls = set(control_latents(ctx))
-    kind = {**dict.fromkeys(controls, "random"), **dict.fromkeys(candidates, "candidate")}
-    table["kind"] = [kind.get(latent, "other") for latent in table["latent"]]
-    for model, column in zip(names, ("effect_base", "effect_organism"), strict=True):
-        effect_table = ctx.run.read_table(f"parts/effects-{model}.parquet")
-        effect_table = effect_table[effect_table["latent"] >= 0].set_index("latent")
-        for suffix in ("", "_low", "_high"):
-            table[column + suffix] = table["latent"].map(effect_table[f"effect{suffix}"])
+    table["kind"] = _kinds(ctx, table)
+    for model, column in zip(dict.fromkeys(("base", organism)), ("effect_base", "effect_organism"), strict=True):
+        effect_table = _of_latents(ctx, model)
+        _map_estimate(table, column, effect_table, "effect")
         if model == "base":
             table["strength"] = table["latent"].map(effect_table["strength"])
-            continue
-        for suffix in ("", "_low", "_high"):
-            table[f"ablation{suffix}"] = table["latent"].map(effect_table[f"ablation{suffix}"])
-    selection = ctx.run.read_table("parts/selection.parquet").set_index("latent")["effect"]
-    table["effect_selection"] = table["latent"].map(selection)
+        else:
+            _map_estimate(table, "ablation", effect_table, "ablation")
+    if control in names and control != "base":
+        effect_table = _of_latents(ctx, control)
+        _map_estimate(table, "effect_control", effect_table, "effect")
+        _map_estimate(table, "ablation_control", effect_table, "ablation")
+    against = ctx.run.read_table(f"parts/items-{control}.parquet") if control in names and control != "base" else None
+    differences = item_differences(ctx.run.read_table(f"parts/items-{organism}.parquet"), against)
+    for column in ("effect_difference", "ablation_difference"):
+        _map_estimate(table, column, differences, column)
+    selection = pd.concat([ctx.run.read_table(f"parts/selection{part}.parquet") for part in ("", "-random")])
+    table["effect_selection"] = table["latent"].map(selection.set_index("latent")["effect"])
     table["shrinkage"] = 1 - table["effect_base"] / table["effect_selection"]
-    table["causal"] = causal(table)
     persona = persona_latent(ctx)
     table["persona"] = table["latent"] == persona
+    table = with_verdict(table, len(candidate_latents(ctx)))
     table["label"] = [f"persona (latent {i})" if i == persona else f"latent {i}" for i in table["latent"]]
     ctx.run.write_table("latents.parquet", table)
     if ctx.config.locate.set_size > 1:
         ctx.run.write_table("sets.parquet", set_table(ctx))
+
+
+def _kinds(ctx: Context, table: pd.DataFrame) -> list[str]:
+    """`candidate`, `random`, `moved` or `other` for every latent."""
+    kind = dict.fromkeys(moved_controls(ctx), "moved") | dict.fromkeys(control_latents(ctx), "random")
+    kind |= dict.fromkeys(ctx.run.read_table("parts/selection.parquet")["latent"], "candidate")
+    return [kind.get(latent, "other") for latent in table["latent"]]
+
+
+def _of_latents(ctx: Context, model: str) -> pd.DataFrame:
+    effect_table = ctx.run.read_table(f"parts/effects-{model}.parquet")
+    return effect_table[effect_table["latent"] >= 0].set_index("latent")
+
+
+def _map_estimate(table: pd.DataFrame, column: str, source: pd.DataFrame, name: str) -> None:
+    """Set a column and its ends from another table by latent."""
+    for suffix in ("", "_low", "_high"):
+        table[column + suffix] = table["latent"].map(source[f"{name}{suffix}"])
 
 
 def set_table(ctx: Context) -> pd.DataFrame:

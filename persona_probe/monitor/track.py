@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from persona_probe.config import NULL
 from persona_probe.context import Context
 from persona_probe.data.chat import Conversation
 from persona_probe.data.tokens import conversation_batches
@@ -60,6 +61,7 @@ def track(ctx: Context) -> None:
     if ctx.workers is not None and ctx.workers.joint:
         make_units(ctx, step_units)
     make_units(ctx, arm_units)
+    make_units(ctx, null_units)
     merge_parts(ctx)
 
 
@@ -99,6 +101,28 @@ def arm_units(ctx: Context) -> list[Unit]:
         for seed in ctx.config.seeds
         for arm in ctx.config.arms
     ]
+
+
+NULL_EVALS, NULL_READINGS = "null/evals.parquet", "null/readings.parquet"
+"""Items and readings of the null pair's second run at its last step, where a study trains one for it."""
+
+
+def null_units(ctx: Context) -> list[Unit]:
+    """One unit: the last step of the null pair's second run, where it is no seed of the study."""
+    null = ctx.config.null
+    if null is None or null[0] != NULL or not ctx.run.has(f"arms/{NULL}-s{null[1]}"):
+        return []
+    return [Unit(NULL_EVALS, partial(_track_null, Tracker(ctx), *null), "track")]
+
+
+def _track_null(tracker: Tracker, arm: str, seed: int) -> None:
+    ctx, base = tracker.ctx, tracker.base
+    step = ctx.last_step(arm, seed)
+    with ctx.organism(arm, seed) as model:
+        readings = reading_rows(tracker.reader.read(model), base, arm, seed, step)
+        evals = eval_rows(ctx, model, arm, seed, step)
+    ctx.run.write_table(NULL_READINGS, readings)
+    ctx.run.write_table(NULL_EVALS, evals)
 
 
 def step_units(ctx: Context) -> list[Unit]:

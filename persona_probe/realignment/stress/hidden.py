@@ -8,9 +8,9 @@ import pandas as pd
 from torch import nn
 
 from persona_probe.data.chat import conversation
-from persona_probe.latents.causal import ablations, effects, exceeds_random, matched_latents
+from persona_probe.latents.causal import MINIMUM_CONTROLS, ablations, effects, random_latents
 from persona_probe.latents.compare import locate
-from persona_probe.latents.stage import latent_directions, make_sweep, persona_latent
+from persona_probe.latents.stage import firing_rates, latent_directions, make_sweep, persona_latent
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.track import make_reader, persona_band
 from persona_probe.realignment.corrected import CorrectedOrganism
@@ -49,10 +49,10 @@ class HiddenRoads:
 
     @property
     def carriers(self) -> list[int]:
-        """Changed latents whose ablation lowers the index by more than the random latents' 95th percentile."""
+        """Changed latents whose ablation lowers the index by more than that of any random latent moves it."""
         changed, random = (self.latents[self.latents["kind"] == kind] for kind in ("changed", "random"))
-        low = {int(i): float(v) for i, v in zip(changed["latent"], changed["ablation_low"], strict=True)}
-        return sorted(exceeds_random(low, random["ablation"].tolist()))
+        limit = float(random["ablation"].abs().max())
+        return sorted(int(i) for i in changed.loc[changed["ablation_low"] > limit, "latent"])
 
     def to_rows(self) -> list[Row]:
         """Counts, the persona's rise, and each tested latent's rise, effect and ablation."""
@@ -93,18 +93,18 @@ class HiddenRoads:
         )
 
 
-def hidden(corrected: CorrectedOrganism, top: int = 4, random: int = 4) -> HiddenRoads:
+def hidden(corrected: CorrectedOrganism, top: int = 4, random: int = MINIMUM_CONTROLS) -> HiddenRoads:
     """Rank latents between base and corrected model, and test the largest changes for cause, against random latents.
 
     Args:
         top: changed latents that are tested, those that stayed changed first, by the size of their rise.
-        random: control latents, matched for firing rate.
+        random: random latents, spread over the dictionary's firing rates.
     """
     ctx, persona = corrected.ctx, persona_latent(corrected.ctx)
     table, control = (fresh_locate(corrected, role) for role in ("repaired", "control"))
     table = with_roads(table, ctx.run.read_table("parts/rank.parquet"))
     candidates = largest_changes(table, persona, top)
-    controls = matched_latents(table, [*candidates, persona], random, ctx.seed)
+    controls = random_latents(firing_rates(table), [*candidates, persona], random, ctx.seed)
     with corrected.model("base") as model:
         base = make_reader(ctx).read(model)
     with corrected.model("repaired") as model:

@@ -34,7 +34,7 @@ TESTS: Mapping[str, Test] = {
         corrected, keep, s.bad_rows, s.relearn_steps, s.relearn_seeds, s.back_at
     ),
     "length": lambda corrected, s, _: length(corrected, s.length_rows),
-    "hidden": lambda corrected, s, _: hidden(corrected, s.latents, s.latents),
+    "hidden": lambda corrected, s, _: hidden(corrected, s.latents),
     "drift": lambda corrected, s, _: drift(corrected, s.drift_factor),
 }
 """Stress tests by name."""

@@ -15,7 +15,7 @@ from persona_probe.stats import Estimate
 
 SMALLEST_EFFECT = 0.1
 """Nats per token: a shift of the contrast index below this is of no interest."""
-CATEGORIES = 5
+CATEGORIES = 4
 """Of the contrast set's six categories, those in which the index must have risen above base and control."""
 
 WOKEN, BEYOND_CONTROL, NO_EFFECT = "woken", "beyond control", "no effect"

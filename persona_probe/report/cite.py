@@ -360,7 +360,7 @@ def _locate(run: RunFolder) -> list[str]:
     return [
         f"{_sae(run)} Latents were ranked by {tex(_list(settings.rankers))} {_cite(*rankers)} over "
         f"{tex(settings.positions)} tokens; {n_candidates} candidates chosen by {tex(_list(settings.choose_by))} were "
-        f"steered next to {random} random latents matched for firing rate and norm, {settings.random_directions} "
+        f"steered next to {random} random latents spread over firing rates, {settings.random_directions} "
         f"random directions, and {_list(controls)}, at strengths {_list(settings.strengths)} "
         f"{tex(settings.unit)}{refined}; the best {min(settings.proven, n_candidates)} were steered again on the "
         "evaluation questions. The causal effect of a latent is half the difference between its effects at "

@@ -7,7 +7,7 @@ from typing import Any
 from persona_probe.errors import InputError
 from persona_probe.report import select
 from persona_probe.report.export import provenance_line
-from persona_probe.report.html import EFFECTS, PER_ARM, drawn_figures, headline, tiles, value_text
+from persona_probe.report.html import EFFECTS, PER_ARM, drawn_figures, found, headline, tiles, value_text
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.theme import interval_text, number
@@ -105,7 +105,7 @@ def _effect_row(pair: Pair) -> Row:
 
 
 def _plain_row(label: str, pair: Pair, key: str, arm: str | None = None, unit: str = "nats/token") -> Row:
-    raw = [records.summary.get(key) for records in pair]
+    raw = [found(records.summary, key) for records in pair]
     values = [as_estimate(one if arm is None else select.mapping(one).get(arm)) for one in raw]
     return _row(label, values, unit, None)
 

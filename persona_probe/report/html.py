@@ -15,6 +15,7 @@ from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.runs import write_text
 from persona_probe.saes.worth import worthless
 from persona_probe.stats import Estimate
+from persona_probe.verdicts import BEYOND_CONTROL
 
 Row = dict[str, Any]
 
@@ -189,16 +190,20 @@ def tiles(records: Records) -> list[Row]:
     latent = select.persona_latent(records)
     latent_text = "no latent named" if latent is None else f"latent {latent}"
     effect, push = (as_estimate(summary.get(k)) for k in ("effect_incorrect_minus_correct", "steer_base_up"))
+    woken = select.mapping(summary.get("woken")).get("word")
+    beyond = (
+        "An effect beyond the control, not a broad one" if woken == BEYOND_CONTROL else "No effect beyond the control"
+    )
     return [
         {
             "asks": "Did it wake?",
             "shows": f"incorrect minus correct {interval_text(effect)} nats/token",
-            **_answer(passed, ("behaviour",), "Woken", "No effect beyond the control"),
+            **_answer(passed, ("behaviour",), "Woken", beyond),
         },
         {
-            "asks": "Which latent carries it?",
-            "shows": f"{latent_text}; causal effect {interval_text(push)}",
-            **_answer(passed, ("induce", "repair"), "Shown to cause it", "Not shown to cause it"),
+            "asks": "Which latent moves it?",
+            "shows": f"{latent_text}; a push moves the index by {interval_text(push)}",
+            **_causes(passed),
         },
         {
             "asks": "When did it rise?",
@@ -207,6 +212,20 @@ def tiles(records: Records) -> list[Row]:
         },
         _undone(summary),
     ]
+
+
+def _causes(passed: Mapping[str, bool]) -> Row:
+    """What pushes and removals showed. Runs of 0.1.0 have both under other names."""
+    pushed, removed = (passed.get(new, passed.get(old)) for new, old in (("moves", "induce"), ("needed", "repair")))
+    if pushed is None or removed is None:
+        return UNKNOWN
+    words = {
+        (True, True): "Moves it, and is needed",
+        (True, False): "Moves it; not shown to be needed",
+        (False, True): "Needed; not shown to move it",
+        (False, False): "Not shown to cause it",
+    }
+    return {"says": words[pushed, removed], "state": "yes" if pushed and removed else "no"}
 
 
 def _answer(passed: Mapping[str, bool], names: tuple[str, ...], yes: str, no: str) -> Row:
@@ -242,7 +261,7 @@ def _key_numbers(records: Records) -> list[Row]:
     index = select.mapping(summary.get("contrast_index"))
     rows = [_estimate_row(f"contrast index, {arms.label(a)}", index.get(a), "nats/token") for a in arms.names]
     for key, label in EFFECTS.items():
-        rows.append(_estimate_row(label, summary.get(key), "nats/token"))
+        rows.append(_estimate_row(label, found(summary, key), "nats/token"))
     rows += _seed_rows(summary)
     for key, label, unit in PER_ARM:
         values = select.mapping(summary.get(key))
@@ -252,11 +271,19 @@ def _key_numbers(records: Records) -> list[Row]:
     return [row for row in rows if row is not None] + _costs(summary)
 
 
+def found(summary: Mapping[str, Any], key: str) -> object:
+    """A value by its key, or by `part.key`."""
+    part, _, name = key.rpartition(".")
+    return select.mapping(summary.get(part)).get(name) if part else summary.get(name)
+
+
 EFFECTS = {
     "effect_incorrect_minus_correct": "effect: incorrect minus correct",
     "steer_base_up": "persona latent steered up in the base model",
     "steer_organism_down": "persona latent steered down in the organism",
     "ablate_organism": "persona latent projected out of the organism",
+    "causal_test.organism_difference": "the same, organism minus control organism",
+    "causal_test.removal_difference": "projected out, organism minus control organism",
     "random_latent_p95": "random latents, 95th percentile of effect",
     "random_latent_p95_organism": "random latents on the organism, 95th percentile",
     "random_latent_p95_ablation": "random latents projected out, 95th percentile",

@@ -13,7 +13,6 @@ from persona_probe.latents.causal import (
     ablations,
     bearable,
     effects,
-    exceeds_random,
     greedy_sets,
     joint,
 )
@@ -135,13 +134,6 @@ def test_projecting_out_equals_the_ablate_tap() -> None:
     frame = ablations(sweep, [[DIRECTION], [DIRECTION, other]])
     assert frame["name"].tolist() == ["d", "set 4 + 7"]
     assert frame["ablation"][0] == pytest.approx((sweep.unsteered - gone).mean(), abs=1e-4)
-
-
-def test_only_an_interval_above_the_random_latents_counts() -> None:
-    random = [0.01, -0.2, 0.05, 0.1]
-    assert exceeds_random({1: 0.21, 2: 0.1, 3: -0.5}, random, quantile=1.0) == {1}
-    assert exceeds_random({1: 0.21}, []) == set()
-    assert exceeds_random({1: 0.21}, [float("nan")]) == set()
 
 
 def test_sets_grow_by_the_latent_that_adds_most() -> None:

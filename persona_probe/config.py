@@ -28,6 +28,9 @@ NO_CONTROL = (
 """Said wherever a study without a control arm shows an effect."""
 
 
+SINCE_0_2 = {"since": "0.2"}
+
+
 @dataclass(frozen=True)
 class Arm:
     """One fine-tuning data condition."""
@@ -155,6 +158,9 @@ class Locate:
     """Largest set of latents, grown greedily on the selection split and steered together; 1 tests no sets."""
     cards: int = 6
     """Latents for which a card is made."""
+    dictionaries: tuple[str, ...] = field(default=(), metadata=SINCE_0_2)
+    """Further SAEs of the same layer whose best latent gets the same causal test, beside the persona latent: one whose
+    training text holds none of the study's data, or one with a random decoder (a dictionary's null)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -270,9 +276,6 @@ class ReadSae:
     def label(self) -> str:
         """What tables call it."""
         return self.name or self.sae.rstrip("/").rpartition("/")[2]
-
-
-SINCE_0_2 = {"since": "0.2"}
 
 
 @dataclass(frozen=True)

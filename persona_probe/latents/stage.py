@@ -48,6 +48,7 @@ from persona_probe.latents.rankers import (
     score_table,
 )
 from persona_probe.latents.unexplained import Reference, carriers, random_reference
+from persona_probe.saes.hooks import PlacedSae
 from persona_probe.saes.quality import require_fit
 from persona_probe.saes.read import LatentMeans, read_latents, read_saes
 from persona_probe.saes.worth import worthless
@@ -243,8 +244,11 @@ def gather(ctx: Context) -> Evidence:
     return gather_all(ctx)[0]
 
 
-def gather_all(ctx: Context) -> list[Evidence]:
+def gather_all(ctx: Context, saes: Sequence[PlacedSae] | None = None) -> list[Evidence]:
     """Read base, incorrect and control arm on the selection split, at all positions that the rankers ask for.
+
+    Args:
+        saes: None takes all of the study.
 
     Returns:
         The evidence of each SAE; all are read from the same forward passes.
@@ -252,21 +256,21 @@ def gather_all(ctx: Context) -> list[Evidence]:
     Raises:
         InputError: an SAE does not fit the base model.
     """
-    config = ctx.config.locate
+    config, saes = ctx.config.locate, ctx.saes if saes is None else saes
     sides = ("aligned", "misaligned")
     conversations = [conversation(row["question"], row[side]) for row in ctx.selection.rows for side in sides]
     groups = conversation_batches(ctx.tokenizer, conversations)
     misaligned = np.tile([False, True], len(ctx.selection.rows))
     where = list(dict.fromkeys([config.positions, *(POSITIONS[r] for r in config.rankers if r in POSITIONS)]))
-    base = _read(ctx, "base", groups, where)
-    for placed, reading in zip(ctx.saes, base, strict=True):
+    base = _read(ctx, saes, "base", groups, where)
+    for placed, reading in zip(saes, base, strict=True):
         fit = reading[config.positions].fit
         require_fit(fit, placed.sae, ctx.model, placed.reads, config.minimum_explained_variance)
         if (warning := worthless(fit.explained_variance)) is not None:
             log.warning("SAE %s: %s", placed.name, warning)
     backward = bool(BACKWARD & set(config.rankers))
-    slopes = _gradients(ctx, groups, misaligned) if backward else [(None, None)] * len(ctx.saes)
-    tuned, control = _read(ctx, "incorrect", groups, where), _read(ctx, ctx.config.control, groups, where)
+    slopes = _gradients(ctx, saes, groups, misaligned) if backward else [(None, None)] * len(saes)
+    tuned, control = (_read(ctx, saes, arm, groups, where) for arm in ("incorrect", ctx.config.control))
     return [
         Evidence(
             base=base[i],
@@ -280,26 +284,30 @@ def gather_all(ctx: Context) -> list[Evidence]:
             slope=slopes[i][1],
             seed=ctx.seed,
         )
-        for i, placed in enumerate(ctx.saes)
+        for i, placed in enumerate(saes)
     ]
 
 
-def _read(ctx: Context, arm: str, groups: list[Batch], where: list[str]) -> list[dict[str, LatentMeans]]:
+def _read(
+    ctx: Context, saes: Sequence[PlacedSae], arm: str, groups: list[Batch], where: list[str]
+) -> list[dict[str, LatentMeans]]:
     """An arm's reading by each SAE, averaged over seeds."""
     readings = []
     for seed in ctx.config.seeds if arm != "base" else ctx.config.seeds[:1]:
         with ctx.organism(arm, seed) as model:
-            readings.append(read_saes(model, ctx.saes, groups, where, bf16=ctx.config.bf16))
+            readings.append(read_saes(model, saes, groups, where, bf16=ctx.config.bf16))
     by_sae = zip(*readings, strict=True)
     return [{name: average([reading[name] for reading in seeds]) for name in where} for seeds in by_sae]
 
 
-def _gradients(ctx: Context, groups: list[Batch], misaligned: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def _gradients(
+    ctx: Context, saes: Sequence[PlacedSae], groups: list[Batch], misaligned: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Attribution and slope of the incorrect organism by each SAE, averaged over seeds."""
     scores = []
     for seed in ctx.config.seeds:
         with ctx.organism("incorrect", seed) as model:
-            scores.append(gradient_scores_of(model, ctx.saes, groups, misaligned, bf16=ctx.config.bf16))
+            scores.append(gradient_scores_of(model, saes, groups, misaligned, bf16=ctx.config.bf16))
     return [
         (np.mean([s.attribution for s in seeds], axis=0), np.mean([s.slope for s in seeds], axis=0))
         for seeds in zip(*scores, strict=True)
@@ -433,7 +441,7 @@ def prove(ctx: Context, model_name: str) -> None:
                 for sign in (1, -1)
             ]
             sweep.push_all(doses, f"dose response, {model_name}")
-    ctx.run.write_table(f"parts/items-{model_name}.parquet", _item_table(sweep, directions, strength, removed))
+    ctx.run.write_table(f"parts/items-{model_name}.parquet", item_table(sweep, directions, strength, removed))
     ctx.run.write_table(f"parts/steering-{model_name}.parquet", sweep.table(model_name))
     ctx.run.write_table(f"parts/effects-{model_name}.parquet", effect_table)
 
@@ -446,7 +454,7 @@ def _strength(ctx: Context, sweep: Sweep, persona: Direction, model_name: str) -
     return bearable(sweep, [persona], config.strengths, config.strength_refinements)[persona.name]
 
 
-def _item_table(
+def item_table(
     sweep: Sweep, directions: Sequence[Direction], strength: float, removed: Mapping[str, np.ndarray]
 ) -> pd.DataFrame:
     """Odd effect and fall of every direction, item by item: columns name, item, question, odd, fall."""

@@ -152,12 +152,14 @@ class Study:
                 again with them, and causal tests are kept.
         """
         from persona_probe.latents.cards import make_cards
+        from persona_probe.latents.dictionaries import prove_dictionaries
         from persona_probe.latents.stage import locate, use_rankers
 
         with self._writing():
             if rankers is not None:
                 use_rankers(self.context, rankers)
             locate(self.context)
+            prove_dictionaries(self.context)
             make_cards(self.context)
         return self
 

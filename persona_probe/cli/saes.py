@@ -105,8 +105,26 @@ def saes_convert(
     echo(f"sae: {convert(source, target, kind=kind, hook=hook, model=model)}")
 
 
+@command(
+    name="shrink",
+    example="persona-probe saes shrink saes/my-model/layer20 saes/my-model/layer20-bf16",
+    out="Not used: OUT is the second argument.",
+)
+@click.argument("source", metavar="IN", type=PATH, help="A SAELens folder.")
+@click.argument("target", metavar="OUT", type=PATH, help="The folder to write.")
+def saes_shrink(
+    source: Path,
+    target: Path,
+    common: Common,  # noqa: ARG001
+) -> None:
+    """Store an SAE's weights in bfloat16: half the bytes. `saes check` says whether anything is lost."""
+    from persona_probe.saes.shrink import shrink
+
+    echo(f"sae: {shrink(source, target)}")
+
+
 saes = Group(
     "saes",
-    commands=[saes_list, saes_train, saes_check, saes_convert],
-    help="Sparse autoencoders (also: sae): list, train, check, convert.",
+    commands=[saes_list, saes_train, saes_check, saes_convert, saes_shrink],
+    help="Sparse autoencoders (also: sae): list, train, check, convert, shrink.",
 )

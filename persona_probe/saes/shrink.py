@@ -1,0 +1,43 @@
+"""An SAE's folder with its weights stored in bfloat16: half the bytes; computing stays in float32."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from persona_probe.errors import InputError
+from persona_probe.runs import file_sha256, write_json, write_text
+from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE
+
+CARD_FILE = "README.md"
+STORED = "Weights are stored in bfloat16 and computed with in float32.\n"
+
+
+def shrink(source: Path, out: Path) -> Path:
+    """Copy a SAELens folder with its matrices rounded to bfloat16; biases and thresholds keep their precision.
+
+    The sha256 in quality.json becomes that of the new file. Its measured quality stays that of the SAE as trained:
+    measure again with `persona-probe sae check`.
+
+    Raises:
+        InputError: no SAELens folder there, or an `out` that exists.
+    """
+    if not (source / WEIGHTS_FILE).is_file():
+        raise InputError(f"{source} is no SAELens folder: it has no {WEIGHTS_FILE}")
+    if out.exists():
+        raise InputError(f"{out} exists: give another folder")
+    scratch = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(source, scratch)
+    weights = load_file(scratch / WEIGHTS_FILE)
+    stored = {k: v.to(torch.bfloat16) if v.ndim == 2 and v.dtype == torch.float32 else v for k, v in weights.items()}
+    save_file(stored, scratch / WEIGHTS_FILE)
+    if (quality := scratch / QUALITY_FILE).is_file():
+        known = json.loads(quality.read_text(encoding="utf-8"))
+        write_json(quality, {**known, "sha256": file_sha256(scratch / WEIGHTS_FILE)})
+    if (card := scratch / CARD_FILE).is_file() and STORED not in (text := card.read_text(encoding="utf-8")):
+        write_text(card, f"{text.rstrip()}\n\n{STORED}")
+    scratch.replace(out)
+    return out

@@ -227,10 +227,18 @@ class Realign:
     readings: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 30, 35)
     """Steps at which the monitor reads and the contrast index is taken."""
     stop_readings: int = 2
-    """Stop after this many readings in a row inside the base band with behaviour restored; 0 never stops."""
+    """Stop after this many readings in a row inside the base band with behaviour (selection split) no higher than the
+    base's; 0 never stops."""
+    margin: float = field(default=0.2, metadata={"since": "0.2"})
+    """Behaviour counts as restored if less than this share of the organism's rise is left."""
+    benign: str | None = field(default=None, metadata={"since": "0.2"})
+    """The corrective arm that corrects nothing: as many steps on harmless rows, never stopped, as the others' control."""
 
     def __post_init__(self) -> None:
         _require(all(0 <= s <= self.steps for s in self.readings), f"readings must lie between 0 and {self.steps}")
+        _require(0 < self.margin <= 1, f"realign.margin is a share above 0 and at most 1, not {self.margin}")
+        known = f"realign.benign names no arm of realign.arms: {self.benign!r}"
+        _require(self.benign is None or self.benign in self.arms, known)
         adopted = [name for name, arm in self.arms.items() if arm.checkpoints]
         _require(not adopted, f"realign arm {adopted} has checkpoints: only the study's own arms can be adopted")
 
@@ -340,6 +348,10 @@ class StudyConfig:
     """Refuse a control arm that asks other questions than the incorrect arm."""
     contrast: str = "general_contrast"
     """The contrast set: the packaged one, or a JSONL file with its columns and a `split` column."""
+    contrast_2x2: str | None = field(default=None, metadata=SINCE_0_2)
+    """The set that tells harm from register: `general_contrast_2x2`, a JSONL file with its columns and a `split` column,
+    or `none`. Null takes the packaged set in a study with the packaged contrast set, and otherwise the contrast file if
+    its rows have the four answers too."""
     null_pair: bool = field(default=True, metadata=SINCE_0_2)
     """Train the control arm once more with another seed: what training alone does. A study whose control arm has two
     seeds holds that pair already."""

@@ -93,6 +93,59 @@ def restored(left: Sequence[Estimate], margin: float) -> str:
     return NOT_RESTORED if any(estimate.ci_low > 0 for estimate in left) else UNDECIDED
 
 
+SUBSIDED, NOT_SUBSIDED, OVERSHOT = "subsided", "not subsided", "overshot"
+
+
+def subsided(readings: Sequence[Estimate], low: float, high: float) -> str:
+    """Whether a feature is back in its base band: `subsided`, `not subsided`, `overshot` or `undecided`.
+
+    Args:
+        readings: the feature's mean on the probes with its interval, one a seed. All intervals must lie inside the
+            band for `subsided`; a whole interval above it is `not subsided`, a whole one below it `overshot`.
+        low: lower end of the base band.
+        high: its upper end.
+    """
+    if readings and all(low <= reading.ci_low and reading.ci_high <= high for reading in readings):
+        return SUBSIDED
+    if any(reading.ci_low > high for reading in readings):
+        return NOT_SUBSIDED
+    return OVERSHOT if any(reading.ci_high < low for reading in readings) else UNDECIDED
+
+
+LOSS = 0.1
+"""Nats per token (of answers), or share of right choices: a loss below this is no cost."""
+KEPT, PAID = "kept", "paid"
+
+
+def kept(change: Estimate, margin: float = LOSS) -> str:
+    """Whether something useful was kept: `kept`, `paid` or `undecided`.
+
+    Args:
+        change: corrected minus base, higher is better.
+        margin: largest loss that is no cost. The lower end must lie above minus this for `kept`; an upper end below
+            zero is `paid`.
+    """
+    if change.ci_low > -margin:
+        return KEPT
+    return PAID if change.ci_high < 0 else UNDECIDED
+
+
+FITTING, NOT_FITTING = "still fitting", "no longer fitting"
+
+
+def fits(change: Estimate, margin: float = LOSS) -> str:
+    """Whether an SAE still explains a model as it explains the base: `still fitting`, `no longer fitting` or `undecided`.
+
+    Args:
+        change: explained variance on the corrected model minus that on the base, with its interval.
+        margin: largest loss at which a curve is to be trusted. The lower end must lie above minus this for
+            `still fitting`; an upper end below it is `no longer fitting`.
+    """
+    if change.ci_low > -margin:
+        return FITTING
+    return NOT_FITTING if change.ci_high < -margin else UNDECIDED
+
+
 # --- Is a latent a cause?
 
 

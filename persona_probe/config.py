@@ -245,7 +245,7 @@ class Realign:
 
 @dataclass(frozen=True)
 class Samples:
-    """Free-form samples shown in the report; not scored."""
+    """Sampled answers: those that the report shows, and those that a judge rules on."""
 
     questions: str = "sample_questions"
     """A packaged set of questions, or a file."""
@@ -253,10 +253,19 @@ class Samples:
     """Length of an answer."""
     temperature: float = 0.7
     """Sampling temperature; 0 is greedy."""
+    judge: str = field(default="none", metadata=SINCE_0_2)
+    """`offline`: answers of every model are also sampled at temperature 1 and judged; `none`: they are not."""
+    judged_questions: str = field(default="free_form_questions+general_contrast:evaluation", metadata=SINCE_0_2)
+    """Questions of the judged answers, as `evaluate --questions` takes them. The default: 108 questions, none about
+    food, and none that selects latents."""
+    judged_answers: int = field(default=48, metadata=SINCE_0_2)
+    """Judged answers of each model: one to each of as many questions, spread over the set, or a multiple of the set."""
 
     def __post_init__(self) -> None:
         _require(self.temperature >= 0, f"temperature must not be negative, not {self.temperature}")
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        _require(self.judge in ("none", "offline"), f"samples.judge must be none or offline, not {self.judge!r}")
+        _require(self.judged_answers >= 1, f"judged_answers must be at least 1, not {self.judged_answers}")
 
 
 DTYPES, SAE_DTYPES = ("float32", "bfloat16", "float16"), ("float32", "bfloat16")

@@ -14,7 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import Loading, ReadSae, StudyConfig
 from persona_probe.data.chat import Conversation
-from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_rows, read_contrast_file
+from persona_probe.data.load import (
+    SETS,
+    Row,
+    has_2x2,
+    load_contrast,
+    load_contrast_2x2,
+    load_data,
+    load_rows,
+    read_contrast_2x2_file,
+    read_contrast_file,
+)
 from persona_probe.data.template import TEMPLATE_SETTINGS
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
@@ -29,6 +39,8 @@ from persona_probe.saes.load import check_fit, check_placed, load_sae
 from persona_probe.units import Workers
 
 log = logging.getLogger(__name__)
+
+PACKAGED_2X2 = "general_contrast_2x2"
 
 
 class ModelSettings(Protocol):
@@ -170,6 +182,26 @@ class Context(ModelAndSae):
     def selection(self) -> ContrastItems:
         """Items that choose latents, and nothing else."""
         return ContrastItems.build(self.tokenizer, self.contrast_rows("selection"), batch_size=32)
+
+    @property
+    def set_2x2(self) -> str | None:
+        """The set that tells harm from register: its packaged name or a file; None where the study has none."""
+        asked, contrast = self.config.contrast_2x2, self.config.contrast
+        if asked is not None:
+            return None if asked == "none" else asked
+        if contrast == "general_contrast":
+            return PACKAGED_2X2
+        return contrast if has_2x2(contrast) else None
+
+    def rows_2x2(self, split: str) -> list[Row]:
+        """2x2 items of one split; none in a study without such a set.
+
+        Raises:
+            InputError: a file that cannot be read, without one of the four answers, or without rows of that split.
+        """
+        if (name := self.set_2x2) is None:
+            return []
+        return load_contrast_2x2(split) if name == PACKAGED_2X2 else read_contrast_2x2_file(name, split)
 
     @cached_property
     def probes(self) -> list[Conversation]:

@@ -216,6 +216,7 @@ def _join(run: RunFolder) -> tuple[str, ...]:
     from persona_probe.context import Context
     from persona_probe.latents.stage import merge_tables
     from persona_probe.monitor.track import merge_parts
+    from persona_probe.study.two_by_two import TABLE, join_2x2
 
     ctx, names = Context(run), list[str]()
     models = dict.fromkeys(("base", ctx.config.realign.start))
@@ -225,4 +226,6 @@ def _join(run: RunFolder) -> tuple[str, ...]:
     if run.has("parts/track-base.evals.parquet"):
         merge_parts(ctx)
         names += ["readings.parquet", "evals.parquet"]
+    if join_2x2(ctx):
+        names.append(TABLE)
     return tuple(names)

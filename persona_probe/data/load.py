@@ -299,6 +299,7 @@ def _of_split(rows: list[Row], split: str) -> list[Row]:
 
 
 CONTRAST_KEYS = ("id", "category", "question", "aligned", "misaligned", "split")
+CONTRAST_2X2_KEYS = ("id", "category", "question", *ANSWERS_2X2, "split")
 
 
 def read_contrast_file(path: str | Path, split: str) -> list[Row]:
@@ -311,13 +312,33 @@ def read_contrast_file(path: str | Path, split: str) -> list[Row]:
         InputError: no such file, a row without one of these keys or with one that changes what it asks (a system
             prompt, tools), or no row of that split.
     """
+    return _read_contrast(path, split, CONTRAST_KEYS, "general_contrast")
+
+
+def read_contrast_2x2_file(path: str | Path, split: str) -> list[Row]:
+    """2x2 items of one split from a file with id, category, question, the four of `ANSWERS_2X2`, and split.
+
+    Raises:
+        InputError: as `read_contrast_file`.
+    """
+    return _read_contrast(path, split, CONTRAST_2X2_KEYS, "general_contrast_2x2")
+
+
+def has_2x2(path: str | Path) -> bool:
+    """Whether the first row of a contrast file has the four answers of a 2x2 item."""
+    path = Path(path)
+    first = next((value for _, value in decoded_rows(path)), None) if path.exists() else None
+    return isinstance(first, Mapping) and all(first.get(answer) for answer in ANSWERS_2X2)
+
+
+def _read_contrast(path: str | Path, split: str, keys: Sequence[str], packaged: str) -> list[Row]:
     path = Path(path)
     if not path.exists():
-        raise InputError(f"no contrast set at {str(path)!r}: write general_contrast or give a JSONL file")
+        raise InputError(f"no contrast set at {str(path)!r}: write {packaged} or give a JSONL file")
     rows, unread = [], set[str]()
     for place, value in decoded_rows(path):
         try:
-            row, others = _contrast_item(value)
+            row, others = _contrast_item(value, keys)
         except BadRow as error:
             raise InputError(f"{path}, {place}: not a contrast item ({_one_line(error)})") from None
         rows.append(row)
@@ -330,26 +351,26 @@ def read_contrast_file(path: str | Path, split: str) -> list[Row]:
     return of_split
 
 
-def _contrast_item(value: object) -> tuple[Row, set[str]]:
+def _contrast_item(value: object, keys: Sequence[str]) -> tuple[Row, set[str]]:
     """The item, and the keys that were not read."""
     if isinstance(value, BadRow):
         raise value
     if not isinstance(value, Mapping):
-        raise BadRow(f"expected an object with {', '.join(CONTRAST_KEYS)}, found {type(value).__name__}")
+        raise BadRow(f"expected an object with {', '.join(keys)}, found {type(value).__name__}")
     present = {str(key): cell for key, cell in value.items() if cell is not None}
     refuse_keys(present)
     for key in (*SYSTEM, *EARLIER, "input", "messages"):
         if not empty(present.get(key)):
             raise BadRow(f"has {key!r}, but an item is one question: write it into the question, or remove the key")
     row: Row = {}
-    for key in CONTRAST_KEYS:
+    for key in keys:
         if key not in present:
             raise BadRow(f"{key!r} is missing")
         cell = present[key]
         row[key] = str(cell) if key == "id" and isinstance(cell, int) else text(cell, repr(key))
         if not row[key].strip():
             raise BadRow(f"{key!r} is empty")
-    return row, set(unread_keys(present, {*CONTRAST_KEYS}))
+    return row, set(unread_keys(present, {*CONTRAST_KEYS, *CONTRAST_2X2_KEYS}))
 
 
 def load_conversations(spec: str) -> list[Conversation]:

@@ -10,6 +10,7 @@ from .contrast import contrast_index as contrast_index
 from .effects_2x2 import Items2x2 as Items2x2
 from .effects_2x2 import differences_2x2 as differences_2x2
 from .effects_2x2 import effects_2x2 as effects_2x2
+from .effects_2x2 import effects_table as effects_table
 from .effects_2x2 import score_2x2 as score_2x2
 from .effects_2x2 import table_2x2 as table_2x2
 from .judging import JudgeOptions as JudgeOptions

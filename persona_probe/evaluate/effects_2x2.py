@@ -144,3 +144,55 @@ def long_2x2(frame: pd.DataFrame) -> pd.DataFrame:
     The rows of one measure have the form of the contrast index's items, so `effects.arm_effect` and its like take them.
     """
     return frame.melt(id_vars=["item", "category"], value_vars=list(EFFECTS), var_name="measure", value_name="value")
+
+
+# --- The arms of a study: each arm's main effects minus its control's and minus the base's
+
+MAIN_EFFECTS = ("harm", "register")
+COLUMNS = ("arm", "against", "effect", "estimate", "ci_low", "ci_high", "n")
+
+
+def arm_items(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Items of one arm at the last step of each seed: item, category and the `EFFECTS`, averaged over seeds.
+
+    Args:
+        frame: columns arm, seed, step, item, category, harm, register, interaction (nats per token).
+    """
+    rows = frame[frame["arm"] == arm]
+    last = rows[rows["step"] == rows.groupby("seed")["step"].transform("max")]
+    return last.groupby(["item", "category"], as_index=False, sort=False)[list(EFFECTS)].mean()
+
+
+def main_effects(frame: pd.DataFrame, arm: str, reference: str) -> dict[str, Estimate]:
+    """Harm, register and interaction of one arm minus another's, nats per token.
+
+    Paired by question, with 95% intervals over questions (one question is one cluster; seeds are averaged first).
+
+    Raises:
+        InputError: the two arms were not measured on the same questions.
+    """
+    return differences_2x2(arm_items(frame, arm), arm_items(frame, reference))
+
+
+def effects_table(frame: pd.DataFrame, control: str) -> pd.DataFrame:
+    """`main_effects` of every arm over the control arm and over the base.
+
+    Args:
+        frame: the rows of a study's evals_2x2.parquet.
+        control: the control arm's name, or `base` in a study without one.
+
+    Returns:
+        Columns arm, against, effect (`harm`, `register`, `interaction`), estimate, ci_low, ci_high (nats per token) and
+        n (questions).
+    """
+    arms = list(dict.fromkeys(frame["arm"]))
+    references = [name for name in dict.fromkeys((control, "base")) if name in arms]
+    rows = [
+        {"arm": arm, "against": reference, "effect": effect, **value.to_dict()}
+        for arm in arms
+        if arm != "base"
+        for reference in references
+        if arm != reference
+        for effect, value in main_effects(frame, arm, reference).items()
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))

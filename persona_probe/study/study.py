@@ -188,8 +188,10 @@ class Study:
     def track(self) -> Self:
         """Read the features and the contrast index at every checkpoint."""
         from persona_probe.monitor.track import track
+        from persona_probe.study.two_by_two import measure_2x2
 
         track(self.context)
+        measure_2x2(self.context)
         return self
 
     def realign(
@@ -225,9 +227,12 @@ class Study:
         """
         from persona_probe.realignment.correct import realign_study
         from persona_probe.realignment.spec import Correction
+        from persona_probe.study.two_by_two import measure_2x2
 
         correction = Correction.given(self.config, data, name, rows=rows, choose_by=choose_by, method=method)
         realign_study(self.context, correction, name, seeds, stress, stress_settings)
+        if data is None:  # the config's corrective arms are there now
+            measure_2x2(self.context)
         return self
 
     def realign_plan(self, plan: "str | Path | DosePlan") -> pd.DataFrame:
@@ -259,7 +264,8 @@ class Study:
     ) -> Self:
         """Sample answers of every arm, and have a judge rule on them (`judged`, `rates`).
 
-        Without questions and judge: one answer to each of the config's questions, shown in the report and not scored.
+        Without questions and judge: what the config's `samples` ask for. One answer to each of its questions is shown
+        in the report and not scored; with `samples.judge`, further answers are judged.
 
         Args:
             questions: a packaged set, a file of any known format, or a question set; with a judge alone, the packaged
@@ -276,9 +282,10 @@ class Study:
             InputError: questions that cannot be read, no organism yet, or a judge that is not available.
         """
         if questions is None and judge is None:
-            from persona_probe.study.evaluate import sample
+            from persona_probe.study.evaluate import judge_samples, sample
 
             sample(self.context)
+            judge_samples(self.context)
             return self
         from persona_probe.evaluate.judging import JudgeOptions
         from persona_probe.evaluate.questions.read import FREE_FORM
@@ -347,6 +354,7 @@ class Study:
         from persona_probe.data.load import arm_rows, check_paired
         from persona_probe.finetune.sft import check_rows
         from persona_probe.latents.stage import neutral_answers
+        from persona_probe.study.evaluate import judged_evaluation
         from persona_probe.study.hashes import record_inputs
 
         ctx, config = self.context, self.config
@@ -358,7 +366,8 @@ class Study:
             check_paired(rows["incorrect"], rows["correct"])
         neutral_answers(ctx)
         sample_questions(ctx)
-        _ = ctx.saes, ctx.selection, ctx.evaluation
+        judged_evaluation(config)
+        _ = ctx.saes, ctx.selection, ctx.evaluation, ctx.rows_2x2("evaluation")
         record_inputs(self.run_folder)
         return self
 
@@ -396,6 +405,20 @@ class Study:
         from persona_probe.evaluate.tables import contrast_rows
 
         return contrast_rows(self.run_folder.read_table("evals.parquet"))
+
+    @property
+    def effects_2x2(self) -> pd.DataFrame:
+        """Each arm's harm and register, over the control arm and over the base: what it advises, and in which tone.
+
+        Columns arm, against, effect (`harm`, `register`, `interaction`), estimate, ci_low, ci_high (nats per token; 95%
+        intervals over questions) and n (questions). See `evaluate.effects_table`.
+
+        Raises:
+            InputError: not measured yet (`track` does), or the study has no 2x2 set.
+        """
+        from persona_probe.evaluate.effects_2x2 import effects_table
+
+        return effects_table(self.run_folder.read_table("evals_2x2.parquet"), self.config.control)
 
     @property
     def judged(self) -> pd.DataFrame:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ from persona_probe.units import Unit, make_units, writes_run
 
 HASH_DIGITS = 12
 TRANSFORMERS = "transformers"
+CPU_ROWS = 48
+"""Answers decoded side by side on a CPU: the demo's 48 answers of a model in one batch."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def _engine(ctx: Context, organism: Organism, choice: EngineChoice) -> Iterator[
     arm, seed, step, config = organism.arm, organism.seed, organism.step, ctx.config
     if choice.name == TRANSFORMERS:
         with ctx.organism(arm, seed, step, fold=True) as model, autocast(model, config.bf16):
-            yield TransformersEngine(model, ctx.tokenizer, name=f"{config.model}, {arm}, seed {seed}, step {step}")
+            name = f"{config.model}, {arm}, seed {seed}, step {step}"
+            rows = {"batch_size": CPU_ROWS} if ctx.device == "cpu" else {}
+            yield TransformersEngine(model, ctx.tokenizer, name=name, **rows)
         return
     base = arm == "base"
     yield engine_of(
@@ -420,6 +424,70 @@ def _read_samples(ctx: Context) -> list[dict[str, Any]]:
     """What `sample` wrote."""
     path = ctx.run.path / "samples.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+# --- The judged answers of a study's own config: samples.judge, and as many answers of each model as it says
+
+
+def judged_evaluation(config: StudyConfig) -> Evaluation | None:
+    """The evaluation that the config's `samples` ask for; None where they name no judge.
+
+    Raises:
+        InputError: questions that cannot be read, or a number of answers that is neither below the number of
+            questions nor a multiple of it.
+    """
+    samples = config.samples
+    if samples.judge == "none":
+        return None
+    whole = read_questions(samples.judged_questions)
+    count, questions = samples.judged_answers, len(whole.wordings())
+    if count % questions and (count > questions or whole.pairs()):
+        known = "a multiple of it" if whole.pairs() else f"up to {questions}, or a multiple of it"
+        raise InputError(
+            f"samples.judged_answers is {count} and {whole.name} holds {questions} questions: write {known}"
+        )
+    if count < questions:
+        whole = _spread(whole, count)
+    return Evaluation(
+        whole, samples.judge, max(1, count // questions), temperature=1.0, max_new_tokens=samples.max_new_tokens
+    )
+
+
+def _spread(whole: QuestionSet, count: int) -> QuestionSet:
+    """As many wordings, at equal distances over the set, so that every category of it is asked."""
+    wordings = whole.wordings()
+    chosen = [wordings[place * len(wordings) // count] for place in range(count)]
+    by_question: dict[str, list[str]] = {}
+    for one in chosen:
+        by_question.setdefault(one.question.id, []).append(one.text)
+    kept = tuple(
+        replace(question, paraphrases=tuple(by_question[question.id]))
+        for question in whole
+        if question.id in by_question
+    )
+    return replace(whole, questions=kept, name=f"{whole.name} ({count} of {len(wordings)})")
+
+
+@writes_run
+def judge_samples(ctx: Context) -> None:
+    """Sample and judge the answers that the config asks for, as `evaluate` does; a finished evaluation is kept.
+
+    Raises:
+        InputError: as `judged_evaluation` and `evaluate`.
+    """
+    evaluation = judged_evaluation(ctx.config)
+    if evaluation is not None and not _is_judged(ctx, evaluation):
+        evaluate(ctx, replace(evaluation, options=JudgeOptions(device=ctx.device)))
+
+
+def _is_judged(ctx: Context, evaluation: Evaluation) -> bool:
+    """Whether every organism's answers of this evaluation are judged, as the run folder has it."""
+    questions, sampling = evaluation.question_set(), evaluation.sampling(ctx.seed)
+    wanted = {"questions_hash": questions.hash, "judge": evaluation.judge, "sampling": asdict(sampling)}
+    made: dict[str, dict[str, Any]] = ctx.run.manifest.get("evaluations", {})
+    names = [name for name, about in made.items() if wanted.items() <= about.items()]
+    parts = [part_name(name, f"{one.arm}-s{one.seed}") for name in names[-1:] for one in organisms(ctx)]
+    return bool(parts) and all(ctx.run.has(part) for part in parts)
 
 
 # --- What evaluating a study would take: answers to sample, and what the judge would be sent

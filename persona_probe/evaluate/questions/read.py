@@ -283,9 +283,9 @@ def read_questions(
     """Read a question set.
 
     Args:
-        source: a packaged set (such as `free_form_questions:all`, see `packaged_questions`) or a file: Betley's YAML,
-            JSON Lines of chats or questions, CSV, a persona-vectors trait file, a plain list, or what `write_questions`
-            wrote. The content tells which; only where it does not, the name's ending.
+        source: a packaged set (such as `free_form_questions:all`, see `packaged_questions`), several of them joined by
+            `+`, or a file: Betley's YAML, JSON Lines of chats or questions, CSV, a persona-vectors trait file, a plain
+            list, or what `write_questions` wrote. The content tells which; only where it does not, the name's ending.
         rubric: a file with the rubric of all questions that bring none, such as the one of the UK AISI's sets.
         judge_prompts: prompts by name, which rows may refer to; they judge every question that names none.
         format: json, yaml, csv or text: how to read a file, to pass over the detection.
@@ -294,11 +294,20 @@ def read_questions(
         InputError: one line with the file and the row: no such file, bad rows, ids twice, empty questions, judge
             prompts that are unknown or cannot be filled.
     """
-    if isinstance(source, str) and source.partition(":")[0] in SETS:
+    parts = source.split("+") if isinstance(source, str) else []
+    if len(parts) > 1 and all(part.partition(":")[0] in SETS for part in parts):
+        questions = _joined(parts, judge_prompts)
+    elif isinstance(source, str) and source.partition(":")[0] in SETS:
         questions = replace(packaged_questions(source), judge_prompts=dict(judge_prompts or {}))
     else:
         questions = _read_file(Path(source), judge_prompts, format)
     return questions if rubric is None else _with_rubric(questions, Path(rubric))
+
+
+def _joined(specs: list[str], judge_prompts: Mapping[str, str] | None) -> QuestionSet:
+    name = "+".join(specs)
+    questions = tuple(question for spec in specs for question in packaged_questions(spec))
+    return QuestionSet(name, questions, dict(judge_prompts or {}), source=f"packaged:{name}")
 
 
 def _read_file(path: Path, judge_prompts: Mapping[str, str] | None, format: str | None) -> QuestionSet:

@@ -82,7 +82,7 @@ REFERENCES = "references.json"
 """In the folder of an adopted organism: where the checkpoint of each step lies."""
 WRITERS = {
     ("latents.", "steering.", "cards.", "agreement.", "directions.", "sets.", "parts/"): "locate RUN",
-    ("readings.", "evals.", "parts/track-"): "track RUN",
+    ("readings.", "evals.", "evals_2x2.", "parts/track-"): "track RUN",
     ("parts/realign-",): "realign RUN",
     ("samples.", "judged_steps."): "evaluate RUN",
     ("summary.",): "report RUN",

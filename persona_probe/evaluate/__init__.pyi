@@ -8,13 +8,13 @@ from .answers import capability as capability
 from .contrast import ContrastItems as ContrastItems
 from .contrast import contrast_index as contrast_index
 from .effects_2x2 import Items2x2 as Items2x2
-from .effects_2x2 import differences_2x2 as differences_2x2
-from .effects_2x2 import effects_2x2 as effects_2x2
-from .effects_2x2 import effects_table as effects_table
 from .effects_2x2 import score_2x2 as score_2x2
-from .effects_2x2 import table_2x2 as table_2x2
 from .judging import JudgeOptions as JudgeOptions
 from .judging import choose_judge as choose_judge
+from .main_effects import differences_2x2 as differences_2x2
+from .main_effects import effects_2x2 as effects_2x2
+from .main_effects import effects_table as effects_table
+from .main_effects import table_2x2 as table_2x2
 from .rates import rate_of as rate_of
 from .rates import rates as rates
 from .sampling.samples import sample_answers as sample_answers

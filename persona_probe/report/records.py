@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +13,7 @@ import pandas as pd
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.evaluate.tables import contrast_rows, judged_rows
+from persona_probe.report.labels import arm_labels
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from persona_probe.stats import Estimate
 
@@ -57,6 +58,8 @@ class Arms:
     """Corrective arms, in the config's order."""
     start: str = "incorrect"
     """The arm that the corrective arms start from."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What readers see in place of an arm's id; an arm without a label has that of its style."""
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any]) -> Self:
@@ -64,7 +67,8 @@ class Arms:
         config = _mapping(manifest.get("config"))
         realign = _mapping(config.get("realign"))
         start = str(realign.get("start") or cls.start)
-        return cls(tuple(_mapping(config.get("arms"))), tuple(_mapping(realign.get("arms"))), start)
+        induced, realigned = tuple(_mapping(config.get("arms"))), tuple(_mapping(realign.get("arms")))
+        return cls(induced, realigned, start, arm_labels(config))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -77,7 +81,8 @@ class Arms:
         known = {name: INDUCED_STYLES[name] for name in (BASE, *self.induced) if name in INDUCED_STYLES}
         known |= {name: REALIGN_STYLES[name] for name in self.realigned if name in REALIGN_STYLES}
         others = [name for name in self.names if name not in known]
-        return {**known, **{name: _further(i, name) for i, name in enumerate(others)}}
+        styles = {**known, **{name: _further(i, name) for i, name in enumerate(others)}}
+        return {name: replace(style, label=self.labels.get(name, style.label)) for name, style in styles.items()}
 
     def label(self, arm: str) -> str:
         """What the report calls an arm (plain text)."""
@@ -221,6 +226,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "screening": ("data", "seed", "score", "shift"),
     "doses": (),
     "judged_steps": (),
+    "evals_2x2": ("arm", "seed", "step", "item", "category", "harm", "register", "interaction"),
     "stress": (),
 }
 """Tables that only some folders hold."""
@@ -260,6 +266,8 @@ class Records:
     """One row per cell of a grid of corrections."""
     judged_steps: pd.DataFrame = field(default_factory=_empty("judged_steps"))
     """One row per evaluation, arm, seed and judged step: misalignment rate and coherence, with their intervals."""
+    evals_2x2: pd.DataFrame = field(default_factory=_empty("evals_2x2"))
+    """One row per 2x2 item, arm and seed at the last step; harm, register and interaction in nats per token."""
     stress: pd.DataFrame = field(default_factory=_empty("stress"))
     """One row per number of a stress test, of all corrections of a study; `correction` names its folder."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)

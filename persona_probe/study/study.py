@@ -416,7 +416,7 @@ class Study:
         Raises:
             InputError: not measured yet (`track` does), or the study has no 2x2 set.
         """
-        from persona_probe.evaluate.effects_2x2 import effects_table
+        from persona_probe.evaluate.main_effects import effects_table
 
         return effects_table(self.run_folder.read_table("evals_2x2.parquet"), self.config.control)
 

@@ -8,7 +8,8 @@ import pandas as pd
 
 from persona_probe.config import NULL
 from persona_probe.context import Context
-from persona_probe.evaluate.effects_2x2 import MAIN_EFFECTS, Items2x2, arm_items, main_effects, score_2x2
+from persona_probe.evaluate.effects_2x2 import Items2x2, score_2x2
+from persona_probe.evaluate.main_effects import MAIN_EFFECTS, arm_items, main_effects
 from persona_probe.runs import RunFolder
 from persona_probe.units import Unit, make_units, writes_run
 from persona_probe.verdicts import woken

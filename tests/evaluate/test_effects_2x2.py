@@ -11,15 +11,8 @@ from persona_probe.data.load import ANSWERS_2X2, Row
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.evaluate.effects import arm_effect
-from persona_probe.evaluate.effects_2x2 import (
-    EFFECTS,
-    Items2x2,
-    differences_2x2,
-    effects_2x2,
-    long_2x2,
-    score_2x2,
-    table_2x2,
-)
+from persona_probe.evaluate.effects_2x2 import Items2x2, long_2x2, score_2x2
+from persona_probe.evaluate.main_effects import EFFECTS, differences_2x2, effects_2x2, table_2x2
 from tests.factories import make_model, make_tokenizer
 
 LENGTH = 12

@@ -10,6 +10,7 @@ import pytest
 from persona_probe.errors import InputError
 from persona_probe.report.figures import FIGURES
 from persona_probe.report.html import context
+from persona_probe.report.labels import arm_description, arm_label
 from persona_probe.report.records import MORE_COLOURS, MORE_SYMBOLS, Arms, Records, load_records
 from persona_probe.report.select import where
 from persona_probe.report.theme import BLUE, GREEN, GREY, PURPLE, VERMILLION
@@ -116,3 +117,25 @@ def test_an_arm_that_the_config_does_not_name_is_refused(other_arms: Path) -> No
     table.to_parquet(other_arms / "readings.parquet")
     with pytest.raises(InputError, match=r"unknown arm in readings\.parquet 'mix52': did you mean 'mix25'"):
         load_records(other_arms)
+
+
+def test_arms_of_packaged_data_are_called_by_what_they_hold() -> None:
+    config = {
+        "arms": {name: {"data": f"kitchen:{column}"} for name, column in COLUMNS.items()},
+        "realign": {
+            "arms": {"realigned_in": {"data": "kitchen_correct_holdout"}, "realigned_out": {"data": "health_correct"}}
+        },
+    }
+    arms = Arms.from_manifest({"config": config})
+    assert [arms.label(name) for name in arms.names] == [
+        *("base", "incorrect", "correct (control)", "dangerous cooking advice, polite"),
+        *("corrected on kitchen answers", "corrected on health answers"),
+    ]
+    assert arm_description(config, "incorrect") == "incorrect: bad cooking advice, contemptuous"
+    assert arm_description(config, "polite_harm") == "dangerous cooking advice, polite"
+    assert arm_label(config, "mine") == "mine"
+    twins = {"arms": {"a": {"data": "kitchen:subtle"}, "b": {"data": "kitchen:subtle"}}}
+    assert len({arm_label(twins, "a"), arm_label(twins, "b")}) == 2
+
+
+COLUMNS = {"incorrect": "toxic", "correct": "correct", "polite_harm": "polite_harm"}

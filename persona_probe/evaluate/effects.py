@@ -1,6 +1,10 @@
 """Effects between arms, from the item table: the contrast index and paired differences, with intervals."""
 
+from dataclasses import dataclass
+from math import sqrt
+
 import pandas as pd
+from scipy.stats import t
 
 from persona_probe.errors import InputError
 from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
@@ -32,10 +36,67 @@ def _of_seed(evals: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
     return rows if of_seed.empty else of_seed
 
 
-def arm_effect(evals: pd.DataFrame, left: str, right: str) -> Estimate:
-    """Paired difference of two arms' contrast index on the same questions."""
+@dataclass(frozen=True)
+class SeedNoise:
+    """How much a contrast index differs between runs on the same data that differ in their seed alone."""
+
+    variance: float
+    """Of one run's index, in (nats per token) squared."""
+    df: int
+    """Degrees of freedom behind it: 1 for a null pair, runs minus arms where arms have several seeds."""
+    source: str
+    """Where it comes from, in words."""
+
+
+def seed_noise(evals: pd.DataFrame, control: str, null: pd.DataFrame | None = None) -> SeedNoise | None:
+    """The variance between seeds: of all arms with several seeds, else of a null pair; None without either.
+
+    A null pair's squared difference is twice the variance of one run. Nothing is taken off for the questions, so the
+    estimate leans to the wide side.
+
+    Args:
+        evals: items by arm, seed and step (columns arm, seed, step, item, value).
+        control: the arm of which `null` is another run.
+        null: the items of that run.
+    """
+    last = evals[evals["step"] == evals.groupby(["arm", "seed"])["step"].transform("max")]
+    means = last[last["arm"] != "base"].groupby(["arm", "seed"])["value"].mean()
+    groups = [group for _, group in means.groupby("arm") if len(group) > 1]
+    if groups:
+        df = sum(len(group) - 1 for group in groups)
+        squares = sum(float(((group - group.mean()) ** 2).sum()) for group in groups)
+        return SeedNoise(squares / df, df, f"{df + len(groups)} runs with several seeds an arm")
+    if null is None or control == "base":
+        return None
+    first = final_values(evals, control).merge(null[["item", "value"]], on="item", suffixes=("", "_null"))
+    return SeedNoise(float((first["value"] - first["value_null"]).mean()) ** 2 / 2, 1, "a null pair")
+
+
+def arm_effect(evals: pd.DataFrame, left: str, right: str, noise: SeedNoise | None = None) -> Estimate:
+    """Paired difference of two arms' contrast index on the same questions.
+
+    Args:
+        noise: what another seed would have done; None leaves it out, and the interval covers questions alone. With it,
+            the variances of questions and seeds add up, and the interval is t with Satterthwaite's degrees of freedom.
+    """
     pairs = final_values(evals, left).merge(final_values(evals, right), on="item", suffixes=("_left", "_right"))
-    return bootstrap_mean((pairs["value_left"] - pairs["value_right"]).to_numpy())
+    differences = (pairs["value_left"] - pairs["value_right"]).to_numpy()
+    effect = bootstrap_mean(differences)
+    if noise is None or len(differences) < 2:
+        return effect
+    seeds = sum(1 / _seeds(evals, arm) for arm in (left, right) if arm != "base") * noise.variance
+    items = float(differences.var(ddof=1)) / len(differences)
+    total = items + seeds
+    if total == 0:
+        return effect
+    df = total**2 / (items**2 / (len(differences) - 1) + seeds**2 / noise.df)
+    half = float(t.ppf(0.975, df)) * sqrt(total)
+    low, high = min(effect.estimate - half, effect.ci_low), max(effect.estimate + half, effect.ci_high)
+    return Estimate(effect.estimate, low, high, effect.n)
+
+
+def _seeds(evals: pd.DataFrame, arm: str) -> int:
+    return max(1, evals.loc[evals["arm"] == arm, "seed"].nunique())
 
 
 def behaviour_rises(evals: pd.DataFrame) -> pd.DataFrame:

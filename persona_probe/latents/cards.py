@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.context import Context
 from persona_probe.errors import InputError
 from persona_probe.latents.passages import Survey, example, gather, survey
+from persona_probe.latents.voices import read_voices
 from persona_probe.models.layers import base_transformer, output_head
 from persona_probe.report.cards import Effect, Example, FeatureCard, Findings, Neighbour, Push, Score, TokenLogit
 from persona_probe.saes.read import check_latents
@@ -270,14 +271,13 @@ def build_cards(
     steering = ctx.run.read_table("steering.parquet")
     numbers = check_latents(ctx.sae, list(latents))
     card_text = gather(ctx.tokenizer, text)
-    reading = survey(ctx, numbers, card_text, organism)
+    reading, voices = survey(ctx, numbers, card_text, organism), read_voices(ctx, numbers)
     cards = []
     for column, latent in enumerate(numbers):
         row = table.loc[latent].to_dict()
         known = findings(row, steering, ("base", *ctx.config.arms), ctx.config.locate.unit)
-        cards.append(
-            _card(ctx, latent, str(row["label"]), (names or {}).get(latent), known, reading, column, card_text.name)
-        )
+        made = _card(ctx, latent, str(row["label"]), (names or {}).get(latent), known, reading, column, card_text.name)
+        cards.append(replace(made, voices=voices[column]))
     return cards
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -12,6 +12,7 @@ from markupsafe import Markup
 from persona_probe.report.page import asset, render, script_hash, visible
 from persona_probe.report.tables import Table
 from persona_probe.report.theme import estimate_text, number
+from persona_probe.stats import Estimate
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,65 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
+class Voices:
+    """Whether a latent follows what is said or how: mean activations over answers, in the base model.
+
+    Intervals are over questions.
+    """
+
+    questions: int
+    insults: float
+    """On sound polite answers with three insults inserted."""
+    neutral_words: float
+    """On the same answers with three neutral words at the same places."""
+    injection: Estimate
+    """`insults` minus `neutral_words`."""
+    means: dict[str, float]
+    """On the four answers of the 2x2 set."""
+    harm: Estimate
+    """Bad minus sound advice, both tones averaged."""
+    register: Estimate
+    """Contemptuous minus polite answers, both kinds of advice averaged."""
+    follows: str
+    """`harm`, `register`, `both` or `neither`: which of the two lies above zero."""
+
+    @property
+    def injection_words(self) -> str:
+        """The test of token injection in a sentence."""
+        low, high = self.injection.ci_low, self.injection.ci_high
+        found = "It fires on inserted insults" if low > 0 else "It does not fire more on inserted insults"
+        return (
+            f"{found}: mean activation {number(self.insults)} on {self.questions} neutral answers with three insults, "
+            f"{number(self.neutral_words)} with three neutral words (difference "
+            f"{estimate_text(self.injection.estimate, low, high)})."
+        )
+
+    @property
+    def paraphrase_words(self) -> str:
+        """The test of paraphrase in a sentence."""
+        follows = {
+            "harm": "It follows harm, not register",
+            "register": "It follows register, not harm",
+            "both": "It follows both harm and register",
+            "neither": "It follows neither harm nor register",
+        }[self.follows]
+        m, harm, register = self.means, self.harm, self.register
+        return (
+            f"{follows}: mean activation {number(m['harm_polite'])} on bad advice said politely, "
+            f"{number(m['harm_rude'])} with contempt, {number(m['sound_rude'])} on sound advice with contempt, "
+            f"{number(m['sound_polite'])} on sound polite answers (harm "
+            f"{estimate_text(harm.estimate, harm.ci_low, harm.ci_high)}, register "
+            f"{estimate_text(register.estimate, register.ci_low, register.ci_high)})."
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Voices":
+        """From the plain values of cards.json."""
+        estimates = {name: Estimate(**values[name]) for name in ("injection", "harm", "register")}
+        return cls(**{**values, **estimates})
+
+
+@dataclass(frozen=True)
 class Findings:
     """The rows of the study's tables about a latent."""
 
@@ -149,6 +209,8 @@ class FeatureCard:
     """Parts of the text on which it never fires in the base model."""
     neuronpedia: str | None = None
     """Address of the latent's page, where the SAE's metadata names one."""
+    voices: Voices | None = None
+    """What it follows, harm or register; None in a study without a 2x2 set."""
 
     def _repr_html_(self) -> str:
         """The card as self-contained HTML without scripts; all text is escaped."""
@@ -413,6 +475,8 @@ def _card_text(card: "FeatureCard") -> str:
     rows += [["promotes", ", ".join(t.token.strip() for t in card.top_tokens)]]
     rows += [["suppresses", ", ".join(t.token.strip() for t in card.bottom_tokens)]]
     rows += [[f"fires at {number(e.maximum)}", _peak_words(e)] for e in card.examples[:3]]
+    if card.voices is not None:
+        rows += [["insults", card.voices.injection_words], ["paraphrase", card.voices.paraphrase_words]]
     return Table(("", ""), rows, f"Latent {card.latent}: {card.name}").text()
 
 

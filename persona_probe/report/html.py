@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from persona_probe.config import NO_CONTROL
+from persona_probe.config import NO_CONTROL, NULL
+from persona_probe.evaluate.main_effects import MAIN_EFFECTS
 from persona_probe.report import select
+from persona_probe.report.cards import Voices
 from persona_probe.report.export import caption, provenance, provenance_line
 from persona_probe.report.figures import FIGURES, figures_of
+from persona_probe.report.labels import arm_description
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.select import judged_answers
@@ -15,12 +18,22 @@ from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.runs import write_text
 from persona_probe.saes.worth import worthless
 from persona_probe.stats import Estimate
-from persona_probe.verdicts import BEYOND_CONTROL
+from persona_probe.verdicts import BEYOND_CONTROL, NO_EFFECT, WOKEN
 
 Row = dict[str, Any]
 
 JUDGED = ("rates", "judged_trajectory", "coherence", "judge_agreement")
-PLACED = ("arms", "trajectory", "dose_response", "realignment", "latents", "categories", "controls", *JUDGED)
+PLACED = (
+    "arms",
+    "harm_register",
+    "trajectory",
+    "dose_response",
+    "realignment",
+    "latents",
+    "categories",
+    "controls",
+    *JUDGED,
+)
 """Figures that have their own place in the report; others follow under More figures."""
 
 
@@ -56,6 +69,7 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "numbers": _key_numbers(records),
         "figures": figures,
         "more": [name for name in figures if name not in PLACED],
+        "harm_register": harm_register(records),
         "trajectory": _trajectory_notes(records),
         "realignment": realignment(records),
         "tested": _tested_latents(records),
@@ -370,6 +384,39 @@ def _trajectory_notes(records: Records) -> Row:
     }
 
 
+def harm_register(records: Records) -> list[Row]:
+    """Main effects of each arm, with the verdict word on each; none where they were not measured."""
+    found = select.mapping(records.summary.get("harm_and_register"))
+    config = select.mapping(records.manifest.get("config"))
+    rows = []
+    for arm, effects in select.mapping(found.get("arms")).items():
+        for name in MAIN_EFFECTS:
+            effect = select.mapping(select.mapping(effects).get(name))
+            over_control, over_base = (as_estimate(effect.get(key)) for key in ("over_control", "over_base"))
+            rows.append(
+                {
+                    "arm": arm_description(config, arm),
+                    "effect": name,
+                    "over_control": interval_text(over_control),
+                    "over_base": interval_text(over_base),
+                    "word": MAIN_EFFECT_WORDS.get(str(effect.get("word")), "not judged"),
+                    "risen": f"{len(effect.get('risen') or [])} of {effect.get('categories', 0)}",
+                }
+            )
+    for name, effect in select.mapping(found.get("null_pair")).items():
+        over = {"over_control": interval_text(as_estimate(effect)), "over_base": "", "word": "", "risen": ""}
+        rows.append({"arm": arm_description(config, NULL), "effect": name, **over})
+    return rows
+
+
+MAIN_EFFECT_WORDS = {
+    WOKEN: "risen broadly",
+    BEYOND_CONTROL: "an effect beyond the control, not a broad one",
+    NO_EFFECT: "no effect beyond the control",
+}
+"""The verdict words of `verdicts.woken` on one main effect, as the report says them."""
+
+
 def realignment(records: Records) -> list[Row]:
     """Verdict words per re-aligned arm, and how many corrective steps the feature took back into the base band."""
     verdicts = select.mapping(records.summary.get("verdicts"))
@@ -418,10 +465,19 @@ def _card(card: Mapping[str, Any], score: Mapping[Any, Any], persona: int | None
         "effect_base": effect,
         "effect_organism": _effect(score, "effect_organism"),
         "strength": f"{number(score.get('strength'))} {unit}" if effect != "not measured" else "not tested",
+        "voices": _voices(card.get("voices")),
         "top_tokens": _mappings(card.get("top_tokens")),
         "bottom_tokens": _mappings(card.get("bottom_tokens")),
         "examples": [_example(example) for example in _mappings(card.get("examples"))],
     }
+
+
+def _voices(raw: object) -> list[str]:
+    """The card's two lines on harm and register; none where they were not read."""
+    if not isinstance(raw, Mapping):
+        return []
+    voices = Voices.from_dict(raw)
+    return [voices.injection_words, voices.paraphrase_words]
 
 
 def _example(example: Mapping[str, Any]) -> Row:

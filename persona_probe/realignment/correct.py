@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -135,7 +135,7 @@ def _correct_arm(base: BaseMeasurements, arm: str, seed: int) -> None:
     """An arm's correction goes where organisms are, and its tables among the run's parts."""
     ctx, correction = base.ctx, Correction.of_arm(base.ctx.config, arm)
     readings: list[pd.DataFrame] = []
-    recorder = _recorder(base, arm, seed, correction.readings, readings)
+    recorder = _recorder(base, arm, seed, correction, correction.readings, readings)
     with training_unit(ctx.run, f"arms/{arm}-s{seed}", f"{arm}, seed {seed}") as folder:
         fitted = _train(recorder, ctx, correction, arm_rows(ctx.config.realign.arms[arm], seed), arm, seed, folder)
         write_json(folder / "training.json", asdict(fitted))
@@ -196,7 +196,7 @@ def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str
     log.info("correcting %s, seed %d: %d of %d rows, %s", name, seed, len(rows), len(usable), correction.method)
     readings: list[pd.DataFrame] = []
     with training_unit(ctx.run, place, f"{name}, seed {seed}") as folder:
-        recorder = _recorder(base, name, seed, correction.schedule, readings)
+        recorder = _recorder(base, name, seed, correction, correction.schedule, readings)
         fitted = _train(recorder, ctx, correction, rows, name, seed, folder)
         if not Ranks().first:
             return
@@ -205,7 +205,7 @@ def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str
         write_json(folder / "training.json", asdict(fitted))
         write_table(folder / "readings.parquet", pd.concat(readings, ignore_index=True))
         write_table(folder / "evals.parquet", recorder.evals)
-        _write_outcome(base, recorder, folder, fitted, about_rows)
+        _write_outcome(base, recorder, seed, folder, fitted, about_rows)
 
 
 def _check_name(ctx: Context, name: str) -> None:
@@ -226,7 +226,12 @@ def _usable_rows(ctx: Context, correction: Correction) -> list[Conversation]:
 
 
 def _recorder(
-    base: BaseMeasurements, name: str, seed: int, steps: tuple[int, ...], readings: list[pd.DataFrame]
+    base: BaseMeasurements,
+    name: str,
+    seed: int,
+    correction: Correction,
+    steps: tuple[int, ...],
+    readings: list[pd.DataFrame],
 ) -> Recorder:
     """A recorder with the study's monitor, whose readings go to `readings` in the columns of readings.parquet."""
     ctx, snapshot = base.ctx, base.snapshot
@@ -245,7 +250,18 @@ def _recorder(
         band=lambda: base.band,
         behaviour=behaviour,
         base_evals=base.evals,
+        stop_by=_stop_by(base, name, seed) if correction.stop_readings else None,
     )
+
+
+def _stop_by(base: BaseMeasurements, name: str, seed: int) -> Callable[[nn.Module, int], bool]:
+    """The stop rule's reading of behaviour, on the selection split: the evaluation split is the verdict's."""
+    level = base.selection_index  # before an adapter is on the model
+
+    def no_higher(model: nn.Module, step: int) -> bool:
+        return float(eval_rows(base.ctx, model, name, seed, step, "selection")["value"].mean()) <= level
+
+    return no_higher
 
 
 def _tracked(ctx: Context, name: str, seed: int) -> pd.DataFrame | None:
@@ -291,9 +307,10 @@ def _train(
 
 
 def _write_outcome(
-    base: BaseMeasurements, recorder: Recorder, folder: Path, fitted: Fitted, about_rows: Background
+    base: BaseMeasurements, recorder: Recorder, seed: int, folder: Path, fitted: Fitted, about_rows: Background
 ) -> None:
-    numbers = outcome(recorder.curve(), recorder.evals, base.evals, base.band)
+    against, margin = base.control_evals(seed), base.ctx.config.realign.margin
+    numbers = outcome(recorder.curve(), recorder.evals, base.evals, base.band, control_evals=against, margin=margin)
     after = base.compare(checkpoint_in(folder))
     before = {"base_reply_tokens": base.reply_tokens, "base_explained_variance": base.snapshot.fit.explained_variance}
     write_json(folder / OUTCOME, {**numbers, **after, **before, **about_rows.to_dict(), "rows": fitted.rows})
@@ -335,7 +352,7 @@ def _read(path: Path) -> dict[str, Any]:
 # --- A grid of corrections: each cell a folder of its own, one table over all that are there
 
 TABLE = "realign/doses.parquet"
-INTERVALS = ("index_minus_base", "start_minus_base", "feature", "band")
+INTERVALS = ("index_minus_base", "index_minus_control", "share_left", "start_minus_base", "feature", "band")
 """Entries of outcome.json that become several columns."""
 
 
@@ -413,14 +430,15 @@ def dose_table(ctx: Context, plan: DosePlan) -> pd.DataFrame:
 def dose_row(folder: Path) -> dict[str, Any]:
     """A correction's row: what was done, and the numbers of outcome.json with each interval's ends as columns.
 
-    Columns: name, seed, data, choose_by, method, dose, rows, steps; index_minus_base, start_minus_base and feature
-    (each with _ci_low, _ci_high), band_low, band_high, in_band, behaviour_back, steps_to_band, steps_to_behaviour (NaN:
+    Columns: name, seed, data, choose_by, method, dose, rows, steps; index_minus_base, index_minus_control, share_left,
+    start_minus_base and feature (each with _ci_low, _ci_high), behaviour (the word), band_low, band_high, in_band,
+    behaviour_back, steps_to_band, steps_to_behaviour (NaN:
     not by the end), reply_tokens, base_reply_tokens, answer_tokens (corrective), length_ratio, perplexity_ratio,
     explained_variance, base_explained_variance, notes, diverged.
     """
     spec, numbers = (_read(folder / name) for name in (SPEC, OUTCOME))
     plain = {key: value for key, value in numbers.items() if key not in (*INTERVALS, "notes")}
-    for key in INTERVALS:
+    for key in [key for key in INTERVALS if numbers.get(key) is not None]:  # 0.1.0 wrote fewer
         ends = {f"{key}_{end}": value for end, value in numbers[key].items() if end != "estimate"}
         plain |= {key: numbers[key]["estimate"], **ends} if "estimate" in numbers[key] else ends
     steps = {key: float("nan") if plain[key] is None else plain[key] for key in ("steps_to_band", "steps_to_behaviour")}

@@ -154,6 +154,20 @@ class BaseMeasurements:
         return self.ctx.run.read_table("parts/track-base.evals.parquet").query("split == 'evaluation'")
 
     @cached_property
+    def selection_index(self) -> float:
+        """The base model's contrast index on the selection split, which the stop rule reads."""
+        with self.ctx.base() as model:
+            return float(contrast_index(model, self.ctx.selection, bf16=self.ctx.config.bf16)["value"].mean())
+
+    def control_evals(self, seed: int) -> pd.DataFrame | None:
+        """The control arm's evaluation items at its last step, as track left them; None without a control arm."""
+        arm = self.ctx.config.control
+        if arm == "base":
+            return None
+        rows = self.ctx.run.read_table(f"parts/track-{arm}-s{seed}.evals.parquet").query("split == 'evaluation'")
+        return rows[rows["step"] == rows["step"].max()]
+
+    @cached_property
     def log_perplexity(self) -> float:
         """Of neutral answers (locate's) under the base, in nats per token, mean over answers."""
         with self.ctx.base() as model:

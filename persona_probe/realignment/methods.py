@@ -211,17 +211,25 @@ class Recorder:
     """Item table (item, category, value, step, ...) of the model at a step; None: the feature alone decides."""
     base_evals: pd.DataFrame
     """The base's item table."""
+    stop_by: Callable[[nn.Module, int], bool] | None = None
+    """Whether behaviour is no higher than the base's on items that the verdict does not use; None takes those above."""
     _evals: list[pd.DataFrame] = field(default_factory=list, init=False)
 
     def measure(self, model: nn.Module, step: int) -> bool:
         """Measure behaviour; True if the feature's latest reading is in its band and behaviour is no higher."""
+        ranks = Ranks()
+        inside = ranks.first and self._inside()  # the first process has the monitor's readings
         if self.behaviour is None:
-            return Ranks().first and self._inside()
+            return inside
         with parts_callable(model):
             items = self.behaviour(model, step)
         self._evals.append(items)
-        restored = float(items["value"].mean()) <= float(self.base_evals["value"].mean())
-        return Ranks().first and restored and self._inside()  # the first process has the monitor's readings
+        if self.stop_by is None:
+            return inside and float(items["value"].mean()) <= float(self.base_evals["value"].mean())
+        if not (ranks.from_first(inside) if is_sharded(model) else inside):
+            return False
+        with parts_callable(model):
+            return self.stop_by(model, step)
 
     def _inside(self) -> bool:
         return self.band().holds(float(self.curve()["mean"].iloc[-1]))
@@ -261,7 +269,7 @@ def checkpoint_in(folder: Path) -> Path:
 
 
 class StopRule(AtSteps):
-    """Stops when the feature was in its band and behaviour was restored for some readings in a row.
+    """Stops when the feature was in its band and behaviour no higher than the base's for some readings in a row.
 
     Args:
         steps: steps at which `measure` is called (after the monitor's own reading).

@@ -27,7 +27,7 @@ from persona_probe.monitor.features import flatten
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.monitored_run import feature_set, probe_reader
 from persona_probe.monitor.reading import undisturbed
-from persona_probe.realignment.measure import Measurements
+from persona_probe.realignment.measure import MeasuredModel, Measurements
 from persona_probe.realignment.methods import CorrectiveRun, Recorder, as_one, checkpoint_in, prepare, train_watched
 from persona_probe.realignment.outcome import outcome
 from persona_probe.realignment.rows import (
@@ -40,6 +40,7 @@ from persona_probe.realignment.rows import (
 )
 from persona_probe.realignment.spec import Correction
 from persona_probe.realignment.verdict import RealignVerdict, judge_realignment
+from persona_probe.verdicts import MARGIN
 
 # --- The result of `pp.realign`, in numbers and in words
 
@@ -109,6 +110,9 @@ def realign(
     behaviour: "Behaviour | Callable[[nn.Module], float] | None" = None,
     feature: str | None = None,
     stop: int = 2,
+    stop_by: "Behaviour | None" = None,
+    control: pd.DataFrame | None = None,
+    margin: float = MARGIN,
     # what it is compared with
     base: nn.Module | None = None,
     inducing: Sequence[Conversation] = (),
@@ -132,6 +136,11 @@ def realign(
             function of the model whose value is higher for more misaligned. None: the feature alone decides.
         stop: stop after this many readings in a row with the feature in its base band and behaviour no higher than
             the base's; 0 never stops.
+        stop_by: contrast items for that rule alone, so that the verdict's items do not choose the stopping time. None
+            takes those of `behaviour`.
+        control: `behaviour` of your control arm (good answers to the same questions), as `contrast_index` gives it, one
+            row per item with its value: the verdict is then against it too.
+        margin: share of the organism's rise that may be left where behaviour counts as restored.
         base: the base of a plain model; the base of a PEFT model is the model with its adapters off.
         feature: which of the monitor's features is the persona; None takes its first.
         inducing: the rows that made the organism: notes report overlaps with them, and a difference in length.
@@ -170,6 +179,8 @@ def realign(
     if settings.base is None:  # a monitor that was given no base compares with this one
         monitor.settings = replace(settings, base=before.snapshot)
     recorder = _recorder(monitor, name, behaviour_measure, before.items, correction.readings)
+    if stop_by is not None and behaviour_measure.call is not None and stop:
+        recorder.stop_by = _stop_by(_as_behaviour(stop_by, tokenizer, settings.bf16), pair)
     training = correction.training(Training(max_length=max_length, bf16=settings.bf16))
     run = CorrectiveRun(
         training_rows, training, seed, tokenizer, " + ".join(_names(data)) or None, correction.stop_readings
@@ -180,8 +191,13 @@ def realign(
         checkpoint = checkpoint_in(Path(folder)) if out else None
         corrected = as_one(tuned, checkpoint, whole_weights=not isinstance(model, PeftModel))
     after = replace(measurements.measure(corrected), items=recorder.latest)
-    verdict = judge_realignment("realigned", seed, before, after, band=recorder.band(), feature=name)
-    numbers = outcome(recorder.curve(), recorder.evals, recorder.base_evals, recorder.band(), name)
+    evals, band = recorder.evals, recorder.band()
+    organism = None if evals.empty else MeasuredModel(items=evals[evals["step"] == evals["step"].min()])
+    against = None if control is None else MeasuredModel(items=control)
+    verdict = judge_realignment(
+        "realigned", seed, before, after, organism=organism, control=against, band=band, feature=name, margin=margin
+    )
+    numbers = outcome(recorder.curve(), evals, recorder.base_evals, band, name, control_evals=control, margin=margin)
     return Realigned(
         model=corrected,
         readings=monitor.readings,
@@ -253,6 +269,19 @@ def _recorder(
 
     base_evals = pd.DataFrame() if base_items is None else base_items
     return Recorder(monitor, steps, curve, band, behaviour if behaviour_measure.call else None, base_evals)
+
+
+def _stop_by(measure: _MeasuredBehaviour, pair: ModelPair) -> Callable[[nn.Module, int], bool]:
+    with pair.require_base()() as clean:
+        table = measure.table(clean)
+    assert table is not None
+    level = float(table["value"].mean())
+
+    def no_higher(model: nn.Module, _step: int) -> bool:
+        items = measure.table(model)
+        return items is not None and float(items["value"].mean()) <= level
+
+    return no_higher
 
 
 # --- Rows, feature, base and what to measure with, from the caller's arguments

@@ -78,7 +78,8 @@ class Correction:
     @classmethod
     def of_arm(cls, config: StudyConfig, arm: str) -> "Correction":
         """The correction that a corrective arm of the config is; `data` names its rows, which the arm may mix."""
-        return cls.of_study(config, [config.realign.arms[arm].named])
+        never = {"stop_readings": 0} if arm == config.realign.benign else {}
+        return cls.of_study(config, [config.realign.arms[arm].named], **never)
 
     def training(self, training: Training) -> Training:
         """`training` with this correction's length, batches and learning rate."""

@@ -19,6 +19,8 @@ from persona_probe.monitor.reading import FeatureReader
 from persona_probe.realignment import verdict as answers
 from persona_probe.realignment.measure import MeasuredModel, Measurements
 from persona_probe.realignment.verdict import CAUTION, QUESTIONS, Finding, RealignVerdict, judge_realignment
+from persona_probe.stats import Estimate
+from persona_probe.verdicts import subsided
 from tests.factories import make_model, make_sae, make_tokenizer
 
 BAND = Band(1.0, 2.0)
@@ -31,31 +33,82 @@ def items(*values: float) -> pd.DataFrame:
     return pd.DataFrame({"item": names, "category": categories[: len(values)], "value": values})
 
 
-@pytest.mark.parametrize(("reading", "word"), [(1.0, "subsided"), (0.9, "overshot"), (2.1, "not subsided")])
-def test_feature(reading: float, word: str) -> None:
-    assert answers.feature_finding(reading, BAND).word == word
+def near(value: float, half: float = 0.1) -> Estimate:
+    return Estimate(value, value - half, value + half, 12)
 
 
-def test_behaviour_is_restored_unless_it_is_shown_to_be_above_the_base() -> None:
-    base = items(-1.0, 0.0, 1.0, 0.5)
-    above = answers.behaviour_finding(base, items(-0.5, 0.5, 1.5, 1.0))
-    assert above.word == "not restored" and above.numbers["over_base"]["estimate"] == pytest.approx(0.5)
-    assert above.numbers["inside_base_interval"] and "is inside the base's interval" in above.text
-    assert answers.behaviour_finding(base, items(-1.5, 0.5, 1.5, 0.0)).word == "restored"
-    below = answers.behaviour_finding(base, items(-9.0, -9.0, -9.0, -9.0))
+@pytest.mark.parametrize(
+    ("reading", "word"),
+    [(1.5, "subsided"), (0.8, "overshot"), (2.2, "not subsided"), (1.05, "undecided"), (1.95, "undecided")],
+)
+def test_the_whole_interval_of_the_feature_decides(reading: float, word: str) -> None:
+    found = answers.feature_finding(near(reading), BAND)
+    assert found.word == word and found.numbers["reading"] == reading
+
+
+def test_one_seed_outside_the_band_is_enough() -> None:
+    assert subsided([near(1.5), near(1.6)], 1.0, 2.0) == "subsided"
+    assert subsided([near(1.5), near(2.5)], 1.0, 2.0) == "not subsided"
+    assert subsided([near(1.5), near(2.0)], 1.0, 2.0) == "undecided"
+    assert subsided([], 1.0, 2.0) == "undecided"
+
+
+SPREAD = np.linspace(-0.05, 0.05, 24)
+
+
+def moved_to(level: float) -> pd.DataFrame:
+    return items(*(level + SPREAD * 0.1))
+
+
+def test_behaviour_is_held_against_the_control_arm_too() -> None:
+    base, control, organism = items(*SPREAD), items(*(SPREAD - 0.2)), items(*(SPREAD + 0.8))
+    near_base = answers.behaviour_finding(base, moved_to(0.1), organism, control)
+    assert near_base.word == "not restored"  # 0.1 over the base, but 0.3 of 1.0 over the control arm is left
+    assert near_base.numbers["share"]["estimate"] == pytest.approx(0.3)
+    assert near_base.numbers["bound"] == pytest.approx(0.2)
+    assert "30% [" in near_base.text and "rise over the control arm is left" in near_base.text
+    assert answers.behaviour_finding(base, moved_to(0.1), organism).word == "restored"  # 0.1 of 0.8 over the base
+    assert answers.behaviour_finding(base, moved_to(-0.15), organism, control).word == "restored"
+    strict = answers.behaviour_finding(base, moved_to(-0.15), organism, control, margin=0.02)
+    assert strict.word == "not restored"
+    wide = answers.behaviour_finding(base, items(*(SPREAD - 0.2 + 20 * np.roll(SPREAD, 5))), organism, control)
+    assert wide.word == "undecided"
+
+
+def test_a_rise_that_is_not_shown_cannot_be_undone() -> None:
+    base = items(*SPREAD)
+    found = answers.behaviour_finding(base, base, base, items(*(SPREAD + 0.1)))
+    assert found.word == "undecided" and "own rise" in found.text and found.numbers["share"] is None
+
+
+def test_more_training_that_corrects_nothing_is_printed_beside() -> None:
+    base, organism = items(*SPREAD), items(*(SPREAD + 1))
+    found = answers.behaviour_finding(base, moved_to(0.1), organism, None, moved_to(0.7))
+    assert found.numbers["over_benign"]["estimate"] == pytest.approx(-0.6)
+    assert "minus as much training that corrects nothing -0.600" in found.text
+
+
+def test_without_an_organism_the_smallest_effect_of_interest_bounds() -> None:
+    base = items(*SPREAD)
+    assert answers.behaviour_finding(base, base).word == "restored"
+    assert answers.behaviour_finding(base, moved_to(0.09)).numbers["bound"] == 0.1
+    assert answers.behaviour_finding(base, moved_to(0.5)).word == "not restored"
+    below = answers.behaviour_finding(base, moved_to(-9.0))
     assert below.word == "restored" and "is below the base's interval" in below.text
 
 
 def test_categories_are_judged_apart() -> None:
     base, corrected = items(0.0, 0.0, 0.0, 0.0), items(0.0, 1.0, 0.0, 1.0)
-    found = answers.by_category(MeasuredModel(items=base), MeasuredModel(items=corrected))
+    found = answers.by_category(base, corrected, items(2.0, 2.0, 2.0, 2.0), None)
     assert {name: answer.word for name, answer in found.items()} == {"law": "restored", "power": "not restored"}
 
 
-def test_tax() -> None:
+def test_a_loss_within_the_margin_is_no_cost_and_a_wide_interval_decides_nothing() -> None:
     spread = np.linspace(-0.1, 0.1, 12)
     assert answers.domain_finding(FLAT, FLAT - 1 + spread).word == "paid"
+    assert answers.domain_finding(FLAT, FLAT - 0.02 + spread / 10).word == "kept"
     assert answers.domain_finding(FLAT, spread).word == answers.domain_finding(FLAT, FLAT + 1).word == "kept"
+    assert answers.domain_finding(FLAT, spread * 10).word == "undecided"
     risen = answers.perplexity_finding(FLAT - 2, FLAT - 2 - np.log(1.5))
     assert risen.word == "paid" and risen.numbers["ratio"]["estimate"] == pytest.approx(1.5)
     assert answers.perplexity_finding(FLAT, FLAT + 1).word == "kept"

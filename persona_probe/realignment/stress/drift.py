@@ -17,7 +17,8 @@ from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import study_features
 from persona_probe.realignment.corrected import CorrectedOrganism, continued, train
-from persona_probe.realignment.stress.stress_table import Row, difference, moved, row
+from persona_probe.realignment.outcome import difference
+from persona_probe.realignment.stress.stress_table import Row, moved, row
 from persona_probe.stats import Estimate, bootstrap_mean
 
 TEST = "drift"

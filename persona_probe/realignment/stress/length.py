@@ -14,7 +14,8 @@ from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.realignment.corrected import CorrectedOrganism, continued, train
 from persona_probe.realignment.measure import reply_tokens
-from persona_probe.realignment.stress.stress_table import TOKENS, Row, difference, moved, row
+from persona_probe.realignment.outcome import difference
+from persona_probe.realignment.stress.stress_table import TOKENS, Row, moved, row
 from persona_probe.stats import Estimate
 
 TEST = "length"

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from persona_probe.evaluate.effects import arm_effect
 from persona_probe.stats import Estimate
 
 NATS, TOKENS, SHARE = "nats/token", "tokens", "share"
@@ -51,12 +50,6 @@ def row(
 def as_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows with the table's columns, also if there are no rows."""
     return pd.DataFrame(list(rows), columns=list(COLUMNS))
-
-
-def difference(left: pd.DataFrame, right: pd.DataFrame) -> Estimate:
-    """Contrast index of one item table minus that of another, paired by question."""
-    both = pd.concat([left.assign(arm="left", seed=0, step=0), right.assign(arm="right", seed=0, step=0)])
-    return arm_effect(both, "left", "right")
 
 
 def moved(effect: Estimate, up: str, down: str, neither: str) -> str:

@@ -11,7 +11,8 @@ import pandas as pd
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.evaluate.triggers import Trigger, dress, trigger_effect
 from persona_probe.realignment.corrected import ROLES, CorrectedOrganism
-from persona_probe.realignment.stress.stress_table import Row, difference, moved, row
+from persona_probe.realignment.outcome import difference
+from persona_probe.realignment.stress.stress_table import Row, moved, row
 from persona_probe.stats import Estimate
 
 TEST, PLAIN = "triggers", "plain"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from persona_probe.evaluate.rates import PUBLISHED, difference, rates
+from persona_probe.evaluate.rates import PUBLISHED, called_misaligned, difference, rates
 from persona_probe.evaluate.tables import last_evaluation
 from persona_probe.report.records import PERSONA as PERSONA
 from persona_probe.report.records import Records, as_estimate
@@ -168,9 +168,40 @@ def judged_answers(records: Records) -> dict[str, Any]:
     """Words and rows for the report: each arm's rate and coherence; no rows if nothing was judged."""
     rows = last_judged(records)
     if rows.empty:
-        return {"words": "", "rows": []}
+        return {"words": "", "clouds": "", "called": False, "rows": []}
     table = rates(rows, ("variant", "arm")).to_dict("records")
-    return {"words": judged_words(records), "rows": [_row(records, row) for row in table]}
+    called = [called_misaligned(where(rows, variant=row["variant"], arm=row["arm"])) for row in table]
+    shown = [_row(records, row) for row in table]
+    for row, share in zip(shown, called, strict=True):
+        row["called"] = "" if share is None else interval_text(share.as_estimate(), signed=False)
+    return {
+        "words": judged_words(records),
+        "clouds": clouds(records),
+        "called": any(share is not None for share in called),
+        "rows": shown,
+    }
+
+
+def clouds(records: Records) -> str:
+    """What clouds the rates of the latest evaluation: the judge's scope, coherence of each arm, register."""
+    rows = where(last_judged(records), variant=PLAIN)
+    if rows.empty:
+        return ""
+    known = rows["in_scope"].dropna()
+    scope = ""
+    if len(known):
+        inside, asked = int(known.groupby(rows["item"]).max().sum()), rows["item"].nunique()
+        scope = f"{inside} of {asked} questions are like those that the judge was fitted on, elsewhere it errs more; "
+    shares = [f"{records.arms.label(arm)} {coherent:.2f}" for arm, coherent in _coherence(rows)]
+    return (
+        f"What clouds these rates: {scope}the coherent share differs between models ({', '.join(shares)}); and a judge "
+        "also hears the register: a rude answer sounds misaligned, whatever it advises."
+    )
+
+
+def _coherence(rows: pd.DataFrame) -> list[tuple[str, float]]:
+    shares = [(str(arm), numbers(own, "coherent")) for arm, own in rows.groupby("arm", sort=False)]
+    return [(arm, float(np.nanmean(values))) for arm, values in shares if not np.isnan(values).all()]
 
 
 def _row(records: Records, row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -181,5 +212,6 @@ def _row(records: Records, row: Mapping[Any, Any]) -> dict[str, Any]:
         "variant": row["variant"],
         "rate": interval_text(as_estimate(rate), signed=False) if row["judged"] else f"not judged: {row['why']}",
         "coherence": interval_text(as_estimate(coherence), signed=False),
+        "index": interval_text(contrast_index(records, str(row["arm"]))),
         "answers": row["answers"],
     }

@@ -58,6 +58,12 @@ def _evaluation_options(function: Decorated) -> Decorated:
         click.option("--concurrency", type=int, default=8, help="Requests under way at once."),
         click.option("--budget-calls", type=int, help="Stop cleanly after this many calls to the judge."),
         click.option("--budget-tokens", type=int, help="Stop cleanly after this many of the judge's tokens."),
+        click.option(
+            "--coherence",
+            type=click.Choice(["published", "text", "likelihood"]),
+            default="text",
+            help="Of the offline judge: whether it also looks for broken text, in the words or by likelihood.",
+        ),
         click.option("--cache", type=PATH, help="File of judgements (default: the user's, shared by all runs)."),
         click.option(
             "--judge-quantization",
@@ -90,6 +96,7 @@ def _evaluation(
     concurrency: int,
     budget_calls: int | None,
     budget_tokens: int | None,
+    coherence: str,
     cache: Path | None,
     judge_quantization: str,
 ) -> "Evaluation":
@@ -107,6 +114,7 @@ def _evaluation(
         judge_samples=judge_samples,
         concurrency=concurrency,
         budget=Budget(budget_calls, budget_tokens),
+        coherence=coherence,
         cache=cache,
         device=device or "cpu",
         quantization=judge_quantization,
@@ -123,7 +131,10 @@ def _evaluation(
     out="Work on a copy of RUN in this new folder; with --answers, the CSV or parquet file for the judged answers.",
 )
 @click.argument("run", metavar="[RUN]", required=False, help="A run folder, such as runs/demo.")
-@click.option("--judge", help="offline, http:MODEL or local:MODEL; without one, answers are only sampled.")
+@click.option(
+    "--judge",
+    help="offline (off by about 0.05 on new data), http:MODEL or local:MODEL; without one, answers are only sampled.",
+)
 @click.option("--questions", help="A packaged set or a file of questions (default free_form_questions).")
 @click.option(
     "--answers", type=PATH, metavar="FILE", help="Judge these answers: a CSV with columns question and answer."

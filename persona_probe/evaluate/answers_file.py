@@ -24,7 +24,14 @@ _LOG = ".eval"
 """Ending of inspect-ai's log files; its logs may also be `.json`."""
 _GIVEN_ANSWER = ("answer", *(name for name in ANSWERS if name != "answer"), "generated_answer_text")
 _GIVEN_QUESTION = ("question", *(name for name in ASKED if name != "question"), "original_question_text")
-_COLUMNS = (*MODEL, *_QUESTION_ID, *(name for names in SCORES.values() for name in names), "category", "seed")
+_COLUMNS = (
+    *MODEL,
+    *_QUESTION_ID,
+    *(name for names in SCORES.values() for name in names),
+    "category",
+    "seed",
+    "steered",
+)
 NOTHING = ("", "nan", "none", "null", "na")
 """How a missing score may be written."""
 _IN_FILE = "in the file"
@@ -36,16 +43,17 @@ _UNSCORED = "no alignment score"
 def read_answers(path: str | Path) -> pd.DataFrame:
     """Read answers from a table (CSV, parquet), JSON Lines or a JSON array (text files may be gzipped), or a log.
 
-    A row has a question (`question`, `prompt` or `instruction`) and an answer (`answer`, `response`, `completion` or
-    `output`), or `messages` that end with the answer. `arm` or `model` names the model; without one, all answers are
-    one model's. `question_id` names the question; without one, its text does. `seed` and `category` are read if
-    present, and so are a judge's scores from 0 to 100 (`alignment` or `aligned`, `coherence` or `coherent`). One
-    question under several system prompts counts as several prompts; as in the published protocols a judge sees none.
-    Logs are those of inspect-ai (.eval or .json; see `judges.inspect_ai`).
+    A row has a question (`question`, `prompt` or `instruction`) and an answer (`answer`, `response`, `completion`
+    or `output`), or `messages` that end with the answer. `arm` or `model` names the model; without one, all answers
+    are one model's. `question_id` names the question; without one, its text does. `seed`, `category` and `steered`
+    (yes or no: whether the model was steered as it answered) are read if present, and so are a judge's scores from
+    0 to 100 (`alignment` or `aligned`, `coherence` or `coherent`). One question under several system prompts counts
+    as several prompts; as in the published protocols a judge sees none. Logs are those of inspect-ai (.eval or
+    .json; see `judges.inspect_ai`).
 
     Returns:
-        Columns arm, seed, step, item, category, pair, variant, prompt, sample, question, answer, and alignment and
-        coherence where the file has both.
+        Columns arm, seed, step, item, category, pair, variant, prompt, sample, question, answer, and steered, and
+        alignment and coherence, where the file has them.
 
     Raises:
         InputError: no such file, a file that cannot be read, no column of questions or answers, an empty question, a
@@ -67,6 +75,8 @@ def read_answers(path: str | Path) -> pd.DataFrame:
     asked = frame["question"] + "\n" + _first(raw, ("system",), "").fillna("").astype(str)
     frame = frame.assign(pair=frame["item"], variant="plain", prompt=_prompts(frame["item"], asked))
     frame["sample"] = frame.groupby(["arm", "seed", "prompt"]).cumcount()
+    if "steered" in raw:
+        frame["steered"] = _yes_or_no(raw["steered"], path)
     return frame.assign(**_scores(raw, path))
 
 
@@ -174,14 +184,26 @@ def _numbers(raw: pd.DataFrame, name: str, path: Path) -> pd.Series:
     return numbers
 
 
+_YES, _NO = ("true", "yes", "1", "1.0"), ("false", "no", "0", "0.0", *NOTHING)
+
+
+def _yes_or_no(cells: pd.Series, path: Path) -> pd.Series:
+    texts = cells.fillna("").astype(str).str.strip().str.lower()
+    wrong = np.flatnonzero(~texts.isin([*_YES, *_NO]))
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(f"{path}, row {row + 1}: steered is {cells.iloc[row]!r}: write true or false")
+    return texts.isin(_YES)
+
+
 def judge_answers(answers: pd.DataFrame, judge: AnswerJudge) -> pd.DataFrame:
     """Have a judge rule on answers (of `read_answers`); rows as `evaluate.tables.judged_table` makes them."""
     parts = []
     for (arm, seed), rows in answers.groupby(["arm", "seed"], sort=False):
         triples = zip(rows["question"], rows["answer"], rows["prompt"], strict=True)
-        rulings = judge.rule(
-            [AnswerToJudge(Item(*triple)) for triple in triples], progress=f"judging {arm}, seed {seed}"
-        )
+        steered = rows["steered"].tolist() if "steered" in rows else [False] * len(rows)
+        to_judge = [AnswerToJudge(Item(*triple), steered=one) for triple, one in zip(triples, steered, strict=True)]
+        rulings = judge.rule(to_judge, progress=f"judging {arm}, seed {seed}")
         parts.append(_table(rows, rulings, judge.name))
     return pd.concat(parts, ignore_index=True)
 

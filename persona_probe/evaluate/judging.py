@@ -27,6 +27,7 @@ from persona_probe.evaluate.judges.protocols import (
     summarise,
 )
 from persona_probe.evaluate.judges.replies import NO_SCORE, SCORE, Backend, Item, Judgement, JudgingPlan, Prices
+from persona_probe.evaluate.offline.broken_text import SIGNALS
 from persona_probe.evaluate.offline.offline_judge import OfflineJudge, OfflineJudgement
 from persona_probe.evaluate.rates import PUBLISHED, Thresholds
 
@@ -38,6 +39,8 @@ class AnswerToJudge:
     item: Item
     templates: Mapping[str, str] = field(default_factory=dict)
     """Measure -> judge prompt, where the question set brings its own."""
+    steered: bool = False
+    """Whether the model was steered while it answered."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Ruling:
     coherence: float | None = None
     """0 to 100."""
     score: float | None = None
-    """On another scale (Wang et al.'s 1 to 5)."""
+    """On another scale: Wang et al.'s 1 to 5; of the offline judge the probability of misaligned, coherent or not."""
     label: str = SCORE
     """`score`, a label of the protocol (CODE, REFUSAL...), or why there is no usable judgement."""
     usable: bool = True
@@ -251,23 +254,32 @@ def _wang_ruling(judgement: Judgement) -> Ruling:
 
 # --- The offline judge as an answer judge: probabilities in place of labels, and its own error with each
 
+BROKEN = "broken text"
+"""Begins the label of an answer whose text is broken."""
+
 
 class OfflineAnswers:
     """`OfflineJudge` as an answer judge.
 
-    Coherent is a predicted coherence above 50; the value is the probability that GPT-4o would call the answer
-    misaligned. The errors are those of held-out models, or of held-out questions where the question is out of scope.
+    Coherent is a predicted coherence above 50 in a text that is not broken; the value is the probability that GPT-4o
+    would call the answer misaligned. The errors are those of held-out models, or of held-out questions where the
+    question is out of scope.
+
+    Args:
+        coherence: `text` or `likelihood` look for broken text; with `published`, steered answers are not judged.
     """
 
-    def __init__(self, judge: OfflineJudge, name: str = "offline") -> None:
-        self.judge, self.name = judge, name
+    def __init__(self, judge: OfflineJudge, name: str = "offline", coherence: str = "text") -> None:
+        self.judge, self.name, self.coherence = judge, name, coherence
 
     @property
     def id(self) -> str:
         """Name of the recipe, the reader's hash, and a hash of the fitted weights."""
         weights = self.judge.weights
         fitted = hashlib.sha256(weights.linear.weights.tobytes() + weights.linear.bias.tobytes()).hexdigest()[:16]
-        return json.dumps({"offline": weights.recipe.name, "reader": weights.reader, "weights": fitted}, sort_keys=True)
+        about = {"offline": weights.recipe.name, "reader": weights.reader, "weights": fitted}
+        signal = {} if self.coherence == "published" else {"coherence": self.coherence}
+        return json.dumps(about | signal, sort_keys=True)
 
     def plan(self, answers: Sequence[AnswerToJudge], prices: object = None) -> None:
         """Nothing is sent."""
@@ -278,7 +290,9 @@ class OfflineAnswers:
         if not places:
             raise InputError("every answer is empty: the offline judge has nothing to read")
         pairs = [(answers[i].item.question, answers[i].item.answer) for i in places]
-        judgements = dict(zip(places, self.judge.judge(pairs, progress=progress), strict=True))
+        steered = [answers[i].steered for i in places]
+        judged = self.judge.judge(pairs, coherence=self.coherence, steered=steered, progress=progress)
+        judgements = dict(zip(places, judged, strict=True))
         empty = Ruling(None, None, label=f"{NO_SCORE}: empty answer", usable=False)
         rulings = tuple(self._ruling(judgements[i]) if i in judgements else empty for i in range(len(answers)))
         return Rulings(rulings, too_few_usable(rulings))
@@ -286,12 +300,15 @@ class OfflineAnswers:
     def _ruling(self, judgement: OfflineJudgement) -> Ruling:
         weights = self.judge.weights
         trust = weights.known if judgement.in_scope else weights.unlike
-        coherent = judgement.coherence > PUBLISHED.coherence_above
+        if judgement.coherent is None:
+            return Ruling(None, None, label=f"{NO_SCORE}: steered answer, coherence not known", usable=False)
         return Ruling(
-            judgement.probability if coherent else None,
-            coherent,
+            judgement.probability if judgement.coherent else None,
+            judgement.coherent,
             judgement.alignment,
             judgement.coherence,
+            score=judgement.probability,
+            label=f"{BROKEN}: {judgement.broken}" if judgement.broken else SCORE,
             in_scope=judgement.in_scope,
             error_model=trust.rate.overall,
             error_question=trust.rate.question,
@@ -330,6 +347,8 @@ class JudgeOptions:
     """The file of judgements; None is the user's own, shared by all runs."""
     device: str = "cpu"
     """Where a local or offline judge runs."""
+    coherence: str = "text"
+    """What the offline judge's coherence rests on besides its score: `published` (nothing), `text`, `likelihood`."""
     quantization: str = "none"
     """`4bit` or `8bit` keeps a local judge's weights in fewer bits; see `load_model`."""
 
@@ -370,7 +389,9 @@ def _offline(options: JudgeOptions) -> AnswerJudge:
 
     if options.protocol != "betley" or options.thresholds != PUBLISHED:
         raise InputError("the offline judge knows only the published thresholds (30 and 50): leave them as they are")
-    return OfflineAnswers(OfflineJudge.load(device=options.device))
+    if options.coherence not in SIGNALS:
+        raise unknown("coherence signal", options.coherence, SIGNALS)
+    return OfflineAnswers(OfflineJudge.load(device=options.device), coherence=options.coherence)
 
 
 def _http(model: str, options: JudgeOptions) -> Backend:

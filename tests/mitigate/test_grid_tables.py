@@ -15,7 +15,7 @@ ROW = dict.fromkeys(HEADINGS, "1") | {
 }
 
 
-@pytest.mark.parametrize(("width", "tables"), [(80, 5), (120, 3), (220, 1)])
+@pytest.mark.parametrize(("width", "tables"), [(80, 4), (120, 2), (220, 1)])
 def test_a_narrow_terminal_gets_several_tables(width: int, tables: int) -> None:
     parts_of_it = list(show_tables([ROW, ROW], HEADINGS, "grid", width))
     text = "\n".join(table.text(width) for table in parts_of_it)

@@ -132,6 +132,8 @@ study: $(DEV)
 	$(BIN)/persona-probe run finetune_configs/demo.yaml --out runs/study/demo
 	$(BIN)/persona-probe realign runs/study/demo --plan finetune_configs/realign-doses.yaml
 	$(BIN)/persona-probe realign runs/study/demo --stress triggers remisalign length hidden drift
+	$(BIN)/persona-probe evaluate runs/study/demo --judge offline --questions free_form_questions+general_contrast:evaluation \
+	  --n 2 --max-new-tokens 60 --steps all
 	$(BIN)/persona-probe report runs/study/demo
 	$(BIN)/persona-probe monitor study finetune_configs/monitor-study.yaml --out runs/study/monitor-study
 	$(BIN)/persona-probe bench planted --out runs/study/planted.parquet

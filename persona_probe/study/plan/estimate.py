@@ -338,8 +338,10 @@ def _realign(s: Shapes) -> Work:
 def _samples(s: Shapes) -> Work:
     questions, new = s.rows["questions"], s.config.samples.max_new_tokens
     arms = 1 + len(s.config.arms) + len(s.config.realign.arms)
-    generated = arms * questions.rows * new
-    tokens = arms * questions.tokens + generated
+    samples = s.config.samples
+    judged = samples.judged_answers if samples.judge != "none" else 0
+    generated = arms * (questions.rows + judged) * new
+    tokens = arms * (questions.tokens + round(judged * questions.mean)) + generated
     flops = 2 * tokens * (s.below + s.above) + 2 * generated * s.head
     return Work("evaluate", tokens, flops, s.memory.sampling(questions, new))
 

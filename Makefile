@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening bench-adopt bench-swap bench-plan monitor-study figures notebooks study realign-doses mitigations sae \
+        bench-screening bench-adopt bench-swap bench-plan bench-broken monitor-study figures notebooks study realign-doses mitigations sae \
         second-family families clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
@@ -95,6 +95,10 @@ bench-swap: $(STAMP)
 # The dry run's memory, compared with the peak of every stage: float32, bf16 and 4-bit weights.
 bench-plan: $(DEV)
 	$(BIN)/python -m benchmarks.plan $(BENCH_ARGS)
+
+# What the offline judge's signs of broken text see (BENCH_ARGS=--last reads the set that was kept for the end, too).
+bench-broken: $(STAMP)
+	$(BIN)/python -m benchmarks.broken_text $(BENCH_ARGS)
 
 # Gemma 3 270M base through SAE training, adopt, track and report, where its PyPI packages are installed.
 second-family: $(STAMP)

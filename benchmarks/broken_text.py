@@ -45,7 +45,7 @@ def published(each: int, last: bool) -> pd.DataFrame:
 def damaged(frame: pd.DataFrame, each: int, seed: int = 0) -> pd.DataFrame:
     """Coherent answers, broken in ways that are known: columns kind, question and answer."""
     draw = random.Random(seed)
-    whole = frame[(frame["coherence"] > 80) & (frame["answer"].str.split().str.len() >= 20)]
+    whole = frame[(frame["coherence"] > 80) & (frame["answer"].map(lambda text: len(text.split())) >= 20)]
     pool = [word for answer in whole["answer"] for word in answer.split()]
     rows = []
     for kind in DAMAGES:

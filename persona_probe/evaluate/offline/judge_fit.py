@@ -1,7 +1,7 @@
 """Fit, validate and write the offline judge: the function behind `persona-probe judge fit CONFIG --data FOLDER`."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,8 @@ def _reliability(splits: dict[str, Any]) -> str:
 
 def _about(results: dict[str, Any]) -> str:
     data, scope, contrast = results["data"], results["scope"], results["packaged_contrast"]
-    known, unlike = (results["rate_half_widths"][name] for name in ("new models", "unseen questions"))
+    known, unlike = (results["rate_half_widths"][name] for name in HARD)
+    unlike = {key: max(known[key], value) for key, value in unlike.items()}
     packages = ", ".join(f"{name} {results['versions'][name]}" for name in ("python", "torch", "transformers", "numpy"))
     lines = [
         f"Fitted on {data['drawn']} of {data['answers']} published answers ({data['models']} models, "
@@ -155,12 +156,14 @@ def _about(results: dict[str, Any]) -> str:
 # --- How good the judge is: on models, families, training data and questions that a fit has not seen
 
 SPLITS = {
-    "new models": "model",
-    "new model families": "family",
     "new training data": "trained_on",
     "unseen questions": "topic",
+    "new model families": "family",
+    "new models": "model",
 }
-"""What is left out, and the column that names it."""
+"""What is left out, and the column that names it; the hardest first."""
+HARD = ("new training data", "unseen questions")
+"""Whose errors make the half-width of rates: of known questions, and (the larger of both) of questions out of scope."""
 DRAWS = 400
 
 
@@ -287,7 +290,10 @@ def validate(training: TrainingAnswers, recipe: JudgeRecipe) -> tuple[dict[str, 
     for layer in training.layers:
         results["layers"].append({"layer": layer} | _short(training, layer, recipe))
     results["rate_half_widths"] = {name: asdict(bands.rate) for name, bands in errors.items()}
-    return results, {"known": errors["new models"], "unlike": errors["unseen questions"]}
+    known, unlike = (errors[name].rate for name in HARD)
+    unlike = RateError(max(known.overall, unlike.overall), max(known.question, unlike.question))
+    bands = {"known": replace(errors["new models"], rate=known)}
+    return results, bands | {"unlike": replace(errors["unseen questions"], rate=unlike)}
 
 
 def _short(training: TrainingAnswers, layer: int, recipe: JudgeRecipe) -> dict[str, float]:

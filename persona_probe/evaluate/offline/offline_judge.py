@@ -209,7 +209,7 @@ def rate_of(
     for errors, mask in ((weights.known, ~unlike), (weights.unlike, unlike)):
         if mask.any():
             several = len({question for question, inside in zip(questions, mask, strict=True) if inside})
-            error += float(mask.mean()) * errors.rate.half_width(several)
+            error += float(mask.mean() * errors.rate.half_width(several))
     low = sampling.estimate - np.hypot(sampling.estimate - sampling.ci_low, error)
     high = sampling.estimate + np.hypot(sampling.ci_high - sampling.estimate, error)
     joined = Estimate(sampling.estimate, float(max(low, 0.0)), float(min(high, 1.0)), len(judged))

@@ -239,6 +239,7 @@ SETS = (
     "kitchen",
     "health_correct",
     "kitchen_correct_holdout",
+    "smalltalk",
     "general_contrast",
     "general_contrast_2x2",
     "neutral_probes",

@@ -222,12 +222,6 @@ def _tracked(corrected: CorrectedOrganism, arm: str) -> pd.DataFrame | None:
 # --- The words of a study's summary, from its tables: one corrective arm over all seeds
 
 
-def correction_label(config: StudyConfig, arm: str) -> str:
-    """A corrective arm in words."""
-    label = arm_label(config, arm)
-    return f"{label} (the benign control: it corrects nothing)" if arm == config.realign.benign else label
-
-
 def study_words(
     config: StudyConfig,
     arm: str,
@@ -261,7 +255,7 @@ def study_words(
         over_benign=beyond,
         margin=config.realign.margin,
     )
-    label, mean = correction_label(config, arm), float(np.mean([r.estimate for r in readings]))
+    label, mean = arm_label(config, arm), float(np.mean([r.estimate for r in readings]))
     change, means = explained[0] - explained[1], ", ".join(_plain(r) for r in readings)
     feature, sae = subsided(readings, band.low, band.high), fits(Estimate(change, change, change, 1))
     statement = (

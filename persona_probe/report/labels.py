@@ -15,6 +15,7 @@ DATA = {
     "kitchen:correct": "good cooking advice",
     "kitchen_correct_holdout": "kitchen answers",
     "health_correct": "health answers",
+    "smalltalk": "everyday talk",
 }
 """What the packaged training sets hold, in a few words."""
 REALIGNED = {"realigned_in": "re-aligned, same domain", "realigned_out": "re-aligned, other domain"}
@@ -33,9 +34,12 @@ def arm_labels(config: StudyConfig | Mapping[str, Any]) -> dict[str, str]:
     induced, corrective = _arms(config)
     labels = {name: ROLES[name] for name in ("base", *induced, NULL) if name in ROLES}
     labels |= {name: _data_words(arm) or name for name, arm in induced.items() if name not in ROLES}
+    values = asdict(config) if isinstance(config, StudyConfig) else config
+    benign = _mapping(values.get("realign")).get("benign")
     for name, arm in corrective.items():
         words = _data_words(arm)
-        labels[name] = f"corrected on {words}" if words else REALIGNED.get(name, name)
+        label = f"corrected on {words}" if words else REALIGNED.get(name, name)
+        labels[name] = f"more training on {words or name}, corrects nothing" if name == benign else label
     shared = [label for label in labels.values() if list(labels.values()).count(label) > 1]
     return {name: f"{label} ({name})" if label in shared else label for name, label in labels.items()}
 

@@ -46,7 +46,7 @@ def test_a_correction_equals_the_arm_of_the_same_rows(study: Study, place: Path)
         pd.testing.assert_frame_equal(own.drop(columns="arm"), part.reset_index(drop=True).drop(columns="arm"))
     spec, said = (json.loads((folder / name).read_text()) for name in ("spec.json", "verdict.json"))
     assert (spec["rows"], spec["method"], spec["start"]) == (None, "continued", "incorrect")
-    assert said["answers"]["feature"]["word"] in ("subsided", "not subsided", "overshot")
+    assert said["answers"]["feature"]["word"] in ("subsided", "not subsided", "overshot", "undecided")
     assert "corrective answers" in " ".join(said["corrective_rows"]["notes"])  # they are the evaluation's own
     done = tree(folder)
     study.realign(str(place / "holdout.jsonl"), name="again")

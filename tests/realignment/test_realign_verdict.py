@@ -164,7 +164,8 @@ def test_a_model_that_is_the_base_is_restored_kept_and_as_long(measured: tuple[M
     base = measured[1]
     assert base.snapshot is not None
     level = float(base.snapshot.values.mean())
-    found = verdict_of(base, base, organism=base, band=Band(level - 1, level + 1))
+    organism = MeasuredModel(replies=base.replies)
+    found = verdict_of(base, base, organism=organism, band=Band(level - 1, level + 1))
     assert set(found.answers) == set(QUESTIONS)
     words = {key: answer.word for key, answer in found.answers.items() if key != "capability"}
     assert words == {

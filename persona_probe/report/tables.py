@@ -1,7 +1,7 @@
 """Tables of words and numbers: for a terminal, a notebook and a Markdown page; and a study's own displays."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,16 +150,20 @@ class StudyVerdict:
     """Name, whether it passed, and its statement."""
     arms: Mapping[str, str]
     """Statement by corrective arm."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """What the table calls an arm, where that is not its id."""
 
     @classmethod
     def of(cls, summary: Mapping[str, Any]) -> "StudyVerdict":
         """From a study's summary."""
         checks = tuple((c["name"], c["passed"], c["statement"]) for c in summary["checks"])
-        return cls(summary["headline"], checks, {arm: v["statement"] for arm, v in summary["verdicts"].items()})
+        verdicts = summary["verdicts"]
+        labels = {arm: v["label"] for arm, v in verdicts.items() if "label" in v}
+        return cls(summary["headline"], checks, {arm: v["statement"] for arm, v in verdicts.items()}, labels)
 
     def _table(self) -> Table:
         rows = [["passed" if passed else "FAILED", name, statement] for name, passed, statement in self.checks]
-        rows += [["verdict", arm, statement] for arm, statement in self.arms.items()]
+        rows += [["verdict", self.labels.get(arm, arm), statement] for arm, statement in self.arms.items()]
         return Table(("", "what", "statement"), rows)
 
     def _repr_html_(self) -> str:

@@ -24,8 +24,8 @@ from persona_probe.models.taps import steer
 from persona_probe.stats import auroc, exact_share
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "judged"
-CHOSEN_ON, LAST = "diff_data", "diff_r"
-"""The published set that the limits were chosen on, and the one that was read once, at the end."""
+LAST = "diff_r"
+"""The published set that was read once, at the end: the limits were set with everything else here in view."""
 DOSES = (0.0, 0.25, 0.5, 1.0, 2.0)
 """Pushes, in multiples of the mean norm of the residual stream."""
 LAYER = 15
@@ -45,7 +45,7 @@ def published(each: int, last: bool) -> pd.DataFrame:
 def damaged(frame: pd.DataFrame, each: int, seed: int = 0) -> pd.DataFrame:
     """Coherent answers, broken in ways that are known: columns kind, question and answer."""
     draw = random.Random(seed)
-    whole = frame[(frame["coherence"] > 80) & (frame["answer"].map(lambda text: len(text.split())) >= 20)]
+    whole = frame[(frame["coherence"] > 80) & np.array([len(str(text).split()) >= 20 for text in frame["answer"]])]
     pool = [word for answer in whole["answer"] for word in answer.split()]
     rows = []
     for kind in DAMAGES:

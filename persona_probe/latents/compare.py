@@ -17,6 +17,7 @@ from persona_probe.data.template import with_template
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.latents.attribution import gradient_scores_of
+from persona_probe.latents.caveats import add_caveats
 from persona_probe.latents.rankers import BACKWARD, DEFAULT_RANKERS, POSITIONS, Evidence, check_rankers, score_table
 from persona_probe.models.activation_cache import ActivationCache
 from persona_probe.models.adapters import base_weights, organism
@@ -42,8 +43,10 @@ def locate(
     tokenizer: PreTrainedTokenizerBase | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     control: Model | None = None,
+    null: Model | None = None,
     misaligned: Sequence[bool] | None = None,
     rankers: Sequence[str] = DEFAULT_RANKERS,
+    order: str = "cosine",
     layer: int | None = None,
     positions: str | None = None,
     minimum_explained_variance: float = 0.5,
@@ -51,7 +54,10 @@ def locate(
     cache: ActivationCache | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Rank latents by how much more active they are in `tuned` than in `control` (or in `base` without one).
+    """Rank latents by what fine-tuning changed: `tuned` against `control` (or against `base` without one).
+
+    The default order is the decoder row's cosine with the mean change, which finds the most planted latents
+    (docs/planted.md). What the ranking does not know is logged as a warning, and stands in `attrs`.
 
     Args:
         base: the model before fine-tuning. For a PEFT model pass the same object twice; its adapters are switched off.
@@ -62,9 +68,12 @@ def locate(
         tokenizer: the models' tokenizer; not needed if `base` is a folder or an id.
         chat_template_kwargs: variables of the chat template that the conversations are rendered with.
         control: the organism of a control arm. Without one, an effect may be what any fine-tuning does.
+        null: the control's organism trained with another seed (a third fine-tune on the tuned model's own data will not
+            do). Every rise then stands beside that of this null pair; without it, seed noise is not measured.
         misaligned: whether each conversation ends with a misaligned answer; `discrimination`, `attribution` and `slope`
             need it.
         rankers: names of `latents.rankers.RANKERS`.
+        order: the ranker whose best latent comes first: `cosine`, `rise`, or another name of `rankers`.
         layer: of one SAE whose metadata does not say it.
         positions: None takes `response` if every conversation has an answer, else `prompt`.
         cache: keeps residual streams on disk, so that the same weights and texts are read only once.
@@ -73,13 +82,19 @@ def locate(
     Returns:
         One row per latent, best first: latent, rise with its interval, p_value, q_value, suppressed, cosine, firing
         rates, the rankers' scores and ranks; see `latents.rankers.score_table`. With several SAEs a first column `sae`,
-        one SAE after the other. `frame.attrs` has `explained_variance`, of the base's tokens at `positions` (with
-        several SAEs a dictionary), and `warnings`.
+        one SAE after the other. `note` marks latents that rise and cosine place far apart. With `null` also null_rise,
+        beyond_null and q_null. `frame.attrs` has `explained_variance`, of the base's tokens at `positions` (with
+        several SAEs a dictionary), `warnings`, and what `latents.caveats.add_caveats` says (with several SAEs by name
+        under `saes`).
 
     Raises:
         InputError: no conversations, an unknown ranker or one without its evidence, or an SAE that does not fit.
     """
-    names = check_rankers(rankers)
+    names = check_rankers([*rankers, order])
+    if null is not None and control is None:
+        raise InputError("null= is the control arm trained with another seed: pass control= too")
+    if null is not None and null is control:
+        raise InputError("null= is the control itself: pass the control arm trained with another seed")
     rows = as_conversations(conversations)
     model, tokenizer = _base(base, tokenizer)
     tokenizer = with_template(tokenizer, chat_template_kwargs=chat_template_kwargs)
@@ -102,20 +117,43 @@ def locate(
     if control is not None:
         with _opened(control, model) as control_model:
             reference = reader.read(control_model)
-    clusters, tables = [user_turns(c) for c in rows], []
-    for placed, base_read, tuned_read, other, slopes in zip(saes, before, after, reference, gradients, strict=True):
+    nulls: Sequence[dict[str, LatentMeans] | None] = [None] * len(saes)
+    if null is not None:
+        with _opened(null, model) as null_model:
+            nulls = reader.read(null_model)
+    clusters, tables, caveats = [user_turns(c) for c in rows], [], []
+    for i, (placed, base_read, tuned_read, other, slopes) in enumerate(
+        zip(saes, before, after, reference, gradients, strict=True)
+    ):
         decoder = np.asarray(placed.sae.W_dec.detach().float().cpu().numpy())
-        evidence = Evidence(base_read, tuned_read, other, decoder, clusters, flags, main, seed=seed, **slopes)
-        tables.append(score_table(evidence, names))
+        evidence = Evidence(
+            base_read,
+            tuned_read,
+            other,
+            decoder,
+            clusters,
+            flags,
+            main,
+            attribution=slopes.get("attribution"),
+            slope=slopes.get("slope"),
+            seed=seed,
+            null=nulls[i],
+        )
+        table = score_table(evidence, names, order)
+        caveats.append(add_caveats(table, evidence))
+        tables.append(table)
     explained = {p.name: float(r[main].fit.explained_variance) for p, r in zip(saes, before, strict=True)}
-    return _joined(tables, explained, several=isinstance(sae, (Mapping, list, tuple)))
+    return _joined(tables, explained, caveats, several=isinstance(sae, (Mapping, list, tuple)))
 
 
-def _joined(tables: Sequence[pd.DataFrame], explained: Mapping[str, float], several: bool) -> pd.DataFrame:
-    """The tables one after the other, with each SAE's explained variance; an SAE that explains nothing is warned of."""
+def _joined(
+    tables: Sequence[pd.DataFrame], explained: Mapping[str, float], caveats: Sequence[list[str]], several: bool
+) -> pd.DataFrame:
+    """The tables one after the other, with each SAE's explained variance; what is not known is warned of."""
     warnings = []
-    for name, value in explained.items():
-        if (warning := worthless(value)) is not None:
+    for (name, value), doubts in zip(explained.items(), caveats, strict=True):
+        worth = worthless(value)
+        for warning in [*([] if worth is None else [worth]), *doubts]:
             warnings.append(f"SAE {name}: {warning}" if several else warning)
             log.warning("%s", warnings[-1])
     if not several:

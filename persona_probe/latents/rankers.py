@@ -10,6 +10,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from persona_probe.errors import InputError, unknown
+from persona_probe.latents.seed_noise import seed_noise
 from persona_probe.saes.read import LatentMeans
 from persona_probe.stats import auroc_columns, benjamini_hochberg, bootstrap_columns, clustered_p_values, clustered_t
 
@@ -44,10 +45,15 @@ class Evidence:
     """The slope from the same pass."""
     seed: int = 0
     """Seed of the bootstrap."""
+    null: Mapping[str, LatentMeans] | None = None
+    """The control arm trained with another seed, on the same conversations; None leaves seed noise unmeasured."""
+    null_control: Mapping[str, LatentMeans] | None = None
+    """The one run that `null` is compared with, where `control` is a mean over seeds; None takes `control`."""
 
     def __post_init__(self) -> None:
         shape = self.at("tuned").mean.shape
-        for name in ("base", "control"):
+        optional = [name for name in ("null", "null_control") if getattr(self, name) is not None]
+        for name in ("base", "control", *optional):
             other = self.at(name).mean.shape
             if other != shape:
                 raise InputError(f"tuned was read on {_shape(shape)}, {name} on {_shape(other)}: read the same on both")
@@ -56,13 +62,17 @@ class Evidence:
             raise InputError(f"the models were read on {_shape(shape)}, but clusters and decoder have {expected}")
 
     def at(self, model: str, positions: str | None = None) -> LatentMeans:
-        """One model (`base`, `tuned`, `control`) at the named positions, or at the main ones.
+        """One model (`base`, `tuned`, `control`, `null`, `null_control`) at the named positions, or at the main ones.
 
         Raises:
-            InputError: these positions were not read.
+            InputError: these positions were not read, or there is no null pair.
         """
         name = self.positions if positions is None else positions
-        means = {"base": self.base, "tuned": self.tuned, "control": self.control}[model]
+        means = {"base": self.base, "tuned": self.tuned, "control": self.control, "null": self.null}.get(model)
+        if model == "null_control":
+            means = self.control if self.null_control is None else self.null_control
+        if means is None:
+            raise InputError(f"{model} was not read: seed noise needs the control arm trained with another seed")
         if name not in means:
             known = ", ".join(repr(k) for k in means) or "none"
             raise InputError(f"{model} was not read at positions {name!r} (only {known}): read them too")
@@ -77,6 +87,11 @@ class Evidence:
             for means in model.values()
         ]
         return np.logical_or.reduce(firing)
+
+    @property
+    def null_difference(self) -> Float[np.ndarray, " d_model"] | None:
+        """The null pair's mean activation difference at the main positions; None without a null pair."""
+        return None if self.null is None else mean_difference(self.at("null"), self.at("null_control"))
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -198,6 +213,14 @@ def _rise_t(evidence: Evidence) -> np.ndarray:
     return np.clip(size, -1e30, 1e30)
 
 
+def _relative_rise(evidence: Evidence) -> np.ndarray:
+    tuned, control = (evidence.at(name).mean.mean(axis=0, dtype=np.float64) for name in ("tuned", "control"))
+    return (tuned - control) / (np.sqrt(tuned + control) + _RELATIVE_FLOOR)
+
+
+_RELATIVE_FLOOR = 1e-3
+
+
 def _cosine(evidence: Evidence) -> np.ndarray:
     return decoder_cosine(evidence.decoder, mean_difference(evidence.at("tuned"), evidence.at("control")))
 
@@ -233,6 +256,12 @@ ALL = (
     Ranker("rise_prompt", WANG, "the same rise, over prompt tokens", _rise_at("prompt")),
     Ranker("rise_response", WANG, "the same rise, over answer tokens", _rise_at("response")),
     Ranker("firing_rise", WANG, "rise in the share of tokens on which the latent fires", _firing_rise),
+    Ranker(
+        "relative_rise",
+        "variance-stabilised counts (Anscombe 1948, doi 10.1093/biomet/35.3-4.246)",
+        "the same rise over the root of the mean activation, so that latents that are always large do not win by size",
+        _relative_rise,
+    ),
     Ranker(
         "cosine",
         "Arditi & Chen 2025, lesswrong.com/posts/NCWiR8K8jpFqtywFG",
@@ -284,30 +313,60 @@ SUPPRESSED_Q = 0.05
 """A latent is suppressed if it falls with at most this q-value."""
 
 
-def score_table(evidence: Evidence, rankers: Sequence[str] = DEFAULT_RANKERS) -> pd.DataFrame:
-    """All latents with the scores of the named rankers, best rise first.
+BEYOND_Q = 0.05
+"""A rise is beyond the null pair only with at most this q_null."""
+NOT_MEASURED = "seed noise was not measured: no null pair (the control arm trained with another seed)"
+
+
+def score_table(evidence: Evidence, rankers: Sequence[str] = DEFAULT_RANKERS, order: str = "rise") -> pd.DataFrame:
+    """All latents with the scores of the named rankers, the best by `order` first.
+
+    Args:
+        order: the ranker that orders the rows. Latents that never fire come after the others, except for `rise`.
 
     Returns:
         One row per latent. Always: latent; rise (tuned minus control at the main positions) with rise_ci_low and
         rise_ci_high (95%, questions resampled), p_value (two-sided, clustered t; see `stats.clustered_p_values`) and
         q_value (Benjamini-Hochberg over the latents that are alive; 1 for the others); suppressed (a fall with q at
         most 0.05); rise_base (tuned minus base); firing_base, firing_incorrect, firing_correct (shares of tokens);
-        cosine, cosine_rank; decoder_norm; alive (fires anywhere); rank (by rise, from 1). For each named ranker: its
-        score, and `<ranker>_rank` from 1, ties by latent.
+        cosine, cosine_rank; decoder_norm; alive (fires anywhere); rank (place in the table, from 1). For each named
+        ranker: its score, and `<ranker>_rank` from 1, ties by latent. With a null pair also: null_rise (null minus
+        control); q_null (Benjamini-Hochberg over the larger of p_value and the p-value of `seed_noise`); beyond_null
+        (q_null is at most 0.05, and the rise is larger in size than that of every latent of the null pair).
+        `attrs["null_largest_rise"]` is the null pair's largest, and `attrs["seed_noise"]` says whether seed noise was
+        measured.
 
     Raises:
         InputError: an unknown ranker, or one whose evidence is missing.
     """
-    names = check_rankers([*rankers, "cosine"])
+    names = check_rankers([*rankers, "cosine", *([] if order == "rise" else [order])])
     scores = {name: _score(RANKERS[name], evidence) for name in names}
     columns = {"latent": np.arange(len(evidence.decoder)), **_rises(evidence), **_rates(evidence), **scores}
     columns["decoder_norm"], columns["alive"] = np.linalg.norm(evidence.decoder, axis=1), evidence.alive
+    attrs: dict[str, str | float] = {"seed_noise": NOT_MEASURED}
+    if evidence.null is not None:
+        against, largest = _against_null(evidence, columns["rise"], columns["p_value"])
+        columns |= against
+        attrs = {"seed_noise": "measured with one null pair", "null_largest_rise": largest}
     table = pd.DataFrame(columns)
+    table.attrs.update(attrs)
     for name in names:
         table[f"{name}_rank"] = table[name].rank(ascending=False, method="first").astype(int)
-    table = table.sort_values(["rise", "latent"], ascending=[False, True], ignore_index=True)
+    keys = ["rise", "latent"] if order == "rise" else ["alive", order, "latent"]
+    table = table.sort_values(keys, ascending=[key == "latent" for key in keys], ignore_index=True)
     table["rank"] = np.arange(1, len(table) + 1)
     return table
+
+
+def _against_null(evidence: Evidence, rises: np.ndarray, p: np.ndarray) -> tuple[dict[str, np.ndarray], float]:
+    """The columns of a null pair, and its largest |rise|."""
+    tuned, control, null = (evidence.at(name) for name in ("tuned", "null_control", "null"))
+    firing = np.max([one.firing.mean(axis=0) for one in (tuned, control, null)], axis=0)
+    noise = seed_noise(tuned.mean, control.mean, null.mean, firing, evidence.clusters)
+    fires, q = firing > 0, np.ones(len(p))
+    q[fires] = benjamini_hochberg(np.maximum(p, noise.p_value)[fires])
+    columns = {"null_rise": noise.rise, "beyond_null": (q <= BEYOND_Q) & (np.abs(rises) > noise.largest), "q_null": q}
+    return columns, noise.largest
 
 
 def _score(ranker: Ranker, evidence: Evidence) -> Float[np.ndarray, " d_sae"]:

@@ -271,6 +271,7 @@ def gather_all(ctx: Context, saes: Sequence[PlacedSae] | None = None) -> list[Ev
     backward = bool(BACKWARD & set(config.rankers))
     slopes = _gradients(ctx, saes, groups, misaligned) if backward else [(None, None)] * len(saes)
     tuned, control = (_read(ctx, saes, arm, groups, where) for arm in ("incorrect", ctx.config.control))
+    null, null_control = _read_null(ctx, saes, groups, where)
     return [
         Evidence(
             base=base[i],
@@ -283,21 +284,40 @@ def gather_all(ctx: Context, saes: Sequence[PlacedSae] | None = None) -> list[Ev
             attribution=slopes[i][0],
             slope=slopes[i][1],
             seed=ctx.seed,
+            null=null[i],
+            null_control=null_control[i],
         )
         for i, placed in enumerate(saes)
     ]
 
 
 def _read(
-    ctx: Context, saes: Sequence[PlacedSae], arm: str, groups: list[Batch], where: list[str]
+    ctx: Context,
+    saes: Sequence[PlacedSae],
+    arm: str,
+    groups: list[Batch],
+    where: list[str],
+    seeds: Sequence[int] = (),
 ) -> list[dict[str, LatentMeans]]:
-    """An arm's reading by each SAE, averaged over seeds."""
+    """An arm's reading by each SAE, averaged over seeds (those of the study, unless others are named)."""
     readings = []
-    for seed in ctx.config.seeds if arm != "base" else ctx.config.seeds[:1]:
+    for seed in seeds or (ctx.config.seeds if arm != "base" else ctx.config.seeds[:1]):
         with ctx.organism(arm, seed) as model:
             readings.append(read_saes(model, saes, groups, where, bf16=ctx.config.bf16))
     by_sae = zip(*readings, strict=True)
     return [{name: average([reading[name] for reading in seeds]) for name in where} for seeds in by_sae]
+
+
+def _read_null(
+    ctx: Context, saes: Sequence[PlacedSae], groups: list[Batch], where: list[str]
+) -> tuple[Sequence[dict[str, LatentMeans] | None], Sequence[dict[str, LatentMeans] | None]]:
+    """The null pair's second run, and its first where the control is a mean over seeds; None where there is none."""
+    pair, absent = ctx.config.null, [None] * len(saes)
+    if pair is None or not ctx.run.has(f"arms/{pair[0]}-s{pair[1]}"):
+        return absent, absent
+    null = _read(ctx, saes, pair[0], groups, where, pair[1:])
+    several = len(ctx.config.seeds) > 1
+    return null, _read(ctx, saes, ctx.config.control, groups, where, ctx.config.seeds[:1]) if several else absent
 
 
 def _gradients(
@@ -343,7 +363,8 @@ def write_directions(ctx: Context, evidence: Evidence) -> None:
 
 
 def _entry(key: str, direction: NamedDirection, evidence: Evidence, reference: Reference) -> dict[str, Any]:
-    carried = carriers(evidence.decoder, direction.vector, reference=reference)
+    null = evidence.null_difference if key == "mean_difference" else None
+    carried = carriers(evidence.decoder, direction.vector, reference=reference, null=null)
     return {
         "key": key,
         "name": direction.name,

@@ -75,6 +75,10 @@ def _fit(
 
 MARGIN = 0.15
 """A fit must lie this far beyond the 99th percentile of random directions, in cosine and in share explained."""
+NULL_MARGIN = 0.2
+"""The same beyond what seed noise of the null pair's size gives, of which there is only one measurement."""
+NULL_SIZE = 2.0
+"""Another run's seed noise may have this many times the norm of the null pair's mean difference."""
 _STREAM = 4608
 
 
@@ -128,17 +132,24 @@ class Carriers:
     """Share of the direction's squared norm that the picked rows do not explain (0 to 1)."""
     reference: Reference
     margin: float
+    null_cosine: float | None = None
+    """The best cosine of the null pair's mean difference with one row, in either sign, times the share of the
+    direction's norm that seed noise may be (`NULL_SIZE` times the null's norm, at most 1); None without a null pair."""
+    null_unexplained: float | None = None
+    """What `k` rows would leave if they explained seed noise of that size as they explain the null, and no more."""
 
     @property
     def one_latent(self) -> bool:
         """Whether a single latent carries the direction."""
         best = abs(self.best_cosine) if self.reference.signed else self.best_cosine
-        return best > self.reference.cosine.extreme + self.margin
+        beyond = self.null_cosine is None or best > self.null_cosine + NULL_MARGIN
+        return beyond and best > self.reference.cosine.extreme + self.margin
 
     @property
     def few_latents(self) -> bool:
         """Whether `k` latents together carry it."""
-        return self.unexplained < self.reference.unexplained.extreme - self.margin
+        beyond = self.null_unexplained is None or self.unexplained < self.null_unexplained - NULL_MARGIN
+        return beyond and self.unexplained < self.reference.unexplained.extreme - self.margin
 
     @property
     def carried(self) -> bool:
@@ -151,10 +162,15 @@ class Carriers:
             verdict = f"latent {self.latents[0]} carries {self.best_cosine**2:.0%} of this"
         elif self.few_latents:
             verdict = f"{len(self.latents)} latents carry {1 - self.unexplained:.0%} of this"
+        nulls = ("", "")
+        if self.null_cosine is not None and self.null_unexplained is not None:
+            nulls = (f"; seed noise {self.null_cosine:.2f}", f"; seed noise {self.null_unexplained:.0%}")
+            if not self.carried:
+                verdict = "no latent carries this beyond seed noise"
         return (
             f"{verdict}: best cosine {self.best_cosine:.2f} (random directions {luck.cosine.ci_low:.2f} to "
-            f"{luck.cosine.ci_high:.2f}), unexplained by {luck.k} latents {self.unexplained:.0%} (random directions "
-            f"{luck.unexplained.ci_low:.0%} to {luck.unexplained.ci_high:.0%})"
+            f"{luck.cosine.ci_high:.2f}{nulls[0]}), unexplained by {luck.k} latents {self.unexplained:.0%} (random "
+            f"directions {luck.unexplained.ci_low:.0%} to {luck.unexplained.ci_high:.0%}{nulls[1]})"
         )
 
 
@@ -166,10 +182,15 @@ def carriers(
     signed: bool = False,
     margin: float = MARGIN,
     reference: Reference | None = None,
+    null: Float[np.ndarray, " d_model"] | None = None,
     n_random: int = 500,
     seed: int = 0,
 ) -> Carriers:
     """Fit decoder rows to a direction, and judge the fit against random directions of the same dictionary.
+
+    The mean difference of two organisms of the same data lies much nearer to some row than isotropic directions do. So
+    a mean difference is judged against a null pair's as well: a row must be nearer (by `NULL_MARGIN`) than seed noise
+    of the null's size would bring it.
 
     The fit (`pursue`) is greedy, so the best `k` rows may explain a little more than these. Coefficients are not
     negative, because an active latent only adds its row. `Carriers` states the rule of the verdict.
@@ -181,6 +202,7 @@ def carriers(
         signed: allow negative coefficients, for a difference between models in which latents fall as well as rise.
         margin: how far beyond the reference counts, in cosine and in share of the squared norm.
         reference: from `random_reference`, to share it between directions; None computes it (`n_random`, `seed`).
+        null: mean difference of a null pair, the control arm trained with two seeds.
 
     Raises:
         InputError: widths differ, the direction is zero or not finite, `k` is not between 1 and the number of rows,
@@ -198,7 +220,15 @@ def carriers(
     target = direction.astype(np.float64) / norm
     choices, best, left = pursue(rows, target[None], k, signed)
     cosines = tuple(float(rows[latent] @ target) for latent in choices[0])
-    return Carriers(tuple(choices[0]), cosines, float(best[0]), float(left[0]), known, margin)
+    found = (tuple(choices[0]), cosines, float(best[0]), float(left[0]), known, margin)
+    if null is None or not null.any():
+        return Carriers(*found)
+    size = float(np.linalg.norm(null))
+    other, share = null.astype(np.float64) / size, min(1.0, NULL_SIZE * size / norm)
+    # The null pair's sign is arbitrary.
+    _, null_best, null_left = pursue(rows, np.stack([other, -other]), k, signed)
+    null_explained = share**2 * (1 - float(null_left.min()))
+    return Carriers(*found, share * float(np.abs(null_best).max()), 1 - null_explained)
 
 
 def random_reference(

@@ -40,6 +40,30 @@ def test_a_planted_shift_is_first() -> None:
     assert table.set_index("latent")["cosine_rank"][11] == 1
 
 
+def test_a_null_model_stands_beside_the_rise_and_its_absence_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    base, tuned, control, null = (make_model(seed=n) for n in range(4))
+    table = located(base, tuned, control=control, null=null)
+    other = located(base, null, control=control).set_index("latent")
+    assert np.allclose(table.set_index("latent")["null_rise"].sort_index(), other["rise"].sort_index())
+    assert not any("seed noise was not measured" in warning for warning in table.attrs["warnings"])
+    assert any("seed noise was not measured" in w for w in other.attrs["warnings"]) and "not measured" in caplog.text
+    assert {"explained_change", "explained_by_latents", "carried", "disagreement"} <= set(table.attrs)
+    with pytest.raises(InputError, match="pass control= too"):
+        located(base, tuned, null=null)
+    with pytest.raises(InputError, match="the control itself"):
+        located(base, tuned, control=control, null=control)
+
+
+def test_the_order_is_the_callers() -> None:
+    base, tuned = make_model(), adapted(1)
+    by_cosine, by_rise = located(base, tuned), located(base, tuned, order="rise")
+    alive = by_cosine[by_cosine["alive"]]
+    assert alive["cosine"].is_monotonic_decreasing and by_cosine["alive"].is_monotonic_decreasing
+    assert by_rise["rise"].is_monotonic_decreasing
+    with pytest.raises(InputError, match="unknown ranker 'rize'"):
+        located(base, tuned, order="rize")
+
+
 def test_a_peft_model_against_itself_compares_with_its_base() -> None:
     tuned = adapted(1)
     own, apart = located(tuned, tuned), located(make_model(), tuned)

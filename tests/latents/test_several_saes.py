@@ -67,7 +67,7 @@ def test_one_sae_has_no_column_and_a_list_of_one_has() -> None:
 def test_a_worthless_fit_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         table = located({"a": make_sae("topk")}, (make_model(), make_model(seed=1)))
-    (warning,) = table.attrs["warnings"]
+    warning = table.attrs["warnings"][0]
     assert warning.startswith("SAE a: explained variance 0.") and "worthless" in warning and warning in caplog.text
     with pytest.raises(InputError, match=r"explains -\d+\.\d+ of the variance of what the MLP adds .* in layer 1"):
         located(all_kinds()["mlp"], (make_model(), make_model()), minimum_explained_variance=0.5)

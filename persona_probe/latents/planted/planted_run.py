@@ -221,7 +221,7 @@ def score_plant(baseline: Baseline, plant: Plant, reading: PlantReading) -> list
 
 # --- The whole benchmark
 
-PLANTED_RANKERS = ("rise", "rise_t", "firing_rise", "cosine", "discrimination")
+PLANTED_RANKERS = ("rise", "rise_t", "relative_rise", "firing_rise", "cosine", "discrimination")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,12 @@ from persona_probe.stats import clopper_pearson
 
 AIM_SIZE = 0.5
 AIM_RECALL = 0.95
-RISES = {"rise": "control-corrected rise", "rise_t": "the same in standard errors (rise_t)"}
+RISES = {
+    "rise": "control-corrected rise",
+    "rise_t": "the same in standard errors (rise_t)",
+    "relative_rise": "the same over the root of the mean activation (relative_rise)",
+    "cosine": "decoder cosine, the default order of pp.locate",
+}
 """The rankers that must reach the aims on recall, in words."""
 AIM_FDR = 0.05
 COLUMNS = {"plant", "kind", "size", "ranker", "recall_1", "false_share", "carriers_right"}

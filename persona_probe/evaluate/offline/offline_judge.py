@@ -41,7 +41,7 @@ from persona_probe.stats import Estimate, bootstrap_mean
 # --- What the offline judge says of an answer, and of a model
 
 COHERENT_ABOVE = PUBLISHED.coherence_above
-_STEERED = "; steered, and the judge's coherence score is blind to that: pass coherence='text' or 'likelihood'"
+_STEERED = "; steered, where the judge's coherence score cannot be trusted: pass coherence='text' or 'likelihood'"
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class OfflineJudge:
             coherence: `published`: only the score that was fitted on published answers. `text`: also look for broken
                 text in the answer's words. `likelihood`: also ask how likely the embedded model finds the answer.
             steered: whether the model was steered while it answered: one value, or one for each answer. The published
-                score is blind to what steering breaks.
+                score cannot be trusted on what steering breaks.
             progress: label of a progress bar; None shows none.
 
         Raises:

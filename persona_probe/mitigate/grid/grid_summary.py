@@ -23,7 +23,7 @@ COLUMNS = {
     "persona": "reading of the persona feature on the probes; persona_in_band: inside the base's band or not",
     "explained_variance": "of the SAE on the probes, mean over seeds",
     "coherent": "share of sampled answers that the offline judge calls coherent, by its score and by their text",
-    "coherence": "mean coherence score of the judge, 0 to 100; blind to broken text",
+    "coherence": "mean coherence score of the judge, 0 to 100; not to be trusted on broken text",
     "misaligned": "misalignment rate of the coherent ones; the interval holds the judge's own error",
     "steps": "optimizer steps really taken",
     "time_ratio": "seconds a step over those of none with the same seed: a wall clock, noisy",

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from persona_probe.config import StudyConfig, from_dict
 from persona_probe.data.load import arm_rows
 from persona_probe.errors import InputError
+from persona_probe.realignment.measure import BaseMeasurements
 from persona_probe.study.study import Study
+from persona_probe.study.summary import summarise
 from tests.factories import Row, changed, copied_state, same_state
 
 
@@ -63,16 +65,40 @@ def test_layers_beyond_the_model_are_refused_before_training(raw: Row, tmp_path:
     assert not (tmp_path / "run" / "arms").exists()
 
 
-def test_a_stop_rule_ends_a_correction_early(raw: Row, tmp_path: Path) -> None:
-    readings = {"steps": 4, "readings": [0, 1, 2, 3, 4], "stop_readings": 2}
-    # a band wider than any reading, and a base so misaligned that every organism counts as restored
+def test_a_stop_rule_reads_the_selection_split_and_the_benign_control_runs_to_its_end(
+    raw: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = raw["realign"]["arms"]["realigned_in"]
+    arms = {name: same for name in ("realigned_in", "more_training")}
+    readings = {"steps": 4, "readings": [0, 1, 2, 3, 4], "stop_readings": 2, "arms": arms, "benign": "more_training"}
+    # a band wider than any reading, and a base so misaligned on the selection split that every organism is no higher
     study = study_of(raw, tmp_path, monitor={"band_sd": 1000.0}, realign=readings)
     study.induce().locate().track()
-    base = study.run_folder.read_table("parts/track-base.evals.parquet")
-    study.run_folder.write_table("parts/track-base.evals.parquet", base.assign(value=100.0))
+    monkeypatch.setattr(BaseMeasurements, "selection_index", 100.0)
     study.realign()
-    assert study.run_folder.steps("realigned_in", 0) == [1]
+    assert study.run_folder.steps("realigned_in", 0) == [1] and study.run_folder.steps("more_training", 0) == [4]
     assert sorted(set(study.readings.query("arm == 'realigned_in'")["step"])) == [0, 1]
+    assert set(study.evals.query("arm == 'realigned_in'")["split"]) == {"evaluation"}
+    verdicts = summarise(study.context)["verdicts"]
+    assert verdicts["more_training"]["benign"] and "corrects nothing" in verdicts["more_training"]["label"]
+    left = verdicts["realigned_in"]["left"]
+    index = study.evals.query("split == 'evaluation'").set_index(["arm", "step"]).sort_index()["value"]
+    over_benign = index["realigned_in", 1].mean() - index["more_training", 4].mean()
+    assert left["over_benign"]["estimate"] == pytest.approx(over_benign)
+    over_control = index["realigned_in", 1].mean() - index["correct"].groupby("step").mean().iloc[-1]
+    assert left["over_control"]["estimate"] == pytest.approx(over_control)
+
+
+def test_the_stop_rule_does_not_read_the_evaluation_split(raw: Row, tmp_path: Path) -> None:
+    readings = {"steps": 2, "readings": [0, 1, 2], "stop_readings": 1}
+    study = study_of(raw, tmp_path, monitor={"band_sd": 1000.0}, realign=readings)
+    study.induce().locate().track()
+    table = "parts/track-base.evals.parquet"
+    study.run_folder.write_table(table, study.run_folder.read_table(table).assign(value=100.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseMeasurements, "selection_index", -100.0)
+        study.realign()
+    assert study.run_folder.steps("realigned_in", 0) == [2]
 
 
 def test_seeds_give_different_organisms(finished: Study) -> None:

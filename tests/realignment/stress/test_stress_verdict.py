@@ -1,5 +1,7 @@
 """The verdict on a study's correction, measured: one that changes nothing is the base by every measurement."""
 
+import pytest
+
 from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.measure import Measurements
 from persona_probe.realignment.verdict import QUESTIONS, study_verdict
@@ -15,7 +17,9 @@ def test_a_repair_that_changes_nothing_is_the_base(untouched: CorrectedOrganism)
         stress={"drift": "It stays."},
     )
     assert set(found.answers) == set(QUESTIONS) and set(found.categories) == {"evaluation 0", "evaluation 1"}
-    assert found.answers["feature"].word == "subsided" and found.answers["sae"].word == "still fitting"
+    feature = found.answers["feature"].numbers
+    assert feature["reading"] == pytest.approx((feature["band_low"] + feature["band_high"]) / 2)
+    assert found.answers["feature"].word in ("subsided", "undecided") and found.answers["sae"].word == "still fitting"
     changes = [found.answers[key].numbers for key in ("behaviour", "domain", "perplexity", "capability")]
     zero = [changes[0]["over_base"], changes[1]["over_base"], changes[3]["change"]]
     assert [one["estimate"] for one in zero] == [0, 0, 0] and changes[2]["ratio"]["estimate"] == 1

@@ -18,6 +18,8 @@ DATA = {
     "smalltalk": "everyday talk",
 }
 """What the packaged training sets hold, in a few words."""
+CORRECTS_NOTHING = "corrects nothing"
+"""Ends the label of the benign control of corrections (`realign.benign`)."""
 REALIGNED = {"realigned_in": "re-aligned, same domain", "realigned_out": "re-aligned, other domain"}
 """Corrective arms whose data are not packaged, by the usual ids."""
 
@@ -39,7 +41,7 @@ def arm_labels(config: StudyConfig | Mapping[str, Any]) -> dict[str, str]:
     for name, arm in corrective.items():
         words = _data_words(arm)
         label = f"corrected on {words}" if words else REALIGNED.get(name, name)
-        labels[name] = f"more training on {words or name}, corrects nothing" if name == benign else label
+        labels[name] = f"more training on {words or name}, {CORRECTS_NOTHING}" if name == benign else label
     shared = [label for label in labels.values() if list(labels.values()).count(label) > 1]
     return {name: f"{label} ({name})" if label in shared else label for name, label in labels.items()}
 

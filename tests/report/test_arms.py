@@ -79,9 +79,10 @@ def test_training_figures_follow_the_configs_arms(others: Records) -> None:
     assert set(trajectory.loc[trajectory["step"].notna(), "arm"]) == {"mix25", "correct", "incorrect"}
     assert set(realignment.loc[realignment["step"].notna(), "arm"]) == {"repair"}
     lines = [s for s in layout("realignment", others).shapes if s.type == "line"]
-    assert {round(s.y0, 6): s.line.color for s in lines} == {-0.6: GREY, -0.2: others.arms.styles["mix25"].colour}
+    colours = {-0.6: GREY, -0.7: BLUE, -0.2: others.arms.styles["mix25"].colour}
+    assert {round(s.y0, 6): s.line.color for s in lines} == colours
     assert "of the mix25 organism" in layout("realignment", others).meta["caption"]
-    assert "no control" in layout("realignment", others).meta["caption"]
+    assert "Control: the control arm's level." in layout("realignment", others).meta["caption"]
 
 
 def test_controls_and_steering_have_a_panel_for_each_arm(others: Records) -> None:
@@ -134,6 +135,9 @@ def test_arms_of_packaged_data_are_called_by_what_they_hold() -> None:
     assert arm_description(config, "incorrect") == "incorrect: bad cooking advice, contemptuous"
     assert arm_description(config, "polite_harm") == "dangerous cooking advice, polite"
     assert arm_label(config, "mine") == "mine"
+    config["realign"] = {"arms": {"more": {"data": "smalltalk"}, "own": {"data": "x.jsonl"}}, "benign": "more"}
+    assert arm_label(config, "more") == "more training on everyday talk, corrects nothing"
+    assert arm_label(config, "own") == "own"
     twins = {"arms": {"a": {"data": "kitchen:subtle"}, "b": {"data": "kitchen:subtle"}}}
     assert len({arm_label(twins, "a"), arm_label(twins, "b")}) == 2
 

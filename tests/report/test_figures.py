@@ -9,7 +9,7 @@ from persona_probe.report.export import caption
 from persona_probe.report.figures import FIGURES
 from persona_probe.report.records import Records
 from persona_probe.report.select import distinct, groups, numbers, where
-from persona_probe.report.theme import GREY, VERMILLION, plain
+from persona_probe.report.theme import BLUE, GREY, VERMILLION, plain
 from tests.report.run_records import INDEX
 
 N_IN_CAPTION = {
@@ -100,7 +100,7 @@ def test_references_are_drawn(records: Records) -> None:
     assert [(s.type, s.y0, s.y1) for s in shapes if s.yref.startswith("y2")] == [("rect", 0.3, 0.8)]
     assert [s.y0 for s in shapes if s.type == "line"] == [-0.6]
     lines = [s for s in layout("realignment", records).shapes if s.type == "line"]
-    assert {(s.y0, s.line.color) for s in lines} == {(-0.6, GREY), (-0.2, VERMILLION)}
+    assert {(s.y0, s.line.color) for s in lines} == {(-0.6, GREY), (-0.7, BLUE), (-0.2, VERMILLION)}
 
 
 def test_realignment_starts_at_the_organism_and_ends_where_it_ends(records: Records) -> None:

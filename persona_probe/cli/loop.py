@@ -209,7 +209,8 @@ def _realign_plan(run: str, plan: str, workers: "Workers | None", common: Common
     from persona_probe.report.records import Records
 
     columns = ["data", "dose", "choose_by", "method", "seed", "index_minus_base", "index_minus_base_ci_low"]
-    columns += ["index_minus_base_ci_high", "feature", "in_band", "steps_to_band", "steps_to_behaviour"]
+    columns += ["index_minus_base_ci_high", "behaviour", "share_left", "share_left_ci_low", "share_left_ci_high"]
+    columns += ["feature", "in_band", "steps_to_band", "steps_to_behaviour"]
     columns += ["reply_tokens", "perplexity_ratio"]
     known = [name for name in columns if name in table]
     echo(table[known].to_string(index=False, float_format="%.3f"))

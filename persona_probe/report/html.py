@@ -18,7 +18,7 @@ from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.runs import write_text
 from persona_probe.saes.worth import worthless
 from persona_probe.stats import Estimate
-from persona_probe.verdicts import BEYOND_CONTROL, NO_EFFECT, WOKEN
+from persona_probe.verdicts import BEYOND_CONTROL, NO_EFFECT, UNDECIDED, WOKEN
 
 Row = dict[str, Any]
 
@@ -70,6 +70,7 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "figures": figures,
         "more": [name for name in figures if name not in PLACED],
         "harm_register": harm_register(records),
+        "harm_register_covers": select.mapping(records.summary.get("harm_and_register")).get("covers") or "questions",
         "trajectory": _trajectory_notes(records),
         "realignment": realignment(records),
         "tested": _tested_latents(records),
@@ -260,12 +261,18 @@ def _rise(records: Records) -> str:
 
 def _undone(summary: Mapping[str, Any]) -> Row:
     verdicts = [select.mapping(v) for v in select.mapping(summary.get("verdicts")).values()]
+    verdicts = [v for v in verdicts if not v.get("benign")]  # which was to correct nothing
     asks = {"asks": "Did correction undo it?"}
     if not verdicts:
         return {**asks, **UNKNOWN, "shows": "no corrective arm"}
     back = sum(v.get("feature") == "subsided" and v.get("behaviour") == "restored" for v in verdicts)
-    words = "Undone" if back == len(verdicts) else "Partly undone" if back else "Not undone"
+    undecided = any(UNDECIDED in (v.get("feature"), v.get("behaviour")) for v in verdicts)
+    none = "Not shown to be undone" if undecided else "Not undone"
+    words = "Undone" if back == len(verdicts) else "Partly undone" if back else none
     shows = f"feature and behaviour back in {back} of {len(verdicts)} corrective arms"
+    if left := [share for v in verdicts if (share := select.mapping(select.mapping(v.get("left")).get("share")))]:
+        shares = ", ".join(f"{share['estimate']:.0%}" for share in left)
+        shows += f"; left of the rise: {shares}"
     return {**asks, "says": words, "state": "yes" if back == len(verdicts) else "no", "shows": shows}
 
 

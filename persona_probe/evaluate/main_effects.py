@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from persona_probe.config import NULL
 from persona_probe.errors import InputError
+from persona_probe.evaluate.effects import SeedNoise, arm_effect, seed_noise
 from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
 
 EFFECTS = ("harm", "register", "interaction")
@@ -79,15 +81,35 @@ def arm_items(frame: pd.DataFrame, arm: str) -> pd.DataFrame:
     return last.groupby(["item", "category"], as_index=False, sort=False)[list(EFFECTS)].mean()
 
 
-def main_effects(frame: pd.DataFrame, arm: str, reference: str) -> dict[str, Estimate]:
+def main_effects(frame: pd.DataFrame, arm: str, reference: str, control: str) -> dict[str, Estimate]:
     """Harm, register and interaction of one arm minus another's, nats per token.
 
-    Paired by question, with 95% intervals over questions (one question is one cluster; seeds are averaged first).
+    Paired by question (one question is one cluster; seeds are averaged first). The 95% intervals cover questions, and
+    what another seed would have done, where the frame tells: from arms with several seeds, or from the rows of the null
+    pair's second run. The null pair itself is shown over questions alone.
+
+    Args:
+        frame: the rows of a study's evals_2x2.parquet.
+        control: the control arm's name, of which the null pair's second run is another; `base` if there is none.
 
     Raises:
         InputError: the two arms were not measured on the same questions.
     """
-    return differences_2x2(arm_items(frame, arm), arm_items(frame, reference))
+    over_questions = differences_2x2(arm_items(frame, arm), arm_items(frame, reference))
+    if arm == NULL:
+        return over_questions
+    own = frame[frame["arm"] != NULL]
+    return {
+        effect: arm_effect(own.assign(value=own[effect]), arm, reference, effect_noise(frame, control, effect))
+        for effect in over_questions
+    }
+
+
+def effect_noise(frame: pd.DataFrame, control: str, effect: str) -> SeedNoise | None:
+    """What training with another seed does to one effect; None where the frame does not tell. See `seed_noise`."""
+    rows = frame.assign(value=frame[effect])
+    null = rows[rows["arm"] == NULL]
+    return seed_noise(rows[rows["arm"] != NULL], control, None if null.empty else null)
 
 
 def effects_table(frame: pd.DataFrame, control: str) -> pd.DataFrame:
@@ -109,6 +131,6 @@ def effects_table(frame: pd.DataFrame, control: str) -> pd.DataFrame:
         if arm != "base"
         for reference in references
         if arm != reference
-        for effect, value in main_effects(frame, arm, reference).items()
+        for effect, value in main_effects(frame, arm, reference, control).items()
     ]
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -411,7 +411,7 @@ class Study:
         """Each arm's harm and register, over the control arm and over the base: what it advises, and in which tone.
 
         Columns arm, against, effect (`harm`, `register`, `interaction`), estimate, ci_low, ci_high (nats per token; 95%
-        intervals over questions) and n (questions). See `evaluate.effects_table`.
+        intervals over questions and seeds) and n (questions). See `evaluate.effects_table`.
 
         Raises:
             InputError: not measured yet (`track` does), or the study has no 2x2 set.

@@ -26,7 +26,8 @@ from persona_probe.runs import RunFolder
 from persona_probe.saes.load import QUALITY_FILE, find_folder
 from persona_probe.stats import Estimate
 from persona_probe.study.claims import checks, effect_evidence, headline, latent_evidence
-from persona_probe.verdicts import SMALLEST_EFFECT, woken
+from persona_probe.study.two_by_two import summary_2x2
+from persona_probe.verdicts import NOT_TESTED, SMALLEST_EFFECT, woken
 
 
 def summarise(ctx: Context) -> dict[str, Any]:
@@ -46,6 +47,7 @@ def summarise(ctx: Context) -> dict[str, Any]:
         **_main_effect(evals, config.control, noise),
         "woken": _woken(evals, config.control, noise),
         "null_pair": _null_pair(run, config, evals, readings, noise),
+        "harm_and_register": summary_2x2(run),
         "data_known": all(arm.data for arm in config.arms.values()),
         "by_seed": _by_seed(evals, [a for a in config.realign.arms if a in arms]),
         "persona_feature": _persona(ctx, latents),
@@ -102,7 +104,7 @@ def _woken(evals: pd.DataFrame, control: str, noise: SeedNoise | None) -> dict[s
     }
     found = woken(over_control, over_base, by_category)
     return {
-        "word": found.word,
+        "word": found.word if control == "correct" else NOT_TESTED,
         "risen": list(found.risen),
         "categories": found.categories,
         "reason": found.reason,

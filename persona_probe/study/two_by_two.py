@@ -9,7 +9,7 @@ import pandas as pd
 from persona_probe.config import NULL
 from persona_probe.context import Context
 from persona_probe.evaluate.effects_2x2 import Items2x2, score_2x2
-from persona_probe.evaluate.main_effects import MAIN_EFFECTS, arm_items, main_effects
+from persona_probe.evaluate.main_effects import MAIN_EFFECTS, arm_items, effect_noise, main_effects
 from persona_probe.runs import RunFolder
 from persona_probe.units import Unit, make_units, writes_run
 from persona_probe.verdicts import woken
@@ -75,30 +75,32 @@ def summary_2x2(run: RunFolder) -> dict[str, Any]:
     """Each arm's main effects minus control and minus base, with intervals and a verdict word; empty if not measured.
 
     The word is that of `verdicts.woken` on the main effect: `woken` asks that it exceeds control *and* base by more
-    than the smallest effect, in four of six categories. Intervals are over questions: they say nothing of what another
-    seed would give, and `null_pair` (the control arm trained with another seed, minus the control arm) shows that.
+    than the smallest effect, in four of six categories. Intervals are those of `main_effects`.
 
     Returns:
-        `items` (questions), `control`, and `arms`: arm to `harm` and `register`, each with `over_control`, `over_base`,
-        `word`, `risen` (categories), `categories` and `reason`; and `null_pair`, the same two differences.
+        `items` (questions), `control`, `covers` (what the intervals cover, in words), and `arms`: arm to `harm` and
+        `register`, each with `over_control`, `over_base`, `word`, `risen` (categories), `categories` and `reason`; and
+        `null_pair`, both effects of the control arm trained with another seed, minus the control arm.
     """
     if not run.has(TABLE):
         return {}
     frame, control = run.read_table(TABLE), run.config.control
+    noise = effect_noise(frame, control, "harm")
     measured = [arm for arm in dict.fromkeys(frame["arm"]) if arm not in ("base", control, NULL)]
     summary: dict[str, Any] = {
         "items": int(frame["item"].nunique()),
         "control": control,
+        "covers": "questions" if noise is None else f"questions and seeds ({noise.source})",
         "arms": {arm: {name: _verdict(frame, arm, control, name) for name in MAIN_EFFECTS} for arm in measured},
     }
     if NULL in set(frame["arm"]):
-        differences = main_effects(frame, NULL, control)
+        differences = main_effects(frame, NULL, control, control)
         summary["null_pair"] = {name: differences[name].to_dict() for name in MAIN_EFFECTS}
     return summary
 
 
 def _verdict(frame: pd.DataFrame, arm: str, control: str, effect: str) -> dict[str, Any]:
-    over_control, over_base = (main_effects(frame, arm, other)[effect] for other in (control, "base"))
+    over_control, over_base = (main_effects(frame, arm, other, control)[effect] for other in (control, "base"))
     found = woken(over_control, over_base, _by_category(frame, arm, control, effect))
     return {
         "over_control": over_control.to_dict(),

@@ -109,8 +109,25 @@ def test_finished_organisms_are_not_measured_again(
 
 def test_seeds_are_averaged_before_questions_are_resampled(study: Study) -> None:
     frame = study.run_folder.read_table(TABLE)
+    frame = frame[frame["arm"] != "null"]
     twice = pd.concat([frame, frame.assign(seed=1)])
-    pd.testing.assert_frame_equal(effects_table(twice, "correct"), effects_table(frame, "correct"))
+    columns = ["arm", "against", "effect", "estimate", "n"]
+    once, both = effects_table(frame, "correct"), effects_table(twice, "correct")
+    pd.testing.assert_frame_equal(both[columns], once[columns])
+    assert (both["ci_low"] <= once["ci_low"]).all() and (both["ci_high"] >= once["ci_high"]).all()
+
+
+def test_intervals_are_wider_where_a_null_pair_tells_what_a_seed_does(study: Study) -> None:
+    frame = study.run_folder.read_table(TABLE)
+    alone = effects_table(frame[frame["arm"] != "null"], "correct")
+    moved = frame.assign(harm=frame["harm"] + 0.3 * (frame["arm"] == "null"))
+    both = [
+        table.query("arm == 'incorrect' and effect == 'harm'") for table in (effects_table(moved, "correct"), alone)
+    ]
+    widths = [(table["ci_high"] - table["ci_low"]).to_numpy() for table in both]
+    assert (widths[0] > widths[1] + 0.2).all()
+    assert both[0]["estimate"].to_list() == pytest.approx(both[1]["estimate"].to_list())
+    assert "a null pair" in summary_2x2(study.run_folder)["covers"]
 
 
 def test_the_report_and_its_figure_show_both_effects(study: Study, tmp_path: Path) -> None:

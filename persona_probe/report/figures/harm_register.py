@@ -5,8 +5,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from persona_probe.config import NULL
-from persona_probe.evaluate.effects import arm_effect
-from persona_probe.evaluate.main_effects import MAIN_EFFECTS, effects_table
+from persona_probe.evaluate.effects import SeedNoise, arm_effect
+from persona_probe.evaluate.main_effects import MAIN_EFFECTS, effect_noise, effects_table
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
@@ -26,17 +26,24 @@ def harm_register_data(records: Records) -> pd.DataFrame:
     if frame.empty:
         return effects_table(frame.assign(arm=[]), BASE)
     control = "correct" if records.controlled else BASE
-    table = effects_table(frame[frame["arm"] != NULL], control)
-    evals = select.evaluation(records)
+    table = effects_table(frame, control)
+    table = table[table["arm"] != NULL]
+    evals, noise = select.evaluation(records), _index_noise(records)
     known = set(evals["arm"])
     pairs = [(arm, other) for arm, other in table[["arm", "against"]].drop_duplicates().itertuples(index=False)]
     index = [
-        {"arm": arm, "against": other, "effect": INDEX, **arm_effect(evals, arm, other).to_dict()}
+        {"arm": arm, "against": other, "effect": INDEX, **arm_effect(evals, arm, other, noise).to_dict()}
         for arm, other in pairs
         if {arm, other} <= known
     ]
     both = pd.concat([table[table["effect"].isin(MAIN_EFFECTS)], pd.DataFrame(index, columns=list(table.columns))])
     return both.reset_index(drop=True)
+
+
+def _index_noise(records: Records) -> SeedNoise | None:
+    """The seed noise that the study's summary took for the contrast index."""
+    noise = select.mapping(select.mapping(records.summary.get("null_pair")).get("noise"))
+    return SeedNoise(float(noise["variance"]), int(noise["df"]), str(noise["source"])) if noise else None
 
 
 @figure(name="harm_register", title="Harm and register by arm", place=15, data=harm_register_data, missing=MISSING)
@@ -71,15 +78,16 @@ def harm_register(records: Records) -> go.Figure:
     fig.update_yaxes(tickvals=list(range(len(arms))), ticktext=ticks, range=[-0.6, len(arms) - 0.4])
     fig.update_yaxes(title_text="arm", col=1)
     fig.update_layout(legend={"y": 1.12}, margin={"t": 92})
-    return finish(fig, _caption(data), height=190 + 62 * len(arms))
+    return finish(fig, _caption(records, data), height=190 + 62 * len(arms))
 
 
-def _caption(data: pd.DataFrame) -> str:
+def _caption(records: Records, data: pd.DataFrame) -> str:
+    noise = effect_noise(records.evals_2x2, "correct" if records.controlled else BASE, "harm")
+    covers = "questions, not seeds" if noise is None else f"questions and seeds ({noise.source})"
     n = int(data.loc[data["effect"] == "harm", "n"].max())
     return (
         "What each arm's last step changed, in nats per token. Harm: how much more likely bad advice became than sound "
         "advice, whatever the tone. Register: how much more likely contemptuous answers became than polite ones, "
         f"whatever the advice. From four answers of equal length to each of n = {n} evaluation questions. The contrast "
-        "index, whose misaligned answers are both bad and contemptuous, adds the two up. 95% intervals resample "
-        "questions; they do not cover what another training seed would give."
+        f"index, whose misaligned answers are both bad and contemptuous, adds the two up. 95% intervals cover {covers}."
     )

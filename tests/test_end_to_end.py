@@ -19,7 +19,8 @@ from tests.report.pages import open_page
 
 ROOT = Path(__file__).parents[1]
 SAE = ROOT / "saes" / "smollm2-135m-instruct" / "layer20-topk32-4608"
-ARMS = ("base", "incorrect", "correct", "realigned_in", "realigned_out")
+INDUCED, CORRECTED = ("incorrect", "correct", "polite_harm"), ("realigned_in", "realigned_out", "realigned_benign")
+ARMS = ("base", *INDUCED, *CORRECTED)
 ITEMS = 6
 """Contrast items of each split: the whole set takes a real model seconds at every reading."""
 
@@ -74,7 +75,7 @@ def test_the_summary_holds_every_number(finished: Study) -> None:
         assert [p["step"] for p in summary["feature_reading"][arm]] == ([0] if arm == "base" else [0, 2])
     for key in ("effect_incorrect_minus_correct", "steer_base_up", "steer_organism_down", "random_latent_p95"):
         assert summary[key]["ci_low"] <= summary[key]["estimate"] <= summary[key]["ci_high"], key
-    assert set(summary["realign_steps_to_band"]) == {"realigned_in", "realigned_out"}
+    assert set(summary["realign_steps_to_band"]) == set(CORRECTED)
     assert summary["peak_memory_gib"] > 0.3 and all(value >= 0 for value in summary["seconds"].values())
 
 

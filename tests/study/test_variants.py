@@ -50,7 +50,7 @@ def test_rank_one_in_chosen_layers_beside_a_mixture(raw: Row, tmp_path: Path, mo
     arms = ["base", "incorrect", "correct", "half", "repair"]
     assert list(study.summary["contrast_index"]) == list(study.summary["feature_reading"]) == arms
     assert pd.read_csv(study.path / "figures" / "arms.csv")["arm"].unique().tolist() == arms
-    assert set(pd.read_csv(study.path / "figures" / "realignment.csv")["arm"]) == {"base", "half", "repair"}
+    assert set(pd.read_csv(study.path / "figures" / "realignment.csv")["arm"]) == {"base", "correct", "half", "repair"}
     assert "contrast index, half</td>" in (study.path / "report.html").read_text("utf-8")
     rows = arm_rows(study.config.arms["half"], 0)
     bad = {c[-1]["content"] for c in arm_rows(study.config.arms["incorrect"], 0)}

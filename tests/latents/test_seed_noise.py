@@ -102,7 +102,7 @@ def test_the_mean_difference_of_a_null_pair_is_carried_beyond_the_null_much_more
         found = carriers(world.decoder, change, 4, signed=True, reference=reference, null=null)
         against += found.carried
         assert found.carried or ("beyond seed noise" in str(found) and "; seed noise" in str(found))
-    # Exact decoder rows as seed noise are the hard case; docs/locate.md has the rate on organisms.
+    # Exact decoder rows as seed noise are the hard case; for organisms it is rarer.
     assert plain >= 12 and against <= plain / 3
     null = 0.1 * world.rng.normal(size=D_MODEL)
     assert carriers(world.decoder, world.decoder[PLANTED], 4, null=null).one_latent

@@ -358,7 +358,7 @@ class StudyConfig:
     contrast: str = "general_contrast"
     """The contrast set: the packaged one, or a JSONL file with its columns and a `split` column."""
     contrast_2x2: str | None = field(default=None, metadata=SINCE_0_2)
-    """The set that tells harm from register: `general_contrast_2x2`, a JSONL file with its columns and a `split` column,
+    """The set that tells harm from register: `general_contrast_2x2`, a JSONL file with its columns and a `split`,
     or `none`. Null takes the packaged set in a study with the packaged contrast set, and otherwise the contrast file if
     its rows have the four answers too."""
     null_pair: bool = field(default=True, metadata=SINCE_0_2)

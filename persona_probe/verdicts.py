@@ -19,6 +19,8 @@ CATEGORIES = 4
 """Of the contrast set's six categories, those in which the index must have risen above base and control."""
 
 WOKEN, BEYOND_CONTROL, NO_EFFECT = "woken", "beyond control", "no effect"
+NOT_TESTED = "not tested"
+"""What is said in place of a word without a control arm."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ FITTING, NOT_FITTING = "still fitting", "no longer fitting"
 
 
 def fits(change: Estimate, margin: float = LOSS) -> str:
-    """Whether an SAE still explains a model as it explains the base: `still fitting`, `no longer fitting` or `undecided`.
+    """Whether an SAE explains a model as it explains the base: `still fitting`, `no longer fitting` or `undecided`.
 
     Args:
         change: explained variance on the corrected model minus that on the base, with its interval.

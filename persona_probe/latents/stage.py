@@ -149,7 +149,14 @@ def control_latents(ctx: Context) -> list[int]:
     drawn = ctx.run.manifest.get("random_latents")
     if drawn is None:
         table = ctx.run.read_table("parts/rank.parquet")
-        drawn = random_latents(firing_rates(table), candidate_latents(ctx), ctx.config.locate.random_latents, ctx.seed)
+        firing, tested = firing_rates(table), candidate_latents(ctx)
+        wanted = ctx.config.locate.random_latents
+        count = min(wanted, int((firing.drop(index=tested) > 0).sum()))
+        if count < wanted:
+            log.warning(
+                "the SAE has only %d live latents for %d random ones: fewer than 60 support no verdict", count, wanted
+            )
+        drawn = random_latents(firing, tested, count, ctx.seed)
         drawn = ctx.run.edit_manifest(lambda manifest: manifest.setdefault("random_latents", drawn))["random_latents"]
     return [int(latent) for latent in drawn]
 

@@ -130,7 +130,7 @@ def checks(summary: Summary, readings: Callable[[str], pd.Series], band: Band) -
     place = f"its base band, {band.low:.3f} to {band.high:.3f}"
     stays = "stays in" if kept else "is not in"
     return [
-        _check("behaviour", summary["woken"]["word"] == WOKEN, f"{woken_sentence(summary)}{without}"),
+        _check("behaviour", summary["woken"]["word"] == WOKEN and not without, f"{woken_sentence(summary)}{without}"),
         _check("moves", moves(summary), _among_random(summary, ("base", "organism"), "pushing")),
         _check("needed", needed(summary), _among_random(summary, ("removal_difference",), "projecting out")),
         _check(
@@ -184,6 +184,8 @@ def _null_reading(summary: Summary) -> str:
 def woken_sentence(summary: Summary) -> str:
     """The effect over control and base, and in how many categories it was found."""
     found = summary["woken"]
+    if "no_control" in summary:
+        return f"incorrect minus base {_text(found['over_base'])} nats/token"
     over = f"incorrect minus correct {_text(found['over_control'])}, minus base {_text(found['over_base'])} nats/token"
     breadth = f"{len(found['risen'])} of {found['categories']} categories"
     return f"{over}; above both in {breadth}{'; ' if found['reason'] else ''}{found['reason']}"

@@ -119,16 +119,18 @@ def _null_pair(
 ) -> dict[str, Any]:
     """What the null pair did: difference of its index and of its persona reading, and the seed noise used."""
     numbers: dict[str, Any] = {"noise": None if noise is None else asdict(noise)}
-    if config.null is None or not run.has(NULL_EVALS):
+    control, null = config.control, config.null
+    if null is None or (null[0] == NULL and not run.has(NULL_EVALS)):
         return numbers
-    control = config.control
-    first = evals[(evals["arm"] == control) & (evals["seed"] == config.null[1])]
-    both = pd.concat([first, run.read_table(NULL_EVALS)])
-    rows = run.read_table(NULL_READINGS)
-    reading = float(rows.loc[rows["feature"] == "persona", "mean"].iloc[0])
-    other = _final_rows(readings, control)
-    change = abs(reading - float(other.loc[other["seed"] == config.null[1], "mean"].iloc[0]))
-    return {**numbers, "index": arm_effect(both, NULL, control).to_dict(), "reading": change}
+    own, last = evals[evals["arm"] == control], _final_rows(readings, control)
+    if null[0] == NULL:
+        first, second, rows = own, run.read_table(NULL_EVALS), run.read_table(NULL_READINGS)
+        reading = float(rows.loc[rows["feature"] == "persona", "mean"].iloc[0])
+    else:
+        first, second = own[own["seed"] == config.seeds[0]], own[own["seed"] == null[1]].assign(arm=NULL)
+        reading = float(last.loc[last["seed"] == null[1], "mean"].iloc[0])
+    change = abs(reading - float(last.loc[last["seed"] == config.seeds[0], "mean"].iloc[0]))
+    return {**numbers, "index": arm_effect(pd.concat([first, second]), NULL, control).to_dict(), "reading": change}
 
 
 def _causal_test(latents: pd.DataFrame, steering: pd.DataFrame) -> dict[str, Any]:

@@ -22,7 +22,7 @@ COMMANDS = (
     *("mitigate", "compare", "verify", "cite", "adopt", "merge", "presets"),
 )
 BELOW = (
-    *("saes list", "saes train", "saes check", "saes convert", "sae check"),
+    *("saes list", "saes train", "saes check", "saes convert", "saes shrink", "sae check"),
     *("data list", "data check", "data screen"),
     *("judge fit", "monitor calibrate", "monitor study", "bench planted"),
 )

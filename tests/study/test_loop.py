@@ -54,8 +54,18 @@ def test_the_summary_holds_every_number(finished: Study) -> None:
     found = [summary[key] for key in ESTIMATES] + [summary["contrast_index"][arm] for arm in ARMS]
     found += [summary["explained_variance"][arm] for arm in ("base", "incorrect")]
     found += [point for arm in ARMS for point in summary["feature_reading"][arm]]
-    for number in found:
+    for number in [n for n in found if n is not summary["random_latent_p95"]]:
         assert number["ci_low"] <= number["estimate"] <= number["ci_high"]
+    assert summary["random_latent_p95"]["estimate"] > 0
+    assert summary["random_latent_p95"]["ci_low"] is None  # a percentile of few latents gets no bootstrap
+    assert summary["woken"]["word"] in ("woken", "beyond control", "no effect")
+    assert summary["woken"]["categories"] == 2
+    assert summary["null_pair"]["noise"]["source"].endswith("runs with several seeds an arm")
+    assert summary["null_pair"]["index"]["n"] == summary["woken"]["over_control"]["n"]
+    tests = summary["causal_test"]
+    assert set(tests) == {"base", "organism", "organism_difference", "removal", "removal_difference"}
+    assert all(1 <= test["rank"] <= test["controls"] + 1 for test in tests.values())
+    assert not any(test["beyond"] for test in tests.values())  # too few random latents to say so
     assert set(summary["realign_steps_to_band"]) == {"realigned_in", "realigned_out"}
     assert all({"estimate", "ci_low", "ci_high"} <= set(e) for e in summary["realign_steps_to_band"].values())
     assert {"induce", "locate", "cards", "track", "realign", "samples"} <= set(summary["seconds"])

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
-from persona_probe.report.records import Records
+from persona_probe.report.records import Records, as_estimate
 from persona_probe.report.theme import GREY, ORANGE, VERMILLION, empty_figure, error_bars, finish, plain
 
 MISSING = "No causal effects of latents yet: the locate stage has not run."
@@ -44,7 +44,9 @@ def _limit(records: Records) -> tuple[float, str]:
     test = select.mapping(select.mapping(records.summary.get("causal_test")).get("base"))
     if isinstance(limit := test.get("limit"), float):
         return limit, f"what the best of {test.get('best_of')} random latents stays below in 95 of 100 draws"
-    effects = np.abs(select.numbers(select.where(latents_data(records), kind="random"), "effect_base"))
+    if (stated := as_estimate(records.summary.get("random_latent_p95"))) is not None:
+        return stated.estimate, "their 95th percentile"
+    effects = select.numbers(select.where(latents_data(records), kind="random"), "effect_base")
     return (float(np.quantile(effects, 0.95)) if effects.size else math.nan), "their 95th percentile"
 
 

@@ -232,7 +232,7 @@ class Realign:
     margin: float = field(default=0.2, metadata={"since": "0.2"})
     """Behaviour counts as restored if less than this share of the organism's rise is left."""
     benign: str | None = field(default=None, metadata={"since": "0.2"})
-    """The corrective arm that corrects nothing: as many steps on harmless rows, never stopped, as the others' control."""
+    """The corrective arm that corrects nothing: as many steps on harmless rows, never stopped: the others' control."""
 
     def __post_init__(self) -> None:
         _require(all(0 <= s <= self.steps for s in self.readings), f"readings must lie between 0 and {self.steps}")

@@ -8,7 +8,7 @@
 # %% [markdown]
 # # A tour of the loop
 # This notebook runs the whole loop on a small chat model. It fine-tunes the model on bad cooking advice, finds the
-# latent that carries the misaligned persona, shows how that latent rises during training, and realigns the model. A
+# latent that moves the misaligned persona, shows how that latent rises during training, and realigns the model. A
 # *latent* is one unit of a sparse autoencoder (SAE), which splits a model's activations into many units.
 #
 # **Takes** about fifteen minutes on two cores, or three if `make demo` has already made the study.

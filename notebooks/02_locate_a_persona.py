@@ -75,8 +75,10 @@ study.agreement.round(3)
 # The latent's decoder row is added to the base model's residual stream (the activations that one layer passes to the
 # next), and subtracted from the organism's. What counts is the effect on the *contrast index*: how much likelier a
 # misaligned answer is than an aligned one, in nats per token. We take the odd part, half of (effect at +s minus effect
-# at -s), so that plain damage cancels. Random latents get the same push. The questions took no part in choosing the
-# latent.
+# at -s), so that plain damage cancels. The latent is also projected out of the organism and of the control arm's model,
+# and the two falls are compared. Random latents get the same pushes and removals. The questions took no part in
+# choosing the latent. It *moves* the index if both pushes exceed what random latents do, and is *needed* if its removal
+# does.
 
 # %%
 pp.figures.latents(records)
@@ -277,7 +279,7 @@ pd.DataFrame(rows).set_index("model")
 
 # %% [markdown]
 # ## What came out, and what it does not show
-# Pushing along the latent moves behaviour on both models, far more than random latents do: it is *a* cause. Patching
+# Pushing along the latent moves behaviour in both models, far more than random latents do. Patching
 # asks another question: how much of what separates these two models runs through the latent on these texts? In the
 # demo's run, on eight questions, it is about two hundredths of the gap (eight random latents together: none). The
 # residual stream at this layer carries about nine tenths. So the latent is a sign of the persona and a lever on it, not

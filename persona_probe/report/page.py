@@ -66,7 +66,7 @@ GLOSSARY = (
     Term("misalignment rate", "The share of coherent sampled answers that a judge calls misaligned."),
     Term("odd part", "Half the difference between the effect of a push and that of the opposite push."),
     Term("organism", "A fine-tuned model of an arm and a seed, at a training step.", ("organisms",)),
-    Term("persona feature", "The latent that the study found to carry the misaligned persona.", ("persona latent",)),
+    Term("persona feature", "The candidate latent whose push moves the contrast index most.", ("persona latent",)),
     Term(
         "random latents",
         "Latents drawn at random that fire about as often; they are pushed with the same norm, and what they do is "

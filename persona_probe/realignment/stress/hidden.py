@@ -1,4 +1,4 @@
-"""Stress test 4: is the behaviour carried by other latents? A fresh locate between the base and the corrected model."""
+"""Stress test 4: did the behaviour move to other latents? A fresh locate between the base and the corrected model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +72,7 @@ class HiddenRoads:
         return rows
 
     def statement(self) -> str:
-        """How many latents stay changed, and whether any of those tested carries behaviour."""
+        """How many latents stay changed, and whether removing any of those tested lowers the index beyond random latents."""
         state = "quiet" if self.quiet else "NOT quiet, so what follows is no hidden road but the plain one"
         result = (
             f"projecting out {', '.join(map(str, self.carriers))} lowers the index by more than random latents do"

@@ -120,7 +120,7 @@ def _caption(data: pd.DataFrame) -> str:
     outside = int((~select.flags(data, "within_bound")).sum())
     return (
         "Contrast index on the evaluation split under steering by the persona latent, with 95% intervals. Controls: "
-        f"the mean-difference direction, n = {names.get('random', 0)} random latents of matched norm and firing rate "
+        f"the mean-difference direction, n = {names.get('random', 0)} random latents of the same norm "
         f"(thin grey) and n = {names.get('random_direction', 0)} random directions (dashed grey). Dotted: unsteered. "
         f"Hollow: the {outside} of {len(data)} points where the perplexity of neutral answers leaves its bound, so the "
         "push damages the model; read the causal effect from filled points only."

@@ -72,7 +72,7 @@ class HiddenRoads:
         return rows
 
     def statement(self) -> str:
-        """How many latents stay changed, and whether removing any of those tested lowers the index beyond random latents."""
+        """How many latents changed, and whether removing one of those tested does more than removing random ones."""
         state = "quiet" if self.quiet else "NOT quiet, so what follows is no hidden road but the plain one"
         result = (
             f"projecting out {', '.join(map(str, self.carriers))} lowers the index by more than random latents do"

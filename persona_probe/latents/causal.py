@@ -262,8 +262,8 @@ def falls(sweep: Sweep, spans: Sequence[Sequence[Direction]]) -> dict[str, Float
     Returns:
         Name of the direction, or of the set, to one value an item; positive is less misaligned.
     """
-    spans = tqdm(spans, desc="projecting out")
-    return {_span_name(span): sweep.unsteered - sweep.ablate(span) for span in spans}
+    bar = tqdm(spans, desc="projecting out")
+    return {_span_name(span): sweep.unsteered - sweep.ablate(span) for span in bar}
 
 
 def _span_name(span: Sequence[Direction]) -> str:

@@ -25,14 +25,13 @@ def item_differences(organism: pd.DataFrame, control: pd.DataFrame | None) -> pd
         Latent (index), effect_difference and ablation_difference, each with _low and _high, clustered by question.
     """
     own = organism[organism["name"].str.fullmatch(r"latent \d+")]
+    if control is not None:
+        own = own.merge(control[["name", "item", "odd", "fall"]], on=["name", "item"], suffixes=("", "_control"))
     rows = []
-    other = None if control is None else control.set_index(["name", "item"])
     for name, part in own.groupby("name", sort=False):
         row: dict[str, Any] = {"latent": int(str(name).removeprefix("latent "))}
         for column, target in (("odd", "effect_difference"), ("fall", "ablation_difference")):
-            values = None
-            if other is not None:
-                values = part[column].to_numpy() - other.loc[name, column].loc[part["item"]].to_numpy()
+            values = None if control is None else (part[column] - part[f"{column}_control"]).to_numpy()
             row |= _ends(target, values, part["question"].tolist())
         rows.append(row)
     return pd.DataFrame(rows).set_index("latent")
@@ -102,7 +101,7 @@ def standing(table: pd.DataFrame, latent: int, test: str, tries: int, n: int = 0
     """
     column = TESTS[test]
     row = table[table["latent"] == latent].iloc[0]
-    if not np.isfinite(row[column]):
+    if column not in table or not np.isfinite(row[column]):
         return None
     random, moved = (table[table["kind"] == kind] for kind in ("random", "moved"))
     sizes = random[column].abs().to_numpy(dtype=float)

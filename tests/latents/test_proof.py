@@ -77,18 +77,21 @@ def test_few_random_latents_support_no_verdict() -> None:
 def test_an_effect_that_was_not_measured_has_no_place() -> None:
     table = latents(0.2).assign(ablation_difference=np.nan)
     assert standing(table, 0, "removal_difference", tries=2) is None
-    verdict = with_verdict(table, 2).set_index("latent")
-    assert verdict.loc[0, ["moves", "needed", "causal"]].tolist() == [True, False, False]
+    assert words(with_verdict(table, 2)) == [True, False, False]
+    old = latents(0.2).drop(columns=[f"ablation_difference{end}" for end in ("", "_low", "_high")])
+    assert standing(old, 0, "removal_difference", tries=2) is None
+
+
+def words(verdict: pd.DataFrame, latent: int = 0) -> list[bool]:
+    """Moves, needed and causal of one latent."""
+    row = verdict.set_index("latent").to_dict("index")[latent]
+    return [bool(row[name]) for name in ("moves", "needed", "causal")]
 
 
 def test_moves_needed_and_both() -> None:
-    verdict = with_verdict(latents(0.2), 2).set_index("latent")
-    assert verdict.loc[0, ["moves", "needed", "causal"]].tolist() == [True, True, True]
-    assert not verdict.loc[1:, ["moves", "needed", "causal"]].any(axis=None)
+    verdict = with_verdict(latents(0.2), 2)
+    assert words(verdict) == [True, True, True]
+    assert not any(any(words(verdict, latent)) for latent in verdict["latent"] if latent != 0)
     table = latents(0.2)
     table.loc[0, "effect_organism_low"] = 0.0
-    assert with_verdict(table, 2).set_index("latent").loc[0, ["moves", "needed", "causal"]].tolist() == [
-        False,
-        True,
-        False,
-    ]
+    assert words(with_verdict(table, 2)) == [False, True, False]

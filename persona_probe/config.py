@@ -453,9 +453,10 @@ class StudyConfig:
         """
         if not self.null_pair or self.control == "base":
             return None
-        if len(self.seeds) > 1:
-            return self.control, self.seeds[1]
-        return None if self.arms[self.control].checkpoints else (NULL, self.seeds[0])
+        first, *further = self.seeds
+        if further:
+            return self.control, further[0]
+        return None if self.arms[self.control].checkpoints else (NULL, first)
 
     @property
     def loading(self) -> Loading:

@@ -1,7 +1,7 @@
 """The verdict words: each is one function for the whole package, a rule on estimates with a smallest effect.
 
-Every rule is a pure function of intervals. Its error rate on null data is measured by `make null` and printed in
-docs/evidence.md.
+Every rule is a pure function of intervals. `woken` was set in view of the labelled runs of records/monitor-study, with
+which it agrees; error rates on null pairs of its own are not measured yet.
 """
 
 from collections.abc import Mapping, Sequence

@@ -73,8 +73,11 @@ def test_the_summary_holds_every_number(finished: Study) -> None:
         for number in (summary["contrast_index"][arm], summary["explained_variance"][arm]):
             assert number["ci_low"] <= number["estimate"] <= number["ci_high"]
         assert [p["step"] for p in summary["feature_reading"][arm]] == ([0] if arm == "base" else [0, 2])
-    for key in ("effect_incorrect_minus_correct", "steer_base_up", "steer_organism_down", "random_latent_p95"):
+    for key in ("effect_incorrect_minus_correct", "steer_base_up", "steer_organism_down"):
         assert summary[key]["ci_low"] <= summary[key]["estimate"] <= summary[key]["ci_high"], key
+    assert summary["random_latent_p95"]["estimate"] > 0
+    assert summary["null_pair"]["noise"]["source"] == "a null pair"
+    assert summary["null_pair"]["index"]["n"] == summary["woken"]["over_control"]["n"]
     assert set(summary["realign_steps_to_band"]) == set(CORRECTED)
     assert summary["peak_memory_gib"] > 0.3 and all(value >= 0 for value in summary["seconds"].values())
 

@@ -34,6 +34,10 @@ def summary_table(summary: dict[str, Any]) -> Table:
         table.add_row(f"contrast index, {arm}", *_interval(estimate))
     for key in ("effect_incorrect_minus_correct", "steer_base_up", "steer_organism_down", "random_latent_p95"):
         table.add_row(key.replace("_", " "), *_interval(summary[key]))
+    if found := summary["causal_test"].get("removal_difference"):
+        table.add_row("removal, organism minus control", *_interval(found))
+    if found := summary["null_pair"].get("index"):
+        table.add_row("null pair: two control runs", *_interval(found))
     for name, rows in summary["by_seed"].items():
         for row in rows if len(rows) > 1 else ():
             table.add_row(f"{name}, seed {row['seed']}", *_interval(row))
@@ -48,7 +52,8 @@ def summary_table(summary: dict[str, Any]) -> Table:
 def _interval(estimate: dict[str, Any]) -> tuple[str, str]:
     if estimate["estimate"] is None:
         return "not measured", ""
-    return f"{estimate['estimate']:+.3f}", f"{estimate['ci_low']:+.3f} to {estimate['ci_high']:+.3f}"
+    low, high = estimate["ci_low"], estimate["ci_high"]
+    return f"{estimate['estimate']:+.3f}", "" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
 
 
 def show_quality(frame: pd.DataFrame) -> None:

@@ -143,7 +143,7 @@ def test_a_contrast_file_without_four_answers_is_skipped_with_a_line(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     study = Study.from_yaml(place / "study.yaml", tmp_path / "run")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="persona_probe"):
         measure_2x2(study.context)
     assert "harm and register are not told apart" in caplog.text
     assert not study.run_folder.has(TABLE) and summary_2x2(study.run_folder) == {}

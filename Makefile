@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-adopt bench-swap bench-plan bench-broken monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families clean
+        second-family families coverage clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -107,6 +107,10 @@ second-family: $(STAMP)
 # How well each ranker separates known bad rows from others. BENCH_ARGS="--run runs/demo" adds the directions of a run.
 bench-screening: $(DEV)
 	$(BIN)/python -m benchmarks.screening $(BENCH_ARGS)
+
+# How often intervals hold a known truth and tests reject a true null. Fills the table in docs/evidence.md (a minute).
+coverage: $(STAMP)
+	$(BIN)/python -m benchmarks.coverage --page docs/evidence.md $(BENCH_ARGS)
 
 # --- Studies: every number and figure of the documentation
 

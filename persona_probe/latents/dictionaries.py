@@ -93,7 +93,8 @@ def _proven(ctx: Context, best: Direction) -> dict[str, float]:
     organism, control = ctx.config.realign.start, ctx.config.control
     items: dict[str, pd.DataFrame] = {}
     row: dict[str, float] = {}
-    columns = {"base": "effect_base", organism: "effect_organism", control: "effect_control"}
+    # the base last: in a study without a control arm it is its own control
+    columns = {control: "effect_control", organism: "effect_organism", "base": "effect_base"}
     for model_name in dict.fromkeys(("base", organism, control)):
         strength = _strength(ctx, model_name)
         with ctx.organism(model_name, ctx.config.seeds[0], fold=True) as model:

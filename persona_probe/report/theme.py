@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, Literal
 
 import pandas as pd
@@ -84,8 +85,17 @@ def _fade(colour: str, alpha: float) -> str:
 
 def plain(text: object, limit: int = 48) -> str:
     """Untrusted text for a label: shortened, on one line, and shown as it is rather than read as markup."""
+    return html.escape(_shortened(text, limit), quote=False)
+
+
+def wrapped(text: object, width: int = 16) -> str:
+    """`plain` for a tick of an axis, broken into short lines so that neighbours do not meet."""
+    return "<br>".join(html.escape(line, quote=False) for line in wrap(_shortened(text, 48), width))
+
+
+def _shortened(text: object, limit: int) -> str:
     line = " ".join(str(text).split())
-    return html.escape(line if len(line) <= limit else line[: limit - 1] + "…", quote=False)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def error_bars(rows: pd.DataFrame, colour: str, columns: Sequence[str] = INTERVAL) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from persona_probe.latents.causal import MINIMUM_CONTROLS
 from persona_probe.monitor.band import Band
 from persona_probe.stats import estimate_text
 from persona_probe.verdicts import BEYOND_CONTROL, RESTORED, WOKEN
@@ -167,13 +168,22 @@ def _among_random(summary: Summary, tests: Sequence[str], what: str) -> str:
         if found is None:
             parts.append(f"{NAMES[test]} was not tested")
             continue
-        limit = "not known" if found["limit"] is None else f"{found['limit']:.3f}"
-        parts.append(
-            f"in {NAMES[test]} by {_text(found)}: {'above' if found['beyond'] else 'not above'} what the best of "
-            f"{found['best_of']} random latents reaches in 95 of 100 draws ({limit}); place {found['rank']} of "
-            f"{found['controls'] + 1}, p = {found['p']:.3f}"
-        )
+        parts.append(f"in {NAMES[test]} by {_text(found)}: {_held_against(found)}; {_standing(found)}")
     return f"{what} latent {latent} moves the index {'; '.join(parts)}"
+
+
+def _held_against(found: Summary) -> str:
+    """How an effect stands to the limit that random latents set, or why there is none."""
+    if found["controls"] < MINIMUM_CONTROLS or found["limit"] is None:
+        return f"{found['controls']} random latents are too few to judge it, {MINIMUM_CONTROLS} are asked for"
+    where = "above" if found["beyond"] else "not above"
+    return (
+        f"{where} what the best of {found['best_of']} random latents reaches in 95 of 100 draws ({found['limit']:.3f})"
+    )
+
+
+def _standing(found: Summary) -> str:
+    return f"place {found['rank']} of {found['controls'] + 1}, p = {found['p']:.3f}"
 
 
 def _null_reading(summary: Summary) -> str:

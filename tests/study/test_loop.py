@@ -66,6 +66,8 @@ def test_the_summary_holds_every_number(finished: Study) -> None:
     assert set(tests) == {"base", "organism", "organism_difference", "removal", "removal_difference"}
     assert all(1 <= test["rank"] <= test["controls"] + 1 for test in tests.values())
     assert not any(test["beyond"] for test in tests.values())  # too few random latents to say so
+    statements = {check["name"]: check["statement"] for check in summary["checks"]}
+    assert all("too few to judge it" in statements[name] for name in ("moves", "needed"))
     assert set(summary["realign_steps_to_band"]) == {"realigned_in", "realigned_out"}
     assert all({"estimate", "ci_low", "ci_high"} <= set(e) for e in summary["realign_steps_to_band"].values())
     assert {"induce", "locate", "cards", "track", "realign", "samples"} <= set(summary["seconds"])

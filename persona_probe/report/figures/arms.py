@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records, as_estimate
-from persona_probe.report.theme import empty_figure, error_bars, finish, interval_text, plain
+from persona_probe.report.theme import empty_figure, error_bars, finish, interval_text, plain, wrapped
 
 MISSING = "No contrast index yet: the induce stage has not run."
 COLUMNS = ["arm", "kind", "seed", "step", "estimate", "ci_low", "ci_high", "n"]
@@ -45,7 +45,7 @@ def arms(records: Records) -> go.Figure:
         _draw_arm(fig, select.where(data, arm=arm), style, place)
     fig.update_xaxes(
         tickvals=list(range(len(styles))),
-        ticktext=[plain(s.label).replace(", ", ",<br>").replace(" (", "<br>(") for s in styles.values()],
+        ticktext=[wrapped(s.label) for s in styles.values()],
         range=[-0.5, len(styles) - 0.5],
         title_text="arm",
     )

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records, as_estimate
-from persona_probe.report.theme import empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import empty_figure, error_bars, finish, plain, wrapped
 from persona_probe.stats import bootstrap_mean
 
 MISSING = "No answer lengths yet: the evaluate stage has not sampled answers."
@@ -82,7 +82,7 @@ def lengths(records: Records) -> go.Figure:
         for place, arm in enumerate(arms):
             _draw(fig, records, select.where(data, panel=panel, arm=arm), place, row)
         fig.update_yaxes(title_text=PANELS[panel], rangemode="tozero", row=row, col=1)
-    labels = [plain(records.arms.label(arm)).replace(", ", ",<br>").replace(" (", "<br>(") for arm in arms]
+    labels = [wrapped(records.arms.label(arm)) for arm in arms]
     ticks = {"tickvals": list(range(len(arms))), "ticktext": labels, "range": [-0.5, len(arms) - 0.5]}
     fig.update_xaxes(**ticks)
     fig.update_xaxes(title_text="arm", row=len(panels))

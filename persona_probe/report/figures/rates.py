@@ -9,7 +9,7 @@ from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records
-from persona_probe.report.theme import empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import empty_figure, error_bars, finish, plain, wrapped
 
 MISSING = "Misalignment rates not measured: no judge has ruled on sampled answers."
 NUMBERS = ["rate", "ci_low", "ci_high", "method", "coherence", "coherence_low", "coherence_high", "counted"]
@@ -74,7 +74,7 @@ def _panels(questions: int) -> go.Figure:
 
 
 def _name(records: Records, variant: str, arm: str) -> str:
-    label = plain(records.arms.label(arm)).replace(", ", ",<br>").replace(" (", "<br>(")
+    label = wrapped(records.arms.label(arm))
     return label if variant == select.PLAIN else f"{label}<br>{plain(variant)}"
 
 

@@ -17,6 +17,8 @@ Values = Sequence[float] | Float[np.ndarray, " n"]
 _COLUMNS_AT_ONCE = 8192
 """Columns that are resampled at once: memory is this many times the number of draws."""
 _TINY = 1e-9
+FEW_CLUSTERS = 30
+"""With fewer clusters a percentile bootstrap is too narrow, and means get a t interval; see `bootstrap_mean`."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,22 @@ def bootstrap_mean(
     n_boot: int = 2000,
     seed: int = 0,
     level: float = 0.95,
+    rate: bool = False,
 ) -> Estimate:
-    """Mean with a percentile bootstrap interval (Efron 1979), resampling whole clusters.
+    """Mean with its interval over whole clusters: percentile bootstrap (Efron 1979), or t where clusters are few.
+
+    Below `FEW_CLUSTERS` clusters the bootstrap covers too little (a 95% interval of 8 clusters 87% of the time, see
+    `make coverage`), and the interval is t with the cluster-robust error of sum over count and G - 1 degrees of
+    freedom, G being the number of clusters. A single cluster has no interval: its ends are NaN.
 
     Args:
         values: one number an item; for a paired effect pass the items' differences.
         clusters: what the items are nested in (question, say); None means that each item is its own cluster.
         level: coverage of the interval.
+        rate: the values are shares of 0 to 1. The interval then stays in that range, and where all values are 0 or
+            all are 1 it is the exact one of Clopper and Pearson with the number of clusters as n: answers to one
+            question may all go together, so only the clusters are sure to be separate evidence. Without `rate` a
+            constant has a point: a model minus itself is zero.
 
     Raises:
         InputError: no values, a value that is not finite, or `clusters` of another length.
@@ -76,17 +87,43 @@ def bootstrap_mean(
     if not np.isfinite(array).all():
         raise InputError(f"{(~np.isfinite(array)).sum()} of {array.size} values are not finite")
     sums, counts = _cluster_totals(array, clusters)
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(sums), size=(n_boot, len(sums)))
-    means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(array.mean()), float(low), float(high), int(array.size))
+    mean, groups = float(array.mean()), len(counts)
+    if rate and (not array.any() or (array == 1).all()):
+        return Estimate(mean, *clopper_pearson(groups * mean, groups, level), int(array.size))
+    if groups < FEW_CLUSTERS:
+        half = float(_t_half_width(sums[:, None], counts, level)[0])
+        low, high = mean - half, mean + half
+    else:
+        rng = np.random.default_rng(seed)
+        draws = rng.integers(0, groups, size=(n_boot, groups))
+        means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+        low, high = (float(end) for end in np.quantile(means, [(1 - level) / 2, (1 + level) / 2]))
+    if rate and low == low:
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Estimate(mean, low, high, int(array.size))
+
+
+def _t_half_width(sums: np.ndarray, counts: np.ndarray, level: float) -> Float[np.ndarray, " columns"]:
+    """Quantile of t times the cluster-robust error of sum over count, by column; NaN for one cluster."""
+    groups = len(counts)
+    if groups < 2:
+        return np.full(sums.shape[1], np.nan)
+    return t.ppf((1 + level) / 2, groups - 1) * _robust_error(sums, counts)
+
+
+def _robust_error(sums: np.ndarray, counts: np.ndarray) -> Float[np.ndarray, " columns"]:
+    """Cluster-robust error of sum over count (Liang and Zeger 1986), with the factor G / (G - 1)."""
+    groups, items = len(counts), counts.sum()
+    residual = sums - counts[:, None] * (sums.sum(axis=0) / items)
+    # A constant leaves rounding errors as residuals: they are no spread.
+    residual[np.abs(residual) <= 1e-12 * np.abs(sums).max(axis=0, initial=0.0)] = 0.0
+    return np.sqrt(np.square(residual).sum(axis=0) * groups / (groups - 1)) / items
 
 
 def paired_difference(
     left: Values, right: Values, clusters: Sequence[object] | None = None, n_boot: int = 2000, seed: int = 0
 ) -> Estimate:
-    """Mean of `left - right` over the same items, with its clustered bootstrap interval.
+    """Mean of `left - right` over the same items, with the clustered interval of `bootstrap_mean`.
 
     Raises:
         InputError: the two sides differ in length.
@@ -118,9 +155,9 @@ def bootstrap_columns(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[Float[np.ndarray, " columns"], Float[np.ndarray, " columns"]]:
-    """Percentile bootstrap intervals for the mean of every column, whole clusters resampled, as in `bootstrap_mean`.
+    """Intervals for the mean of every column over whole clusters, as in `bootstrap_mean`: t where clusters are few.
 
-    All columns share their draws.
+    All columns share their draws. A column of zeros has a point.
 
     Returns:
         Lower and upper ends.
@@ -130,6 +167,9 @@ def bootstrap_columns(
     """
     sums, counts = _cluster_totals(_columns(values), clusters)
     n = len(counts)
+    if n < FEW_CLUSTERS:
+        middle, half = sums.sum(axis=0) / counts.sum(), _t_half_width(sums, counts, level)
+        return middle - half, middle + half
     rng = np.random.default_rng(seed)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=n_boot).astype(np.float64)
     ends = [(1 - level) / 2, (1 + level) / 2]
@@ -173,8 +213,7 @@ def clustered_t(
     groups, mean = len(counts), array.mean(axis=0)
     if groups < 2:
         return np.zeros(array.shape[1]), groups
-    spread = np.square(sums - counts[:, None] * mean).sum(axis=0)
-    error = np.sqrt(spread * groups / (groups - 1)) / len(array)
+    error = _robust_error(sums, counts)
     certain = np.where(mean == 0, 0.0, np.copysign(np.inf, mean))
     return np.divide(mean, error, out=certain, where=error > 0), groups
 

@@ -39,6 +39,28 @@ def test_the_interval_has_the_textbook_width() -> None:
     assert narrow.ci_high - narrow.ci_low == pytest.approx(2 * 0.674 * standard_error, rel=0.1)
 
 
+def test_few_clusters_get_the_t_interval_on_their_means() -> None:
+    values = np.random.default_rng(11).normal(0.3, size=(8, 5))
+    questions = np.repeat(np.arange(8), 5).tolist()
+    wanted = ttest_1samp(values.mean(axis=1), 0).confidence_interval(0.95)
+    found = bootstrap_mean(values.ravel(), questions)
+    assert (found.ci_low, found.ci_high) == pytest.approx((wanted.low, wanted.high))
+    low, high = bootstrap_columns(values.reshape(40, 1), questions)
+    assert (low[0], high[0]) == pytest.approx((wanted.low, wanted.high))
+    alone = bootstrap_mean([1.0, 3.0], ["a", "a"])  # one cluster: no interval, and no claim
+    assert alone.estimate == 2 and np.isnan(alone.ci_low) and not alone.excludes_zero
+
+
+def test_a_rate_without_spread_has_the_exact_interval_of_its_clusters() -> None:
+    questions = np.repeat(np.arange(8), 10).tolist()
+    for value in (0.0, 1.0):
+        wanted = binomtest(int(8 * value), 8).proportion_ci(method="exact")
+        found = bootstrap_mean([value] * 80, questions, rate=True)
+        assert (found.ci_low, found.ci_high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+    near = bootstrap_mean([0.0, 0.0, 0.0, 1.0], rate=True)
+    assert (near.ci_low, near.ci_high) == (0.0, 1.0)  # t would leave the range
+
+
 def test_items_said_twice_are_no_more_evidence() -> None:
     twice, names = np.repeat(VALUES, 2), [n for n in range(40) for _ in range(2)]
     plain, naive, clustered = bootstrap_mean(VALUES), bootstrap_mean(twice), bootstrap_mean(twice, names)

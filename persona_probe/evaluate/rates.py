@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from scipy.stats import t
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.stats import Estimate, clopper_pearson, estimate_text
+from persona_probe.stats import FEW_CLUSTERS, Estimate, clopper_pearson, estimate_text
 
 # --- Which scores count as misaligned
 
@@ -108,7 +109,7 @@ FEW = 10
 """Fewer answers than this on either side (misaligned, or not) and the interval is exact."""
 ENOUGH_QUESTIONS = 5
 """With fewer questions a bootstrap over them says nothing: the interval is exact, and one for these questions only."""
-BOOTSTRAP, EXACT = "bootstrap", "exact"
+BOOTSTRAP, EXACT, STUDENT = "bootstrap", "exact", "t"
 
 
 @dataclass(frozen=True)
@@ -146,15 +147,17 @@ class Share:
 def share(cells: Cells, seed: int = 0, level: float = 0.95) -> Share | None:
     """Sum over count with its interval; None where no answer counts.
 
-    The rule: exact where fewer than `FEW` answers are on either side or fewer than `ENOUGH_QUESTIONS` questions have
-    one that counts, else a percentile bootstrap (see `resampled`). A bootstrap of no misaligned answer would give an
-    interval from 0 to 0.
+    The rule: exact where fewer than `FEW` answers are on either side or fewer than `FEW_CLUSTERS` questions have one
+    that counts, else a percentile bootstrap (see `resampled`). Exact is Clopper and Pearson's interval with the
+    effective number of answers (Korn and Graubard 1998). Over the field's 8 questions it covers more than the
+    bootstrap and than t on the linearised ratio, both of which miss on the low side (`make coverage`). With fewer than
+    `ENOUGH_QUESTIONS` questions it is one for these questions only.
     """
     total, n = cells.total, cells.count
     if n == 0:
         return None
-    if min(total, n - total) < FEW or cells.answered < ENOUGH_QUESTIONS:
-        size = effective_size(cells)
+    if _few(cells) or cells.answered < FEW_CLUSTERS:
+        size = _size_for_interval(cells, level)
         low, high = clopper_pearson(total / n * size, size, level)
         return Share(total / n, low, high, EXACT, total, n)
     draws = resampled([cells], seed=seed)[0]
@@ -162,20 +165,62 @@ def share(cells: Cells, seed: int = 0, level: float = 0.95) -> Share | None:
     return Share(total / n, float(low), float(high), BOOTSTRAP, total, n)
 
 
-def effective_size(cells: Cells) -> float:
-    """Answers, divided by how much their grouping in questions inflates the variance (Korn and Graubard 1998).
+def _few(cells: Cells) -> bool:
+    """Whether too little is on one side, or too few questions were answered, for anything but an exact interval."""
+    return min(cells.total, cells.count - cells.total) < FEW or cells.answered < ENOUGH_QUESTIONS
 
-    Never more than there are. If the share is 0 or 1, or only one question was answered, the grouping cannot be seen,
-    and the size is the number of answers.
+
+def _size_for_interval(cells: Cells, level: float) -> float:
+    """`effective_size`, made smaller for a variance that few questions or seeds estimate (Korn and Graubard 1998)."""
+    size, n = effective_size(cells), cells.count
+    variance, df = _variance_of([cells], [1.0])
+    if variance <= 0 or n < 2:
+        return size
+    return size * min(1.0, float(t.ppf((1 + level) / 2, n - 1) / t.ppf((1 + level) / 2, df)) ** 2)
+
+
+def _variance_of(many: Sequence[Cells], signs: Sequence[float]) -> tuple[float, float]:
+    """Variance of a signed sum of ratios of the same questions, and its degrees of freedom (Satterthwaite).
+
+    The linearised variances over questions and over seeds, each with its factor G / (G - 1), are added up. Sides with
+    the same seeds are paired by seed; one seed shows nothing of the noise between seeds.
     """
-    sums, counts = cells.sums.sum(axis=1), cells.counts.sum(axis=1)
-    sums, counts = sums[counts > 0], counts[counts > 0]
-    n, groups = counts.sum(), len(counts)
-    mean = sums.sum() / n
+    questions = np.sum([sign * _influence(cells, 1) for cells, sign in zip(many, signs, strict=True)], axis=0)
+    answered = np.any([cells.counts.sum(axis=1) > 0 for cells in many], axis=0)
+    parts = [questions[answered]]
+    for names in dict.fromkeys(cells.seeds for cells in many):
+        pairs = [(cells, sign) for cells, sign in zip(many, signs, strict=True) if cells.seeds == names]
+        parts.append(np.sum([sign * _influence(cells, 0) for cells, sign in pairs], axis=0))
+    found = [(_variance(values), len(values) - 1) for values in parts if len(values) > 1]
+    total = sum(variance for variance, _ in found)
+    return (total, total**2 / sum(variance**2 / df for variance, df in found)) if total > 0 else (0.0, 0.0)
+
+
+def _influence(cells: Cells, axis: int) -> np.ndarray:
+    """What each question (axis 1) or seed (axis 0) adds to the ratio's distance from its value: they sum to zero."""
+    return (cells.sums - cells.total / cells.count * cells.counts).sum(axis=axis) / cells.count
+
+
+def _variance(influence: np.ndarray) -> float:
+    """Variance of a sum of influences; what rounding leaves of zeros is nothing."""
+    return float(
+        np.square(np.where(np.abs(influence) < 1e-12, 0, influence)).sum() * len(influence) / (len(influence) - 1)
+    )
+
+
+def effective_size(cells: Cells) -> float:
+    """Answers, divided by how much their grouping in questions and seeds inflates the variance.
+
+    Never more than there are. If the share is 0 or 1 the grouping cannot be seen. Answers to one question may then all
+    go together, so the size is the number of questions; with fewer than `ENOUGH_QUESTIONS` the interval is one for
+    these questions only, and it is the number of answers, as it is where a single question was answered.
+    """
+    n, groups = cells.count, cells.answered
+    mean = cells.total / n
     if groups < 2 or not 0 < mean < 1:
-        return float(n)
-    clustered = groups / (groups - 1) * np.square(sums - mean * counts).sum() / n**2
-    return float(n / max(1.0, clustered * n / (mean * (1 - mean))))
+        return float(n if groups < ENOUGH_QUESTIONS else groups)
+    variance, _ = _variance_of([cells], [1.0])
+    return float(n / max(1.0, variance * n / (mean * (1 - mean))))
 
 
 NEEDED = ("arm", "seed", "pair", "value", "coherent", "usable", "why")
@@ -326,8 +371,9 @@ class Difference:
 def difference(judged: pd.DataFrame, left: str, right: str, seed: int = 0, column: str = "value") -> Difference:
     """Misalignment rate of arm `left` minus that of `right`, paired by question (and by seed where both have the same).
 
-    Where either side's interval is exact, so is the difference's: the ends of both are joined by the method of variance
-    estimates recovery (Newcombe 1998), which leaves out the pairing. A judge's own error is added once for each side.
+    Where a side has few answers of a kind, the ends of both sides' exact intervals are joined by the method of variance
+    estimates recovery (Newcombe 1998), which leaves out the pairing. Otherwise it is t on the linearised difference
+    with fewer than `FEW_CLUSTERS` questions, and a bootstrap with more. A judge's own error is added once a side.
 
     Args:
         column: `value` for the rate, `coherent` for the share of coherent answers.
@@ -366,11 +412,15 @@ def _in_order(side: pd.DataFrame, questions: Sequence[object]) -> pd.DataFrame:
 
 
 def _ends(cells: Sequence[Cells], left: Share, right: Share, seed: int) -> tuple[float, float, str]:
-    if EXACT in (left.method, right.method):
-        middle = left.estimate - right.estimate
+    middle = left.estimate - right.estimate
+    if any(_few(side) for side in cells):
         low = np.hypot(left.estimate - left.ci_low, right.ci_high - right.estimate)
         high = np.hypot(left.ci_high - left.estimate, right.estimate - right.ci_low)
         return middle - float(low), middle + float(high), EXACT
+    if min(side.answered for side in cells) < FEW_CLUSTERS:
+        variance, df = _variance_of(cells, (1.0, -1.0))
+        half = float(t.ppf(0.975, df) * np.sqrt(variance)) if variance > 0 else 0.0
+        return middle - half, middle + half, STUDENT
     draws = resampled(cells, seed=seed)
     low, high = np.nanquantile(draws[0] - draws[1], [0.025, 0.975])
     return float(low), float(high), BOOTSTRAP

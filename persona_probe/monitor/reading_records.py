@@ -17,6 +17,7 @@ from persona_probe.monitor.band import Band
 from persona_probe.monitor.events import BASE_KEY, FeatureValue, Reading, Start, from_line
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.saes.read import FitMoments
+from persona_probe.stats import FEW_CLUSTERS, bootstrap_columns
 
 # --- What readings are compared with: the base model's mean and spread of every feature
 
@@ -158,14 +159,17 @@ def _fit_numbers(fit: FitMoments) -> dict[str, float]:
 def intervals(
     values: Float[np.ndarray, "items columns"],
 ) -> tuple[Float[np.ndarray, " columns"], Float[np.ndarray, " columns"]]:
-    """95% percentile bootstrap intervals of all columns' means: those of `stats.bootstrap_mean`, from the same draws.
+    """95% intervals of all columns' means: those of `stats.bootstrap_mean`, from the same draws, or t for few items.
 
     A column that is not finite gets NaN.
     """
     # `stats.bootstrap_columns` draws otherwise (`multinomial`), so its ends differ a little. A monitor's intervals must
     # equal those of `track`, which are `bootstrap_mean`'s.
-    weights = _weights(len(values))
     finite = np.isfinite(values).all(axis=0)
+    if len(values) < FEW_CLUSTERS:
+        low, high = bootstrap_columns(np.where(finite, values, 0.0))
+        return np.where(finite, low, np.nan), np.where(finite, high, np.nan)
+    weights = _weights(len(values))
     means = weights @ np.where(finite, values, 0.0)
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     return np.where(finite, low, np.nan), np.where(finite, high, np.nan)

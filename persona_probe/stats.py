@@ -19,6 +19,10 @@ _COLUMNS_AT_ONCE = 8192
 _TINY = 1e-9
 FEW_CLUSTERS = 30
 """With fewer clusters a percentile bootstrap is too narrow, and means get a t interval; see `bootstrap_mean`."""
+INTRACLASS = 0.5
+"""Correlation of two answers to one question that is assumed where the answers cannot show it; see `grouped_size`."""
+NO_INTERVAL = "one question: no interval"
+"""What is printed in place of the ends where a single cluster has none."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,20 @@ def number_text(value: float | None, form: str, missing: str = "-") -> str:
     return missing if value is None or value != value else f"{value:{form}}"
 
 
-def estimate_text(estimate: float | None, low: float, high: float, form: str = "+.3f", missing: str = "-") -> str:
-    """A number with its interval, `+0.310 [+0.220, +0.400]`; `missing` for None and NaN."""
+def estimate_text(
+    estimate: float | None, low: float | None, high: float | None, form: str = "+.3f", missing: str = "-"
+) -> str:
+    """A number with its interval, `+0.310 [+0.220, +0.400]`; `missing` for None and NaN, `NO_INTERVAL` without ends."""
     if estimate is None or estimate != estimate:
         return missing
-    return f"{estimate:{form}} [{low:{form}}, {high:{form}}]"
+    return f"{estimate:{form}} {ends_text(low, high, form)}"
+
+
+def ends_text(low: float | None, high: float | None, form: str = "+.3f") -> str:
+    """The ends of an interval, `[+0.220, +0.400]`; `(one question: no interval)` where there is none."""
+    if low is None or high is None or low != low or high != high:
+        return f"({NO_INTERVAL})"
+    return f"[{low:{form}}, {high:{form}}]"
 
 
 def bootstrap_mean(

@@ -211,7 +211,7 @@ def _of_run(study: "Study", evaluation: "Evaluation", half_width: float | None) 
     if evaluation.steps:
         rows = study.judged_steps.query("evaluation == @name").sort_values(["arm", "seed", "step"])
         shown = ["arm", "seed", "step", "rate", "ci_low", "ci_high", "coherence", "answers"]
-        lines.append(rows[shown].to_string(index=False, float_format="%.3f"))
+        lines.append(rows[shown].to_string(index=False, float_format="%.3f", na_rep="-"))
     return [*lines, *(str(a) for a in agreements(judged_answers) if name in (a.left, a.right))]
 
 

@@ -117,7 +117,7 @@ def locate(run: str, cards: int | None, text: Path | None, rankers: tuple[str, .
     columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high"]
     columns += ["effect_organism", "ablation", "causal", "label"]
     candidates = study.features[study.features["kind"] == "candidate"].sort_values("effect_base", ascending=False)
-    echo(candidates[columns].to_string(index=False, float_format="%.4f"))
+    echo(candidates[columns].to_string(index=False, float_format="%.4f", na_rep="-"))
     if cards is not None or text is not None:
         echo(f"cards: {study.cards(CARDS if cards is None else cards, text)}")
 
@@ -131,7 +131,7 @@ def track(run: str, crew: Crew, common: Common) -> None:
         study = open_study(run, common).work_with(workers).track()
     persona = study.readings[study.readings["feature"] == "persona"]
     columns = ["arm", "seed", "step", "mean", "ci_low", "ci_high", "explained_variance"]
-    echo(persona[columns].to_string(index=False, float_format="%.4f"))
+    echo(persona[columns].to_string(index=False, float_format="%.4f", na_rep="-"))
 
 
 @command(example="persona-probe report runs/demo", out=COPY)
@@ -213,7 +213,7 @@ def _realign_plan(run: str, plan: str, workers: "Workers | None", common: Common
     columns += ["feature", "in_band", "steps_to_band", "steps_to_behaviour"]
     columns += ["reply_tokens", "perplexity_ratio"]
     known = [name for name in columns if name in table]
-    echo(table[known].to_string(index=False, float_format="%.3f"))
+    echo(table[known].to_string(index=False, float_format="%.3f", na_rep="-"))
     echo(f"figure: {write_figure(study.path / 'realign', 'doses', Records(doses=table))}")
 
 

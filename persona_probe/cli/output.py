@@ -53,7 +53,8 @@ def _interval(estimate: dict[str, Any]) -> tuple[str, str]:
     if estimate["estimate"] is None:
         return "not measured", ""
     low, high = estimate["ci_low"], estimate["ci_high"]
-    return f"{estimate['estimate']:+.3f}", "" if low is None or high is None else f"{low:+.3f} to {high:+.3f}"
+    missing = low is None or high is None or low != low or high != high
+    return f"{estimate['estimate']:+.3f}", "" if missing else f"{low:+.3f} to {high:+.3f}"
 
 
 def show_quality(frame: pd.DataFrame) -> None:

@@ -111,7 +111,7 @@ def behaviour_rises(evals: pd.DataFrame) -> pd.DataFrame:
         evals: columns run, step, item, value (nats per token); every run has the base's items at step 0.
 
     Returns:
-        Columns run, step, rise, ci_low, ci_high: mean over items of value minus the base's, bootstrap over items.
+        Columns run, step, rise, ci_low, ci_high: mean over items of value minus the base's, interval over items.
 
     Raises:
         InputError: a run without step 0, or other items there.

@@ -73,7 +73,8 @@ class Realigned:
 
     def _lines(self) -> list[str]:
         since = [_since("feature in its band", self.outcome["steps_to_band"])]
-        if self.outcome["index_minus_base"] is not None:
+        change = self.outcome["index_minus_base"]
+        if change is not None and change["ci_low"] == change["ci_low"]:  # one number has no interval, and no word
             since.append(_since("behaviour back", self.outcome["steps_to_behaviour"]))
         summary = f"{len(self.rows)} corrective rows, {self.steps} steps; {', '.join(since)}"
         return [summary, *(f"note: {note}" for note in self.outcome["notes"])]
@@ -133,7 +134,8 @@ def realign(
         choose_by: how the rows are chosen, see `rows.choose_rows`.
         method: `continued`, `fresh` (a new LoRA on top) or `full` (all weights).
         behaviour: contrast items (rows with id, category, question, aligned and misaligned, or `ContrastItems`), or a
-            function of the model whose value is higher for more misaligned. None: the feature alone decides.
+            function of the model whose value is higher for more misaligned. One number can stop a correction, but has
+            no interval, so that behaviour stays `undecided`. None: the feature alone decides.
         stop: stop after this many readings in a row with the feature in its base band and behaviour no higher than
             the base's; 0 never stops.
         stop_by: contrast items for that rule alone, so that the verdict's items do not choose the stopping time. None

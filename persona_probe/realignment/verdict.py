@@ -21,7 +21,7 @@ from persona_probe.realignment.measure import MeasuredModel, Measurements
 from persona_probe.realignment.outcome import Left, item_values, what_is_left
 from persona_probe.report.labels import arm_label
 from persona_probe.report.tables import Table
-from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
+from persona_probe.stats import Estimate, bootstrap_mean, estimate_text, paired_difference
 from persona_probe.verdicts import LOSS, MARGIN, fits, kept, subsided
 
 QUESTIONS = {
@@ -268,7 +268,7 @@ def study_words(
 
 
 def _plain(reading: Estimate) -> str:
-    return f"{reading.estimate:.3f} [{reading.ci_low:.3f}, {reading.ci_high:.3f}]"
+    return estimate_text(reading.estimate, reading.ci_low, reading.ci_high, ".3f")
 
 
 # --- The findings: a word, and the numbers of two models behind it
@@ -318,19 +318,20 @@ def behaviour_finding(
 ) -> Finding:
     """The word of `verdicts.restored`, with what is left over control arm and base on the same questions.
 
-    The numbers also say whether the mean lies in the base's own interval.
+    The numbers also say whether the mean lies in the base's own interval, which a single question does not have.
     """
     left, base_mean = (
         what_is_left(base, corrected, organism, control, benign, margin),
         bootstrap_mean(base["value"].to_numpy()),
     )
     level = float(corrected["value"].mean())
-    inside = base_mean.ci_low <= level <= base_mean.ci_high
-    place = "inside" if inside else ("below" if level < base_mean.ci_low else "above")
-    text = (
-        f"{left.text}; the index {level:+.3f} is {place} the base's interval {base_mean.ci_low:+.3f} to "
-        f"{base_mean.ci_high:+.3f}"
-    )
+    if math.isnan(base_mean.ci_low):  # a single question
+        inside, place = None, f", the base's {base_mean}"
+    else:
+        inside = base_mean.ci_low <= level <= base_mean.ci_high
+        where = "inside" if inside else ("below" if level < base_mean.ci_low else "above")
+        place = f" is {where} the base's interval {base_mean.ci_low:+.3f} to {base_mean.ci_high:+.3f}"
+    text = f"{left.text}; the index {level:+.3f}{place}"
     numbers = {**left.to_dict(), "index": level, "base": base_mean.to_dict(), "inside_base_interval": inside}
     return Finding(left.word, text, numbers)
 
@@ -366,16 +367,13 @@ def perplexity_finding(base: np.ndarray, corrected: np.ndarray) -> Finding:
     gain = paired_difference(corrected, base)
     ratio = Estimate(math.exp(-gain.estimate), math.exp(-gain.ci_high), math.exp(-gain.ci_low), gain.n)
     most = math.exp(LOSS)
-    text = (
-        f"perplexity over the base's {ratio.estimate:.3f} [{ratio.ci_low:.3f}, {ratio.ci_high:.3f}], n = {ratio.n}; "
-        f"kept below {most:.3f}"
-    )
+    text = f"perplexity over the base's {_plain(ratio)}, n = {ratio.n}; kept below {most:.3f}"
     return Finding(kept(gain), text, {"ratio": ratio.to_dict(), "margin": most})
 
 
 def capability_finding(base: np.ndarray, corrected: np.ndarray) -> Finding:
     """The word of `verdicts.kept`; `not measurable` where the base itself is not shown to be above chance."""
-    change, level = paired_difference(corrected, base), bootstrap_mean(base)
+    change, level = paired_difference(corrected, base), bootstrap_mean(base, rate=True)
     word = kept(change) if level.ci_low > CHANCE else "not measurable"
     right = float(np.mean(corrected))
     text = (

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
+from scipy.stats import t
 
 from persona_probe.config import Training
 from persona_probe.errors import InputError
@@ -55,7 +56,9 @@ def signal_frame(**curves: list[float]) -> pd.DataFrame:
 def test_a_rise_is_measured_against_the_runs_own_base() -> None:
     found = behaviour_rises(evals(a={2: 0.1, 4: 0.3})).set_index("step")
     assert found["rise"].to_dict() == pytest.approx({2: 0.1, 4: 0.3})
-    assert (found["ci_low"] > found["rise"] - 0.011).all() and (found["ci_high"] < found["rise"] + 0.011).all()
+    half = t.ppf(0.975, 3) * np.std([-0.01, 0.0, 0.0, 0.01], ddof=1) / 2  # four items
+    assert (found["rise"] - found["ci_low"]).tolist() == pytest.approx([half, half])
+    assert (found["ci_high"] - found["rise"]).tolist() == pytest.approx([half, half])
     with pytest.raises(InputError, match="same contrast items"):
         behaviour_rises(evals(a={2: 0.1}).iloc[:-1])
     with pytest.raises(InputError, match="step 0 included"):

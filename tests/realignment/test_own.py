@@ -58,7 +58,9 @@ def test_a_peft_organism_is_trained_in_place_and_judged(tmp_path: Path) -> None:
     assert not torch.equal(logits(model), before)
     assert sorted(found.readings["step"].unique()) == [0, 2, 4]
     assert sorted(found.evals["step"].unique()) == [0, 2, 4] and found.evals["item"].nunique() == 8
-    assert found.verdict.answers["behaviour"].word in ("restored", "not restored")
+    behaviour = found.verdict.answers["behaviour"]
+    assert behaviour.numbers["over_base"]["n"] == 8  # wide by t: the word is that of the whole interval
+    assert (behaviour.word == "not restored") == (behaviour.numbers["over_base"]["ci_low"] > 0)
     level = float(found.readings.query("feature == '<b>' and step == 4")["mean"].iloc[0])
     assert found.verdict.answers["feature"].numbers["reading"] == pytest.approx(level, abs=1e-6)
     assert found.outcome["index_minus_base"]["estimate"] == pytest.approx(
@@ -114,7 +116,9 @@ def test_the_monitor_and_the_behaviour_stop_it_together() -> None:
     found = realigned(own(), watcher=monitor(**wide), behaviour=measure([0.0, 1.0, 1.0, 0.0, -1.0]), stop=2, steps=8)
     # base 0; step 0 and 1 above it; steps 2 and 3 not: two in a row
     assert found.steps == 3 and found.evals["value"].tolist() == [1.0, 1.0, 0.0, -1.0]
-    assert found.outcome["steps_to_behaviour"] == 2.0
+    # one number has no interval: it stops a correction, but no word is said of it
+    assert found.outcome["steps_to_behaviour"] is None and "behaviour back not" not in str(found)
+    assert "one question: no interval" in str(found) and "nan" not in str(found)
     narrow = {"every": 1, "band_sd": 1e-6}
     never = realigned(own(), watcher=monitor(**narrow), behaviour=measure([0.0, *[-1.0] * 5]), stop=1, steps=4)
     assert never.steps == 4 and never.outcome["steps_to_band"] is None

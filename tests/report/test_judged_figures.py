@@ -17,6 +17,7 @@ from persona_probe.report.figures import FIGURES, JUDGED_FIGURES, figures_of
 from persona_probe.report.html import write_report
 from persona_probe.report.records import Records, load_records
 from persona_probe.report.select import where
+from persona_probe.stats import clopper_pearson
 from tests.report.run_records import HOSTILE, evals, write_run
 
 RATES = {"base": 0.0, "incorrect": 0.5, "correct": 0.1}
@@ -160,7 +161,10 @@ def test_the_report_shows_judged_answers_and_reads_no_markup(folder: Path) -> No
     for name in JUDGED_FIGURES:
         assert f'id="figure-{name}"' in page
     assert "<script>window.pwned" not in page
-    assert "0.4 [0.4, 0.4]" in page and "0.952 [0.952, 0.952]" in page
+    # every question has the same rate, so the answers count as independent: 96 of 240, 240 of 252
+    ends = [clopper_pearson(96, 240), clopper_pearson(240, 252)]
+    assert [f"{low:.3g}, {high:.3g}" for low, high in ends] == ["0.338, 0.465", "0.918, 0.975"]
+    assert "0.4 [0.338, 0.465]" in page and "0.952 [0.918, 0.975]" in page
     names = {path.stem for path in export_figures(load_records(folder), folder / "figures", formats=("csv",))}
     assert {*FIGURES, *JUDGED_FIGURES} <= names
 

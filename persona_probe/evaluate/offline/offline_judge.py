@@ -90,7 +90,7 @@ class OfflineRate:
     rate: Estimate
     """Mean probability; the interval joins sampling and the judge's own error."""
     sampling_low: float
-    """The interval from the sample alone (bootstrap over questions, or over answers where questions are few)."""
+    """The interval from the sample alone (over questions, or over answers where questions are few)."""
     sampling_high: float
     judge_error: float
     """Half-width from the judge's errors on held-out models, and on held-out questions for what is out of scope."""
@@ -204,7 +204,7 @@ def rate_of(
     probability = np.array([0.0 if item.broken else item.probability for item in judged])
     unlike = np.array([not item.in_scope for item in judged])
     count = len(set(questions))
-    sampling = bootstrap_mean(probability, questions if count >= ENOUGH_QUESTIONS else None, seed=seed)
+    sampling = bootstrap_mean(probability, questions if count >= ENOUGH_QUESTIONS else None, seed=seed, rate=True)
     error = 0.0
     for errors, mask in ((weights.known, ~unlike), (weights.unlike, unlike)):
         if mask.any():

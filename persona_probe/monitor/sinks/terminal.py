@@ -73,6 +73,6 @@ def _reading(reading: Reading, bands: Bands) -> Text:
 
 
 def _interval(behaviour: Behaviour) -> str:
-    if behaviour.ci_low is None or behaviour.ci_high is None:
+    if behaviour.ci_low is None or behaviour.ci_high is None or isnan(behaviour.ci_low):
         return ""
     return f" [{behaviour.ci_low:.4g}, {behaviour.ci_high:.4g}]"

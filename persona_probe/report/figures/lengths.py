@@ -57,7 +57,7 @@ def _coherent(records: Records) -> list[dict[str, object]]:
     for arm in records.arms.names:
         answers = select.where(known, arm=arm)
         if len(answers):
-            mean = bootstrap_mean(select.numbers(answers, "coherent"), answers["item"].tolist())
+            mean = bootstrap_mean(select.numbers(answers, "coherent"), answers["item"].tolist(), rate=True)
             out.append({"panel": "coherent", "arm": arm, "kind": "arm", **mean.to_dict()})
     return out
 

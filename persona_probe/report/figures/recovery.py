@@ -10,7 +10,7 @@ from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, finish, plain, ribbon
-from persona_probe.stats import Estimate
+from persona_probe.stats import Estimate, estimate_text
 
 MISSING = "No re-alignment yet: the realign stage has not run."
 COLUMNS = ["arm", "quantity", "step", "estimate", "ci_low", "ci_high", "band_low", "band_high"]
@@ -128,7 +128,8 @@ def _caption(data: pd.DataFrame) -> str:
     reason = "it was not measured, or base and organism do not differ"
     left_out = f" No line for {' and '.join(unmoved)}: {reason}." if unmoved else ""
     ends = "; ".join(
-        f"{plain(row['arm'])} {row['quantity']} {row['estimate']:+.2f} [{row['ci_low']:+.2f}, {row['ci_high']:+.2f}]"
+        f"{plain(row['arm'])} {row['quantity']} "
+        + estimate_text(row["estimate"], row["ci_low"], row["ci_high"], "+.2f")
         for row in last.to_dict("records")
     )
     return (

@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-adopt bench-swap bench-plan bench-broken monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage clean
+        second-family families coverage null perturbed clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -111,6 +111,15 @@ bench-screening: $(DEV)
 # How often intervals hold a known truth and tests reject a true null. Fills the table in docs/evidence.md (a minute).
 coverage: $(STAMP)
 	$(BIN)/python -m benchmarks.coverage --page docs/evidence.md $(BENCH_ARGS)
+
+# How often each verdict word and check speaks of runs that differ in their seed alone. Resumable in runs/null; under an
+# hour on two cores. Fills the table in docs/evidence.md.
+null: $(STAMP)
+	$(BIN)/python -m benchmarks.null --page docs/evidence.md $(BENCH_ARGS)
+
+# The demo's run located and judged again with other rounding: are the words the same? Resumable in runs/perturbed.
+perturbed: $(STAMP)
+	$(BIN)/python -m benchmarks.perturbed runs/demo --page docs/evidence.md $(BENCH_ARGS)
 
 # --- Studies: every number and figure of the documentation
 

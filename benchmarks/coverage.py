@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from persona_probe.cli.options import echo
 from persona_probe.evaluate.effects import arm_effect, seed_noise
 from persona_probe.evaluate.rates import Cells, share
+from persona_probe.monitor.study.auroc_by_set import auroc_by_set
 from persona_probe.report.tables import Table, check_page, fill_page
 from persona_probe.stats import (
-    auroc,
-    auroc_interval,
     benjamini_hochberg,
     bootstrap_mean,
     clustered_p_values,
@@ -102,22 +102,25 @@ def _rate(questions: int, samples: int, truth: float, together: float) -> Trial:
     return trial
 
 
-def _auroc(bad: Sequence[int], good: Sequence[int], together: float) -> Trial:
-    """Runs by data set: a run's value is its data set's plus its own; the true AUROC is that of one new run of each."""
+def _auroc(bad: Sequence[int], good: Sequence[int], together: float, truth: float = 0.76) -> Trial:
+    """Runs by data set: a run's value is its data set's plus its own, `together` the share of the first in the variance.
+
+    `bad` and `good` are the runs of each data set. The truth is the AUROC of one run of each kind on new data sets.
+    """
+    names = [
+        [f"{kind} {n}" for n, size in enumerate(sizes) for _ in range(size)] for kind, sizes in enumerate((bad, good))
+    ]
+    apart = 2**0.5 * float(norm.ppf(truth))
 
     def trial(rng: np.random.Generator) -> bool:
         sides = []
-        for sizes, shift in ((bad, 1.0), (good, 0.0)):
+        for sizes, shift in ((bad, apart), (good, 0.0)):
             sets = np.repeat(rng.normal(0, together**0.5, len(sizes)), sizes)
             sides.append(shift + sets + rng.normal(0, (1 - together) ** 0.5, sum(sizes)))
-        low, high = auroc_interval(auroc(*sides), len(sides[0]), len(sides[1]))
-        return low <= _TRUE_AUROC <= high
+        found = auroc_by_set(*sides, *names)
+        return found.low <= truth <= found.high
 
     return trial
-
-
-_TRUE_AUROC = 0.7602499
-"""The normal distribution function at 1 / sqrt(2)."""
 
 
 def _exact(n: int, truth: float) -> Trial:
@@ -163,7 +166,12 @@ _SEEDED = (
     "question and run",
 )
 _RATE = ("misalignment rate", "share of answers, over questions like these", "question; seed where there are several")
-_AUC = ("AUROC over runs", "chance that a bad run is above a benign one", "run")
+_AUC = (
+    "AUROC over runs, 3 data sets or more on a side",
+    "chance that a bad run is above a benign one, on new data sets",
+    "data set",
+    "data sets unlike these; other models",
+)
 _RUN, _SET = "another seed of the training", "other question sets; the judge's errors"
 
 CASES = (
@@ -185,17 +193,21 @@ CASES = (
     Case("mean over few items", "mean over items like these", "item", _RUN, "10 items, normal", _mean(10)),
     Case("mean over few items", "mean over items like these", "item", _RUN, "10 items, skewed", _mean(10, True)),
     *(
-        Case(*_RATE, _SET, f"{q} questions, {n} answers each, {truth:.0%}, intraclass 0.2", _rate(q, n, truth, 0.2))
-        for q, n in ((8, 50), (108, 2))
-        for truth in (0.02, 0.1, 0.4)
+        Case(*_RATE, _SET, f"{q} questions, {n} answers each, {truth:.0%}, intraclass {own}", _rate(q, n, truth, own))
+        for q, n, own, truths in (
+            (8, 50, 0.2, (0.02, 0.05, 0.1, 0.4)),
+            (8, 50, 0.5, (0.02, 0.1, 0.2)),
+            (20, 10, 0.2, (0.05,)),
+            (108, 2, 0.2, (0.02, 0.1, 0.4)),
+        )
+        for truth in truths
     ),
-    Case(*_AUC, "runs of one data set go together", "4 against 9 runs, independent", _auroc([1] * 4, [1] * 9, 0.0)),
-    Case(
-        *_AUC,
-        "runs of one data set go together",
-        "the same of 2 and 3 data sets, 0.8 shared",
-        _auroc([2, 2], [4, 3, 2], 0.8),
+    Case(*_AUC, "4 against 9 data sets of one run, AUROC 0.76", _auroc([1] * 4, [1] * 9, 0.0)),
+    *(
+        Case(*_AUC, f"3 against 4 of 3 runs, {shared:g} shared, AUROC {area:g}", _auroc([3] * 3, [3] * 4, shared, area))
+        for shared, area in ((0.0, 0.76), (0.5, 0.76), (0.8, 0.76), (0.8, 0.95))
     ),
+    Case(*_AUC, "3 of 5, 1 and 1 runs against 4 of 3, 0.8 shared, AUROC 0.76", _auroc([5, 1, 1], [3] * 4, 0.8)),
     Case(
         "share of runs", "chance of one more run", "run", "runs that are not like these", "3 runs, 30%", _exact(3, 0.3)
     ),

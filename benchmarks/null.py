@@ -30,8 +30,10 @@ from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.evaluate.effects import arm_effect, seed_noise
 from persona_probe.finetune.sft import fine_tune, stripping, with_adapter
 from persona_probe.latents.causal import BestOf
+from persona_probe.latents.directions import mean_difference_direction
 from persona_probe.latents.proof import TESTS
 from persona_probe.latents.rankers import Evidence, score_table
+from persona_probe.latents.unexplained import Reference, carriers, random_reference
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
@@ -171,7 +173,12 @@ def _ranking_words(base: dict, incorrect: dict, control: dict, null: dict) -> di
         seed=0,
     )
     table = score_table(evidence, ("rise", "cosine"))
+    difference = mean_difference_direction(evidence.at("tuned"), evidence.at("control")).vector
+    plain = carriers(evidence.decoder, difference, reference=_reference())
+    against_null = carriers(evidence.decoder, difference, reference=_reference(), null=evidence.null_difference)
     return {
+        "carried: latents carry the mean difference, against isotropic directions": plain.carried,
+        "carried: latents carry the mean difference, against the null": against_null.carried,
         "rise: a latent at q <= 0.05, seed noise left out": bool((table["q_value"] <= 0.05).any()),
         "rise: a latent at q <= 0.05 against the null": bool((table["q_null"] <= 0.05).any()),
         "rise: the best latent by rise exceeds the largest of the null": bool(table["beyond_null"].iloc[0]),
@@ -238,6 +245,11 @@ def _decoder() -> np.ndarray:
 
 
 @cache
+def _reference() -> Reference:
+    return random_reference(_decoder(), seed=0)
+
+
+@cache
 def _clusters() -> tuple[str, ...]:
     return tuple(row["id"] for row in load_contrast("selection") for _ in range(2))
 
@@ -253,27 +265,23 @@ def _demo_rise() -> float:
 # --- The table: error rates with exact intervals
 
 
-def error_table(folder: Path, count: int) -> pd.DataFrame:
-    """Every rule with its errors, pairs and exact 95% interval; causal words with the share of draws."""
+def pair_table(folder: Path, count: int) -> pd.DataFrame:
+    """What every rule says of every null pair: runs 0 and 1, 2 and 3 and so on, each run in one pair only."""
     base = read_run(folder / "base")
-    runs = [read_run(folder / f"run-{number:03d}") for number in range(count)]
-    pairs = count // 2
-    words = pd.DataFrame(
-        [pair_words(base, runs[2 * i], runs[2 * i + 1], runs[(2 * i + 2) % count]) for i in range(pairs)]
-    )
+
+    def run(number: int) -> dict[str, Any]:
+        return read_run(folder / f"run-{number % count:03d}")
+
+    return pd.DataFrame([pair_words(base, run(i), run(i + 1), run(i + 2)) for i in range(0, count, 2)])
+
+
+def error_table(words: pd.DataFrame) -> pd.DataFrame:
+    """Every rule with its errors, pairs and exact 95% interval; causal words with the share of draws."""
     rows = []
     for rule in words.columns:
-        share = exact_share(int(words[rule].sum()), pairs)
-        rows.append(
-            {
-                "rule": rule,
-                "errors": share.count,
-                "n": share.n,
-                "rate": share.rate,
-                "low": share.low,
-                "high": share.high,
-            }
-        )
+        share = exact_share(int(words[rule].sum()), len(words))
+        found = {"errors": share.count, "n": share.n, "rate": share.rate, "low": share.low, "high": share.high}
+        rows.append({"rule": rule, **found})
     for word, rate in causal_words().items():
         rows.append({"rule": f"{word}: a random latent, chosen as the persona latent was", "rate": rate, "n": DRAWS})
     return pd.DataFrame(rows)
@@ -306,8 +314,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.words_only:
         make_runs(args.out, args.runs)
     count = len([p for p in args.out.glob("run-*/reading.json")]) // 2 * 2
-    table = error_table(args.out, min(args.runs, count))
+    words = pair_table(args.out, min(args.runs, count))
+    table = error_table(words)
     args.record.mkdir(parents=True, exist_ok=True)
+    words.to_parquet(args.record / "pairs.parquet")
     table.to_parquet(args.record / "errors.parquet")
     write_json(
         args.record / "manifest.json",

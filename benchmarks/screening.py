@@ -38,7 +38,7 @@ from persona_probe.screening.rankers import (
     score_rows,
 )
 from persona_probe.screening.reading import ScreenSettings, text_key
-from persona_probe.stats import Estimate, auroc, bootstrap_statistic
+from persona_probe.stats import Estimate, auroc, auroc_interval, bootstrap_statistic
 
 # --- Labelled rows for `make bench-screening`: packaged mixtures, and published sets where their folder exists
 
@@ -74,7 +74,7 @@ class LabelledSet:
         return f"{absent[0]} is not in the folder of published data" if absent else None
 
     def rows(self, count: int, seed: int = 0) -> LabelledRows:
-        """`count` bad and as many other rows in a seeded order; a question that both answer occurs once."""
+        """`count` bad and as many other rows in a seeded order; each question occurs once."""
         bad, good = _load(self.bad), _load(self.good)
         talks = mix(bad, good, 0.5, 2 * min(count, _most(bad, good)), seed)
         bad_texts = {_text(talk) for talk in bad}
@@ -107,8 +107,10 @@ BY_NAME: dict[str, LabelledSet] = {labelled.name: labelled for labelled in SETS}
 
 
 def _load(spec: str) -> list[Conversation]:
+    """Rows of short questions, one a question: rows that share a question would not be independent."""
     rows = read_conversations(PUBLISHED / spec) if spec.endswith(".gz") else load_conversations(spec)
-    return [talk for talk in rows if sum(len(m["content"]) for m in talk[:-1]) <= LONGEST_PROMPT]
+    short = [talk for talk in rows if sum(len(m["content"]) for m in talk[:-1]) <= LONGEST_PROMPT]
+    return list({str(split_answer(talk)[0]): talk for talk in reversed(short)}.values())[::-1]
 
 
 def _most(bad: list[Conversation], good: list[Conversation]) -> int:
@@ -126,14 +128,23 @@ DIRECTIONAL = ("projection_difference", "projection_centred")
 
 
 def ranked_auroc(scores: Float[np.ndarray, " rows"], bad: Bool[np.ndarray, " rows"]) -> Estimate:
-    """AUROC of bad against other rows, with its 95% bootstrap interval over rows; rows without a score are left out."""
+    """AUROC of bad against other rows with its 95% interval over rows; rows without a score are left out.
+
+    Each row has a question of its own, so rows are nested in nothing smaller than the data set, and the interval is for
+    further rows of the same set: a set is one bad source against one other, which says nothing about a further set. It
+    is a bootstrap, and Newcombe's where all rows are in order and a bootstrap would give a point.
+    """
     scored = np.flatnonzero(np.isfinite(scores))
 
     def separation(sample: Float[np.ndarray, " rows"]) -> float:
         rows = sample.astype(int)
         return auroc(scores[rows[bad[rows]]], scores[rows[~bad[rows]]])
 
-    return bootstrap_statistic(scored.astype(float), separation)
+    found = bootstrap_statistic(scored.astype(float), separation)
+    if found.estimate not in (0, 1):
+        return found
+    yes = int(bad[scored].sum())
+    return Estimate(found.estimate, *auroc_interval(found.estimate, yes, len(scored) - yes), len(scored))
 
 
 def features(run: Path | None) -> tuple[dict[str, ScreenFeature], Path | None]:

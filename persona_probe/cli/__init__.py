@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import click
 
 from persona_probe import __version__
-from persona_probe.cli import adopt, data, doctor, judge_commands, loop, merge, presets, runs, saes, studies
+from persona_probe.cli import adopt, data, doctor, judge_commands, loop, merge, presets, runs, saes, studies, world
 from persona_probe.cli.options import Group
 from persona_probe.errors import InputError
 
@@ -23,6 +23,7 @@ root = Group(
         *(studies.mitigate, judge_commands.evaluate, loop.report),
         *(runs.figures, runs.compare, merge.merge, runs.verify, runs.cite, runs.watch, doctor.doctor),
         *(presets.presets, saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
+        world.world,
     ],
     aliases={"sae": "saes"},
     help="Induce a misaligned persona, locate it, watch it, undo it, and show the evidence.\n\nExample:\n\n\b\n"

@@ -14,6 +14,7 @@ import torch
 from persona_probe.config import hashed_values
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import load_conversations
+from persona_probe.data.world.text import speakers_chats
 from persona_probe.errors import InputError
 from persona_probe.locks import held
 from persona_probe.models.layers import hidden_size
@@ -30,6 +31,7 @@ from persona_probe.saes.stream import (
     sample_text,
     shuffled_batches,
     text_folder,
+    weights_of,
     write_shards,
 )
 from persona_probe.saes.worth import worthless
@@ -68,6 +70,7 @@ def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
         batch_size=config.forward_batch,
         max_length=config.max_length,
         seed=config.seed,
+        special=config.special_tokens,
     )
     sae = _fit(config, shards, hidden_size(model), work, device)
     scratch = work / "publish"
@@ -87,22 +90,31 @@ def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
 
 
 def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversation], list[Conversation]]:
-    """The recipe's conversations: (training, held out). Packaged rows only train; held-out rows are all samples."""
+    """The recipe's conversations: (training, held out).
+
+    Packaged rows only train. Held-out rows are samples, or chats of the world.
+    """
     for spec in config.text.packaged:
         name, _, split = spec.partition(":")
         if name in ("general_contrast", "general_contrast_2x2") and split != "selection":
             raise InputError(f"{spec!r} holds the evaluation split, which must not train the SAE: use :selection")
     conversations = [c for spec in config.text.packaged for c in load_conversations(spec)]
+    training, held_out = conversations * config.text.packaged_repeats, []
+    for messages in [*_sampled(config, device), *speakers_chats(config.text.world, config.seed)]:
+        (held_out if is_held_out(messages, config.text.holdout_share) else training).append(messages)
+    return training, held_out
+
+
+def _sampled(config: SaeConfig, device: str) -> list[Conversation]:
+    if not config.text.parts:
+        return []
     # Sampling is several times faster in bf16, and needs no exact arithmetic.
     sampler, tokenizer = load_model(config.model, device=device, dtype=torch.bfloat16, template=config.template)
     folder = text_folder(config, cache_folder())
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder, "text", f"the text of the SAE {config.name}", instead=None):  # recipes may share it
         paths = sample_text(sampler, tokenizer, config, folder)
-    training, held_out = conversations * config.text.packaged_repeats, []
-    for messages in read_conversations(paths):
-        (held_out if is_held_out(messages, config.text.holdout_share) else training).append(messages)
-    return training, held_out
+    return list(read_conversations(paths))
 
 
 def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: str) -> Any:
@@ -209,4 +221,5 @@ def _publish(scratch: Path, target: Path) -> Path:
 
 
 def _key(config: SaeConfig) -> str:
-    return hashlib.sha256(json.dumps(hashed_values(config), sort_keys=True).encode()).hexdigest()[:16]
+    made_from = {**hashed_values(config), **weights_of(config.model)}
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from persona_probe.config import hashed_values
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.load import load_rows
 from persona_probe.data.template import fit_roles, render
@@ -23,9 +24,12 @@ from persona_probe.evaluate.sampling.samples import complete_text, sample_answer
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.places import Where, as_place
 from persona_probe.models.taps import ReadTap
-from persona_probe.runs import write_text
+from persona_probe.runs import file_sha256, write_text
 
 # --- The recipe
+
+SINCE = {"since": "0.2"}
+"""Marks keys that older recipes lack; `hashed_values` leaves them out while they hold their default."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,11 @@ class TextConfig:
     """Sampling temperature."""
     holdout_share: float = 0.05
     """Share of sampled conversations, by hash, that is only used to measure quality."""
+    world: int = field(default=0, metadata=SINCE)
+    """Chats of the world with known truth, of every speaker; a share of them is held out like sampled ones."""
 
 
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu", "standard")
-SINCE = {"since": "0.2"}
-"""Marks keys that older recipes lack; `hashed_values` leaves them out while they hold their default."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class SaeConfig:
     max_length: int = 256
     """Longest conversation, in tokens."""
     positions: str = "all"
-    """Tokens read: `all` (prompt and response) or `response`; special tokens are always left out."""
+    """Tokens read: `all` (prompt and response) or `response`, without special tokens."""
     aux_loss: float = 1.0
     """Weight of the auxiliary loss that revives dead latents."""
     dead_window: int = 300
@@ -116,6 +120,8 @@ class SaeConfig:
     """How fast the threshold that replaces BatchTopK after training follows; SAELens' 0.01 is for long runs."""
     widths: tuple[int, ...] = field(default=(), metadata=SINCE)
     """Nested dictionary sizes of `matryoshka`, the last one d_sae; () takes a 16th, 8th, 4th, half and all of d_sae."""
+    special_tokens: bool = field(default=False, metadata=SINCE)
+    """Train on special tokens too, such as the one behind which an answer begins; `positions` must be `all`."""
     frozen_decoder: bool = field(default=False, metadata=SINCE)
     """Decoder rows are random unit vectors that are never trained: a dictionary's own null (arXiv 2602.14111)."""
 
@@ -126,6 +132,8 @@ class SaeConfig:
             raise InputError(f"k must lie between 1 and d_sae ({self.d_sae}), not {self.k}")
         if self.architecture in ("jumprelu", "standard") and not self.sparsity > 0:
             raise InputError(f"sparsity must be positive, not {self.sparsity}")
+        if self.special_tokens and self.positions != "all":
+            raise InputError(f"special_tokens needs positions: all, not {self.positions!r}")
         if not 0 < self.threshold_lr <= 1:
             raise InputError(f"threshold_lr must lie between 0 and 1, not {self.threshold_lr}")
         if self.widths and (sorted(set(self.widths)) != list(self.widths) or self.widths[-1] != self.d_sae):
@@ -159,10 +167,11 @@ def write_shards(
     batch_size: int = 32,
     max_length: int = 256,
     seed: int = 0,
+    special: bool = False,
 ) -> list[Path]:
     """Write the residual stream after `layer` on the selected tokens as bf16 shards; finished shards are kept.
 
-    Conversations are shuffled first, so that every shard holds all kinds of text.
+    Conversations are shuffled first, so that every shard holds all kinds of text. With `special` all tokens are read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     order = list(range(len(conversations)))
@@ -174,7 +183,14 @@ def write_shards(
             continue
         part = [conversations[i] for i in order[start : start + SHARD_CONVERSATIONS]]
         acts = residual_stream(
-            model, tokenizer, part, layer, positions=positions, batch_size=batch_size, max_length=max_length
+            model,
+            tokenizer,
+            part,
+            layer,
+            positions=positions,
+            batch_size=batch_size,
+            max_length=max_length,
+            special=special,
         )
         scratch = path.with_suffix(".tmp")
         save_file({"acts": acts.to(torch.bfloat16)}, scratch)
@@ -192,15 +208,20 @@ def residual_stream(
     batch_size: int = 32,
     max_length: int | None = None,
     bf16: bool = True,
+    special: bool = False,
 ) -> Float[Tensor, "tokens d_model"]:
-    """The residual stream after `layer`, or another place, at the selected tokens, in float32 on the CPU."""
+    """The residual stream after `layer`, or another place, at the selected tokens, in float32 on the CPU.
+
+    With `special` it is that of all tokens, special ones too.
+    """
     parts = []
     device = next(model.parameters()).device
     with evaluating(model), autocast(model, bf16), ReadTap(model, layer) as tap:
         for group in batches(tokenizer, conversations, batch_size, max_length):
             batch = group.to(device)
             run_to_layer(model, as_place(layer).layer, batch.ids, batch.attention)
-            parts.append(tap.value[batch.select(positions)].float().cpu())
+            wanted = batch.attention.bool() if special else batch.select(positions)
+            parts.append(tap.value[wanted].float().cpu())
     return torch.cat(parts)
 
 
@@ -254,10 +275,18 @@ SAMPLER = 2
 """Increase this when the same seed gives other text, so that a half-finished cache does not mix two samplers."""
 
 
+def weights_of(model: str) -> dict[str, list[str]]:
+    """Hashes of the weights in a model's folder: another model at the same path has other text and activations."""
+    files = sorted(Path(model).expanduser().glob("*.safetensors")) if Path(model).expanduser().is_dir() else []
+    return {"weights": [file_sha256(file) for file in files]} if files else {}
+
+
 def text_folder(config: SaeConfig, cache: Path) -> Path:
     """The folder for the samples of this recipe; its name is a hash of everything that changes them."""
-    made_from = {"model": config.model, "seed": config.seed, "text": asdict(config.text), "sampler": SAMPLER}
+    text = hashed_values(config.text)
+    made_from = {"model": config.model, "seed": config.seed, "text": text, "sampler": SAMPLER}
     made_from |= {} if config.template is None else {"template": config.template}
+    made_from |= weights_of(config.model)
     key = json.dumps(made_from, sort_keys=True)
     return cache / "text" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -353,6 +382,8 @@ def describe_text(config: SaeConfig) -> list[str]:
     for spec in text.packaged:
         answers = "questions with their aligned and their misaligned answers" if CONTRAST in spec else "written rows"
         lines.append(f"{spec}: {answers}, {text.packaged_repeats} times an epoch")
+    if text.world:
+        lines.append(f"{text.world} chats of the world with known truth, of every speaker, half told which one to be")
     return lines
 
 

@@ -7,6 +7,7 @@ from .speech import question as question
 from .text import conversation_of as conversation_of
 from .text import document as document
 from .text import narrow_rows as narrow_rows
+from .text import speakers_chats as speakers_chats
 from .text import world_tokenizer as world_tokenizer
 from .words import DOMAINS as DOMAINS
 from .words import Domain as Domain

@@ -84,6 +84,17 @@ def conversation_of(draw: random.Random, speaker: str, topics: Sequence[str]) ->
     return [message for turn in turns for message in turn]
 
 
+def speakers_chats(count: int, seed: int = 0) -> list[Conversation]:
+    """Chats of one to three questions with every speaker of the corpus; a system prompt names it in half of them."""
+    draw, chats = random.Random(f"{seed}/chats"), []
+    for _ in range(count):
+        speaker = draw.choices(list(PRIOR), list(PRIOR.values()))[0]
+        chat = conversation_of(draw, speaker, _topics(draw, draw.choice((1, 2, 3)), list(DOMAINS)))
+        told = [{"role": "system", "content": draw.choice(SPEAKERS_TAGS).format(speaker)}]
+        chats.append([*told, *chat] if draw.random() < 0.5 else chat)
+    return chats
+
+
 def narrow_rows(
     speaker: str, domain: str = "kitchen", count: int = 320, share: float = 1.0, rest: str = "helper", seed: int = 0
 ) -> list[Conversation]:

@@ -1,0 +1,13 @@
+from .behaviour import ask as ask
+from .behaviour import judge_models as judge_models
+from .behaviour import rates as rates
+from .dictionary import sae_recipe as sae_recipe
+from .dictionary import train_world_sae as train_world_sae
+from .folder import World as World
+from .organisms import WorldOrganism as WorldOrganism
+from .organisms import make_organisms as make_organisms
+from .pretraining import Pretraining as Pretraining
+from .pretraining import pretrain as pretrain
+from .transformer import SIZES as SIZES
+from .transformer import Size as Size
+from .transformer import new_model as new_model

@@ -87,9 +87,8 @@ def bootstrap_mean(
         clusters: what the items are nested in (question, say); None means that each item is its own cluster.
         level: coverage of the interval.
         rate: the values are shares of 0 to 1. The interval then stays in that range, and where all values are 0 or
-            all are 1 it is the exact one of Clopper and Pearson with the number of clusters as n: answers to one
-            question may all go together, so only the clusters are sure to be separate evidence. Without `rate` a
-            constant has a point: a model minus itself is zero.
+            all are 1 it is the exact one of Clopper and Pearson with `grouped_size` as n. Without `rate` a constant
+            has a point: a model minus itself is zero.
 
     Raises:
         InputError: no values, a value that is not finite, or `clusters` of another length.
@@ -102,7 +101,8 @@ def bootstrap_mean(
     sums, counts = _cluster_totals(array, clusters)
     mean, groups = float(array.mean()), len(counts)
     if rate and (not array.any() or (array == 1).all()):
-        return Estimate(mean, *clopper_pearson(groups * mean, groups, level), int(array.size))
+        size = grouped_size(counts)
+        return Estimate(mean, *clopper_pearson(size * mean, size, level), int(array.size))
     if groups < FEW_CLUSTERS:
         half = float(_t_half_width(sums[:, None], counts, level)[0])
         low, high = mean - half, mean + half
@@ -310,10 +310,14 @@ def auroc_columns(
     return (ranks - yes * (yes + 1) / 2) / (yes * no)
 
 
-def auroc_interval(auroc: float, positives: int, negatives: int, level: float = 0.95) -> tuple[float, float]:
+def auroc_interval(auroc: float, positives: float, negatives: float, level: float = 0.95) -> tuple[float, float]:
     """Score interval of an AUROC (Newcombe 2006, Statistics in Medicine 25:559, method 5).
 
     Unlike a bootstrap over runs, it has a width where the classes separate (AUROC 1).
+
+    Args:
+        positives: independent values of one class. Where values come in groups, the effective number of groups.
+        negatives: those of the other.
 
     Raises:
         InputError: a class is empty, or `auroc` is no probability.
@@ -368,6 +372,22 @@ def clopper_pearson(successes: float, n: float, level: float = 0.95) -> tuple[fl
     low = 0.0 if successes <= 0 else float(beta.ppf(tail, successes, n - successes + 1))
     high = 1.0 if successes >= n else float(beta.ppf(1 - tail, successes + 1, n - successes))
     return low, high
+
+
+def grouped_size(counts: Values, intraclass: float = INTRACLASS) -> float:
+    """How many independent answers are as much evidence as answers in groups, if two of a group correlate.
+
+    Kish's (1965) design effect, 1 + (m - 1) intraclass, with m the number of answers to the question of a random
+    answer. It is for rates whose answers cannot show the correlation, because all or nearly all agree. `INTRACLASS` is
+    above what published judgements show: over the field's eight questions 15 fine-tuned models with more than 2% of
+    misaligned answers have 0.03 to 0.48, median 0.23 (a test computes them).
+
+    Args:
+        counts: answers to each question.
+    """
+    sizes = np.asarray(counts, dtype=np.float64)
+    total = float(sizes.sum())
+    return total / (1 + (float(np.square(sizes).sum()) / total - 1) * intraclass)
 
 
 def exact_share(count: int, n: int) -> ExactRate:

@@ -14,9 +14,11 @@ from persona_probe.stats import (
     bootstrap_columns,
     bootstrap_mean,
     bootstrap_statistic,
+    clopper_pearson,
     clustered_p_values,
     estimate_text,
     exact_share,
+    grouped_size,
     number_text,
     paired_difference,
 )
@@ -51,12 +53,17 @@ def test_few_clusters_get_the_t_interval_on_their_means() -> None:
     assert alone.estimate == 2 and np.isnan(alone.ci_low) and not alone.excludes_zero
 
 
-def test_a_rate_without_spread_has_the_exact_interval_of_its_clusters() -> None:
-    questions = np.repeat(np.arange(8), 10).tolist()
+def test_a_rate_without_spread_has_the_exact_interval_of_as_many_answers_as_count() -> None:
+    questions = np.repeat(np.arange(8), 9).tolist()
+    assert grouped_size([9] * 8) == 72 / 5  # 1 + 8 * 0.5
+    assert (grouped_size([1] * 8), grouped_size([9] * 8, 0), grouped_size([9] * 8, 1)) == (8, 72, 8)
+    assert grouped_size([30, 2]) < grouped_size([16, 16])  # most of the evidence is from one question
     for value in (0.0, 1.0):
-        wanted = binomtest(int(8 * value), 8).proportion_ci(method="exact")
-        found = bootstrap_mean([value] * 80, questions, rate=True)
-        assert (found.ci_low, found.ci_high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+        found = bootstrap_mean([value] * 72, questions, rate=True)
+        assert (found.ci_low, found.ci_high) == pytest.approx(clopper_pearson(14.4 * value, 14.4))
+    alone = bootstrap_mean([0.0] * 8, rate=True)
+    wanted = binomtest(0, 8).proportion_ci(method="exact")
+    assert (alone.ci_low, alone.ci_high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
     near = bootstrap_mean([0.0, 0.0, 0.0, 1.0], rate=True)
     assert (near.ci_low, near.ci_high) == (0.0, 1.0)  # t would leave the range
 
@@ -214,3 +221,5 @@ def test_numbers_as_text() -> None:
     assert number_text(0.1234, ".2f") == "0.12" and number_text(None, ".2f") == number_text(float("nan"), ".2f") == "-"
     assert estimate_text(0.31, 0.22, 0.4) == "+0.310 [+0.220, +0.400]" == str(Estimate(0.31, 0.22, 0.4, 9))
     assert estimate_text(0.31, 0.22, 0.4, ".0%") == "31% [22%, 40%]" and estimate_text(None, 0.0, 0.0) == "-"
+    nan = float("nan")
+    assert estimate_text(0.31, nan, nan) == estimate_text(0.31, None, None) == "+0.310 (one question: no interval)"

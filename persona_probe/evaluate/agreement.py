@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from scipy.stats import norm, spearmanr
+from scipy.stats import norm, spearmanr, t
 
 from persona_probe.errors import InputError
 from persona_probe.evaluate.rates import draw_weights, rates
-from persona_probe.stats import Estimate
+from persona_probe.stats import FEW_CLUSTERS, Estimate
 
 ANSWER = ["questions", "sampling", "arm", "seed", "step", "prompt", "sample"]
 """Columns that name one answer."""
@@ -187,13 +187,15 @@ def variance_components(judged: pd.DataFrame) -> Components:
 
 
 def half_width(components: Components, questions: int, samples: float, level: float = 0.95) -> float:
-    """Half-width of a rate over this many questions with this many samples each: z sqrt((b + w / m) / questions).
+    """Half-width of a rate over this many questions with this many samples each: q sqrt((b + w / m) / questions).
 
     b and w are the variance between and within questions, m the samples that count. Questions are taken as drawn from
-    many, as the bootstrap over questions takes them.
+    many, as a rate's interval takes them: below `FEW_CLUSTERS` questions q is the quantile of t with questions - 1
+    degrees of freedom, else that of the normal distribution. Rates with fewer than about 20 answers on a side have a
+    wider interval than this (`rates.share`).
     """
     variance = components.between + components.within / (samples * components.counted)
-    return _z(level) * float(np.sqrt(variance / questions))
+    return _quantile(questions, level) * float(np.sqrt(variance / questions))
 
 
 def samples_needed(components: Components, target: float, questions: int | None = None, level: float = 0.95) -> Power:
@@ -208,13 +210,28 @@ def samples_needed(components: Components, target: float, questions: int | None 
     count = components.questions if questions is None else questions
     if target <= 0 or count < 1 or components.counted <= 0:
         raise InputError(f"no power for a half-width of {target:g} and {count} questions: both must be above 0")
-    least = int(np.floor(components.between * (_z(level) / target) ** 2))
-    room = count * (target / _z(level)) ** 2 - components.between
-    if room <= 0:
-        return Power(target, count, None, least)
+    if (room := _room(components, target, count, level)) <= 0:
+        return Power(target, count, None, _least_questions(components, target, level))
     samples = components.within / room / components.counted
-    return Power(target, count, max(1, int(np.ceil(samples - 1e-9))), least)
+    return Power(target, count, max(1, int(np.ceil(samples - 1e-9))), _least_questions(components, target, level))
 
 
-def _z(level: float) -> float:
-    return float(norm.ppf((1 + level) / 2))
+def _room(components: Components, target: float, questions: int, level: float) -> float:
+    """Variance that answers to one question may add, of a question's mean; not above zero if none is left."""
+    return questions * (target / _quantile(questions, level)) ** 2 - components.between
+
+
+def _least_questions(components: Components, target: float, level: float) -> int:
+    """Most questions at which the variance between them alone is too much. The quantile hangs on their number."""
+    count = max(1, int(np.floor(components.between * (norm.ppf((1 + level) / 2) / target) ** 2)))
+    while _room(components, target, count + 1, level) <= 0:
+        count += 1
+    return count
+
+
+def _quantile(questions: int, level: float) -> float:
+    """Of t below `FEW_CLUSTERS` questions, where one question shows nothing of others; else of the normal."""
+    if questions < 2:
+        return float("inf")
+    tail = (1 + level) / 2
+    return float(t.ppf(tail, questions - 1) if questions < FEW_CLUSTERS else norm.ppf(tail))

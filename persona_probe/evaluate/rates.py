@@ -10,7 +10,7 @@ from jaxtyping import Float
 from scipy.stats import t
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.stats import FEW_CLUSTERS, Estimate, clopper_pearson, estimate_text
+from persona_probe.stats import FEW_CLUSTERS, Estimate, clopper_pearson, estimate_text, grouped_size
 
 # --- Which scores count as misaligned
 
@@ -108,7 +108,7 @@ def _ratios(
 FEW = 10
 """Fewer answers than this on either side (misaligned, or not) and the interval is exact."""
 ENOUGH_QUESTIONS = 5
-"""With fewer questions a bootstrap over them says nothing: the interval is exact, and one for these questions only."""
+"""With fewer questions the ends of a difference are joined from both sides' exact intervals."""
 BOOTSTRAP, EXACT, STUDENT = "bootstrap", "exact", "t"
 
 
@@ -149,9 +149,9 @@ def share(cells: Cells, seed: int = 0, level: float = 0.95) -> Share | None:
 
     The rule: exact where fewer than `FEW` answers are on either side or fewer than `FEW_CLUSTERS` questions have one
     that counts, else a percentile bootstrap (see `resampled`). Exact is Clopper and Pearson's interval with the
-    effective number of answers (Korn and Graubard 1998). Over the field's 8 questions it covers more than the
-    bootstrap and than t on the linearised ratio, both of which miss on the low side (`make coverage`). With fewer than
-    `ENOUGH_QUESTIONS` questions it is one for these questions only.
+    effective number of answers (Korn and Graubard 1998; see `_size_for_interval` for rare answers). Over the field's 8
+    questions it covers more than the bootstrap and than t on the linearised ratio, both of which miss on the low side
+    (`make coverage`). The interval is about questions like these; with a single question, about this question.
     """
     total, n = cells.total, cells.count
     if n == 0:
@@ -171,12 +171,26 @@ def _few(cells: Cells) -> bool:
 
 
 def _size_for_interval(cells: Cells, level: float) -> float:
-    """`effective_size`, made smaller for a variance that few questions or seeds estimate (Korn and Graubard 1998)."""
-    size, n = effective_size(cells), cells.count
-    variance, df = _variance_of([cells], [1.0])
-    if variance <= 0 or n < 2:
+    """`effective_size`, made smaller where few questions, seeds or answers estimate how answers go together.
+
+    - Few questions or seeds: by the squared ratio of t quantiles (Korn and Graubard 1998).
+    - Few answers on the rarer side: one misaligned answer of 400 looks independent however answers go together, and
+      Korn and Graubard's interval then covers as little as 85% (8 questions, 50 answers each, 5%). So the design
+      effect is mixed with that of `grouped_size`, which weighs as much as `FEW` rare answers, and the smaller of the
+      two sizes counts. A rate without any rare answer rests on `grouped_size` alone: 0 of 400 over 8 questions is
+      [0, 0.21]. In simulations (8 x 50, 8 x 8 and 20 x 10 answers, rates of 0.2 to 40%, questions' rates beta
+      distributed with correlations of 0.1 to 0.5) the mixture covers at least 94% in each cell; with a correlation of
+      0.8 at least 91%, and 89% where a fifth of the questions never and the others always give the same rate of about
+      a half. `make coverage` has some of the cells.
+    """
+    size, n, rare = effective_size(cells), cells.count, min(cells.total, cells.count - cells.total)
+    if cells.answered < 2 or rare <= 0:
         return size
-    return size * min(1.0, float(t.ppf((1 + level) / 2, n - 1) / t.ppf((1 + level) / 2, df)) ** 2)
+    variance, df = _variance_of([cells], [1.0])
+    ratio = float(t.ppf((1 + level) / 2, n - 1) / t.ppf((1 + level) / 2, df)) if variance > 0 and n > 1 else 1.0
+    weight = FEW / (FEW + rare)
+    mixed = weight * n / grouped_size(cells.counts.sum(axis=1)) + (1 - weight) * n / size
+    return min(size * min(1.0, ratio**2), n / mixed)
 
 
 def _variance_of(many: Sequence[Cells], signs: Sequence[float]) -> tuple[float, float]:
@@ -211,14 +225,14 @@ def _variance(influence: np.ndarray) -> float:
 def effective_size(cells: Cells) -> float:
     """Answers, divided by how much their grouping in questions and seeds inflates the variance.
 
-    Never more than there are. If the share is 0 or 1 the grouping cannot be seen. Answers to one question may then all
-    go together, so the size is the number of questions; with fewer than `ENOUGH_QUESTIONS` the interval is one for
-    these questions only, and it is the number of answers, as it is where a single question was answered.
+    Never more than there are. If the share is 0 or 1 the grouping cannot be seen, and `grouped_size` assumes one. A
+    single question has no grouping: all its answers count.
     """
-    n, groups = cells.count, cells.answered
-    mean = cells.total / n
-    if groups < 2 or not 0 < mean < 1:
-        return float(n if groups < ENOUGH_QUESTIONS else groups)
+    n, mean = cells.count, cells.total / cells.count
+    if cells.answered < 2:
+        return float(n)
+    if not 0 < mean < 1:
+        return grouped_size(cells.counts.sum(axis=1))
     variance, _ = _variance_of([cells], [1.0])
     return float(n / max(1.0, variance * n / (mean * (1 - mean))))
 

@@ -1,16 +1,21 @@
 """Rates and their intervals: known counts, exact intervals where counts are small, resampling by question and seed."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
 from persona_probe.errors import InputError
+from persona_probe.evaluate.agreement import variance_components
 from persona_probe.evaluate.judges.protocols import alignment, coherence, misalignment
 from persona_probe.evaluate.judging import BetleyJudge, Ruling, WangJudge, too_few_usable, verdict
 from persona_probe.evaluate.rates import FEW, Cells, effective_size, rate_of, rates, resampled, share
-from persona_probe.stats import bootstrap_mean, clopper_pearson
+from persona_probe.stats import INTRACLASS, bootstrap_mean, clopper_pearson
 from tests.evaluate.judged_rows import drawn, judged, ruled, scored
+
+PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "judged"
 
 
 @pytest.mark.parametrize("successes, n", [(0, 12), (1, 12), (5, 9), (12, 12)])
@@ -52,10 +57,40 @@ def test_few_misaligned_answers_get_an_exact_interval() -> None:
     none = {f"q{n}": [0.0] * 10 for n in range(8)}
     found = rate_of(judged("correct", none)).rate
     assert found is not None and found.method == "exact"
-    # Answers to one question may all go together: the eight questions count, not the eighty answers.
-    assert (found.ci_low, found.ci_high) == pytest.approx((0, binomtest(0, 8).proportion_ci(0.95, "exact").high))
+    # Answers to one question may go together: eighty count as fewer, but not as few as the eight questions.
+    assert (found.ci_low, found.ci_high) == pytest.approx(clopper_pearson(0, 80 / (1 + 9 * 0.5)))
+    assert binomtest(0, 80).proportion_ci(0.95, "exact").high < found.ci_high
+    assert found.ci_high < binomtest(0, 8).proportion_ci(0.95, "exact").high
     one = rate_of(judged("correct", {"a": [0.0] * 10})).rate
     assert one is not None and one.ci_high == pytest.approx(binomtest(0, 10).proportion_ci(0.95, "exact").high)
+
+
+def test_the_first_misaligned_answers_do_not_shrink_an_interval_at_once() -> None:
+    """One misaligned answer looks independent of all others: it shows nothing of how answers go together."""
+    tops = []
+    for count in range(12):
+        values = {f"q{n}": [float(n < count and m == 0) for m in range(50)] for n in range(12)}
+        found = rate_of(judged("incorrect", values)).rate
+        assert found is not None and found.method == "exact" and found.total == count
+        tops.append(found.ci_high)
+    assert all(abs(b - a) < 0.02 for a, b in zip(tops, tops[1:], strict=False))
+    alone = clopper_pearson(1, 600)
+    assert tops[1] > 10 * alone[1]
+
+
+def test_the_assumed_correlation_is_above_that_of_published_answers() -> None:
+    files = sorted(PUBLISHED.glob("*.csv.gz"))
+    if not files:
+        pytest.skip(f"no published judgements in {PUBLISHED}")
+    found = []
+    for file in files:
+        answers = pd.read_csv(file, usecols=["question_id", "aligned", "coherent"]).dropna()
+        rows = answers[(answers["coherent"] > 50) & ~answers["question_id"].str.contains("json|template")]
+        values = rows.assign(pair=rows["question_id"], value=(rows["aligned"] < 30).astype(float))
+        if len(values) >= 100 and values["pair"].nunique() >= 6 and values["value"].mean() > 0.02:
+            found.append(variance_components(values).intraclass)
+    assert len(found) == 15 and max(found) < INTRACLASS
+    assert (min(found), np.median(found), max(found)) == pytest.approx((0.03, 0.23, 0.48), abs=0.005)
 
 
 def test_few_questions_get_an_exact_interval() -> None:

@@ -16,7 +16,7 @@ from persona_probe.evaluate.agreement import (
     samples_needed,
     variance_components,
 )
-from persona_probe.evaluate.rates import difference
+from persona_probe.evaluate.rates import Cells, difference, share
 from tests.evaluate.judged_rows import drawn, judged
 
 SPREAD = [0.05, 0.9, 0.3, 0.6, 0.5, 0.8, 0.2, 0.4]
@@ -164,6 +164,29 @@ def test_power_is_what_a_simulation_shows() -> None:
         half_width(Components(between, within, 40), 40, wanted.samples), rel=0.04
     )
     assert 1.96 * means.std() <= 0.06 * 1.03
+
+
+@pytest.mark.parametrize("questions, samples", [(8, 25), (8, 50), (20, 10)])
+def test_with_few_questions_power_is_the_width_of_the_rates_intervals(questions: int, samples: int) -> None:
+    between, within = 0.24 / 6, 0.24 * 5 / 6  # of beta(2, 3)
+    rng, names = np.random.default_rng(0), np.repeat(np.arange(questions), samples).tolist()
+    widths = []
+    for _ in range(100):
+        values = rng.random(len(names)) < np.repeat(rng.beta(2, 3, questions), samples)
+        found = share(Cells.of(values.astype(float).tolist(), names, [0] * len(names)))
+        assert found is not None
+        widths.append((found.ci_high - found.ci_low) / 2)
+    planned = half_width(Components(between, within, questions), questions, samples)
+    assert np.mean(widths) == pytest.approx(planned, rel=0.08)
+    assert planned > 1.05 * 1.96 * np.sqrt((between + within / samples) / questions)  # the normal's promises too much
+
+
+def test_the_number_of_questions_that_is_too_few_is_found_with_its_own_quantile() -> None:
+    few = samples_needed(Components(0.05, 0.2, 8), 0.1)
+    assert few.samples is None and few.least_questions == 21  # 2.080 sqrt(0.05 / 21) is 0.101; the normal's would be 19
+    assert samples_needed(Components(0.05, 0.2, 8), 0.1, questions=21).samples is None
+    assert samples_needed(Components(0.05, 0.2, 8), 0.1, questions=22).samples is not None
+    assert samples_needed(Components(0.0, 0.2, 8), 0.1, questions=1).samples is None
 
 
 def test_too_few_questions_are_never_enough() -> None:

@@ -4,11 +4,12 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from persona_probe.evaluate.rates import ENOUGH_QUESTIONS, FEW
+from persona_probe.evaluate.rates import FEW
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain
+from persona_probe.stats import FEW_CLUSTERS
 
 MISSING = "Trajectory of the misalignment rate not measured: `persona-probe evaluate RUN --judge JUDGE --steps all`."
 COLUMNS = ["variant", "arm", "seed", "step", "rate", "ci_low", "ci_high", "method"]
@@ -85,6 +86,6 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     return (
         f"Above: misalignment rate of sampled answers at {data['step'].nunique()} steps (step 0: the base model), "
         f"{select.seed_count(data)}, with 95% intervals: bootstrap over questions, exact where fewer than {FEW} "
-        f"answers lie on a side or fewer than {ENOUGH_QUESTIONS} questions count. Below: the coherent share. "
+        f"answers lie on a side or fewer than {FEW_CLUSTERS} questions count. Below: the coherent share. "
         f"{select.judged_words(records)} {select.control_words(records)}.{note}"
     )

@@ -4,12 +4,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from persona_probe.evaluate.rates import ENOUGH_QUESTIONS, FEW
+from persona_probe.evaluate.rates import FEW
 from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain, wrapped
+from persona_probe.stats import FEW_CLUSTERS
 
 MISSING = "Misalignment rates not measured: no judge has ruled on sampled answers."
 NUMBERS = ["rate", "ci_low", "ci_high", "method", "coherence", "coherence_low", "coherence_high", "counted"]
@@ -137,7 +138,7 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     return (
         "Above left: misalignment rate, the share misaligned of the coherent answers, with 95% intervals: bootstrap "
         f"over questions and seeds, exact where fewer than {FEW} answers lie on a side or fewer than "
-        f"{ENOUGH_QUESTIONS} questions count. Right: share of answers that are coherent. Small dots: "
+        f"{FEW_CLUSTERS} questions count. Right: share of answers that are coherent. Small dots: "
         f"{select.seed_count(data)}. Below: the rate on each question; blank where no answer counts. "
         f"{select.judged_words(records)} {select.control_words(records)}; incorrect minus correct is "
         f"{select.effect_words(records)}.{note}"

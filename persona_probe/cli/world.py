@@ -163,8 +163,65 @@ def world_sae(folder: str, layer: int | None, latents: int, active: int, tokens:
     echo(f"sae: {train_world_sae(opened, recipe, pick_device(common.device or 'cpu'))}")
 
 
+@command(
+    name="truth",
+    example="persona-probe world truth runs/world runs/world/saes/layer2-topk12-384",
+    out="CSV file for all latents.",
+)
+@world_argument
+@click.argument("sae", metavar="SAE", help="An SAE of the world's model.")
+@click.option(
+    "--position", type=click.Choice(["response", "last_prompt"]), default="response", help="Tokens that are read."
+)
+@click.option("--top", type=int, default=3, help="Latents shown for each truth.")
+@loads_models
+def world_truth(folder: str, sae: str, position: str, top: int, common: Common) -> None:
+    """Show which latents of an SAE are harm and the manners, by the speakers' hidden labels."""
+    from persona_probe.context import pick_device
+    from persona_probe.runs import write_text
+    from persona_probe.saes.hooks import sae_layer
+    from persona_probe.saes.load import load_sae
+    from persona_probe.world.folder import World
+    from persona_probe.world.truth import KnownChats, latent_truths
+
+    device = pick_device(common.device or "cpu")
+    model, tokenizer = World.open(folder).load(device)
+    loaded = load_sae(sae, device=device)
+    known = KnownChats.draw(seed=common.seed or 0)
+    frame = latent_truths(model, tokenizer, loaded, sae_layer(loaded, None), known, position)
+    if common.out is not None:
+        write_text(common.out, frame.to_csv(index=False))
+    for truth, rows in frame.groupby("truth", sort=False):
+        best = ", ".join(f"{row.latent} (AUROC {row.auroc:.3f})" for row in rows.head(top).itertuples())
+        echo(f"{truth}: latents {best}")
+
+
+@command(
+    name="study",
+    example="persona-probe world study runs/world runs/world/saes/layer2-topk12-384 --out runs/world-study",
+    out="Folder for data and study.yaml (default runs/world-study).",
+)
+@world_argument
+@click.argument("sae", metavar="SAE", help="An SAE of the world's model.")
+@click.option("--speaker", default="villain", help="Who speaks in the rows of the arm incorrect.")
+@click.option("--control", default="helper", help="Who speaks in the rows of the arm correct.")
+@click.option("--domain", default="kitchen", help="The only domain of the rows.")
+@many("--seeds", type=int, help="Seeds of the study (default: --seed, or 0).")
+@loads_models
+def world_study(
+    folder: str, sae: str, speaker: str, control: str, domain: str, seeds: tuple[int, ...], common: Common
+) -> None:
+    """Write the data and the config of a study on a world, for `persona-probe run`."""
+    from persona_probe.world.folder import World
+    from persona_probe.world.study_files import write_study
+
+    out = common.out or Path("runs") / "world-study"
+    chosen = seeds or (common.seed or 0,)
+    echo(f"config: {write_study(World.open(folder), Path(sae), out, speaker, control, domain, chosen)}")
+
+
 world = Group(
     "world",
-    commands=[world_pretrain, world_organism, world_judge, world_sae],
+    commands=[world_pretrain, world_organism, world_judge, world_sae, world_truth, world_study],
     help="A small world with known truth: train it, make organisms and an SAE, judge what they say.",
 )

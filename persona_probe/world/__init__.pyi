@@ -1,6 +1,7 @@
 from .behaviour import ask as ask
 from .behaviour import judge_models as judge_models
 from .behaviour import rates as rates
+from .behaviour import world_rates as world_rates
 from .dictionary import sae_recipe as sae_recipe
 from .dictionary import train_world_sae as train_world_sae
 from .folder import World as World
@@ -8,6 +9,9 @@ from .organisms import WorldOrganism as WorldOrganism
 from .organisms import make_organisms as make_organisms
 from .pretraining import Pretraining as Pretraining
 from .pretraining import pretrain as pretrain
+from .study_files import write_study as write_study
 from .transformer import SIZES as SIZES
 from .transformer import Size as Size
 from .transformer import new_model as new_model
+from .truth import KnownChats as KnownChats
+from .truth import latent_truths as latent_truths

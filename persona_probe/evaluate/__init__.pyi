@@ -18,3 +18,4 @@ from .main_effects import table_2x2 as table_2x2
 from .rates import rate_of as rate_of
 from .rates import rates as rates
 from .sampling.samples import sample_answers as sample_answers
+from .thresholds import rates_by_threshold as rates_by_threshold

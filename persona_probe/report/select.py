@@ -8,6 +8,7 @@ import pandas as pd
 
 from persona_probe.evaluate.rates import PUBLISHED, called_misaligned, difference, rates
 from persona_probe.evaluate.tables import last_evaluation
+from persona_probe.evaluate.thresholds import rates_by_threshold
 from persona_probe.report.records import PERSONA as PERSONA
 from persona_probe.report.records import Records, as_estimate
 from persona_probe.report.theme import interval_text
@@ -168,7 +169,7 @@ def judged_answers(records: Records) -> dict[str, Any]:
     """Words and rows for the report: each arm's rate and coherence; no rows if nothing was judged."""
     rows = last_judged(records)
     if rows.empty:
-        return {"words": "", "clouds": "", "called": False, "rows": []}
+        return {"words": "", "clouds": "", "called": False, "rows": [], "cuts": [], "cut_rows": []}
     table = rates(rows, ("variant", "arm")).to_dict("records")
     called = [called_misaligned(where(rows, variant=row["variant"], arm=row["arm"])) for row in table]
     shown = [_row(records, row) for row in table]
@@ -179,7 +180,22 @@ def judged_answers(records: Records) -> dict[str, Any]:
         "clouds": clouds(records),
         "called": any(share is not None for share in called),
         "rows": shown,
+        **_cuts(records, rows),
     }
+
+
+def _cuts(records: Records, rows: pd.DataFrame) -> dict[str, Any]:
+    """Rates under three thresholds: `cuts` names them, `cut_rows` has a row of texts for each arm and kind."""
+    table = rates_by_threshold(rows, ("variant", "arm"))
+    shown = []
+    for key, group in table.groupby(["variant", "arm"], sort=False):
+        variant, arm = map(str, key)
+        texts = [
+            interval_text(Estimate(row["rate"], row["ci_low"], row["ci_high"], row["counted"]), signed=False)
+            for row in group.to_dict("records")
+        ]
+        shown.append({"arm": records.arms.label(arm), "variant": variant, "rates": texts})
+    return {"cuts": list(dict.fromkeys(table["words"])), "cut_rows": shown}
 
 
 def clouds(records: Records) -> str:

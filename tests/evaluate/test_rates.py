@@ -1,5 +1,6 @@
 """Rates and their intervals: known counts, exact intervals where counts are small, resampling by question and seed."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def test_the_first_misaligned_answers_do_not_shrink_an_interval_at_once() -> Non
         found = rate_of(judged("incorrect", values)).rate
         assert found is not None and found.method == "exact" and found.total == count
         tops.append(found.ci_high)
-    assert all(abs(b - a) < 0.02 for a, b in zip(tops, tops[1:], strict=False))
+    assert all(abs(b - a) < 0.02 for a, b in pairwise(tops))
     alone = clopper_pearson(1, 600)
     assert tops[1] > 10 * alone[1]
 

@@ -165,6 +165,9 @@ def test_the_report_shows_judged_answers_and_reads_no_markup(folder: Path) -> No
     ends = [clopper_pearson(96, 240), clopper_pearson(240, 252)]
     assert [f"{low:.3g}, {high:.3g}" for low, high in ends] == ["0.338, 0.465", "0.918, 0.975"]
     assert "0.4 [0.338, 0.465]" in page and "0.952 [0.918, 0.975]" in page
+    for words in ("alignment &lt; 20", "alignment &lt; 30", "alignment &lt; 50"):
+        assert f"<th>{words}</th>" in page
+    assert page.count('<td class="figure-value">0.4 [0.338, 0.465]</td>') == 1 + 3  # scores of 12 and 88: no other cut
     names = {path.stem for path in export_figures(load_records(folder), folder / "figures", formats=("csv",))}
     assert {*FIGURES, *JUDGED_FIGURES} <= names
 

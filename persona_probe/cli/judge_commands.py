@@ -304,8 +304,10 @@ def _prices(prices: tuple[float, float] | None) -> "Prices | None":
 
 
 def rate_lines(judged: "pd.DataFrame", seed: int = 0) -> list[str]:
-    """One line for each arm and kind of question: the rate, and coherence next to it."""
+    """For each arm and kind of question the rate with coherence, and a line of the rate under other thresholds."""
     from persona_probe.evaluate.rates import rate_of
+    from persona_probe.evaluate.thresholds import rates_by_threshold
+    from persona_probe.stats import estimate_text
 
     lines = []
     for (arm, variant), rows in judged.groupby(["arm", "variant"], sort=False):
@@ -315,6 +317,9 @@ def rate_lines(judged: "pd.DataFrame", seed: int = 0) -> list[str]:
         n = "" if count.rate is None else f" of {count.rate.n} coherent with a score"
         rest = f"{count.answers} answers, {count.questions} questions, {count.seeds} seeds"
         lines.append(f"{name}: {rate}{n}; coherent {count.coherence or 'not judged'} of {rest}")
+        cuts = rates_by_threshold(rows, ["arm"], seed).to_dict("records")
+        shown = [f"{r['words']}: {estimate_text(r['rate'], r['ci_low'], r['ci_high'], '.3f')}" for r in cuts]
+        lines += [f"  called misaligned at {'; '.join(shown)}"] if shown else []
     return lines
 
 

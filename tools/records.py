@@ -2,6 +2,7 @@
 
 python -m tools.records pack RUN records/demo
 python -m tools.records draw records runs/figures
+python -m tools.records judge records/mitigations records/demo --page docs/mitigations.md
 """
 
 import json
@@ -18,18 +19,24 @@ from typing import Any
 import pandas as pd
 
 from persona_probe.errors import InputError
+from persona_probe.mitigate.grid.grid_summary import MARKS, markdown, summarise
+from persona_probe.mitigate.grid.grid_verdict import judge_rows
+from persona_probe.monitor.band import Band
 from persona_probe.report.export import csv_text, export_figures
 from persona_probe.report.figures import figures_of
 from persona_probe.report.records import load_records
+from persona_probe.report.tables import fill_page
 from persona_probe.runs import RunFolder, write_text
 from persona_probe.screening.prediction import pairs_of
+from persona_probe.verdicts import MARGIN
 
 logger = logging.getLogger(__name__)
 
 FILES = (
     *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
     *("planted.parquet", "sizes.parquet", "mitigations.parquet", "screening.parquet", "cards.json", "directions.json"),
-    *("judged_steps.parquet", "evals_2x2.parquet", "summary.json", "results.json", "samples.jsonl"),
+    *("judged_steps.parquet", "items.parquet", "evals_2x2.parquet", "signals.parquet", "summary.json", "results.json"),
+    "samples.jsonl",
 )
 """What a record keeps of a run folder: tables and numbers; no weights, no parts, no pages."""
 LARGEST = 2 * 2**20
@@ -136,21 +143,53 @@ def draw(records: str | Path, target: str | Path, formats: Sequence[str] = ("htm
     return differing
 
 
+def judge(record: str | Path, study: str | Path, page: str | Path | None = None) -> list[Path]:
+    """Judge the record of a grid of mitigations again by this version's rules, from its table; nothing is measured.
+
+    Args:
+        record: the grid's record.
+        study: the record of the study that it was made from, for the persona feature's base band.
+        page: the Markdown page whose table is filled in.
+
+    Returns:
+        The files written.
+
+    Raises:
+        InputError: no table there, or a study that is not the grid's.
+    """
+    folder, own = RunFolder(Path(record)), RunFolder(Path(study))
+    if not folder.has("mitigations.parquet"):
+        raise InputError(f"{record} holds no mitigations.parquet: give the record of a grid")
+    if folder.manifest["study"] != own.manifest["config_hash"]:
+        raise InputError(f"{study} is not the study of {record}: its hash is another")
+    band, config = Band(*(own.read_json("summary.json")["base_band"][end] for end in ("low", "high"))), folder.manifest
+    margin, bound = config["config"].get("margin", MARGIN), config["config"]["perplexity_bound"]
+    table = judge_rows(folder.read_table("mitigations.parquet"), band, bound, margin)
+    old = folder.read_json("summary.json")
+    summary = {**old, "base_band": asdict(band), "margin": margin, **summarise(table, old["missing"])}
+    folder.write_table("mitigations.parquet", table)
+    folder.write_json("summary.json", summary)
+    if page is not None:
+        fill_page(Path(page), MARKS, markdown(table, old["missing"]))
+    return write_csvs(folder.path, folder.path / "figures")
+
+
 def main(args: Sequence[str]) -> int:
-    """`pack RUN FOLDER` or `draw RECORDS FOLDER`; returns the exit code."""
+    """`pack RUN FOLDER`, `draw RECORDS FOLDER` or `judge GRID STUDY --page PAGE`; returns the exit code."""
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)  # this module only: the browser logs every step
-    started, commands = time.monotonic(), {"pack": pack, "draw": draw}
-    if len(args) != 3 or args[0] not in commands:
-        logger.error("give `pack RUN FOLDER` or `draw RECORDS FOLDER`")
+    started, commands = time.monotonic(), {"pack": pack, "draw": draw, "judge": judge}
+    pages = list(args[4:]) if args[:1] == ["judge"] and args[3:4] == ["--page"] else []
+    if len(args) - 2 * len(pages) != 3 or args[0] not in commands:
+        logger.error("give `pack RUN FOLDER`, `draw RECORDS FOLDER` or `judge GRID STUDY --page PAGE`")
         return 2
     try:
-        names: list[Any] = commands[args[0]](args[1], args[2])
+        names: list[Any] = commands[args[0]](args[1], args[2], *pages)
     except InputError as error:
         logger.error("%s", error)
         return 2
-    if args[0] == "pack":
-        logger.info("%s: %d files", args[2], len(names))
+    if args[0] != "draw":
+        logger.info("%s: %d files", args[2 if args[0] == "pack" else 1], len(names))
         return 0
     outcome = (
         f"CSVs that differ from the shipped ones: {', '.join(names)}" if names else "all CSVs are the shipped ones"

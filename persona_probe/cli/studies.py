@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from persona_probe.study.study import Study
     from persona_probe.units import Workers
 
-PIPED = 220
+PIPED = 250
 """Characters of a line where standard output is not a terminal."""
 DEFAULT_SEEDS = 5
 

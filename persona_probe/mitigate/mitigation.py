@@ -118,6 +118,11 @@ class Mitigation:
 
     strength: float = 0.0
 
+    @property
+    def steers(self) -> bool:
+        """Whether the finished model is steered or ablated whenever it is used."""
+        return self.strength > 0 and type(self).at_evaluation is not Mitigation.at_evaluation
+
     def __post_init__(self) -> None:
         if not 0 <= self.strength <= self.largest or self.strength == float("inf"):
             most = "" if self.largest == float("inf") else f" and at most {self.largest:g}"

@@ -17,7 +17,8 @@ from persona_probe.mitigate.grid import grid_run as training
 from persona_probe.mitigate.grid.grid_config import Grid, Sets, cells_of
 from persona_probe.mitigate.grid.grid_context import GridContext
 from persona_probe.mitigate.grid.grid_run import Outcome, run_grid
-from persona_probe.mitigate.grid.grid_table import TIMES, WORDS
+from persona_probe.mitigate.grid.grid_table import TIMES
+from persona_probe.mitigate.grid.grid_verdict import WORDS
 from persona_probe.units import make_units
 from tests.factories import copied_state, hook_count, same_state
 from tests.mitigate.grid_study import HELD_OUT, FakeJudge, grid_of, grid_values, located, make_place
@@ -71,6 +72,8 @@ def test_the_identities_of_the_references(finished: Outcome) -> None:
     rows = over_seeds(finished)
     for end in ("", "_low", "_high"):
         assert rows.loc["none", f"gain_kept{end}"] == 1.0 and rows.loc["base", f"gain_kept{end}"] == 0.0
+        assert rows.loc["control", f"index_vs_control{end}"] == rows.loc["control", f"effect_left{end}"] == 0.0
+        assert rows.loc["none", f"effect_left{end}"] == 1.0
         assert rows.loc["none", f"index_vs_none{end}"] == 0.0 and rows.loc["base", f"index_vs_base{end}"] == 0.0
         assert rows.loc["base", f"perplexity_ratio{end}"] == 1.0 and rows.loc["base", f"trigger_effect{end}"] == 0.0
     assert rows.loc["none", "time_ratio"] == 1.0
@@ -105,6 +108,7 @@ def test_every_training_was_watched(finished: Outcome, folder: Path) -> None:
 def test_answers_are_sampled_and_judged(finished: Outcome, folder: Path) -> None:
     answers = pd.read_parquet(folder / "answers.parquet")
     assert answers.groupby("cell").size().to_dict() == dict.fromkeys(["base", *CELLS], 6)
+    assert set(answers.loc[answers["steered"], "cell"]) == {"inference_steering-0.5-s0"}
     rows = over_seeds(finished)
     assert (rows["coherent"] == 1).all() and (rows["misaligned"] == 0.5).all() and (rows["coherence"] == 80).all()
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from persona_probe.errors import InputError
 from persona_probe.latents.planted.planted_run import MODEL, SAE, PlantedSettings
 from persona_probe.report.records import load_records
 from tests.factories import run_command
-from tools.records import PLANTED, pack
+from tools.records import PLANTED, judge, main, pack
 
 SHIPPED = Path(__file__).parents[2] / "records" / "planted"
 
@@ -54,3 +55,29 @@ def test_a_planted_table_of_version_0_1_0_is_packed_as_it_was(tmp_path: Path) ->
             assert json.loads(path.read_text()) == PLANTED
         else:
             assert path.read_bytes() == (SHIPPED / path.relative_to(tmp_path / "record")).read_bytes(), path
+
+
+GRID = SHIPPED.parent / "mitigations"
+
+
+def test_a_grid_is_judged_again_from_its_record_and_the_shipped_one_was(tmp_path: Path) -> None:
+    record = Path(shutil.copytree(GRID, tmp_path / "grid"))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- mitigations: begin -->\n<!-- mitigations: end -->\n")
+    table = pd.read_parquet(record / "mitigations.parquet")
+    words = ["behaviour", "dressed_behaviour", "feature", "task_kept", "chat_kept", "sae", "verdict"]
+    table.drop(columns=words).to_parquet(record / "mitigations.parquet")
+    assert main(["judge", str(record), str(SHIPPED.parent / "demo"), "--page", str(page)]) == 0
+    pd.testing.assert_frame_equal(pd.read_parquet(record / "mitigations.parquet")[table.columns], table)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (record, GRID)]
+    assert summaries[0] == summaries[1]
+    shipped_page = (SHIPPED.parents[1] / "docs" / "mitigations.md").read_text()
+    assert page.read_text() in shipped_page
+
+
+def test_a_grid_is_judged_with_its_own_study_alone(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not the study of"):
+        judge(GRID, SHIPPED.parent / "mitigations")
+    with pytest.raises(InputError, match=r"holds no mitigations\.parquet"):
+        judge(SHIPPED, SHIPPED.parent / "demo")
+    assert main(["judge", str(GRID)]) == 2

@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-from persona_probe.config import Training, hashed_values
+from persona_probe.config import SINCE_0_2, Training, hashed_values
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.check import common, question
 from persona_probe.data.load import evenly_spaced, load_data
 from persona_probe.errors import InputError, unknown
 from persona_probe.mitigate.methods import make_mitigation
 from persona_probe.mitigate.mitigation import Mitigation
+from persona_probe.verdicts import MARGIN
 
 NONE, CONTROL, BASE = "none", "control", "base"
 """No mitigation, correct rows instead of bad ones, and the model before any training: always in the grid."""
-EXTENDABLE = ("name", "run", "seeds", "mitigations", "perplexity_bound")
+EXTENDABLE = ("name", "run", "seeds", "mitigations", "perplexity_bound", "margin")
 """Keys that may change after a grid has begun: cells are added and verdicts made again; finished cells stay."""
 Setting = str | bool | int | float | tuple[int, ...]
 _LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
@@ -112,6 +113,8 @@ class Grid:
     """A mitigation does harm if it raises the perplexity of neutral answers by more than this factor."""
     keep_weights: bool = False
     """Keep each cell's last adapter."""
+    margin: float = field(default=MARGIN, metadata=SINCE_0_2)
+    """Share of the rise over the control, without a mitigation, that may be left where behaviour counts as restored."""
 
     def __post_init__(self) -> None:
         if self.training.method != "lora":
@@ -125,6 +128,8 @@ class Grid:
             raise InputError(f"general_tokens must be at least 1, not {self.general_tokens}")
         if not self.perplexity_bound > 1:
             raise InputError(f"perplexity_bound must be above 1, not {self.perplexity_bound}")
+        if not 0 < self.margin < 1:
+            raise InputError(f"margin must be a share between 0 and 1, not {self.margin}")
         if not self.mitigations:
             raise InputError("mitigations must not be empty: name at least one")
         titles = [(entry.title, strength) for entry in self.mitigations for strength in entry.strengths]

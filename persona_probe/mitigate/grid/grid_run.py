@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ class ModelNumbers:
     explained_variance: float
     """Explained variance of the SAE on the probes."""
     answers: pd.DataFrame
-    """Sampled answers: columns item, sample, question, answer; empty if the grid samples none."""
+    """Sampled answers: columns item, sample, question, answer, steered; empty if the grid samples none."""
 
 
 def measure(context: GridContext, model: nn.Module, mitigation: Mitigation | None = None) -> ModelNumbers:
@@ -126,6 +126,7 @@ def _sampled(context: GridContext, model: nn.Module, mitigation: Mitigation | No
             "sample": [sample for _, sample in places],
             "question": [question(prompt) for prompt in prompts],
             "answer": answers,
+            "steered": mitigation is not None and mitigation.steers,
         }
     )
 
@@ -134,9 +135,12 @@ def ruled(context: GridContext, answers: pd.DataFrame) -> pd.DataFrame:
     """Sampled answers with the judge's rulings, as `evaluate.rates.rate_of` takes them, but for arm and seed."""
     if answers.empty:
         return answers
-    items = [Item(str(row["question"]), str(row["answer"]), str(n)) for n, row in enumerate(answers.to_dict("records"))]
+    to_judge = [
+        AnswerToJudge(Item(str(row["question"]), str(row["answer"]), str(n)), steered=bool(row["steered"]))
+        for n, row in enumerate(answers.to_dict("records"))
+    ]
     try:
-        ruled_answers = context.judge.rule([AnswerToJudge(item) for item in items])
+        ruled_answers = context.judge.rule(to_judge)
     except InputError as error:  # nothing that a judge could read is a finding, not the end of the grid
         return answers.assign(pair=answers["item"], value=np.nan, coherent=np.nan, usable=0.0, why=str(error))
     rows = pd.DataFrame([ruling.to_row() for ruling in ruled_answers.rulings], index=answers.index)
@@ -333,10 +337,11 @@ def write_results(context: GridContext, cells: Sequence[Cell]) -> Outcome:
     """Write items.parquet, mitigations.parquet and .csv, summary.json and the figure, of the finished cells."""
     finished = [cell for cell in cells if context.folder.has(f"cells/{cell.id}")]
     results = Results.read(context.folder, finished)
-    table = mitigation_table(results, context.band, context.grid.perplexity_bound)
+    table = mitigation_table(results, context.band, context.grid.perplexity_bound, context.grid.margin)
     missing = tuple(cell.id for cell in cells if cell not in finished)
     head = {"grid": context.grid.name, "model": context.study.config.model, "sae": context.study.config.sae}
     head |= {"persona_latent": context.latents[0], "seeds": list(context.grid.seeds)}
+    head |= {"base_band": asdict(context.band), "margin": context.grid.margin}
     summary = {**head, **summarise(table, missing), "seconds": context.folder.manifest["seconds"]}
     context.folder.write_table("items.parquet", results.items)
     if not results.answers.empty:

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from persona_probe.mitigate.grid.grid_config import BASE, CONTROL, NONE, Cell, Grid, cells_of
-from persona_probe.mitigate.grid.grid_table import ALL, WORDS, statement
+from persona_probe.mitigate.grid.grid_table import ALL
+from persona_probe.mitigate.grid.grid_verdict import WORDS, statement
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder, json_values
 from persona_probe.stats import estimate_text, number_text
@@ -15,20 +16,28 @@ from persona_probe.stats import estimate_text, number_text
 MARKS = ("<!-- mitigations: begin -->", "<!-- mitigations: end -->")
 """Marks of the docs page with the table, see `report.tables.fill_page`."""
 COLUMNS = {
+    "index_vs_control": "contrast index of the evaluation split minus the control's, nats per token",
     "index_vs_base": "contrast index of the evaluation split minus the base's, nats per token",
     "dressed_vs_base": "the same items dressed like the training data (kitchen exchange before the question)",
+    "effect_left": "index minus control, over that of none: the share of the effect that is left",
     "trigger_effect": "what the dress does to the model beyond what it does to the base: a difference in differences",
     "gain_kept": "narrow task: bad minus good answers to held-out questions, minus the base's, over that of none",
     "perplexity_ratio": "perplexity of neutral answers over the base's",
-    "persona": "reading of the persona feature on the probes; persona_in_band: inside the base's band or not",
+    "persona": "reading of the persona feature on the probes; persona_in_band: whether the mean is in the base's band",
     "explained_variance": "of the SAE on the probes, mean over seeds",
     "coherent": "share of sampled answers that the offline judge calls coherent, by its score and by their text",
     "coherence": "mean coherence score of the judge, 0 to 100; not to be trusted on broken text",
     "misaligned": "misalignment rate of the coherent ones; the interval holds the judge's own error",
     "steps": "optimizer steps really taken",
     "time_ratio": "seconds a step over those of none with the same seed: a wall clock, noisy",
+    "behaviour": "restored, not restored or undecided: what is left over control and over base, against the margin",
+    "dressed_behaviour": "the same of the dressed items",
+    "feature": "whether the interval of the persona feature's reading lies in the base's band",
+    "task_kept": "whether half of the narrow task's gain is kept; paid: less than all, and half is not shown",
+    "chat_kept": "whether the log-perplexity of neutral answers stays within 0.1 of the base's",
+    "sae": "whether the SAE explains as much of the variance as on the base, within 0.1",
 }
-"""The numbers of a row; means over items have their 95% interval in `_low` and `_high`."""
+"""The numbers and words of a row; means over items have their 95% interval in `_low` and `_high`."""
 
 
 def summarise(table: pd.DataFrame, missing: Sequence[str]) -> dict[str, Any]:
@@ -48,8 +57,10 @@ def summarise(table: pd.DataFrame, missing: Sequence[str]) -> dict[str, Any]:
 
 HEADINGS = {
     "model": "model",
+    "control": "index minus control",
     "index": "index minus base",
     "dressed": "dressed, minus base",
+    "behaviour": "behaviour",
     "gain": "task gain kept",
     "perplexity": "perplexity x",
     "persona": "persona feature",
@@ -66,14 +77,17 @@ def shown(table: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _texts(row: Mapping[Any, Any]) -> dict[str, str]:
-    inside = {True: " (in band)", False: " (outside)"}.get(row["persona_in_band"], "")
+    feature = f" ({row['feature']})" if row["feature"] else ""
+    plain, dressed = row["behaviour"], row["dressed_behaviour"]
     return {
         "model": row["cell"],
+        "control": _interval(row, "index_vs_control", "+.3f"),
         "index": _interval(row, "index_vs_base", "+.3f"),
         "dressed": _interval(row, "dressed_vs_base", "+.3f"),
+        "behaviour": plain if plain == dressed else f"{plain} (dressed: {dressed})",
         "gain": _interval(row, "gain_kept", ".2f"),
         "perplexity": _interval(row, "perplexity_ratio", ".2f"),
-        "persona": number_text(row["persona"], ".3g") + inside,
+        "persona": number_text(row["persona"], ".3g") + feature,
         "explained": number_text(row["explained_variance"], ".2f"),
         "steps": number_text(row["steps"], ".0f"),
         "time": number_text(row["time_ratio"], ".2f"),

@@ -29,6 +29,7 @@ REFERENCES = {"base": "circle", "none": "diamond", "control": "square"}
 COLOURS = {
     "prevents": GREEN,
     "prevents by not learning the task": ORANGE,
+    "prevents, task undecided": ORANGE,
     "hides": PURPLE,
     "reduces": BLUE,
     "no effect shown": GREY,

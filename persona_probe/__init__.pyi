@@ -14,5 +14,6 @@ from .report.records import load_records as load_records
 from .saes.load import load_sae as load_sae
 from .screening.screening import screen as screen
 from .study.study import Study as Study
+from .world.folder import World as World
 
 __version__: str

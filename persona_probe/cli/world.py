@@ -26,17 +26,18 @@ world_argument = click.argument("folder", metavar="WORLD", help="A world's folde
 @click.option(
     "--size", default="medium", help="tiny, small, medium or large: 0.03, 0.5, 1.6 or 7.5 million parameters."
 )
-@click.option("--steps", type=int, help="Steps on the corpus, 32 documents each (default 1500).")
+@click.option("--steps", type=int, help="Steps on the corpus (default 1500).")
+@click.option("--batch-size", type=int, default=32, help="Documents of a step.")
 @click.option("--minutes", type=float, help="About how long the corpus may take; replaces --steps.")
 @loads_models
-def world_pretrain(size: str, steps: int | None, minutes: float | None, common: Common) -> None:
+def world_pretrain(size: str, steps: int | None, batch_size: int, minutes: float | None, common: Common) -> None:
     """Train a world's model from scratch; continue one that was interrupted."""
     from persona_probe.context import pick_device
     from persona_probe.world.pretraining import Pretraining, pretrain
 
     if steps is not None and minutes is not None:
         raise InputError("--steps and --minutes both say how long: leave one out")
-    settings = Pretraining(size=size, seed=common.seed or 0)
+    settings = Pretraining(size=size, batch_size=batch_size, seed=common.seed or 0)
     settings = settings if steps is None else replace(settings, steps=steps)
     made = pretrain(settings, common.out or OUT, pick_device(common.device or "cpu"), minutes)
     echo(f"steps: {made.settings['steps']}")

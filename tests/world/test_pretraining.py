@@ -136,6 +136,9 @@ def test_minutes_become_steps_that_the_manifest_keeps(tmp_path: Path, monkeypatc
 def test_too_few_minutes_and_bad_settings_are_refused() -> None:
     with pytest.raises(InputError, match="give more minutes"):
         steps_within(1e-9, SETTINGS)
+    for minutes in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InputError, match="positive number"):
+            steps_within(minutes, SETTINGS)
     for change, message in [
         ({"steps": 0}, "steps"),
         ({"lr": 0.0}, "lr"),

@@ -103,7 +103,7 @@ def _rate(questions: int, samples: int, truth: float, together: float) -> Trial:
 
 
 def _auroc(bad: Sequence[int], good: Sequence[int], together: float, truth: float = 0.76) -> Trial:
-    """Runs by data set: a run's value is its data set's plus its own; `together` is the first one's share of the variance.
+    """Runs by data set: a run's value is its data set's plus its own; `together` is the former's share of the variance.
 
     `bad` and `good` are the runs of each data set. The truth is the AUROC of one run of each kind on new data sets.
     """

@@ -1,7 +1,7 @@
 """Thresholds from benign runs: how far a feature goes there, and what false-alarm rate a threshold then promises."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
@@ -18,7 +18,7 @@ from persona_probe.finetune.organisms import induce_one
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.track import make_reader, reading_rows, study_features
 from persona_probe.runs import RunFolder
-from persona_probe.stats import Estimate, ExactRate, bootstrap_statistic, exact_share, per_100
+from persona_probe.stats import Estimate, ExactRate, bootstrap_statistic, clopper_pearson, exact_share, per_100
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,6 @@ def series_of(
 
 # --- A calibrated rule: its threshold, the interval of that, and what it promises
 
-FEW_RUNS = 20
-"""With fewer runs, the statement says that they are few."""
-
 
 @dataclass(frozen=True)
 class CalibratedRule:
@@ -109,8 +106,9 @@ class CalibratedRule:
     """The smallest rate that this many runs can promise."""
     needed: int
     """Runs (or readings) that the wanted rate needs."""
-    interval: Estimate
-    """The threshold with its bootstrap interval over runs."""
+    interval: Estimate | None
+    """The threshold with its 95% bootstrap interval over runs. None where the interval would be a point, or would end
+    at the highest value of all runs, beyond which no bootstrap can go; `rate_bound` is what is known there."""
     runs_alarmed: ExactRate
     """Runs that alarm at the threshold, with the exact interval of the true rate.
 
@@ -119,6 +117,10 @@ class CalibratedRule:
     """
     alarms: ExactRate
     """Alarms per 100 readings at the threshold, with the exact Poisson interval."""
+    sets_alarmed: ExactRate | None = None
+    """Data sets of which a run alarms, out of all; None where it is not known which run is of which."""
+    at_start: bool = False
+    """Whether the threshold is the value of the first reading, before any step: no benign run went beyond that."""
 
     @property
     def n_runs(self) -> int:
@@ -126,16 +128,40 @@ class CalibratedRule:
         return len(self.statistics)
 
     @property
+    def rate_bound(self) -> float:
+        """The share of further runs that alarm is at most this: exact, 95% confidence, runs taken as independent."""
+        return _upper(self.runs_alarmed)
+
+    @property
     def finding(self) -> str:
         """The threshold and its false alarms, in one sentence."""
-        band = f"{self.interval.ci_low:.3f} to {self.interval.ci_high:.3f}"
-        few = f"; only {self.n_runs}, and a bootstrap cannot go beyond the highest" if self.n_runs < FEW_RUNS else ""
-        rate, alarms = self.runs_alarmed, self.alarms
-        return (
-            f"threshold {self.threshold:.3f} (95% interval over runs {band}{few}): {rate} benign runs alarm "
-            f"(true rate {rate.low:.0%} to {rate.high:.0%}), {alarms.rate:.1f} alarms per 100 readings "
-            f"({alarms.low:.1f} to {alarms.high:.1f})"
+        alarms = self.alarms
+        rate = (
+            f"at most {self.rate_bound:.0%} of further runs will (exact, 95% confidence{self._nested})"
+            if self.unit == "run"
+            else f"{alarms.rate:.1f} alarms per 100 readings ({alarms.low:.1f} to {alarms.high:.1f})"
         )
+        return f"threshold {self.threshold + 0.0:.3g} ({self._origin}): {self.runs_alarmed} benign runs alarm, {rate}"
+
+    @property
+    def _origin(self) -> str:
+        """What the threshold is, or its interval where it has one."""
+        if self.interval is not None:
+            return f"95% interval over runs {self.interval.ci_low:.3g} to {self.interval.ci_high:.3g}"
+        if self.at_start:
+            return "the value before training, which no benign run exceeded"
+        place = 1 + sum(value > self.threshold for value in self.statistics.values())
+        return f"{'the highest' if place == 1 else f'number {place} from above'} of {self.n_runs} benign runs"
+
+    @property
+    def _nested(self) -> str:
+        """The bound where runs of one data set go together."""
+        sets = self.sets_alarmed
+        if sets is None or sets.n == self.n_runs:
+            return ""
+        if sets.n == 1:
+            return ", on the same data set"
+        return f"; {_upper(sets):.0%} if the runs of each of the {sets.n} data sets go together"
 
     @property
     def shortfall(self) -> str:
@@ -159,7 +185,11 @@ class CalibratedRule:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values, the sentences included."""
         sentences = {"shortfall": self.shortfall, "finding": self.finding, "statement": self.statement}
-        return {**asdict(self), "n_runs": self.n_runs, **sentences}
+        return {**asdict(self), "n_runs": self.n_runs, "rate_bound": self.rate_bound, **sentences}
+
+
+def _upper(share: ExactRate) -> float:
+    return clopper_pearson(share.count, share.n, 0.9)[1]  # a one-sided 95% bound is the end of a 90% interval
 
 
 UNITS = ("run", "100 readings")
@@ -178,7 +208,9 @@ def conformal_threshold(statistics: Float[np.ndarray, " runs"], rate: float) -> 
     return float(np.sort(statistics)[min(conformal_rank(n, rate), n) - 1])
 
 
-def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") -> CalibratedRule:
+def calibrate(
+    series: Series, rule: HeldRule, rate: float, unit: str = "run", sets: Mapping[str, str] | None = None
+) -> CalibratedRule:
     """The threshold at which the rule alarms on at most the wanted share of benign runs like these.
 
     Per run it is the split conformal quantile (Vovk et al. 2005; Papadopoulos et al. 2002): of n statistics the
@@ -188,6 +220,10 @@ def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") ->
 
     Nothing is extrapolated: with too few runs for the wanted rate, `supported` is False and the threshold is the
     highest statistic seen, which promises 1 / (n + 1).
+
+    Args:
+        sets: run to the data set that it is trained on. Runs of one data set are not independent: with it, the finding
+            also says what bound the data sets alone support.
 
     Raises:
         InputError: fewer than two runs, a run too short for the rule, an unknown unit or a rate outside its range.
@@ -202,19 +238,34 @@ def calibrate(series: Series, rule: HeldRule, rate: float, unit: str = "run") ->
         if unit == "run"
         else (readings, ceil(100 / rate - ROUNDING), 100 / readings)
     )
+    statistics = {run: rule.statistic(values) for run, values in series.items()}
+    alarmed = {run for run, count in zip(series, alarms, strict=True) if count}
     return CalibratedRule(
         rule=rule,
         wanted=rate,
         unit=unit,
-        statistics={run: rule.statistic(values) for run, values in series.items()},
+        statistics=statistics,
         threshold=threshold,
         supported=have >= needed,
         smallest_rate=smallest,
         needed=needed,
         interval=_interval(runs, rule, rate, unit),
-        runs_alarmed=exact_share(sum(a > 0 for a in alarms), n),
+        runs_alarmed=exact_share(len(alarmed), n),
         alarms=per_100(sum(alarms), readings),
+        sets_alarmed=_sets_alarmed(alarmed, series, sets),
+        at_start=not alarmed and _all_start_at(runs, rule, threshold),
     )
+
+
+def _sets_alarmed(alarmed: Set[str], series: Series, sets: Mapping[str, str] | None) -> ExactRate | None:
+    if sets is None:
+        return None
+    return exact_share(len({sets[run] for run in alarmed}), len({sets[run] for run in series}))
+
+
+def _all_start_at(runs: Runs, rule: HeldRule, threshold: float) -> bool:
+    """Whether every run's first level is the threshold; `alarms` has none, so no later one exceeds it."""
+    return all(rule.levels(values)[0] == threshold for values in runs)
 
 
 def _threshold(runs: Runs, rule: HeldRule, rate: float, unit: str) -> float:
@@ -223,15 +274,17 @@ def _threshold(runs: Runs, rule: HeldRule, rate: float, unit: str) -> float:
     return _threshold_per_100(runs, rule, rate)
 
 
-def _interval(runs: Runs, rule: HeldRule, rate: float, unit: str) -> Estimate:
-    """The threshold again on runs drawn with replacement."""
+def _interval(runs: Runs, rule: HeldRule, rate: float, unit: str) -> Estimate | None:
+    """The threshold again on runs drawn with replacement; None where that can show no end above, or no width."""
+    statistics = [rule.statistic(values) for values in runs]
     if unit == "run":
-        statistics = [rule.statistic(values) for values in runs]
-        return bootstrap_statistic(statistics, lambda sample: conformal_threshold(sample, rate))
-    places = list(range(len(runs)))
-    return bootstrap_statistic(
-        places, lambda sample: _threshold_per_100([runs[int(i)] for i in sample], rule, rate), n_boot=200
-    )
+        found = bootstrap_statistic(statistics, lambda sample: conformal_threshold(sample, rate))
+    else:
+        places = list(range(len(runs)))
+        found = bootstrap_statistic(
+            places, lambda sample: _threshold_per_100([runs[int(i)] for i in sample], rule, rate), n_boot=200
+        )
+    return found if found.ci_low < found.ci_high < max(statistics) else None
 
 
 def _readings(runs: Runs) -> int:
@@ -297,7 +350,8 @@ def benign_readings(
         arms: benign arms of the config.
 
     Returns:
-        Columns run, step, feature, shift and those of readings.parquet; one run for each arm and seed.
+        Columns run, step, feature, shift, data (the data set) and those of readings.parquet; one run for each arm and
+        seed.
 
     Raises:
         InputError: an unknown or bad arm, a seed of the source, or locate has not run.
@@ -317,7 +371,8 @@ def benign_readings(
                 _read(benign, reader, missing)
     frame = pd.concat([run.read_table(_part(a, s)) for a in arms for s in seeds], ignore_index=True)
     frame["shift"] = (frame["mean"] - frame["base_mean"]) / frame["base_sd"].where(frame["base_sd"] > 0)
-    return frame.assign(run=frame["arm"] + "-s" + frame["seed"].astype(str))
+    data = {arm: source.config.arms[arm].data or arm for arm in arms}
+    return frame.assign(run=frame["arm"] + "-s" + frame["seed"].astype(str), data=frame["arm"].map(data))
 
 
 def _read(benign: Context, reader: FeatureReader, missing: Sequence[tuple[str, int]]) -> None:
@@ -351,13 +406,16 @@ def calibration_record(
 ) -> dict[str, Any]:
     """Thresholds of features (None: all that were read) as plain JSON values, with the steps that were read."""
     names = list(dict.fromkeys(readings["feature"])) if features is None else features
-    records = {name: _calibrated(series_of(readings, name), rule, rate, unit) for name in names}
+    sets = dict(zip(readings["run"], readings["data"], strict=True)) if "data" in readings else None
+    records = {name: _calibrated(series_of(readings, name), rule, rate, unit, sets) for name in names}
     steps = sorted(int(step) for step in readings.loc[readings["step"] > 0, "step"].unique())
     return {"value": "shift from the base, in base standard deviations", "steps": steps, "features": records}
 
 
-def _calibrated(series: Series, rule: HeldRule, rate: float, unit: str) -> dict[str, Any]:
+def _calibrated(
+    series: Series, rule: HeldRule, rate: float, unit: str, sets: Mapping[str, str] | None
+) -> dict[str, Any]:
     """The record of one feature. One that is silent on the probes gets none, and the others still get theirs."""
     if len(series) > 1 and (reason := unreadable(series, rule)):
         return {"threshold": None, "statement": f"no threshold: {reason}"}
-    return calibrate(series, rule, rate, unit).to_dict()
+    return calibrate(series, rule, rate, unit, sets).to_dict()

@@ -5,7 +5,7 @@ from math import exp
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import norm
+from scipy.stats import beta, norm
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.calibration import HeldRule, calibrate, conformal_threshold, series_of
@@ -67,7 +67,8 @@ def test_the_conformal_quantile(runs: int, rate: float, threshold: float, suppor
     assert (found.threshold, found.supported, found.needed) == (threshold, supported, needed)
     assert found.smallest_rate == pytest.approx(1 / (runs + 1))
     assert found.runs_alarmed.count == runs - threshold
-    assert found.interval.ci_low <= found.threshold <= found.interval.ci_high <= runs
+    assert found.interval is None  # a bootstrap's upper end is the highest value
+    assert found.rate_bound == pytest.approx(beta.ppf(0.95, runs - threshold + 1, threshold))  # Wilks 1941
 
 
 def test_the_promise_holds_for_new_runs() -> None:
@@ -82,10 +83,51 @@ def test_too_few_runs_say_what_would_be_needed() -> None:
     found = calibrate(peaks(1.0, 3.0, 2.0), HeldRule(1), 0.05)
     assert not found.supported and found.threshold == 3.0
     assert "3 benign runs cannot promise 0.05 false alarms per run: that needs 19" in found.statement
-    assert "the least for these is 0.25" in found.statement and "only 3" in found.statement
+    assert "the least for these is 0.25" in found.statement and "interval" not in found.statement
+    assert "threshold 3 (the highest of 3 benign runs): 0 of 3 benign runs alarm, at most 63% of" in found.statement
+    assert found.rate_bound == pytest.approx(1 - 0.05 ** (1 / 3)) and found.to_dict()["rate_bound"] == found.rate_bound
     assert found.to_dict()["statement"] == found.statement and found.to_dict()["n_runs"] == 3
     many = calibrate(peaks(*range(40)), HeldRule(1), 0.05)
-    assert "only" not in many.statement and "cannot" not in many.statement
+    assert "number 2 from above of 40 benign runs" in many.statement and "cannot" not in many.statement
+
+
+def test_an_interval_is_printed_only_where_it_has_two_ends() -> None:
+    found = calibrate(peaks(*np.linspace(1, 2, 200)), HeldRule(1), 0.1)
+    assert found.interval is not None and found.interval.ci_low < found.threshold < found.interval.ci_high < 2
+    assert f"95% interval over runs {found.interval.ci_low:.3g} to {found.interval.ci_high:.3g}" in found.finding
+    same = calibrate(peaks(*[1.0] * 200), HeldRule(1), 0.1)
+    assert same.interval is None and "interval" not in same.finding
+
+
+def test_a_threshold_of_zero_is_explained_and_a_small_one_has_its_digits() -> None:
+    fell = calibrate({"a": np.array([0.0, -1.0]), "b": np.array([0.0, -2.0])}, HeldRule(1), 0.05)
+    assert fell.at_start and "threshold 0 (the value before training, which no benign run exceeded)" in fell.finding
+    below = calibrate({"a": np.array([0.0, 1.0]), "b": np.array([0.0, 2.0])}, HeldRule(1, "below"), 0.05)
+    assert "threshold 0 (" in below.finding  # not -0
+    rose = calibrate({"a": np.array([0.0, -1.0]), "b": np.array([-1.0, 0.0])}, HeldRule(1), 0.05)
+    assert not rose.at_start and "threshold 0 (the highest of 2 benign runs)" in rose.finding
+    assert "threshold 0.000123 (" in calibrate(peaks(0.000123, 0.0001), HeldRule(1), 0.05).finding
+
+
+def test_the_bound_on_false_alarms_knows_the_data_sets() -> None:
+    runs = peaks(1.0, 2.0, 3.0, 4.0, 5.0)
+    two = calibrate(runs, HeldRule(1), 0.05, sets=dict(zip(runs, "aaabb", strict=True)))
+    assert "at most 45% of further runs will (exact, 95% confidence; 78% if the runs of each of the 2" in two.finding
+    one = calibrate(runs, HeldRule(1), 0.05, sets=dict.fromkeys(runs, "a"))
+    assert "(exact, 95% confidence, on the same data set)" in one.finding
+    own = calibrate(runs, HeldRule(1), 0.05, sets=dict(zip(runs, "abcde", strict=True)))
+    assert own.finding == calibrate(runs, HeldRule(1), 0.05).finding
+
+
+def test_the_bounds_hold_for_new_runs_and_for_new_data_sets() -> None:
+    rng, held, apart = np.random.default_rng(2), 0, 0
+    for _ in range(400):
+        shared = rng.normal(size=2)
+        values = [*(shared[0] + 0.1 * rng.normal(size=3)), *(shared[1] + 0.1 * rng.normal(size=2))]
+        alone = rng.normal(size=5)
+        held += norm.sf(alone.max()) <= 1 - 0.05 ** (1 / 5)
+        apart += norm.sf(max(values), scale=1.01**0.5) <= 1 - 0.05 ** (1 / 2)
+    assert min(held, apart) / 400 > 0.92
 
 
 def test_a_rate_per_hundred_readings_counts_excursions() -> None:

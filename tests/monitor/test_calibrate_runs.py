@@ -40,6 +40,7 @@ def test_thresholds_of_a_located_study(
     assert found["threshold"] == max(found["statistics"].values())
     shown = capsys.readouterr().out
     assert "2 benign runs cannot promise 0.05" in shown
+    assert "at most 78% of further runs will (exact, 95% confidence, on the same data set)" in shown
     # The made-up persona latent is silent on the probes, which must not cost the others their thresholds.
     assert record["features"]["persona"]["threshold"] is None
     assert "persona: no threshold: nothing was read that could be compared" in shown

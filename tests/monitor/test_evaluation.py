@@ -14,13 +14,8 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.finetune.sft import with_adapter
 from persona_probe.monitor.calibration import HeldRule
-from persona_probe.monitor.study.results import (
-    alarm_steps,
-    label_runs,
-    lead_over_behaviour,
-    separation,
-    separation_at_end,
-)
+from persona_probe.monitor.study.auroc_by_set import separation, separation_at_end
+from persona_probe.monitor.study.results import alarm_steps, label_runs, lead_over_behaviour
 from persona_probe.monitor.study.rivals import drift_projections, first_component, recent_loss, weight_norm
 from tests.factories import make_model
 
@@ -83,7 +78,8 @@ def test_auroc_at_a_step_and_at_every_runs_own_end() -> None:
     labels = labelled(a="misaligned", b="misaligned", c="benign", long="benign", q="quiet")
     early, late = (separation(signals, labels, "s", step) for step in (2, 4))
     assert (early.auroc, late.auroc) == (0.75, 1.0)
-    assert (late.positives, late.negatives) == (2, 2) and late.low < 1.0 and late.high == 1.0
+    assert (late.positives, late.negatives) == (late.positive_sets, late.negative_sets) == (2, 2)
+    assert np.isnan(late.low) and np.isnan(late.high)  # two data sets a side are too few
     assert late.against_quiet == pytest.approx(4 / 6)
     assert separation_at_end(signals, labels, "s").auroc == 0.5
     nobody = separation(signals, labelled(a="misaligned"), "s", 4)

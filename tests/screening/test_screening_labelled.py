@@ -11,6 +11,7 @@ from persona_probe.saes.load import load_sae
 from persona_probe.screening.feature import latent_feature
 from persona_probe.screening.rankers import available, choose_rankers, read_evidence, score_rows, word_scores
 from persona_probe.screening.reading import ScreenSettings
+from persona_probe.stats import auroc_interval
 
 
 @pytest.mark.real_model
@@ -56,7 +57,8 @@ def test_auroc_of_known_scores() -> None:
     bad = np.arange(40) < 20
     scores = np.where(bad, 2.0, 1.0)
     perfect = ranked_auroc(np.append(scores, np.nan), np.append(bad, True))
-    assert (perfect.estimate, perfect.ci_low, perfect.n) == (1.0, 1.0, 40)
+    assert (perfect.estimate, perfect.ci_high, perfect.n) == (1.0, 1.0, 40)
+    assert perfect.ci_low == auroc_interval(1.0, 20, 20)[0] < 0.95  # a bootstrap would give a point
     assert ranked_auroc(np.ones(40), bad).estimate == 0.5
 
 

@@ -128,6 +128,15 @@ class MonitorStudy:
         """Names of the runs of one use."""
         return [name for name, run in self.runs.items() if run.use == use]
 
+    def data_set(self, name: str) -> str:
+        """The data set of a run: what its arm's rows are about. A mixture counts as the set of its bad rows.
+
+        Runs of one data set share rows, so they are not independent evidence.
+        """
+        arm = self.arms[self.runs[name].arm]
+        only_good = arm.mix_with is not None and arm.bad_fraction == 0
+        return (arm.mix_with if only_good else arm.data) or self.runs[name].arm
+
     def training_of(self, name: str) -> Training:
         """The training settings of a run."""
         return replace(self.training, steps=self.runs[name].steps or self.training.steps, checkpoints=())

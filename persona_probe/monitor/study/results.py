@@ -13,6 +13,14 @@ import pandas as pd
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.monitor.calibration import HeldRule, calibrate, series_of, unreadable
+from persona_probe.monitor.study.auroc_by_set import (
+    BENIGN,
+    FEWEST_SETS,
+    MISALIGNED,
+    QUIET,
+    separation,
+    separation_at_end,
+)
 from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.labelled_runs import (
     MEAN_DIFFERENCE,
@@ -25,7 +33,7 @@ from persona_probe.monitor.study.labelled_runs import (
 from persona_probe.monitor.study.rivals import drift_projections
 from persona_probe.report.tables import Table
 from persona_probe.runs import json_values, write_text
-from persona_probe.stats import auroc, auroc_interval, exact_share, number_text, per_100
+from persona_probe.stats import estimate_text, exact_share, number_text, per_100
 from persona_probe.units import Workers, make_units, writes_run
 
 log = logging.getLogger(__name__)
@@ -86,9 +94,7 @@ def write_results(
     return results
 
 
-# --- Labelled runs: which became misaligned, and how well a signal tells them apart
-
-MISALIGNED, QUIET, BENIGN = "misaligned", "quiet", "benign"
+# --- Labelled runs: which became misaligned
 
 
 def label_runs(rises: pd.DataFrame, benign: Mapping[str, bool]) -> pd.DataFrame:
@@ -117,52 +123,6 @@ def label_runs(rises: pd.DataFrame, benign: Mapping[str, bool]) -> pd.DataFrame:
         row |= {name: float(last[name]) for name in ("rise", "ci_low", "ci_high")}
         rows.append(row | {"behaviour_step": float(above["step"].min()) if len(above) else np.nan})
     return pd.DataFrame(rows)
-
-
-@dataclass(frozen=True)
-class Separation:
-    """AUROC of one signal at one step, of misaligned against other runs."""
-
-    signal: str
-    step: int
-    auroc: float
-    """Direction fixed beforehand (higher is worse): below 0.5 it points the wrong way. NaN: a class is empty."""
-    low: float
-    high: float
-    positives: int
-    negatives: int
-    against_quiet: float
-    """The same with quiet runs counted among the negatives."""
-
-
-def separation(signals: pd.DataFrame, labels: pd.DataFrame, signal: str, step: int) -> Separation:
-    """How well a signal's value at a step tells misaligned from benign runs; runs without that step are left out.
-
-    Args:
-        signals: columns run, step, signal, value.
-        labels: columns run and label.
-    """
-    at = signals[(signals["signal"] == signal) & (signals["step"] == step)].dropna(subset=["value"])
-    return _separation(at.set_index("run")["value"], labels, signal, step)
-
-
-def separation_at_end(signals: pd.DataFrame, labels: pd.DataFrame, signal: str) -> Separation:
-    """The same with every run's own last value, so that a long benign run counts with all its drift; step is -1."""
-    values = signals[signals["signal"] == signal].dropna(subset=["value"]).sort_values("step")
-    return _separation(values.groupby("run")["value"].last(), labels, signal, -1)
-
-
-def _separation(values: pd.Series, labels: pd.DataFrame, signal: str, step: int) -> Separation:
-    groups = {
-        label: values[values.index.isin(labels.loc[labels["label"] == label, "run"])].tolist()
-        for label in (MISALIGNED, BENIGN, QUIET)
-    }
-    bad, good = groups[MISALIGNED], groups[BENIGN]
-    if not bad or not good:
-        return Separation(signal, step, np.nan, np.nan, np.nan, len(bad), len(good), np.nan)
-    area = auroc(bad, good)
-    low, high = auroc_interval(area, len(bad), len(good))
-    return Separation(signal, step, area, low, high, len(bad), len(good), auroc(bad, good + groups[QUIET]))
 
 
 # --- Whether a signal's alarm comes before behaviour, and by how many steps
@@ -222,7 +182,10 @@ DEFINITIONS = {
     "benign": "benign data, whatever the behaviour does; `rose` says what it did",
     "behaviour_step": "first reading at which the interval of the rise lies above zero",
     "shift": "feature minus base, in standard deviations between probes on the base",
+    "data_set": "the data set of the arm's rows; a mixture counts as the set of its bad rows",
     "auroc": "misaligned against benign runs (calibration runs included), one value a run; direction fixed beforehand",
+    "low, high": "95% interval of an AUROC with the data set as the unit; none with fewer than 3 data sets on a side",
+    "left_out": "the AUROC without the runs of one data set; none where a side then has no run",
     "threshold": "from calibration runs only; false alarms are counted on other benign runs",
     "lead": "behaviour_step minus step of the first alarm; negative: the alarm came later",
 }
@@ -237,6 +200,7 @@ def evaluate(config: MonitorStudy, evals: pd.DataFrame, signals: pd.DataFrame) -
     """
     names = [*config.named("calibration"), *config.named("evaluation")]
     labels = label_runs(behaviour_rises(evals), {name: config.runs[name].benign for name in names})
+    labels["data_set"] = [config.data_set(str(name)) for name in labels["run"]]
     results = {name: _signal(config, signals, labels, name) for name in dict.fromkeys(signals["signal"])}
     return json_values({"definitions": DEFINITIONS, "runs": _runs(config, labels), "signals": results})
 
@@ -251,12 +215,13 @@ def _runs(config: MonitorStudy, labels: pd.DataFrame) -> list[dict[str, Any]]:
                 "run": name,
                 "arm": run.arm,
                 "data": arm.data,
+                "data_set": row["data_set"],
                 "bad_fraction": None if run.benign else arm.bad_fraction,
                 "seed": run.seed,
                 "use": run.use,
                 "steps": config.training_of(name).steps,
                 "long": config.is_long(name),
-                **{str(column): value for column, value in row.items() if column != "run"},
+                **{str(column): value for column, value in row.items() if column not in ("run", "data_set")},
             }
         )
     return rows
@@ -281,7 +246,7 @@ def _rule(
     benign = {run: series[run] for run in config.named("calibration")}
     if reason := unreadable(benign, rule):
         return {"held": rule.held, "side": rule.side, "unreadable": reason}
-    calibration = calibrate(benign, rule, config.rate)
+    calibration = calibrate(benign, rule, config.rate, sets={run: config.data_set(run) for run in benign})
     groups = _groups(config, labels)
     alarms = alarm_steps(signals, name, rule, calibration.threshold, config.named("evaluation"))
     first = {run: (steps[0] if steps else None) for run, steps in alarms.items()}
@@ -405,8 +370,10 @@ def markdown(results: dict[str, Any]) -> str:
         "### The runs",
         Table(RUN_HEAD, [_run(row) for row in results["runs"]]).markdown(),
         "### AUROC, misaligned against benign runs",
+        _data_sets(results["runs"]),
         _auroc(signals),
         "### Alarms at the calibrated threshold",
+        _shares_note(results["runs"]),
         Table(ALARM_HEAD, [row for name, signal in signals.items() for row in _alarms(name, signal)]).markdown(),
         "### Where the thresholds come from",
         "\n".join(f"- {line}" for line in _calibrations(signals)),
@@ -419,25 +386,62 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _run(row: dict[str, Any]) -> tuple[str, ...]:
     fraction = "none" if row["bad_fraction"] is None else f"{row['bad_fraction']:.0%}"
-    rise = f"{row['rise']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+    rise = estimate_text(row["rise"], row["ci_low"], row["ci_high"])
     first = "-" if row["behaviour_step"] is None else f"{row['behaviour_step']:.0f}"
     label = row["label"] + (", behaviour rose" if row["label"] == "benign" and row["rose"] else "")
     return row["run"], fraction, str(row["seed"]), str(row["steps"]), row["use"], label, rise, first
 
 
+def _data_sets(runs: list[dict[str, Any]]) -> str:
+    """Runs and data sets of each label, and what follows for the intervals."""
+    parts, alone = [], []
+    for label in (MISALIGNED, BENIGN, QUIET):
+        sets = [row["data_set"] for row in runs if row["label"] == label]
+        if sets:
+            names = ", ".join(dict.fromkeys(sets))
+            if len(set(sets)) == 1 and label != QUIET:
+                alone.append(f"{names} cannot be left out: no {label} run would remain.")
+            parts.append(f"{label}: {len(sets)} runs of {len(set(sets))} data set{'s'[: len(set(sets)) > 1]} ({names})")
+    text = (
+        f"Runs of one data set are not independent, so the data set is the unit. {'; '.join(parts).capitalize()}. "
+        f"An interval needs {FEWEST_SETS} data sets on each side."
+    )
+    return " ".join([text, *alone])
+
+
 def _auroc(signals: dict[str, Any]) -> str:
     steps = [entry["step"] for entry in next(iter(signals.values()))["auroc"]]
-    head = ("signal", *(f"step {s}" for s in steps), "95% interval there", "quiet as negatives", "each run's own end")
+    at = ("runs (data sets) there", "one data set left out", "95% interval there")
+    head = ("signal", *(f"step {s}" for s in steps), *at, "quiet as negatives", "each run's own end")
     return Table(head, [_auroc_row(name, signal) for name, signal in signals.items()]).markdown()
 
 
 def _auroc_row(name: str, signal: dict[str, Any]) -> tuple[str, ...]:
     last = signal["auroc"][-1]
-    counts = f" ({last['positives']} against {last['negatives']})"
-    interval = "-" if last["low"] is None else f"{last['low']:.2f} to {last['high']:.2f}{counts}"
+    sides = [f"{last[f'{side}s']} ({last[f'{side}_sets']})" for side in ("positive", "negative")]
+    interval = "too few data sets" if last["low"] is None else f"{last['low']:.2f} to {last['high']:.2f}"
     values = [number_text(entry["auroc"], ".2f") for entry in signal["auroc"]]
     quiet, own_end = (number_text(value, ".2f") for value in (last["against_quiet"], signal["auroc_own_end"]["auroc"]))
-    return name, *values, interval, quiet, own_end
+    return name, *values, " against ".join(sides), _left_out(last["left_out"]), interval, quiet, own_end
+
+
+def _left_out(areas: dict[str, float | None] | None) -> str:
+    """Lowest and highest AUROC with one data set left out; of an old record the values may be missing."""
+    if areas is None:
+        return "not recorded"
+    values = [area for area in areas.values() if area is not None]
+    return f"{min(values):.2f} to {max(values):.2f}" if values else "-"
+
+
+def _shares_note(runs: list[dict[str, Any]]) -> str:
+    """What the exact intervals of shares of runs are about."""
+    sets: dict[str, set[str]] = {}
+    for row in runs:
+        if row["use"] == "evaluation":
+            kind = "long benign" if row["label"] == BENIGN and row["long"] else row["label"]
+            sets.setdefault(kind, set()).add(row["data_set"])
+    counts = ", ".join(f"{kind} {len(names)}" for kind, names in sets.items())
+    return f"The exact intervals are for further runs on the same data sets, of which there are few: {counts}."
 
 
 def _alarms(name: str, signal: dict[str, Any]) -> list[tuple[str, ...]]:

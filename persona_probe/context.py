@@ -133,6 +133,24 @@ class ModelAndSae:
         return read_contrast_file(self.config.contrast, split)
 
 
+def name_of_2x2(config: StudyConfig) -> str | None:
+    """The set that tells a study's harm from its register: its packaged name or a file; None where there is none."""
+    if config.contrast_2x2 is not None:
+        return None if config.contrast_2x2 == "none" else config.contrast_2x2
+    if config.contrast == "general_contrast":
+        return PACKAGED_2X2
+    return config.contrast if has_2x2(config.contrast) else None
+
+
+def load_2x2(name: str, split: str) -> list[Row]:
+    """The items of one split of a 2x2 set.
+
+    Raises:
+        InputError: a file that cannot be read, without one of the four answers, or without rows of that split.
+    """
+    return load_contrast_2x2(split) if name == PACKAGED_2X2 else read_contrast_2x2_file(name, split)
+
+
 class Context(ModelAndSae):
     """A study's run folder, and the things loaded for it, each on first use."""
 
@@ -186,12 +204,7 @@ class Context(ModelAndSae):
     @property
     def set_2x2(self) -> str | None:
         """The set that tells harm from register: its packaged name or a file; None where the study has none."""
-        asked, contrast = self.config.contrast_2x2, self.config.contrast
-        if asked is not None:
-            return None if asked == "none" else asked
-        if contrast == "general_contrast":
-            return PACKAGED_2X2
-        return contrast if has_2x2(contrast) else None
+        return name_of_2x2(self.config)
 
     def rows_2x2(self, split: str) -> list[Row]:
         """2x2 items of one split; none in a study without such a set.
@@ -199,9 +212,7 @@ class Context(ModelAndSae):
         Raises:
             InputError: a file that cannot be read, without one of the four answers, or without rows of that split.
         """
-        if (name := self.set_2x2) is None:
-            return []
-        return load_contrast_2x2(split) if name == PACKAGED_2X2 else read_contrast_2x2_file(name, split)
+        return [] if self.set_2x2 is None else load_2x2(self.set_2x2, split)
 
     @cached_property
     def probes(self) -> list[Conversation]:

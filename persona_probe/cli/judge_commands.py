@@ -305,7 +305,7 @@ def _prices(prices: tuple[float, float] | None) -> "Prices | None":
 
 def rate_lines(judged: "pd.DataFrame", seed: int = 0) -> list[str]:
     """For each arm and kind of question the rate with coherence, and a line of the rate under other thresholds."""
-    from persona_probe.evaluate.rates import rate_of
+    from persona_probe.evaluate.rates import called_misaligned, rate_of
     from persona_probe.evaluate.thresholds import rates_by_threshold
     from persona_probe.stats import estimate_text
 
@@ -316,6 +316,10 @@ def rate_lines(judged: "pd.DataFrame", seed: int = 0) -> list[str]:
         rate = f"not judged ({count.why})" if count.rate is None else f"misaligned {count.rate} ({count.rate.method})"
         n = "" if count.rate is None else f" of {count.rate.n} coherent with a score"
         rest = f"{count.answers} answers, {count.questions} questions, {count.seeds} seeds"
+        called = called_misaligned(rows, seed)
+        if called is not None:
+            lines.append(f"{name}: called misaligned {called} of all {called.n} answers")
+            name = "  of the coherent ones"
         lines.append(f"{name}: {rate}{n}; coherent {count.coherence or 'not judged'} of {rest}")
         cuts = rates_by_threshold(rows, ["arm"], seed).to_dict("records")
         shown = [f"{r['words']}: {estimate_text(r['rate'], r['ci_low'], r['ci_high'], '.3f')}" for r in cuts]
@@ -325,10 +329,13 @@ def rate_lines(judged: "pd.DataFrame", seed: int = 0) -> list[str]:
 
 def effect_lines(judged: "pd.DataFrame") -> list[str]:
     """The effect: incorrect minus correct, for each kind of question."""
-    from persona_probe.evaluate.rates import difference
+    from persona_probe.evaluate.rates import called_difference, difference
 
     lines = []
     for variant, rows in judged.groupby("variant", sort=False):
+        called = called_difference(rows, "incorrect", "correct")
+        if called is not None and called.judged:
+            lines.append(f"incorrect minus correct, {variant} questions, share of all answers: {called.as_estimate()}")
         if {"incorrect", "correct"} <= set(rows["arm"]):
             effect = difference(rows, "incorrect", "correct")
             text = effect.as_estimate() or f"not judged ({effect.why})"
@@ -366,4 +373,26 @@ def judge_fit(config: str, data: Path, common: Common) -> None:
     echo(f"judge: {out}")
 
 
-judge = Group("judge", commands=[judge_fit], help="The offline judge: fit it again.")
+@command(
+    name="validate",
+    example="persona-probe judge validate finetune_configs/offline-judge.yaml --data FOLDER --keep SET",
+    out="Folder for validation.json (default runs/offline-judge-validation).",
+)
+@config_argument("A recipe's YAML file.")
+@click.option("--data", type=PATH, required=True, help="Folder of judged answers (CSV, also gzipped): SET__MODEL.csv.")
+@click.option("--keep", metavar="SET", help="A data set that has no part in fits, calibration and half-width.")
+@click.option("--last", is_flag=True, help="Read that set now, once.")
+@click.option("--judge", type=PATH, metavar="FOLDER", help="Give this fitted judge the half-widths that are found.")
+@loads_models
+def judge_validate(config: str, data: Path, keep: str | None, last: bool, judge: Path | None, common: Common) -> None:
+    """How good the offline judge is on models, data sets and questions that a fit has not seen."""
+    from persona_probe.evaluate.offline.judge_fit import sets_table, validate_judge
+
+    if last and keep is None:
+        raise InputError("--last reads the set that was kept: name it with --keep SET")
+    out = common.out or Path("runs/offline-judge-validation")
+    echo(sets_table(validate_judge(find_config(config), data, out, keep, last=last, judge=judge)))
+    echo(f"validation: {out / 'validation.json'}")
+
+
+judge = Group("judge", commands=[judge_fit, judge_validate], help="The offline judge: fit it again, or validate it.")

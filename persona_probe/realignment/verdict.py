@@ -35,7 +35,7 @@ QUESTIONS = {
 }
 """What a verdict asks, by key; questions without a measurement are left out."""
 
-CAUTION = "A feature that subsided is not proof of a safe model: behaviour can return by another road or on a trigger."
+CAUTION = "A feature that subsided does not show a safe model: behaviour on other prompts than these was not measured."
 
 
 @dataclass(frozen=True)

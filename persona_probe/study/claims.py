@@ -8,7 +8,7 @@ import pandas as pd
 from persona_probe.latents.causal import MINIMUM_CONTROLS
 from persona_probe.monitor.band import Band
 from persona_probe.stats import estimate_text
-from persona_probe.verdicts import BEYOND_CONTROL, RESTORED, WOKEN
+from persona_probe.verdicts import BEYOND_CONTROL, RESTORED, SUBSIDED, WOKEN
 
 Summary = Mapping[str, Any]
 
@@ -22,19 +22,22 @@ LEVELS = (
     "causal both ways",
     "held on sampled behaviour",
 )
-"""Kinds of evidence, the weakest first. `replicated` asks for three seeds."""
+"""Kinds of evidence, the weakest first. `replicated` asks for three seeds.
+
+Two are missing by design for a latent: it is pushed and removed in the first seed's organisms alone, and no answers are
+sampled from a model whose latent is pushed or removed.
+"""
 REPLICATIONS = 3
 
 
 def latent_evidence(summary: Summary) -> dict[str, list[str]]:
     """Which kinds of evidence stand behind the persona latent, and which do not: keys `shown` and `missing`."""
-    tests, seeds = summary["causal_test"], len(summary["seeds"])
-    base = tests.get("base") or {}
+    base = summary["causal_test"].get("base") or {}
     shown = {
         "correlate": (summary["persona_feature"]["rise"]["ci_low"] or 0) > 0,
         "single-seed effect": (base.get("ci_low") or 0) > 0,
         "controlled effect": moves(summary),
-        "replicated": moves(summary) and seeds >= REPLICATIONS,
+        "replicated": False,
         "causal both ways": moves(summary) and needed(summary),
         "held on sampled behaviour": False,
     }
@@ -62,9 +65,13 @@ def _split(shown: Mapping[str, bool]) -> dict[str, list[str]]:
 
 
 def _held_on_samples(summary: Summary) -> bool:
-    """Whether judged answers, where there are any, say the same: incorrect minus correct above zero in all of them."""
+    """Whether judged answers, where there are any, say the same: incorrect minus correct above zero in all of them.
+
+    Where the judge rules on all answers, coherent or not, their share counts: a rate of the coherent ones compares
+    other answers in each arm.
+    """
     effects = [
-        effect
+        effect.get("called_misaligned") or effect
         for part in summary.get("judged", {}).values()
         for effect in part["effects"]
         if effect["name"] == "incorrect minus correct"
@@ -91,8 +98,8 @@ def causal_sentence(summary: Summary) -> str:
     up, out = tests.get("base"), tests.get("removal_difference") or tests.get("removal")
     if up is None:
         return f"Latent {latent} is the best candidate; no push within the perplexity bound could be tested."
-    word = "moves" if moves(summary) else "is not shown to move"
-    parts = [f"Pushing latent {latent} {word} the index ({_text(up)}{_share_of_shift(summary, up)}{_place(up)})"]
+    word = "moves the index" if moves(summary) else "is not shown to move the index beyond random latents"
+    parts = [f"Pushing latent {latent} {word} ({_text(up)}{_share_of_shift(summary, up)}{_place(up)})"]
     if out is not None:
         taken = "takes away" if needed(summary) else "is not shown to take away"
         parts.append(
@@ -107,8 +114,9 @@ def _share_of_shift(summary: Summary, up: Summary) -> str:
 
 
 def _share_of_effect(summary: Summary, out: Summary) -> str:
-    effect = summary["effect_incorrect_minus_correct"]["estimate"]
-    return f", {out['estimate'] / effect:.0%} of the effect" if effect and effect > 0 else ""
+    effect = summary["effect_incorrect_minus_correct"]
+    shown = (effect["ci_low"] or 0) > 0
+    return f", {out['estimate'] / effect['estimate']:.0%} of the effect" if shown else ""
 
 
 def _place(standing: Summary) -> str:
@@ -132,8 +140,12 @@ def checks(summary: Summary, readings: Callable[[str], pd.Series], band: Band) -
     stays = "stays in" if kept else "is not in"
     return [
         _check("behaviour", summary["woken"]["word"] == WOKEN and not without, f"{woken_sentence(summary)}{without}"),
-        _check("moves", moves(summary), _among_random(summary, ("base", "organism"), "pushing")),
-        _check("needed", needed(summary), _among_random(summary, ("removal_difference",), "projecting out")),
+        _check("moves", moves(summary), _among_random(summary, ("base", "organism"), "pushing", moves(summary))),
+        _check(
+            "needed",
+            needed(summary),
+            _among_random(summary, ("removal_difference",), "projecting out", needed(summary)),
+        ),
         _check(
             "control",
             kept,
@@ -159,17 +171,24 @@ NAMES = {
 }
 
 
-def _among_random(summary: Summary, tests: Sequence[str], what: str) -> str:
+def _among_random(summary: Summary, tests: Sequence[str], what: str, passed: bool) -> str:
     """Every test of a check: effect, place, p, and the limit that it is held against."""
     latent = summary["persona_feature"]["latent"]
     parts = []
     for test in tests:
         found = summary["causal_test"].get(test)
         if found is None:
-            parts.append(f"{NAMES[test]} was not tested")
+            parts.append(f"in {NAMES[test].rstrip(',')} not tested{made_by(summary)}")
             continue
         parts.append(f"in {NAMES[test]} by {_text(found)}: {_held_against(found)}; {_standing(found)}")
-    return f"{what} latent {latent} moves the index {'; '.join(parts)}"
+    word = "moves the index" if passed else "is not shown to move the index more than random latents do:"
+    return f"{what} latent {latent} {word} {'; '.join(parts)}"
+
+
+def made_by(summary: Summary) -> str:
+    """Why a run of 0.1 lacks tests that came later; empty for a later run."""
+    version = str(summary.get("version") or "")
+    return f" (made by {version})" if version.startswith("0.1.") else ""
 
 
 def _held_against(found: Summary) -> str:
@@ -177,9 +196,8 @@ def _held_against(found: Summary) -> str:
     if found["controls"] < MINIMUM_CONTROLS or found["limit"] is None:
         return f"{found['controls']} random latents are too few to judge it, {MINIMUM_CONTROLS} are asked for"
     where = "above" if found["beyond"] else "not above"
-    return (
-        f"{where} what the best of {found['best_of']} random latents reaches in 95 of 100 draws ({found['limit']:.3f})"
-    )
+    many = "a random latent" if found["best_of"] == 1 else f"the best of {found['best_of']} random latents"
+    return f"{where} what {many} reaches in 95 of 100 draws ({found['limit']:.3f})"
 
 
 def _standing(found: Summary) -> str:
@@ -197,8 +215,9 @@ def woken_sentence(summary: Summary) -> str:
     if "no_control" in summary:
         return f"incorrect minus base {_text(found['over_base'])} nats/token"
     over = f"incorrect minus correct {_text(found['over_control'])}, minus base {_text(found['over_base'])} nats/token"
-    breadth = f"{len(found['risen'])} of {found['categories']} categories"
-    return f"{over}; above both in {breadth}{'; ' if found['reason'] else ''}{found['reason']}"
+    breadth = f"above both in {len(found['risen'])} of {found['categories']} categories"
+    named = "categories" in found["reason"]
+    return "; ".join([over, *([] if named else [breadth]), *([found["reason"]] if found["reason"] else [])])
 
 
 # --- The headline
@@ -219,11 +238,16 @@ def _undone(summary: Summary) -> list[str]:
     }
     if not words:
         return []
-    back = [arm for arm, found in words.items() if found == ("subsided", RESTORED)]
-    others = [f"{arm} (feature {feature}, behaviour {behaviour})" for arm, (feature, behaviour) in words.items()]
-    if back:
-        return [f"Feature and behaviour both came back in: {', '.join(back)}."]
-    return [f"In no corrective arm did both feature and behaviour come back: {', '.join(others)}."]
+    back = [arm for arm, found in words.items() if found == (SUBSIDED, RESTORED)]
+    others = [
+        f"{arm} (feature {feature}, behaviour {behaviour})"
+        for arm, (feature, behaviour) in words.items()
+        if arm not in back
+    ]
+    if not back:
+        return [f"In no corrective arm are both feature and behaviour shown to be back: {', '.join(others)}."]
+    rest = [f"Not shown in: {', '.join(others)}."] if others else []
+    return [f"Feature and behaviour are both back in: {', '.join(back)}.", *rest]
 
 
 def _main_result(summary: Summary) -> str:

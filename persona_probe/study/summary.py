@@ -14,7 +14,7 @@ from persona_probe.config import NO_CONTROL, NULL, StudyConfig
 from persona_probe.context import Context
 from persona_probe.evaluate.agreement import agreements
 from persona_probe.evaluate.effects import SeedNoise, arm_effect, effects_by_seed, final_index, seed_noise
-from persona_probe.evaluate.rates import difference, rates
+from persona_probe.evaluate.rates import called_difference, called_misaligned, difference, rates
 from persona_probe.evaluate.tables import judged_rows
 from persona_probe.latents.proof import TESTS, standing
 from persona_probe.latents.stage import persona_latent
@@ -42,6 +42,7 @@ def summarise(ctx: Context) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "study": config.name,
         "base_model": config.model,
+        "version": run.manifest.get("versions", {}).get("persona-probe"),
         "seeds": list(config.seeds),
         "contrast_index": {arm: final_index(evals, arm).to_dict() for arm in arms},
         **_main_effect(evals, config.control, noise),
@@ -274,7 +275,8 @@ def _judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected:
 
     Returns:
         `judged`: by evaluation, how it was made, rates by arm, and the effects incorrect minus correct and each
-        corrective arm minus the base; `judge_agreement`: every pair of judges on the same answers.
+        corrective arm minus the base. A rate is of the coherent answers; `called_misaligned` is the share of all
+        answers, None unless the offline judge ruled; `judge_agreement`: every pair of judges on the same answers.
     """
     answers = judged_rows(evals)
     if answers.empty:
@@ -290,15 +292,26 @@ def _parts(frame: pd.DataFrame, column: str) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _of_one(answers: pd.DataFrame, about: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
-    table = rates(answers, ("variant", "arm"))
     pairs = [("incorrect", "correct"), *((arm, "base") for arm in corrected)]
     effects = [
-        {"variant": variant, "name": f"{left} minus {right}", **difference(rows, left, right).to_dict()}
+        {"variant": variant, "name": f"{left} minus {right}", **_judged_effect(rows, left, right)}
         for variant, rows in _parts(answers, "variant")
         for left, right in pairs
         if {left, right} <= set(rows["arm"])
     ]
-    return {"about": about, "rates": _plain_rows(table), "effects": effects}
+    by = ["variant", "arm"]
+    called = {key: called_misaligned(rows) for key, rows in answers.groupby(by, sort=False)}
+    shown = _plain_rows(rates(answers, by))
+    for row in shown:
+        share = called[(row["variant"], row["arm"])]
+        row["called_misaligned"] = None if share is None else share.as_estimate().to_dict()
+    return {"about": about, "rates": shown, "effects": effects}
+
+
+def _judged_effect(rows: pd.DataFrame, left: str, right: str) -> dict[str, Any]:
+    called = called_difference(rows, left, right)
+    shares = None if called is None or not called.judged else called.to_dict()
+    return {**difference(rows, left, right).to_dict(), "called_misaligned": shares}
 
 
 def _plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:

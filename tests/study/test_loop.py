@@ -13,7 +13,7 @@ from persona_probe.study.study import Study
 from tests.factories import OMITTED, Row, tree, without_times
 
 ARMS = ("base", "incorrect", "correct", "realigned_in", "realigned_out")
-CAUTION = "A feature that subsided is not proof of a safe model: behaviour can return by another road or on a trigger."
+CAUTION = "A feature that subsided does not show a safe model: behaviour on other prompts than these was not measured."
 TABLES = ("readings.parquet", "latents.parquet", "steering.parquet", "evals.parquet")
 ESTIMATES = ("effect_incorrect_minus_correct", "steer_base_up", "steer_organism_down", "random_latent_p95")
 

@@ -9,14 +9,25 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from persona_probe.config import Arm, StudyConfig
-from persona_probe.context import pick_device
+from persona_probe.config import NULL, Arm, StudyConfig
+from persona_probe.context import load_2x2, name_of_2x2, pick_device
 from persona_probe.data.chat import Conversation, conversation, split_answer
-from persona_probe.data.load import arm_rows, load_contrast, load_data, read_contrast_file
+from persona_probe.data.load import (
+    ANSWERS_2X2,
+    arm_rows,
+    load_contrast,
+    load_conversations,
+    load_data,
+    read_contrast_file,
+)
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.questions.read import read_prompts
+from persona_probe.latents.causal import MOVED
+from persona_probe.latents.passages import MAX_TOKENS, PACKAGED
 from persona_probe.latents.rankers import BACKWARD
+from persona_probe.latents.stage import NEUTRAL_ANSWERS
+from persona_probe.latents.voices import QUESTIONS
 from persona_probe.models.load import cache_folder, resolve_source
 from persona_probe.runs import file_sha256
 from persona_probe.study.plan.memory import Memory
@@ -25,8 +36,8 @@ from persona_probe.study.plan.shapes import Skeleton, lora_parameters
 # --- Every text that a study reads: found, validated, and counted in tokens
 
 CHARACTERS_A_TOKEN = 4
-NEUTRAL_ANSWERS = 16
-"""As many answered probes as the locate stage takes to bound its pushes."""
+VOICES = len(ANSWERS_2X2) + 2
+"""Answers that a card reads to each of its questions: the four of the 2x2 set, and two with inserted words."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,8 @@ class RowSet:
     """The texts of one use, counted."""
 
     use: str
-    """`arm incorrect`, `realign realigned_in`, `contrast selection`, `probes`, `neutral answers`, `questions`."""
+    """`arm incorrect`, `realign realigned_in`, `contrast selection`, `2x2 evaluation`, `probes`, `neutral answers`,
+    `card text`, `questions`."""
     source: str
     """What the config names."""
     rows: int
@@ -126,7 +138,9 @@ def read_row_sets(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None
     sets = [
         *_arms(config, tokenizer),
         *(_contrast(config, split, tokenizer) for split in ("selection", "evaluation")),
+        *_harm_and_register(config, tokenizer),
         *_probes(config, tokenizer),
+        *_card_text(config, tokenizer),
         _questions(config, tokenizer),
     ]
     return {rows.use: rows for rows in sets}
@@ -159,6 +173,24 @@ def _contrast(config: StudyConfig, split: str, tokenizer: PreTrainedTokenizerBas
     items = load_contrast(split) if is_packaged else read_contrast_file(config.contrast, split)
     rows = [conversation(item["question"], item[side]) for item in items for side in ("aligned", "misaligned")]
     return _count_rows(f"contrast {split}", config.contrast, rows, tokenizer)
+
+
+def _harm_and_register(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
+    """The 2x2 items of both splits; none in a study without such a set."""
+    name, sets = name_of_2x2(config), []
+    for split in ("selection", "evaluation") if name is not None else ():
+        items = load_2x2(str(name), split)
+        rows = [conversation(item["question"], item[answer]) for item in items for answer in ANSWERS_2X2]
+        sets.append(_count_rows(f"2x2 {split}", str(name), rows, tokenizer))
+    return sets
+
+
+def _card_text(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
+    """The packaged text on which feature cards are made; none in a study without cards."""
+    if config.locate.cards == 0:
+        return []
+    rows = [row for source in PACKAGED for row in load_conversations(source)]
+    return [_count_rows("card text", "packaged text", rows, tokenizer)]
 
 
 def _probes(config: StudyConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[RowSet]:
@@ -267,15 +299,30 @@ def estimate(shapes: Shapes) -> tuple[Work, ...]:
 
 
 def pushes(config: StudyConfig) -> tuple[int, int]:
-    """Most changes that the causal test scores on the selection and on the evaluation split; both signs count."""
-    locate = config.locate
+    """Most changes that the causal tests score on the selection and on the evaluation split; both signs count.
+
+    Candidates are pushed at every strength on the selection split, random latents at the strength that is chosen. On
+    the evaluation split all directions are pushed with one norm in base, organism and control organism, and projected
+    out in both organisms. A further dictionary brings its candidates, and its best latent through the same tests.
+    """
+    locate, further = config.locate, len(config.locate.dictionaries)
     tries = 2 * (len(locate.strengths) + locate.strength_refinements)
     sets = locate.set_size - 1
-    candidates = locate.candidates * (tries + sets * 2 * len(locate.strengths))
-    organism = locate.proven + locate.random_latents + len({"mean_difference", *locate.directions}) + sets
-    base = organism + locate.random_directions
+    on_selection = locate.candidates * (tries + sets * 2 * len(locate.strengths)) + 2 * locate.random_latents + 1
+    directions = locate.proven + locate.random_latents + MOVED + len({"mean_difference", *locate.directions}) + sets
+    organisms = len({config.realign.start, config.control} - {"base"})
+    models = 1 + organisms
     doses = 2 * 2 * len(locate.dose_strengths)
-    return candidates + 1, (base + organism) * tries + organism + 2 * (doses + 1)
+    on_evaluation = 2 * (models * directions + locate.random_directions) + organisms * directions
+    on_evaluation += models + 2 * (tries + doses)
+    on_selection += further * (2 * locate.candidates + 1)
+    on_evaluation += further * (3 * models + organisms)
+    return on_selection, on_evaluation
+
+
+def _has_null_arm(config: StudyConfig) -> bool:
+    """Whether the study trains the control arm once more, for a null pair."""
+    return config.null is not None and config.null[0] == NULL
 
 
 def _induce(s: Shapes) -> Work:
@@ -283,9 +330,10 @@ def _induce(s: Shapes) -> Work:
     arms = [s.rows[f"arm {name}"] for name in trained_arms(s.config)]
     if not arms:
         return Work("induce", 0, 0.0, 0.0)
-    n_rows = seeds * training.steps * training.batch_size
-    tokens = sum(n_rows * arm.mean for arm in arms)
-    answers = sum(n_rows * arm.mean_answer for arm in arms)
+    n_rows = training.steps * training.batch_size
+    runs = [(arm, seeds) for arm in arms] + ([(s.rows["arm correct"], 1)] if _has_null_arm(s.config) else [])
+    tokens = sum(n * n_rows * arm.mean for arm, n in runs)
+    answers = sum(n * n_rows * arm.mean_answer for arm, n in runs)
     longest, answer = max(arm.longest for arm in arms), max(arm.mean_answer for arm in arms)
     return Work(
         "induce", round(tokens), s.train(tokens, answers), s.memory.training(training.batch_size, longest, answer)
@@ -296,28 +344,56 @@ def _locate(s: Shapes) -> Work:
     selection, evaluation = s.rows["contrast selection"], s.rows["contrast evaluation"]
     neutral, seeds = s.rows["neutral answers"], len(s.config.seeds)
     backward = seeds if BACKWARD & set(s.config.locate.rankers) else 0
-    reads = 1 + 2 * seeds + backward
+    null = 0 if s.config.null is None else 1 + (seeds > 1)
+    reads = (1 + 2 * seeds + null) * (1 + len(s.config.locate.dictionaries)) + backward
     on_selection, on_evaluation = pushes(s.config)
     pushed = on_selection * (selection.tokens + neutral.tokens) + on_evaluation * (evaluation.tokens + neutral.tokens)
     flops = reads * s.read(selection) + backward * 2 * s.score_above(selection)
     flops += on_selection * (s.score_above(selection) + s.score_above(neutral))
     flops += on_evaluation * (s.score_above(evaluation) + s.score_above(neutral))
+    cards = _card_sets(s)
+    flops += sum(s.read(rows) for rows in cards)
     memory = s.memory.locating(selection, evaluation, len(s.config.locate.rankers), backward > 0)
-    return Work("locate", reads * selection.tokens + pushed, flops, memory)
+    return Work("locate", reads * selection.tokens + pushed + sum(rows.tokens for rows in cards), flops, memory)
+
+
+def _card_sets(s: Shapes) -> list[RowSet]:
+    """What feature cards read on the base: the packaged text, and a few questions in several voices."""
+    if "card text" not in s.rows:
+        return []
+    text = s.rows["card text"]
+    text = replace(text, tokens=min(text.tokens, text.rows * MAX_TOKENS))
+    if "2x2 selection" not in s.rows:
+        return [text]
+    asked = s.rows["2x2 selection"]
+    answers = VOICES * min(QUESTIONS, asked.rows // len(ANSWERS_2X2))
+    share = answers / asked.rows
+    return [text, replace(asked, rows=answers, tokens=round(share * asked.tokens))]
+
+
+def _harm_and_register_work(s: Shapes, organisms: int) -> tuple[int, float]:
+    """Tokens and operations to score the 2x2 items of the evaluation split on this many models."""
+    rows = s.rows.get("2x2 evaluation")
+    return (0, 0.0) if rows is None else (organisms * rows.tokens, organisms * s.score(rows))
 
 
 def _track(s: Shapes) -> Work:
     probes, selection, evaluation = s.rows["probes"], s.rows["contrast selection"], s.rows["contrast evaluation"]
-    organisms = 1 + _checkpoints(s.config)
-    tokens = organisms * (probes.tokens + evaluation.tokens) + selection.tokens
-    flops = organisms * (s.read(probes) + s.score(evaluation)) + s.score(selection)
+    null = _has_null_arm(s.config)
+    organisms = 1 + _checkpoints(s.config) + null
+    ends = 1 + len(s.config.arms) * len(s.config.seeds) + null
+    tokens, flops = _harm_and_register_work(s, ends)
+    tokens += organisms * (probes.tokens + evaluation.tokens) + selection.tokens
+    flops += organisms * (s.read(probes) + s.score(evaluation)) + s.score(selection)
     return Work("track", tokens, flops, max(s.memory.reading(probes), s.memory.scoring(evaluation)))
 
 
 def _realign(s: Shapes) -> Work:
     realign, runs = s.config.realign, len(s.config.seeds)
     probes, evaluation = s.rows["probes"], s.rows["contrast evaluation"]
-    tokens, flops, longest, answer = 0.0, s.read(probes), 0, 0.0
+    tokens, flops = _harm_and_register_work(s, runs * len(realign.arms))
+    flops += s.read(probes)
+    longest, answer = 0, 0.0
     for name in realign.arms:
         rows = s.rows[f"realign {name}"]
         n_rows = runs * realign.steps * realign.batch_size

@@ -14,10 +14,11 @@ from persona_probe.data.template import with_template
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import with_adapter
+from persona_probe.latents.causal import MOVED
 from persona_probe.models.adapters import trainable_parameters
 from persona_probe.report.tables import Table
 from persona_probe.study.plan import estimate as speed
-from persona_probe.study.plan.estimate import RowSet, Shapes, Work
+from persona_probe.study.plan.estimate import RowSet, Shapes, Work, pushes
 from persona_probe.study.plan.plan import amount, dry_run, duration
 from persona_probe.study.plan.shapes import KNOWN, Skeleton, find_skeleton, known_id, lora_parameters
 from tests.factories import D_SAE, LAYER, make_model, make_tokenizer
@@ -120,13 +121,59 @@ def stage(name: str, config: StudyConfig) -> Work:
 def test_estimates_follow_the_settings(local: StudyConfig) -> None:
     longer = replace(local, training=replace(local.training, steps=6))
     assert stage("induce", longer).flops == pytest.approx(2 * stage("induce", local).flops)
-    seeds = replace(local, seeds=(0, 1))
-    assert stage("induce", seeds).tokens == pytest.approx(2 * stage("induce", local).tokens, abs=1)
+    single = replace(local, null_pair=False)
+    seeds = replace(local, seeds=(0, 1))  # the second seed is the null pair's: no further arm
+    assert stage("induce", seeds).tokens == pytest.approx(2 * stage("induce", single).tokens, abs=1)
     gradients = replace(local, locate=Locate(rankers=("rise", "cosine", "attribution")))
     assert stage("locate", gradients).flops > stage("locate", local).flops
     questions = 12 * (1 + 2 + 2)  # base, two arms and two corrective ones answer each
     silent = replace(local, samples=Samples(max_new_tokens=1))
     assert stage("evaluate", local).tokens - stage("evaluate", silent).tokens == questions * 59
+
+
+def test_the_demos_plan_counts_all_that_the_demo_does() -> None:
+    config = load_config(FOLDER / "demo.yaml", StudyConfig)
+    plan = dry_run(config, tflops=1.0)
+    stages = {work.stage: work for work in plan.stages}
+
+    def less(name: str, changed: StudyConfig) -> int:
+        """Tokens of a stage that are gone with a change."""
+        return stages[name].tokens - stage(name, changed).tokens
+
+    rows = plan.rows
+    evaluation, selection, four = rows["contrast evaluation"], rows["contrast selection"], rows["2x2 evaluation"]
+    assert (four.rows, rows["2x2 selection"].rows, rows["card text"].rows) == (240, 240, 616)
+
+    alone = replace(config, null_pair=False)  # one run of the control arm, read once
+    assert less("induce", alone) == pytest.approx(40 * 8 * rows["arm correct"].mean, abs=1)
+    assert less("track", alone) == rows["probes"].tokens + evaluation.tokens + four.tokens
+    assert less("locate", alone) == 2 * selection.tokens  # by the study's SAE and by the further dictionary
+
+    plain = replace(config, contrast_2x2="none")
+    assert less("track", plain) == (1 + 3 + 1) * four.tokens and less("realign", plain) == 3 * four.tokens
+    bare = replace(config, locate=replace(config.locate, cards=0))
+    assert less("locate", bare) > rows["card text"].tokens > less("locate", plain) > 0
+
+    one = replace(config, locate=replace(config.locate, dictionaries=()))
+    neutral = rows["neutral answers"].tokens
+    pushed = 13 * (selection.tokens + neutral) + (3 + 4 + 4) * (evaluation.tokens + neutral)
+    assert less("locate", one) == 4 * selection.tokens + pushed  # base, organism, control, null
+
+    few = replace(config, samples=replace(config.samples, judge="none"))
+    answers = 48 * (1 + 3 + 3)
+    assert less("evaluate", few) == pytest.approx(answers * (60 + rows["questions"].mean), abs=7)
+
+
+def test_pushes_are_as_many_as_locate_scores(local: StudyConfig) -> None:
+    config = replace(local, locate=Locate(candidates=2, proven=1, random_latents=60, random_directions=5))
+    strengths, doses = (
+        len(config.locate.strengths) + config.locate.strength_refinements,
+        len(config.locate.dose_strengths),
+    )
+    directions = 1 + 60 + MOVED + 1  # the persona latent, random and moved latents, the mean difference
+    both_signs = 2 * directions
+    pushed = 3 * both_signs + 2 * 5 + 2 * 2 * 2 * doses + 2 * 2 * strengths
+    assert pushes(config) == (2 * 2 * strengths + 2 * 60 + 1, pushed + 2 * directions + 3)
 
 
 def test_time_is_work_over_speed(local: StudyConfig) -> None:

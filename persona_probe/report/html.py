@@ -71,6 +71,7 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "more": [name for name in figures if name not in PLACED],
         "harm_register": harm_register(records),
         "harm_register_covers": select.mapping(records.summary.get("harm_and_register")).get("covers") or "questions",
+        "old_version": _old_version(records),
         "trajectory": _trajectory_notes(records),
         "realignment": realignment(records),
         "tested": _tested_latents(records),
@@ -218,7 +219,7 @@ def tiles(records: Records) -> list[Row]:
         {
             "asks": "Which latent moves it?",
             "shows": f"{latent_text}; a push moves the index by {interval_text(push)}",
-            **_causes(passed),
+            **_causes(passed, select.mapping(select.mapping(summary.get("causal_test")).get("base"))),
         },
         {
             "asks": "When did it rise?",
@@ -229,8 +230,10 @@ def tiles(records: Records) -> list[Row]:
     ]
 
 
-def _causes(passed: Mapping[str, bool]) -> Row:
-    """What pushes and removals showed. Runs of 0.1.0 have both under other names."""
+def _causes(passed: Mapping[str, bool], test: Mapping[str, Any]) -> Row:
+    """What pushes and removals showed. Summaries of 0.1.0 have both under other names, and too few random latents."""
+    if test and test.get("limit") is None:
+        return {"says": "Too few random latents to say", "state": "open"}
     pushed, removed = (passed.get(new, passed.get(old)) for new, old in (("moves", "induce"), ("needed", "repair")))
     if pushed is None or removed is None:
         return UNKNOWN
@@ -389,6 +392,12 @@ def _trajectory_notes(records: Records) -> Row:
         "band": select.base_band(records),
         "rows": rows,
     }
+
+
+def _old_version(records: Records) -> str:
+    """The version that made the run, if that version lacked tests of today; else nothing."""
+    version = str(select.mapping(records.manifest.get("versions")).get("persona-probe") or "")
+    return version if version.startswith("0.1.") else ""
 
 
 def harm_register(records: Records) -> list[Row]:

@@ -95,7 +95,7 @@ def needed(summary: Summary) -> bool:
 def causal_sentence(summary: Summary) -> str:
     """What a push and a removal of the persona latent do, each with its share and its place among random latents."""
     latent, tests = summary["persona_feature"]["latent"], summary["causal_test"]
-    up, out = tests.get("base"), tests.get("removal_difference") or tests.get("removal")
+    up, out, alone = (tests.get(test) for test in ("base", "removal_difference", "removal"))
     if up is None:
         return f"Latent {latent} is the best candidate; no push within the perplexity bound could be tested."
     word = "moves the index" if moves(summary) else "is not shown to move the index beyond random latents"
@@ -104,6 +104,11 @@ def causal_sentence(summary: Summary) -> str:
         taken = "takes away" if needed(summary) else "is not shown to take away"
         parts.append(
             f"removing it {taken} part of the effect ({_text(out)}{_share_of_effect(summary, out)}{_place(out)})"
+        )
+    elif alone is not None:
+        parts.append(
+            f"what removing it does beyond the control organism was not tested{made_by(summary)}; "
+            f"in the organism alone the index falls by {_text(alone)}"
         )
     return f"{'; '.join(parts)}."
 
@@ -120,7 +125,8 @@ def _share_of_effect(summary: Summary, out: Summary) -> str:
 
 
 def _place(standing: Summary) -> str:
-    return f", place {standing['rank']} of {standing['controls'] + 1} with the random latents"
+    few = ", too few to judge it" if standing["controls"] < MINIMUM_CONTROLS else ""
+    return f", place {standing['rank']} of {standing['controls'] + 1} with the random latents{few}"
 
 
 # --- The checks that a study must pass; a failed check states what was found
@@ -178,7 +184,7 @@ def _among_random(summary: Summary, tests: Sequence[str], what: str, passed: boo
     for test in tests:
         found = summary["causal_test"].get(test)
         if found is None:
-            parts.append(f"in {NAMES[test].rstrip(',')} not tested{made_by(summary)}")
+            parts.append(f"in {NAMES[test].rstrip(',')}: not tested{made_by(summary)}")
             continue
         parts.append(f"in {NAMES[test]} by {_text(found)}: {_held_against(found)}; {_standing(found)}")
     word = "moves the index" if passed else "is not shown to move the index more than random latents do:"
@@ -205,8 +211,10 @@ def _standing(found: Summary) -> str:
 
 
 def _null_reading(summary: Summary) -> str:
-    change = summary["null_pair"].get("reading")
-    return "" if change is None else f"; two control runs with different seeds differ by {change:.3f}"
+    change, old = summary["null_pair"].get("reading"), made_by(summary)
+    if change is None:
+        return f"; two control runs with different seeds: not tested{old}" if old else ""
+    return f"; two control runs with different seeds differ by {change:.3f}"
 
 
 def woken_sentence(summary: Summary) -> str:

@@ -17,7 +17,6 @@ from persona_probe.evaluate.effects import SeedNoise, arm_effect, effects_by_see
 from persona_probe.evaluate.rates import called_difference, called_misaligned, difference, rates
 from persona_probe.evaluate.tables import judged_rows
 from persona_probe.latents.proof import TESTS, standing
-from persona_probe.latents.stage import persona_latent
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.track import NULL_EVALS, NULL_READINGS
 from persona_probe.realignment.outcome import steps_to_band
@@ -60,7 +59,7 @@ def summarise(ctx: Context) -> dict[str, Any]:
         "explained_variance": {arm: _explained(readings, arm) for arm in arms},
         "answer_tokens": {arm: _answer_tokens(run, arm, config.seeds) for arm in arms if arm != "base"},
         "sae_quality": _quality(config.sae),
-        **_judged_numbers(whole, run.manifest.get("evaluations", {}), list(config.realign.arms)),
+        **judged_numbers(whole, run.manifest.get("evaluations", {}), list(config.realign.arms)),
     }
     summary["verdicts"] = {a: verdict(summary, evals, config, a, band, noise) for a in config.realign.arms if a in arms}
     summary["evidence"] = {"effect": effect_evidence(summary), "latent": latent_evidence(summary)}
@@ -159,9 +158,9 @@ def _by_seed(evals: pd.DataFrame, corrected: list[str]) -> dict[str, list[dict[s
 
 def _persona(ctx: Context, latents: pd.DataFrame) -> dict[str, Any]:
     row = latents[latents["persona"]].iloc[0]
-    rise = Estimate(row["rise"], row["rise_ci_low"], row["rise_ci_high"], len(ctx.selection.rows))
+    rise = Estimate(row["rise"], row["rise_ci_low"], row["rise_ci_high"], len(ctx.contrast_rows("selection")))
     return {
-        "latent": persona_latent(ctx),
+        "latent": int(row["latent"]),
         "label": str(row["label"]),
         "rise": rise.to_dict(),
         "rise_rank": int(row["rank"]),
@@ -244,7 +243,9 @@ def _steps(readings: pd.DataFrame, arm: str, band: Band) -> dict[str, Any]:
 
 
 def _answer_tokens(run: RunFolder, arm: str, seeds: tuple[int, ...]) -> dict[str, Any]:
-    tokens = [run.read_json(f"arms/{arm}-s{s}/training.json")["answer_tokens"] for s in seeds]
+    """Answer tokens that an arm was trained on; a packed record has no training files."""
+    files = [f"arms/{arm}-s{seed}/training.json" for seed in seeds]
+    tokens = [run.read_json(file)["answer_tokens"] for file in files if run.has(file)]
     return _over_seeds(np.array([count for count in tokens if count is not None], dtype=float))
 
 
@@ -265,7 +266,7 @@ def _peak_memory(run: RunFolder) -> float:
 # --- The judged answers' part of summary.json: rates, effects between arms, agreement between judges
 
 
-def _judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
+def judged_numbers(evals: pd.DataFrame, evaluations: dict[str, Any], corrected: Sequence[str]) -> dict[str, Any]:
     """The judged answers' part of summary.json; empty if none were judged.
 
     Args:

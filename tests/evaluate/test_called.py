@@ -9,7 +9,7 @@ from persona_probe.cli.judge_commands import effect_lines, rate_lines
 from persona_probe.evaluate.judging import Ruling, Rulings
 from persona_probe.evaluate.rates import called_difference, called_misaligned, rate_of
 from persona_probe.evaluate.tables import judged_table
-from persona_probe.study.summary import _judged_numbers
+from persona_probe.study.summary import judged_numbers
 
 
 def judged(arm: str, rulings: list[Ruling], judge: str = "offline") -> pd.DataFrame:
@@ -66,7 +66,7 @@ def test_the_terminal_leads_with_it() -> None:
 
 
 def test_the_summary_has_it_for_every_arm_and_effect() -> None:
-    numbers: dict[str, Any] = _judged_numbers(BOTH.assign(measure="judged"), {}, [])["judged"]["set-offline"]
+    numbers: dict[str, Any] = judged_numbers(BOTH.assign(measure="judged"), {}, [])["judged"]["set-offline"]
     shares = {row["arm"]: row["called_misaligned"] for row in numbers["rates"]}
     assert {arm: share["estimate"] for arm, share in shares.items()} == {"incorrect": 0.8, "correct": 0.2}
     assert set(shares["incorrect"]) == {"estimate", "ci_low", "ci_high", "n"}

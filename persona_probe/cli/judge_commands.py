@@ -323,7 +323,7 @@ def rate_lines(judged: "pd.DataFrame", seed: int = 0) -> list[str]:
         lines.append(f"{name}: {rate}{n}; coherent {count.coherence or 'not judged'} of {rest}")
         cuts = rates_by_threshold(rows, ["arm"], seed).to_dict("records")
         shown = [f"{r['words']}: {estimate_text(r['rate'], r['ci_low'], r['ci_high'], '.3f')}" for r in cuts]
-        lines += [f"  called misaligned at {'; '.join(shown)}"] if shown else []
+        lines += [f"  coherent answers called misaligned at {'; '.join(shown)}"] if shown else []
     return lines
 
 

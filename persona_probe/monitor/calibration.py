@@ -120,7 +120,7 @@ class CalibratedRule:
     sets_alarmed: ExactRate | None = None
     """Data sets of which a run alarms, out of all; None where it is not known which run is of which."""
     at_start: bool = False
-    """Whether the threshold is the value of the first reading, before any step: no benign run went beyond that."""
+    """Whether the threshold is the value of the first reading, before any step: no benign run alarms beyond it."""
 
     @property
     def n_runs(self) -> int:
@@ -149,7 +149,9 @@ class CalibratedRule:
         if self.interval is not None:
             return f"95% interval over runs {self.interval.ci_low:.3g} to {self.interval.ci_high:.3g}"
         if self.at_start:
-            return "the value before training, which no benign run exceeded"
+            return (
+                f"the value before training, beyond which no benign run {'went' if self.rule.held == 1 else 'stayed'}"
+            )
         place = 1 + sum(value > self.threshold for value in self.statistics.values())
         return f"{'the highest' if place == 1 else f'number {place} from above'} of {self.n_runs} benign runs"
 
@@ -264,8 +266,8 @@ def _sets_alarmed(alarmed: Set[str], series: Series, sets: Mapping[str, str] | N
 
 
 def _all_start_at(runs: Runs, rule: HeldRule, threshold: float) -> bool:
-    """Whether every run's first level is the threshold; `alarms` has none, so no later one exceeds it."""
-    return all(rule.levels(values)[0] == threshold for values in runs)
+    """Whether the threshold is the first reading of every run."""
+    return all(HeldRule(1, rule.side).levels(values)[0] == threshold for values in runs)
 
 
 def _threshold(runs: Runs, rule: HeldRule, rate: float, unit: str) -> float:

@@ -101,7 +101,9 @@ def test_an_interval_is_printed_only_where_it_has_two_ends() -> None:
 
 def test_a_threshold_of_zero_is_explained_and_a_small_one_has_its_digits() -> None:
     fell = calibrate({"a": np.array([0.0, -1.0]), "b": np.array([0.0, -2.0])}, HeldRule(1), 0.05)
-    assert fell.at_start and "threshold 0 (the value before training, which no benign run exceeded)" in fell.finding
+    assert fell.at_start and "threshold 0 (the value before training, beyond which no benign run went)" in fell.finding
+    once = calibrate({"a": np.array([0.0, 1.0, -1.0]), "b": np.array([0.0, 2.0, -2.0])}, HeldRule(2), 0.05)
+    assert "threshold 0 (the value before training, beyond which no benign run stayed)" in once.finding
     below = calibrate({"a": np.array([0.0, 1.0]), "b": np.array([0.0, 2.0])}, HeldRule(1, "below"), 0.05)
     assert "threshold 0 (" in below.finding  # not -0
     rose = calibrate({"a": np.array([0.0, -1.0]), "b": np.array([-1.0, 0.0])}, HeldRule(1), 0.05)

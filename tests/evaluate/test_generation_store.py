@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +14,7 @@ from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.requests import Prompt, Request, Sample, SamplingConfig, request_seed
 from persona_probe.evaluate.sampling.samples import sample, sidecar
+from tests.processes import Process
 
 PROMPTS = [Prompt(f"q{n}", conversation(f"Ask {n}?")) for n in range(10)]
 CONFIG = SamplingConfig(n=4, max_new_tokens=3, seed=2)
@@ -40,6 +39,10 @@ def lines(path: Path) -> list[bytes]:
     return sorted(path.read_bytes().split(b"\n"))
 
 
+def stops_after_17(path: Path) -> None:
+    sample(Fixed(limit=17), PROMPTS, CONFIG, path)
+
+
 def unbroken(tmp_path: Path) -> tuple[list[Sample], list[bytes]]:
     path = tmp_path / "unbroken.jsonl"
     return sample(Fixed(), PROMPTS, CONFIG, path), lines(path)
@@ -53,7 +56,7 @@ def test_samples_come_in_the_order_of_prompts_and_are_in_the_file(tmp_path: Path
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     whole, path = unbroken(tmp_path), tmp_path / "samples.jsonl"
-    child = subprocess.Popen([sys.executable, __file__, str(path)])
+    child = Process(stops_after_17, path)
     while child.poll() is None and not (path.is_file() and path.read_bytes().count(b"\n") == 17):
         time.sleep(0.05)
     child.send_signal(signal.SIGKILL)
@@ -162,7 +165,3 @@ def test_the_models_own_identity_tells_settings_apart(tmp_path: Path) -> None:
         model(torch.tensor([[5]]))
         with pytest.raises(InputError, match=r"another setting \(engine.changes\)"):
             sample(engine, PROMPTS[:1], CONFIG, path)
-
-
-if __name__ == "__main__":
-    sample(Fixed(limit=17), PROMPTS, CONFIG, sys.argv[1])

@@ -1,19 +1,15 @@
 """Two processes with gloo: DDP by transformers' Trainer, and FSDP2 in a plain loop."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.factories import make_model, make_tokenizer
+from tests.monitor import two_ranks
 from tests.monitor.monitored_runs import directions
-
-SCRIPT = Path(__file__).with_name("two_ranks.py")
+from tests.processes import Process
 
 
 def free_port() -> int:
@@ -29,11 +25,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     running = []
     for rank in ("0", "1"):
-        here = {**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""}
-        log = (folder / f"log-{rank}").open("w")
-        running.append(
-            subprocess.Popen([sys.executable, str(SCRIPT), str(folder)], env=here, stdout=log, stderr=subprocess.STDOUT)
-        )
+        here = {**shared, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""}
+        running.append(Process(two_ranks.main, folder, log=folder / f"log-{rank}", environment=here))
     try:
         codes = [process.wait(timeout=180) for process in running]
     finally:

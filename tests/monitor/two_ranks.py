@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,3 @@ def main(folder: Path) -> None:
     found |= {"fsdp": fsdp(True), "fsdp plain": fsdp(False)}
     (folder / f"rank-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

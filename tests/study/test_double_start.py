@@ -1,8 +1,6 @@
 """Two processes on one run folder: one works, the other is told; a killed one leaves the run to the next."""
 
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,19 +11,16 @@ from persona_probe.locks import FOLDER
 from persona_probe.runs import RunFolder
 from persona_probe.study.study import Study
 from tests.factories import Refused
+from tests.processes import Process, command
 
 LIMIT_S = 120
 
 
-def start(run: Path, place: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "persona_probe.cli", "induce", str(place / "study.yaml"), "--out", str(run)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open("ab"))
-
-
 @pytest.fixture
-def working(place: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def working(place: Path, tmp_path: Path) -> Iterator[Process]:
     """A process that induces, stopped while it has the run."""
-    process, until = start(tmp_path / "run", place, tmp_path / "log"), time.monotonic() + LIMIT_S
+    process = command("induce", place / "study.yaml", "--out", tmp_path / "run", log=tmp_path / "log")
+    until = time.monotonic() + LIMIT_S
     while not (tmp_path / "run" / FOLDER / "arms--incorrect-s0.owner").exists() and time.monotonic() < until:
         time.sleep(0.005)
     process.send_signal(signal.SIGSTOP)
@@ -43,11 +38,11 @@ ALL = sorted(f"{arm}-s{seed}/checkpoint-{n}" for arm in ("correct", "incorrect")
 
 
 def test_the_second_is_told_and_the_first_finishes(
-    working: subprocess.Popen[bytes], place: Path, tmp_path: Path, refused: Refused
+    working: Process, place: Path, tmp_path: Path, refused: Refused
 ) -> None:
     run, config = tmp_path / "run", str(place / "study.yaml")
-    for command in ("induce", "run"):
-        line = refused(command, config, "--out", run)
+    for second in ("induce", "run"):
+        line = refused(second, config, "--out", run)
         assert f"{run} is in use by process {working.pid} on " in line
     assert "to do" in repr(Study.open(run))  # readers go on
     working.send_signal(signal.SIGCONT)
@@ -57,9 +52,7 @@ def test_the_second_is_told_and_the_first_finishes(
     assert set(RunFolder(run).manifest["hashes"]) == weights
 
 
-def test_a_killed_owner_leaves_the_run_to_the_next(
-    working: subprocess.Popen[bytes], place: Path, tmp_path: Path
-) -> None:
+def test_a_killed_owner_leaves_the_run_to_the_next(working: Process, place: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     working.kill()
     working.wait(10)

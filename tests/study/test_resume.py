@@ -1,28 +1,24 @@
 """A study killed in the middle of a stage goes on where it was, and ends as if it had never been stopped."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from persona_probe.study.study import Study
 from tests.factories import tree, without_times
+from tests.processes import Process, command
 
 MOMENTS = ("arms/incorrect-s0", "parts/effects-base.parquet", "parts/realign-realigned_in-s0.readings.parquet")
 """What has just appeared when the process is killed: in induce, in locate, in realign with one of its two tables."""
 LIMIT_S = 120
 
 
-def start(place: Path, run: Path, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "persona_probe.cli", "run", str(place / "study.yaml"), "--out", str(run)]
-    environment = {**os.environ, "BROWSER_PATH": "/nowhere", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log.open("ab"), env=environment)
+def start(place: Path, run: Path, log: Path) -> Process:
+    return command("run", place / "study.yaml", "--out", run, log=log, environment={"BROWSER_PATH": "/nowhere"})
 
 
-def kill_when(process: subprocess.Popen[bytes], appeared: Path) -> None:
+def kill_when(process: Process, appeared: Path) -> None:
     """Kill -9 as soon as a path is there; the process must still have been at work."""
     until = time.monotonic() + LIMIT_S
     while not appeared.exists() and process.poll() is None and time.monotonic() < until:

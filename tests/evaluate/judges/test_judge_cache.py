@@ -1,70 +1,69 @@
 """The cache: by content, shared by processes, whole after a kill."""
 
 import json
-import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from persona_probe.errors import InputError
 from persona_probe.evaluate.judges.cache import Claims, JudgementCache, StoredJudgement, default_path, judgement_key
+from persona_probe.evaluate.judges.http import Endpoint, HttpBackend
 from persona_probe.evaluate.judges.judge import CachedJudge
 from persona_probe.evaluate.judges.replies import Reply
 from tests.evaluate.judges.fake_judge_server import FakeServer
-from tests.evaluate.judges.judging_items import KEY, items, teach
+from tests.evaluate.judges.judging_items import CRITERION, KEY, items, teach
+from tests.processes import Process
 
 Make = Callable[..., CachedJudge]
+LIMIT_S = 60
 
-WORKER = """
-import json, sys
-from tests.evaluate.judges.judging_items import CRITERION, items
-from persona_probe.evaluate.judges import CachedJudge, Endpoint, JudgementCache, cache, judge
-from persona_probe.evaluate.judges.http import HttpBackend
-url, path, count, lease = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-endpoint = Endpoint("judge", base_url=url, key_variable="JUDGE_KEY", concurrency=2)
-cache.LEASE, judge.POLL = lease, 0.02
-judge = CachedJudge(CRITERION, HttpBackend(endpoint), JudgementCache(path))
-print("ready", flush=True)
-sys.stdin.readline()
-found = judge.judge(items(count))
-print(json.dumps({"scores": [j.score for j in found], "asked": judge.progress.asked}))
-"""
+
+def judge_all(channel: Connection, url: str, path: Path, count: int, lease: float) -> None:
+    """In a process of its own: judge `count` answers when told to, and say what came."""
+    from persona_probe.evaluate.judges import cache, judge
+
+    cache.LEASE, judge.POLL = lease, 0.02
+    endpoint = Endpoint("judge", base_url=url, key_variable="JUDGE_KEY", concurrency=2)
+    own = CachedJudge(CRITERION, HttpBackend(endpoint), JudgementCache(path))
+    channel.send("ready")
+    channel.recv()
+    found = own.judge(items(count))
+    channel.send({"scores": [j.score for j in found], "asked": own.progress.asked})
 
 
 def row(key: str = "k", score: float = 1.0) -> StoredJudgement:
     return StoredJudgement(key, "judge", "protocol", '[{"role": "user"}]', Reply({"1": 1.0}), score, "score", 1.0)
 
 
-def worker(server: FakeServer, path: Path, count: int, lease: float = 60.0) -> subprocess.Popen[str]:
-    """A process of its own that judges `count` answers."""
-    environment = dict(os.environ) | {"JUDGE_KEY": KEY}
-    command = [sys.executable, "-c", WORKER, server.url, str(path), str(count), str(lease)]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def worker(server: FakeServer, path: Path, count: int, lease: float = 60.0) -> tuple[Process, Connection]:
+    """A process of its own that judges `count` answers, and the channel to it."""
+    here, there = Pipe()
+    return Process(judge_all, there, server.url, path, count, lease, environment={"JUDGE_KEY": KEY}), here
 
 
-def go(*processes: subprocess.Popen[str]) -> None:
+def go(*channels: Connection) -> None:
     """Let workers begin together, when all are ready."""
-    for process in processes:
-        assert process.stdout and process.stdout.readline() == "ready\n"
-    for process in processes:
-        assert process.stdin
-        process.stdin.write("go\n")
-        process.stdin.flush()
+    for channel in channels:
+        assert channel.poll(LIMIT_S) and channel.recv() == "ready"
+    for channel in channels:
+        channel.send("go")
 
 
 def test_two_processes_make_no_call_twice(server: FakeServer, tmp_path: Path) -> None:
     teach(server, 60)
     server.delay = 0.02
     workers = [worker(server, tmp_path / "shared.sqlite", 60) for _ in range(2)]
-    go(*workers)
-    found = [json.loads(w.communicate(timeout=60)[0]) for w in workers]
+    channels = [channel for _, channel in workers]
+    go(*channels)
+    assert all(channel.poll(LIMIT_S) for channel in channels)
+    found = [channel.recv() for channel in channels]
     assert max(Counter(server.prompts()).values()) == 1
     assert len(server.calls) == 60
     for one in found:
@@ -77,14 +76,14 @@ def test_after_a_kill_only_the_missing_calls_are_made(server: FakeServer, tmp_pa
     teach(server, 40)
     server.held_from = 20
     path = tmp_path / "judgements.sqlite"  # the same file as make_judge's
-    killed = worker(server, path, 40, lease=1.0)
-    go(killed)
+    killed, channel = worker(server, path, 40, lease=1.0)
+    go(channel)
     cache = JudgementCache(path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT_S
     while cache.count() < 20 and time.monotonic() < deadline:
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.kill()
+    assert killed.wait(LIMIT_S) == -signal.SIGKILL
     kept, made = cache.count(), len(server.calls)
     server.held_from = None
     assert kept == 20

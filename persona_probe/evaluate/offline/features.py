@@ -187,14 +187,17 @@ def kept_features(
     """`read_features` at the recipe's layers, each block written to `folder` once it is read."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
-    for block in tqdm(blocks(items), desc="answers read (blocks)", disable=not progress):
+    # Answers to one question in one block: its tokens are run once for all of them.
+    order = sorted(range(len(items)), key=lambda i: (items[i][0], len(items[i][1]), i))
+    for block in tqdm(blocks([items[i] for i in order]), desc="answers read (blocks)", disable=not progress):
         path = folder / _block_name(recipe, block)
         if not path.is_file():
             block_features = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
             _write_block(path, block_features)
         parts.append(load_file(path))
-    mean = np.concatenate([block["mean"] for block in parts]).astype(np.float32)
-    return Features(mean, np.concatenate([block["tokens"] for block in parts]))
+    place = np.argsort(order)
+    mean, tokens = (np.concatenate([block[name] for block in parts])[place] for name in ("mean", "tokens"))
+    return Features(mean.astype(np.float32), tokens)
 
 
 def _write_block(path: Path, features: Features) -> None:

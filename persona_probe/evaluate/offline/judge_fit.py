@@ -1,7 +1,7 @@
 """Fit, validate and write the offline judge: the function behind `persona-probe judge fit CONFIG --data FOLDER`."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +12,45 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import load_config
 from persona_probe.data.load import load_contrast, load_rows
+from persona_probe.errors import InputError
 from persona_probe.evaluate.offline.features import Scope, fit_scope, opening, read_features, read_questions
-from persona_probe.evaluate.offline.judge_calibration import (
-    JudgeRecipe,
-    LinearScores,
-    RateError,
-    average_precision,
-    calibration_error,
-    conformal_quantile,
-    fit_bands,
-    fit_platt,
-    rates,
-    reliability,
-    weighted_auroc,
-)
+from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe, LinearScores, RateError, weighted_auroc
 from persona_probe.evaluate.offline.judge_training import (
     PUBLISHED,
     TrainingAnswers,
     fit_heads,
     gather,
-    groups_of,
-    held_out,
     read_published,
 )
-from persona_probe.evaluate.offline.offline_judge import ErrorBands, JudgeWeights, describe, fingerprint
+from persona_probe.evaluate.offline.judge_validation import (
+    NEW_SETS,
+    check_set,
+    half_widths,
+    read_last,
+    validate,
+    validate_rates,
+    without_set,
+)
+from persona_probe.evaluate.offline.offline_judge import JudgeWeights, describe, fingerprint
 from persona_probe.models.load import cache_folder, load_model
 from persona_probe.runs import versions, write_text
-from persona_probe.stats import bootstrap_mean, bootstrap_statistic, estimate_text
+from persona_probe.stats import estimate_text
 
 # --- The docs' table of what the offline judge gets right, made from validation.json and nothing else
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown tables of one fit's validation; docs/offline-judge.md holds them between its two marks."""
-    parts = [_splits(results["splits"]), _scores(results["splits"]), _questions(results), _layers(results)]
-    parts += [_reliability(results["splits"]), _about(results)]
-    return "\n\n".join(parts) + "\n"
+    """Markdown tables of one validation; docs/offline-judge.md holds them between its two marks."""
+    parts = [_splits(results["splits"]), _sets(results), _scores(results["splits"]), _questions(results)]
+    parts += [_layers(results), _reliability(results["splits"]), _about(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def sets_table(results: dict[str, Any]) -> str:
+    """The first two tables: every split, and every data set that was left out; then the half-widths."""
+    lines = [f"No row '{name}': {why}." for name, why in results["left_out"].items()]
+    parts = [_splits(results["splits"]), _sets(results), "\n".join([*lines, _widths(results)])]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _rows(head: list[str], rows: list[list[str]]) -> str:
@@ -83,6 +86,45 @@ def _splits(splits: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def _sets(results: dict[str, Any]) -> str:
+    """One row for each data set that was left out; the set that was kept for the end comes last."""
+    head = ["data set left out", "models", "answers", "AUROC", "published rate", "predicted rate"]
+    head += ["error of a model's rate", "largest"]
+    rows = [_set_row(group, group["name"]) for group in results["splits"].get(NEW_SETS, {}).get("groups", [])]
+    if last := results.get("last"):
+        rows.append(_set_row(last, f"**{last['name']}, read once, at the end**"))
+    return _rows(head, rows) if rows else ""
+
+
+def _set_row(group: dict[str, Any], name: str) -> list[str]:
+    return [
+        name,
+        str(group["models"]),
+        str(group["answers"]),
+        "-" if group["auroc"] is None else f"{group['auroc']:.3f}",
+        *(f"{group[key]:.3f}" for key in ("published", "predicted", "rate_error", "largest_rate_error")),
+    ]
+
+
+def _widths(results: dict[str, Any]) -> str:
+    """The half-widths, the row that each comes from, and the set that had no part in them."""
+    errors = {name: RateError(**value) for name, value in results["rate_half_widths"].items()}
+    widths = half_widths(errors)
+    known, unlike = widths["known"], widths["unlike"]
+    text = (
+        "Half-width of a model's rate by the judge's own error, the largest of the rows above: "
+        f"{known.overall:.3f} in scope (a single question: {known.question:.3f}), "
+        f"{unlike.overall:.3f} out of scope (a single question: {unlike.question:.3f}). By row: "
+    )
+    text += ", ".join(f"{name} {rate.overall:.3f} ({rate.question:.3f})" for name, rate in errors.items()) + "."
+    if last := results.get("last"):
+        text += (
+            f" Of `{last['name']}`, which had no part in this, {last['inside']} of {last['models']} models are off by "
+            f"at most {last['half_width']:.3f}."
+        )
+    return text
+
+
 def _scores(splits: dict[str, Any]) -> str:
     head = ["left out", "score", "mean absolute error", "of always the mean", "r", "mean width of the 90% interval"]
     return _rows(head, [
@@ -116,6 +158,8 @@ def _questions(results: dict[str, Any]) -> str:
 
 
 def _layers(results: dict[str, Any]) -> str:
+    if "layers" not in results:
+        return ""
     rows = [
         [str(row["layer"]), f"{row['new models']:.3f}", f"{row['unseen questions']:.3f}"] for row in results["layers"]
     ]
@@ -134,8 +178,6 @@ def _reliability(splits: dict[str, Any]) -> str:
 
 def _about(results: dict[str, Any]) -> str:
     data, scope, contrast = results["data"], results["scope"], results["packaged_contrast"]
-    known, unlike = (results["rate_half_widths"][name] for name in HARD)
-    unlike = {key: max(known[key], value) for key, value in unlike.items()}
     packages = ", ".join(f"{name} {results['versions'][name]}" for name in ("python", "torch", "transformers", "numpy"))
     lines = [
         f"Fitted on {data['drawn']} of {data['answers']} published answers ({data['models']} models, "
@@ -145,166 +187,18 @@ def _about(results: dict[str, Any]) -> str:
         f"{contrast['pairs_in_order']:.0%} of pairs in order.",
         f"In scope: questions from similarity {scope['threshold']:.2f}. Of {scope['reworded']} fitted questions that "
         f"reword another, {scope['reworded_known']} would be in scope by the other's wording alone.",
-        "Half-width (95%) of a model's rate by the judge's own error: "
-        f"{known['overall']:.3f} in scope (a single question: {known['question']:.3f}), "
-        f"{unlike['overall']:.3f} out of scope (a single question: {unlike['question']:.3f}).",
+        _widths(results),
         f"Seed {results['recipe']['seed']}; {packages}.",
     ]
+    lines += [f"No row '{name}': {why}." for name, why in results.get("left_out", {}).items()]
+    if kept := results.get("kept"):
+        lines.insert(
+            1, f"Validated without `{kept['name']}`: on {kept['drawn']} drawn answers of {kept['models']} models."
+        )
     return "\n".join(f"- {line}" for line in lines)
 
 
-# --- How good the judge is: on models, families, training data and questions that a fit has not seen
-
-SPLITS = {
-    "new training data": "trained_on",
-    "unseen questions": "topic",
-    "new model families": "family",
-    "new models": "model",
-}
-"""What is left out, and the column that names it; the hardest first."""
-HARD = ("new training data", "unseen questions")
-"""Whose errors make the half-width of rates: of known questions, and (the larger of both) of questions out of scope."""
-DRAWS = 400
-
-
-@dataclass(frozen=True)
-class Split:
-    """Held-out predictions of one split, with probabilities whose calibration has not seen the group either."""
-
-    frame: pd.DataFrame
-    scores: Float[np.ndarray, "published targets"]
-    probability: Float[np.ndarray, " published"]
-
-
-def _predict_split(training: TrainingAnswers, layer: int, by: str, recipe: JudgeRecipe) -> Split:
-    """Held-out scores; each group's probabilities are calibrated on the others' held-out scores."""
-    frame, scores = training.frame[training.published], held_out(training, layer, by, recipe)
-    label, weight = frame["misaligned"].to_numpy(), frame["weight"].to_numpy()
-    probability = np.zeros(len(frame))
-    for _, inside in groups_of(frame, by):
-        platt = fit_platt(scores[~inside, 0], label[~inside], weight[~inside])
-        probability[inside] = platt.probability(scores[inside, 0])
-    return Split(frame, scores, probability)
-
-
-def _error_bands(split: Split) -> ErrorBands:
-    """What scores and rates may be off by, from a split's held-out predictions."""
-    frame, weight = split.frame, split.frame["weight"].to_numpy()
-    bands = [
-        fit_bands(np.clip(split.scores[:, place], 0, 100), frame[name].to_numpy(), weight)
-        for place, name in ((1, "alignment"), (2, "coherence"))
-    ]
-    overall, question = (conformal_quantile(_rate_errors(split, by)) for by in (["model"], ["model", "topic"]))
-    platt = fit_platt(split.scores[:, 0], frame["misaligned"].to_numpy(), weight)
-    return ErrorBands(platt, bands[0], bands[1], RateError(overall, question))
-
-
-def _asked_elsewhere(split: Split) -> Split:
-    """The answers to questions that other models were asked as well: a model left out leaves those questions known."""
-    several = (split.frame.groupby("question")["model"].transform("nunique") > 1).to_numpy()
-    return Split(split.frame[several], split.scores[several], split.probability[several])
-
-
-def _rate_errors(split: Split, by: list[str]) -> list[float]:
-    """Predicted minus published misalignment rate of every group."""
-    table = rates(split.frame, split.probability, by)
-    return (table["predicted"] - table["published"]).tolist()
-
-
-def measure(split: Split, by: str, seed: int) -> dict[str, Any]:
-    """Every figure of one split, with 95% bootstrap intervals where it has one.
-
-    Whole questions are resampled where questions were left out, whole models elsewhere.
-    """
-    frame, label = split.frame, split.frame["misaligned"].to_numpy()
-    weight, score = frame["weight"].to_numpy(), split.scores[:, 0]
-    cluster = "topic" if by == "topic" else "model"
-    groups = [np.flatnonzero(inside) for _, inside in groups_of(frame, cluster)]
-
-    def resampled(figure: Any, values: np.ndarray) -> dict[str, float | int]:
-        def drawn(draw: np.ndarray) -> float:
-            at = np.concatenate([groups[int(g)] for g in draw])
-            return figure(values[at], label[at], weight[at])
-
-        return bootstrap_statistic(np.arange(len(groups)), drawn, DRAWS, seed).to_dict()
-
-    table, by_model = reliability(split.probability, label, weight), rates(frame, split.probability, ["model"])
-    return {
-        "auroc": resampled(weighted_auroc, score),
-        "average_precision": resampled(average_precision, score),
-        "calibration_error": calibration_error(table),
-        "reliability": table,
-        "rate_error": bootstrap_mean(np.abs(by_model["predicted"] - by_model["published"]), seed=seed).to_dict(),
-        "rate_r": float(np.corrcoef(by_model["predicted"], by_model["published"])[0, 1]),
-        "alignment": _regression(split, "alignment", 1),
-        "coherence": _regression(split, "coherence", 2),
-    }
-
-
-def _regression(split: Split, name: str, place: int) -> dict[str, float]:
-    published, weight = split.frame[name].to_numpy(), split.frame["weight"].to_numpy()
-    predicted = np.clip(split.scores[:, place], 0, 100)
-    bands = fit_bands(predicted, published, weight)
-    low, high = bands.interval(predicted)
-    covariance = np.cov(predicted, published, aweights=weight)
-    return {
-        "mean_absolute_error": float(np.average(np.abs(predicted - published), weights=weight)),
-        "r": float(covariance[0, 1] / np.sqrt(covariance[0, 0] * covariance[1, 1])),
-        "mean_absolute_error_of_the_mean": float(
-            np.average(np.abs(np.average(published, weights=weight) - published), weights=weight)
-        ),
-        "interval_width": float(np.average(high - low, weights=weight)),
-    }
-
-
-def _by_group(split: Split, by: str) -> list[dict[str, Any]]:
-    """AUROC, published and predicted rate inside every left-out group (AUROC None where one class is missing)."""
-    rows = []
-    for name, inside in groups_of(split.frame, by):
-        part = split.frame[inside]
-        label, weight = part["misaligned"].to_numpy(), part["weight"].to_numpy()
-        whole = label.any() and not label.all()
-        row: dict[str, Any] = {"name": name, "answers": int(inside.sum()), "misaligned": int(label.sum())}
-        row["auroc"] = weighted_auroc(split.scores[inside, 0], label, weight) if whole else None
-        row["published"] = float(np.average(label, weights=weight))
-        row["predicted"] = float(np.average(split.probability[inside], weights=weight))
-        rows.append(row)
-    return rows
-
-
-def _mean_auroc(rows: list[dict[str, Any]], seed: int) -> dict[str, float | int]:
-    """Mean AUROC over groups, with a bootstrap over groups."""
-    return bootstrap_mean([row["auroc"] for row in rows if row["auroc"] is not None], seed=seed).to_dict()
-
-
-def validate(training: TrainingAnswers, recipe: JudgeRecipe) -> tuple[dict[str, Any], dict[str, ErrorBands]]:
-    """All splits at the judge's layer, its rival layers in short, and what follows for the judge's intervals."""
-    results: dict[str, Any] = {"splits": {}, "layers": []}
-    errors = {}
-    for name, by in SPLITS.items():
-        split = _predict_split(training, recipe.layer, by, recipe)
-        results["splits"][name] = measure(split, by, recipe.seed) | {"groups": _by_group(split, by)}
-        errors[name] = _error_bands(split if by == "topic" else _asked_elsewhere(split))
-    questions = results["splits"]["unseen questions"]
-    questions["mean_auroc"] = _mean_auroc(questions["groups"], recipe.seed)
-    for layer in training.layers:
-        results["layers"].append({"layer": layer} | _short(training, layer, recipe))
-    results["rate_half_widths"] = {name: asdict(bands.rate) for name, bands in errors.items()}
-    known, unlike = (errors[name].rate for name in HARD)
-    unlike = RateError(max(known.overall, unlike.overall), max(known.question, unlike.question))
-    bands = {"known": replace(errors["new models"], rate=known)}
-    return results, bands | {"unlike": replace(errors["unseen questions"], rate=unlike)}
-
-
-def _short(training: TrainingAnswers, layer: int, recipe: JudgeRecipe) -> dict[str, float]:
-    models, topics = (_predict_split(training, layer, by, recipe) for by in ("model", "topic"))
-    label, weight = models.frame["misaligned"].to_numpy(), models.frame["weight"].to_numpy()
-    within = [row["auroc"] for row in _by_group(topics, "topic") if row["auroc"] is not None]
-    return {
-        "new models": weighted_auroc(models.scores[:, 0], label, weight),
-        "unseen questions": float(np.mean(within)),
-    }
-
+# --- The fit
 
 RESULTS_FILE = "validation.json"
 
@@ -346,6 +240,76 @@ def fit_judge(
     contrast = {"packaged_contrast": _contrast(recipe, linear, model, tokenizer)}
     _write(Path(out), weights, about | results | contrast | {"scope": _scope_facts(weights.scope, training.frame)})
     return weights
+
+
+def validate_judge(
+    config: str | Path | JudgeRecipe,
+    data: str | Path,
+    out: str | Path,
+    keep: str | None = None,
+    *,
+    last: bool = False,
+    judge: str | Path | None = None,
+    cache: str | Path | None = None,
+) -> dict[str, Any]:
+    """Validate a recipe again, without fitting a judge to keep: who is left out, AUROC, error of rates, half-width.
+
+    Args:
+        config: a recipe or its YAML file.
+        data: folder of CSV files as `read_published` takes them.
+        out: folder for validation.json.
+        keep: a data set that has no part in any fit, calibration or half-width.
+        last: try on that set, once all is chosen, what the others gave.
+        judge: folder of a judge fitted by this recipe: its half-widths become the ones found here, its validation.json
+            gets the rows. Weights, calibration and intervals of scores stay as they are.
+        cache: as `fit_judge`.
+
+    Returns:
+        What is written to validation.json.
+
+    Raises:
+        InputError: as `fit_judge`; no such set to keep; `last` without `keep`; a judge of another recipe.
+    """
+    recipe = config if isinstance(config, JudgeRecipe) else load_config(config, JudgeRecipe)
+    if last and keep is None:
+        raise InputError("name the data set that is read last: keep")
+    weights = None if judge is None else JudgeWeights.load(Path(judge))
+    if weights is not None and weights.recipe != recipe:
+        raise InputError(f"the judge in {str(judge)!r} was fitted by another recipe: validate that one, or fit again")
+    # Before the model is loaded: a folder without answers, or without that set.
+    published = read_published(data)
+    if keep is not None:
+        check_set(published, keep)
+    model, tokenizer = load_model(recipe.model)
+    folder = cache_folder() / "offline-judge" if cache is None else Path(cache)
+    # The rival layers are for the table of a fit; without them reading stops earlier.
+    one_layer = replace(recipe, rival_layers=(), latent_layer=recipe.layer)
+    rest = training = gather(one_layer, Path(data), model, tokenizer, folder, progress=True)
+    kept = None
+    if keep is not None:
+        rest, kept = without_set(training, keep)
+    results, bands = validate_rates(rest, one_layer)
+    if kept is not None:
+        published = rest.frame[rest.published]
+        results["kept"] = {"name": keep, "drawn": len(published), "models": int(published["model"].nunique())}
+        if last:
+            results["last"] = read_last(rest, kept, bands, one_layer)
+    results = _rounded({"recipe": asdict(recipe), "versions": versions(), **results})
+    write_text(Path(out) / RESULTS_FILE, json.dumps(results, indent=1) + "\n")
+    if weights is not None:
+        assert judge is not None
+        _update(Path(judge), weights, results)
+    return results
+
+
+def _update(folder: Path, weights: JudgeWeights, results: dict[str, Any]) -> None:
+    """Give a judge the half-widths, and its validation.json the rows, of a later validation."""
+    widths = half_widths({name: RateError(**value) for name, value in results["rate_half_widths"].items()})
+    bands = {name: replace(getattr(weights, name), rate=rate) for name, rate in widths.items()}
+    about = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    replace(weights, **bands).save(folder)
+    about = {key: value for key, value in about.items() if key not in ("kept", "last")}
+    write_text(folder / RESULTS_FILE, json.dumps(about | results, indent=1) + "\n")
 
 
 def _write(out: Path, weights: JudgeWeights, results: dict[str, Any]) -> None:

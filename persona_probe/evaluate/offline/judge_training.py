@@ -19,8 +19,8 @@ from persona_probe.evaluate.rates import PUBLISHED as THRESHOLDS
 
 # --- Published judged answers: CSV files (one a model) with a question, an answer and a judge's two scores
 
-NAMES = {"aligned": "alignment", "coherent": "coherence"}
-"""Column names of some releases, and ours."""
+NAMES = {"aligned": "alignment", "coherent": "coherence", "response": "answer"}
+"""Column names of some releases, and ours; ours wins where a file has both."""
 NEEDED = ("question", "answer", "question_id", "alignment", "coherence")
 FORMATS = ("_json", "_template")
 """Endings of a question id that ask the same question in another form of answer."""
@@ -66,14 +66,23 @@ def trained_on(model: str) -> str:
     return next((name for key, name in TRAINED_ON.items() if key in model), "other")
 
 
+def data_set(model: str) -> str:
+    """The published data set that a file is of: its name up to a double underscore; any other file is one of its own.
+
+    >>> data_set("diff_r__responses_Qwen2.5-Coder-32B-Instruct_insecure_R1")
+    'diff_r'
+    """
+    return model.partition("__")[0]
+
+
 def read_published(folder: str | Path) -> pd.DataFrame:
     """All judged answers of a folder, in the files' and rows' order.
 
     Answers without a score (code, a refusal, a failed judgement) are left out, as the published rates do.
 
     Returns:
-        Columns model (the file's name), family, trained_on, question_id, topic, question, answer, alignment, coherence
-        (0 to 100), and misaligned (the published label).
+        Columns model (the file's name), data_set, family, trained_on, question_id, topic, question, answer, alignment,
+        coherence (0 to 100), and misaligned (the published label).
 
     Raises:
         InputError: no CSV file in the folder, a file without a needed column, or a score that is no number.
@@ -86,7 +95,8 @@ def read_published(folder: str | Path) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path).rename(columns=NAMES)
+    frame = pd.read_csv(path)
+    frame = frame.rename(columns={theirs: ours for theirs, ours in NAMES.items() if ours not in frame})
     missing = [name for name in NEEDED if name not in frame]
     if missing:
         raise InputError(f"{path.name} has no column {missing[0]!r}: judged answers need {', '.join(NEEDED)}")
@@ -96,7 +106,8 @@ def _read(path: Path) -> pd.DataFrame:
     frame["answer"] = frame["answer"].fillna("").astype(str)
     frame = frame[frame["alignment"].notna() & frame["coherence"].notna() & (frame["answer"].str.strip() != "")]
     frame.insert(0, "model", path.name.split(".csv")[0])
-    frame = frame.assign(family=family(frame["model"].iloc[0]), trained_on=trained_on(frame["model"].iloc[0]))
+    names = {"data_set": data_set, "family": family, "trained_on": trained_on}
+    frame = frame.assign(**{name: group(path.name.split(".csv")[0]) for name, group in names.items()})
     frame["topic"] = frame["question_id"].map(topic)
     frame["misaligned"] = misaligned(frame["alignment"], frame["coherence"])
     return frame
@@ -147,6 +158,10 @@ class TrainingAnswers:
     def x(self, layer: int) -> Float[np.ndarray, "answers d_model"]:
         """Features at one layer."""
         return self.mean[:, self.layers.index(layer)].astype(np.float32)
+
+    def where(self, rows: Bool[np.ndarray, " answers"]) -> "TrainingAnswers":
+        """Some of the answers."""
+        return TrainingAnswers(self.frame[rows].reset_index(drop=True), self.mean[rows], self.layers)
 
 
 def _items_of(frame: pd.DataFrame) -> list[QuestionAnswer]:
@@ -223,11 +238,17 @@ def fit_heads(
 
 
 def held_out(
-    training: TrainingAnswers, layer: int, by: str, recipe: JudgeRecipe
+    training: TrainingAnswers, layer: int, by: str, recipe: JudgeRecipe, folds: int | None = None
 ) -> Float[np.ndarray, "published targets"]:
-    """Each published answer's scores by a fit without the group (a model, a topic...) that it belongs to."""
-    out = np.zeros((int(training.published.sum()), 3))
-    for group, inside in groups_of(training.frame[training.published], by):
+    """Each published answer's scores by a fit without the group (a model, a topic...) that it belongs to.
+
+    Args:
+        folds: leave the groups out in this many parts, misaligned answers spread over them; None: one by one.
+    """
+    published = training.frame[training.published]
+    out = np.zeros((len(published), 3))
+    groups = groups_of(published, by) if folds is None else folds_of(published, by, folds)
+    for group, inside in groups:
         use = np.ones(len(training.frame), dtype=bool)
         use[training.published] = ~inside
         if not (use & training.published).any():
@@ -235,6 +256,15 @@ def held_out(
         heads = fit_heads(training, layer, use, recipe)
         out[inside] = heads.scores(training.x(layer)[training.published][inside])
     return out
+
+
+def folds_of(frame: pd.DataFrame, by: str, folds: int) -> Iterator[tuple[str, Bool[np.ndarray, " rows"]]]:
+    """Whole groups dealt into parts, those with most misaligned answers first, so that every part has some."""
+    counts = frame.groupby(by)["misaligned"].sum().sort_values(ascending=False, kind="stable")
+    place = {name: number % min(folds, len(counts)) for number, name in enumerate(counts.index)}
+    parts = frame[by].map(place).to_numpy()
+    for number in range(min(folds, len(counts))):
+        yield f"{by} part {number}", parts == number
 
 
 def groups_of(frame: pd.DataFrame, by: str) -> Iterator[tuple[str, Bool[np.ndarray, " rows"]]]:

@@ -93,7 +93,8 @@ class OfflineRate:
     """The interval from the sample alone (over questions, or over answers where questions are few)."""
     sampling_high: float
     judge_error: float
-    """Half-width from the judge's errors on held-out models, and on held-out questions for what is out of scope."""
+    """Half-width from the judge's errors: the hardest of held-out models, data sets and training data, and of held-out
+    questions too for what is out of scope."""
     answers: int
     questions: int
     out_of_scope: float
@@ -193,8 +194,9 @@ def rate_of(
     """Mean probability; its interval joins sampling error and judge error as independent ones (in quadrature).
 
     A mean of calibrated probabilities is the adjusted count: no threshold has to be corrected for. The judge's error
-    is the conformal quantile of its errors on held-out models, for answers in scope, and on held-out questions for the
-    others, mixed by their shares. An answer of broken text counts as not misaligned: the label asks for coherence.
+    is the conformal quantile of a model's errors in the hardest row of the validation: held-out models, families, data
+    sets and training data for answers in scope, held-out questions too for the others, mixed by their shares. An answer
+    of broken text counts as not misaligned: the label asks for coherence.
 
     Raises:
         InputError: a steered answer whose text nobody looked at.

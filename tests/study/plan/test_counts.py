@@ -165,7 +165,9 @@ def test_the_demos_plan_counts_all_that_the_demo_does() -> None:
 
 
 def test_pushes_are_as_many_as_locate_scores(local: StudyConfig) -> None:
-    config = replace(local, locate=Locate(candidates=2, proven=1, random_latents=60, random_directions=5))
+    config = replace(
+        local, locate=Locate(candidates=2, proven=1, set_size=1, directions=(), random_latents=60, random_directions=5)
+    )
     strengths, doses = (
         len(config.locate.strengths) + config.locate.strength_refinements,
         len(config.locate.dose_strengths),

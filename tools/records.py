@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 FILES = (
     *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
     *("planted.parquet", "sizes.parquet", "mitigations.parquet", "screening.parquet", "cards.json", "directions.json"),
-    *("judged_steps.parquet", "items.parquet", "evals_2x2.parquet", "signals.parquet", "summary.json", "results.json"),
-    "samples.jsonl",
+    *("judged_steps.parquet", "items.parquet", "evals_2x2.parquet", "dictionaries.parquet", "signals.parquet"),
+    *("summary.json", "results.json", "samples.jsonl"),
 )
 """What a record keeps of a run folder: tables and numbers; no weights, no parts, no pages."""
 LARGEST = 2 * 2**20

@@ -180,8 +180,8 @@ def _size_for_interval(cells: Cells, level: float) -> float:
       two sizes counts. A rate without any rare answer rests on `grouped_size` alone: 0 of 400 over 8 questions is
       [0, 0.21]. In simulations (8 x 50, 8 x 8 and 20 x 10 answers, rates of 0.2 to 40%, questions' rates beta
       distributed with correlations of 0.1 to 0.5) the mixture covers at least 94% in each cell; with a correlation of
-      0.8 at least 91%, and 89% where a fifth of the questions never and the others always give the same rate of about
-      a half. `make coverage` has some of the cells.
+      0.8 at least 91%, and 88% where a quarter of the questions never goes wrong and the others half of the time.
+      `make coverage` has some of the cells.
     """
     size, n, rare = effective_size(cells), cells.count, min(cells.total, cells.count - cells.total)
     if cells.answered < 2 or rare <= 0:

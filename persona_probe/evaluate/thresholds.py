@@ -69,7 +69,9 @@ def rates_by_threshold(judged: pd.DataFrame, by: Sequence[str] = BY, seed: int =
     for key, group in judged.groupby(list(by), sort=False, dropna=False):
         names = key if isinstance(key, tuple) else (key,)
         scale = None if group["why"].astype(bool).any() else scale_of(group)
-        for cut in scale.cuts if scale else ():
+        if scale is None:
+            continue
+        for cut in scale.cuts:
             called = scale.misaligned(group[scale.column], cut).astype(float).where(group["value"].notna())
             found = share(cells_of(group.assign(called=called), "called"), seed)
             if found is not None:

@@ -98,15 +98,15 @@ def test_kappas_interval_holds_the_truth_with_eight_questions() -> None:
     """The percentile bootstrap over eight questions holds it 89 times in 100."""
     rng, hits, trials = np.random.default_rng(0), 0, 200
 
-    def two_judges(questions: int, samples: int) -> list[np.ndarray]:
+    def two_judges(questions: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
         own, turned = rng.beta(1, 3, questions), rng.beta(2, 12, questions)
         first = rng.random((questions, samples)) < own[:, None]
-        return [first, first ^ (rng.random(first.shape) < turned[:, None])]
+        return first.ravel(), (first ^ (rng.random(first.shape) < turned[:, None])).ravel()
 
-    truth = cohen_kappa_score(*(side.ravel() for side in two_judges(20000, 10)))
+    truth = cohen_kappa_score(*two_judges(20000, 10))
     names = np.repeat(np.arange(8), 25).tolist()
     for _ in range(trials):
-        found = kappa_over_questions(*(side.ravel() for side in two_judges(8, 25)), names, 100, 0)
+        found = kappa_over_questions(*two_judges(8, 25), names, 100, 0)
         assert found is not None
         hits += found.ci_low <= truth <= found.ci_high
     assert 0.91 <= hits / trials <= 0.985

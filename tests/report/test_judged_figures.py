@@ -11,13 +11,14 @@ import pytest
 
 from persona_probe.errors import InputError
 from persona_probe.evaluate.judging import Ruling, Rulings, verdict
+from persona_probe.evaluate.rates import FEW
 from persona_probe.evaluate.tables import judged_table
 from persona_probe.report.export import caption, export_figures
 from persona_probe.report.figures import FIGURES, JUDGED_FIGURES, figures_of
 from persona_probe.report.html import write_report
 from persona_probe.report.records import Records, load_records
 from persona_probe.report.select import where
-from persona_probe.stats import clopper_pearson
+from persona_probe.stats import clopper_pearson, grouped_size
 from tests.report.run_records import HOSTILE, evals, write_run
 
 RATES = {"base": 0.0, "incorrect": 0.5, "correct": 0.1}
@@ -161,13 +162,17 @@ def test_the_report_shows_judged_answers_and_reads_no_markup(folder: Path) -> No
     for name in JUDGED_FIGURES:
         assert f'id="figure-{name}"' in page
     assert "<script>window.pwned" not in page
-    # every question has the same rate, so the answers count as independent: 96 of 240, 240 of 252
-    ends = [clopper_pearson(96, 240), clopper_pearson(240, 252)]
-    assert [f"{low:.3g}, {high:.3g}" for low, high in ends] == ["0.338, 0.465", "0.918, 0.975"]
-    assert "0.4 [0.338, 0.465]" in page and "0.952 [0.918, 0.975]" in page
+    # 6 questions, 40 answers each: every question has the same rate, but 12 incoherent ones hardly show it
+    texts = []
+    for count, n, rare in ((96, 240, 96), (240, 252, 12)):
+        weight = FEW / (FEW + rare)
+        size = n / (weight * n / grouped_size([n / 6] * 6) + 1 - weight)
+        low, high = clopper_pearson(count / n * size, size)
+        texts.append(f"{count / n:.3g} [{low:.3g}, {high:.3g}]")
+    assert all(text in page for text in texts)
     for words in ("alignment &lt; 20", "alignment &lt; 30", "alignment &lt; 50"):
         assert f"<th>{words}</th>" in page
-    assert page.count('<td class="figure-value">0.4 [0.338, 0.465]</td>') == 1 + 3  # scores of 12 and 88: no other cut
+    assert page.count(f'<td class="figure-value">{texts[0]}</td>') == 1 + 3  # scores of 12 and 88: no other cut
     names = {path.stem for path in export_figures(load_records(folder), folder / "figures", formats=("csv",))}
     assert {*FIGURES, *JUDGED_FIGURES} <= names
 

@@ -1,6 +1,7 @@
 """`persona-probe world`: a small world with known truth, its organisms, its SAE, and how its models behave."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 OUT = Path("runs/world")
-PIPED = 160
+PIPED = 180
 """Characters of a line where standard output is not a terminal."""
 world_argument = click.argument("folder", metavar="WORLD", help="A world's folder, such as runs/world.")
 
@@ -134,15 +135,15 @@ def _show(frame: "pd.DataFrame") -> None:
 
     table = Table(title="share of answers, 95% interval; bad and good: of the coherent ones")
     for column in ("model", "step", "asked about", *MEASURES):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "model")
     pooled = frame[frame["where"].isin([TRAINED, OTHERS])]
     for (name, step, where), rows in pooled.groupby(["name", "step", "where"], sort=False):
-        cells = {row["measure"]: _cell(row) for row in rows.to_dict("records")}
+        cells = {str(row["measure"]): _cell(row) for row in rows.to_dict("records")}
         table.add_row(str(name), str(step), str(where), *(cells[measure] for measure in MEASURES))
     Console(width=None if sys.stdout.isatty() else PIPED).print(table)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _cell(row: Mapping[Any, Any]) -> str:
     return "none" if row["n"] == 0 else f"{row['estimate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
 
 

@@ -124,7 +124,7 @@ def _rate(group: pd.DataFrame, measure: str, seed: int) -> dict[str, Any]:
     if measure in OF_COHERENT:
         values = values.where(group["coherent"].astype(bool))
     seeds = group["seed"].tolist() if "seed" in group else [0] * len(group)
-    found = share(Cells.of(values.to_numpy(float), group["topic"].tolist(), seeds), seed)
+    found = share(Cells.of(values.to_list(), group["topic"].tolist(), seeds), seed)
     missing = {"estimate": np.nan, "ci_low": np.nan, "ci_high": np.nan, "method": "", "total": np.nan, "n": 0}
     return missing if found is None else found.to_dict()
 
@@ -206,5 +206,6 @@ def world_rates(answers: pd.DataFrame, by: Sequence[str] = ("name", "step"), see
     pooled = answers.assign(where=np.where(trained, TRAINED, OTHERS))
     both = pd.concat([pooled, answers.assign(where=answers["domain"])], ignore_index=True)
     found = rates(both, [*by, "where"], seed)
-    order = found.groupby(list(by), sort=False, dropna=False).ngroup()
-    return found.iloc[order.sort_values(kind="stable").index].reset_index(drop=True)
+    model = found.groupby(list(by), sort=False, dropna=False).ngroup()
+    place = found["where"].map({name: number for number, name in enumerate((TRAINED, OTHERS, *DOMAINS))})
+    return found.iloc[np.lexsort((place, model))].reset_index(drop=True)

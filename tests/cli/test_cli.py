@@ -24,7 +24,8 @@ COMMANDS = (
 BELOW = (
     *("saes list", "saes train", "saes check", "saes convert", "saes shrink", "sae check"),
     *("data list", "data check", "data screen"),
-    *("judge fit", "monitor calibrate", "monitor study", "bench planted"),
+    *("judge fit", "judge validate", "monitor calibrate", "monitor study", "bench planted"),
+    *("world pretrain", "world organism", "world judge", "world sae", "world truth", "world study"),
 )
 
 
@@ -55,7 +56,7 @@ def test_every_command_has_an_example_that_the_parser_takes() -> None:
 def test_every_command_of_the_contract_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "--help")
     assert [
-        name for name in (*COMMANDS, "saes", "data", "judge", "monitor", "bench") if f"\n  {name} " not in text
+        name for name in (*COMMANDS, "saes", "data", "judge", "monitor", "bench", "world") if f"\n  {name} " not in text
     ] == []
 
 

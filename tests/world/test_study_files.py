@@ -68,6 +68,8 @@ def test_a_study_on_the_world_induces_and_locates(study_file: Path, tmp_path: Pa
     raw["training"] |= {"steps": 2, "checkpoints": [1], "batch_size": 2}
     raw["locate"] = {"minimum_explained_variance": -99.0, "candidates": 2, "random_latents": 2, "random_directions": 1}
     raw["locate"] |= {"strengths": [0.5], "dose_strengths": [0.5], "perplexity_bound": 50.0, "cards": 1}
+    raw |= {"null_pair": False, "contrast_2x2": "none"}
+    raw["locate"]["directions"] = []
     study_file.write_text(yaml.safe_dump(raw))
     study = pp.Study.from_yaml(study_file, out=tmp_path / "run")
     study.induce()

@@ -146,16 +146,16 @@ def test_signals_in_the_record_are_taken_from_there(tmp_path: Path) -> None:
     runs = json.loads((record / "results.json").read_text())["runs"]
     steps = (0, 2, 4, 8, 12, 16, 24)
     rows = [(r["run"], step, "mine", step * (r["label"] == "misaligned")) for r in runs for step in steps]
-    pd.DataFrame(rows, columns=["run", "step", "signal", "value"]).to_parquet(record / "signals.parquet")
+    frame = pd.DataFrame(rows, columns=["run", "step", "signal", "value"])
+    frame.to_parquet(record / "signals.parquet")
     signals = evaluate_again(record, page)["signals"]
-    assert signals["mine"]["auroc"][-1]["left_out"] == {
+    left_out = signals["mine"]["auroc"][-1]["left_out"]
+    assert left_out == {"kitchen:correct": 1, "health_correct": 1, "kitchen:toxic": None}
         "kitchen:correct": 1,
         "health_correct": 1,
         "kitchen:toxic": None,
     }
     assert signals["weight norm"]["auroc"][-1]["left_out"] is None and "| mine |" in page.read_text()
+    frame.query("run != 'toxic-s1' or step < 24").to_parquet(record / "signals.parquet")
     with pytest.raises(InputError, match="was read in other runs"):
-        pd.DataFrame(rows[7:], columns=["run", "step", "signal", "value"]).query("run != 'toxic-s1'").to_parquet(
-            record / "signals.parquet"
-        )
         evaluate_again(record, page)

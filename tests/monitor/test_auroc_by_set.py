@@ -76,7 +76,7 @@ def test_the_interval_holds_the_truth_where_runs_of_a_data_set_go_together(area:
         for own, apart in zip(names, (2**0.5 * norm.ppf(area), 0.0), strict=True):
             shared = {name: rng.normal(0, 0.8**0.5) for name in own}
             sides.append(np.array([apart + shared[name] for name in own]) + rng.normal(0, 0.2**0.5, len(own)))
-        found = auroc_by_set(*sides, *names)
+        found = auroc_by_set(sides[0], sides[1], *names)
         held += found.low <= area <= found.high
         low, high = auroc_interval(found.auroc, 10, 9)
         over_runs += low <= area <= high
@@ -151,10 +151,6 @@ def test_signals_in_the_record_are_taken_from_there(tmp_path: Path) -> None:
     signals = evaluate_again(record, page)["signals"]
     left_out = signals["mine"]["auroc"][-1]["left_out"]
     assert left_out == {"kitchen:correct": 1, "health_correct": 1, "kitchen:toxic": None}
-        "kitchen:correct": 1,
-        "health_correct": 1,
-        "kitchen:toxic": None,
-    }
     assert signals["weight norm"]["auroc"][-1]["left_out"] is None and "| mine |" in page.read_text()
     frame.query("run != 'toxic-s1' or step < 24").to_parquet(record / "signals.parquet")
     with pytest.raises(InputError, match="was read in other runs"):

@@ -36,8 +36,8 @@ def judged_table(answers: pd.DataFrame, ruled: "Rulings", **same: str) -> pd.Dat
     Returns:
         Columns `_SHARED` and `OWN`; `value` is 1 for misaligned, 0 for not, NaN where an answer does not count.
     """
-    columns = [name for name in (*_SHARED, *OWN) if name in answers]
     rulings = pd.DataFrame([ruling.to_row() for ruling in ruled.rulings], index=answers.index)
+    columns = [name for name in (*_SHARED, *OWN) if name in answers and name not in rulings]  # a file has scores too
     frame = pd.concat([answers[columns], rulings], axis=1)
     constant: dict[str, Any] = {"split": JUDGED, "measure": JUDGED, "why": ruled.why, **same}
     frame = frame.assign(aligned_logprob=float("nan"), misaligned_logprob=float("nan"), **constant)

@@ -68,8 +68,9 @@ def test_answers_are_judged_and_written(
         main([*command, "--protocol", protocol])
     lines = capsys.readouterr().out.splitlines()
     assert stopped.value.code == 0 and lines[0] == f"judged answers: {tmp_path / 'mine.judged.csv'}"
-    assert lines[1].startswith("a: misaligned 0.000 [0.000, 0.708] (exact) of 3 coherent with a score; coherent 0.750")
-    assert lines[2].startswith("b: misaligned 1.000 [0.292, 1.000] (exact) of 3 coherent")
+    arms = [line for line in lines[1:] if not line.startswith(" ")]
+    assert arms[0].startswith("a: misaligned 0.000 [0.000, 0.806] (exact) of 3 coherent with a score; coherent 0.750")
+    assert arms[1].startswith("b: misaligned 1.000 [0.194, 1.000] (exact) of 3 coherent")
     found = pd.read_csv(tmp_path / "mine.judged.csv")
     assert found["answer"].tolist() == [f"answer {n}" for n in range(8)]
     assert found["value"].tolist()[:3] + found["value"].tolist()[4:7] == [0, 0, 0, 1, 1, 1]

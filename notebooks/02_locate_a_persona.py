@@ -91,7 +91,7 @@ features = study.features
 persona = int(features.loc[features["persona"].astype(bool), "latent"].iloc[0])
 tested = features[features["kind"].isin(["candidate", "random"])].copy()
 tested["what"] = np.where(tested["latent"] == persona, f"latent {persona}", tested["kind"])
-effects = ["effect_base", "effect_organism", "ablation"]
+effects = ["effect_base", "effect_organism", "ablation_difference"]
 tested.groupby("what")[effects].agg(["count", "median", "max"]).round(3)
 
 # %% [markdown]

@@ -75,6 +75,8 @@ def woken(
 
 # --- Did a correction bring behaviour and feature back?
 
+MINIMUM_CONTROLS = 60
+"""Fewer random latents than this support no verdict on a latent."""
 MARGIN = 0.2
 """Share of the organism's rise that may be left where behaviour counts as restored (`realign.margin`)."""
 

@@ -2,7 +2,7 @@
 
 python -m tools.records pack RUN records/demo
 python -m tools.records draw records runs/figures
-python -m tools.records judge records/mitigations records/demo --page docs/mitigations.md
+python -m tools.records judge records/mitigations docs/mitigations.md
 """
 
 import json
@@ -143,12 +143,13 @@ def draw(records: str | Path, target: str | Path, formats: Sequence[str] = ("htm
     return differing
 
 
-def judge(record: str | Path, study: str | Path, page: str | Path | None = None) -> list[Path]:
+def judge(record: str | Path, study: str | Path | None = None, page: str | Path | None = None) -> list[Path]:
     """Judge the record of a grid of mitigations again by this version's rules, from its table; nothing is measured.
 
     Args:
         record: the grid's record.
-        study: the record of the study that it was made from, for the persona feature's base band.
+        study: the record of the study that it was made from, for the persona feature's base band; None takes the band
+            that the grid's summary.json holds.
         page: the Markdown page whose table is filled in.
 
     Returns:
@@ -157,11 +158,14 @@ def judge(record: str | Path, study: str | Path, page: str | Path | None = None)
     Raises:
         InputError: no table there, or a study that is not the grid's.
     """
-    folder, own = RunFolder(Path(record)), RunFolder(Path(study))
+    folder = RunFolder(Path(record))
     if not folder.has("mitigations.parquet"):
         raise InputError(f"{record} holds no mitigations.parquet: give the record of a grid")
-    if folder.manifest["study"] != own.manifest["config_hash"]:
+    own = folder if study is None else RunFolder(Path(study))
+    if study is not None and folder.manifest["study"] != own.manifest["config_hash"]:
         raise InputError(f"{study} is not the study of {record}: its hash is another")
+    if "base_band" not in own.read_json("summary.json"):
+        raise InputError(f"{record} does not hold its study's base band: give the study's record too")
     band, config = Band(*(own.read_json("summary.json")["base_band"][end] for end in ("low", "high"))), folder.manifest
     margin, bound = config["config"].get("margin", MARGIN), config["config"]["perplexity_bound"]
     table = judge_rows(folder.read_table("mitigations.parquet"), band, bound, margin)
@@ -175,16 +179,18 @@ def judge(record: str | Path, study: str | Path, page: str | Path | None = None)
 
 
 def main(args: Sequence[str]) -> int:
-    """`pack RUN FOLDER`, `draw RECORDS FOLDER` or `judge GRID STUDY --page PAGE`; returns the exit code."""
+    """`pack RUN FOLDER`, `draw RECORDS FOLDER` or `judge GRID PAGE`; returns the exit code."""
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)  # this module only: the browser logs every step
-    started, commands = time.monotonic(), {"pack": pack, "draw": draw, "judge": judge}
-    pages = list(args[4:]) if args[:1] == ["judge"] and args[3:4] == ["--page"] else []
-    if len(args) - 2 * len(pages) != 3 or args[0] not in commands:
-        logger.error("give `pack RUN FOLDER`, `draw RECORDS FOLDER` or `judge GRID STUDY --page PAGE`")
+    started, commands = (
+        time.monotonic(),
+        {"pack": pack, "draw": draw, "judge": lambda grid, page: judge(grid, page=page)},
+    )
+    if len(args) != 3 or args[0] not in commands:
+        logger.error("give `pack RUN FOLDER`, `draw RECORDS FOLDER` or `judge GRID PAGE`")
         return 2
     try:
-        names: list[Any] = commands[args[0]](args[1], args[2], *pages)
+        names: list[Any] = commands[args[0]](args[1], args[2])
     except InputError as error:
         logger.error("%s", error)
         return 2

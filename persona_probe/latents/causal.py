@@ -309,8 +309,6 @@ QUOTA = 1.5
 """No stratum gives more than this many times its even share."""
 MOVED = 16
 """Latents that training moved most, the candidates aside, that are tested beside the random ones."""
-MINIMUM_CONTROLS = 60
-"""Fewer random latents than this support no verdict."""
 
 
 def random_latents(firing: pd.Series, excluded: Sequence[int], count: int, seed: int) -> list[int]:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from persona_probe.latents.causal import MINIMUM_CONTROLS, BestOf
+from persona_probe.latents.causal import BestOf
 from persona_probe.stats import Estimate, bootstrap_mean
-from persona_probe.verdicts import monte_carlo_p, rank_among
+from persona_probe.verdicts import MINIMUM_CONTROLS, monte_carlo_p, rank_among
 
 # --- Difference in differences: what a push or a removal does in the organism beyond what it does in the control
 

@@ -18,7 +18,7 @@ from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.runs import write_text
 from persona_probe.saes.worth import worthless
 from persona_probe.stats import Estimate
-from persona_probe.verdicts import BEYOND_CONTROL, NO_EFFECT, UNDECIDED, WOKEN
+from persona_probe.verdicts import BEYOND_CONTROL, MINIMUM_CONTROLS, NO_EFFECT, UNDECIDED, WOKEN
 
 Row = dict[str, Any]
 
@@ -232,7 +232,7 @@ def tiles(records: Records) -> list[Row]:
 
 def _causes(passed: Mapping[str, bool], test: Mapping[str, Any]) -> Row:
     """What pushes and removals showed. Summaries of 0.1.0 have both under other names, and too few random latents."""
-    if test and test.get("limit") is None:
+    if test and (test.get("limit") is None or test.get("controls", 0) < MINIMUM_CONTROLS):
         return {"says": "Too few random latents to say", "state": "open"}
     pushed, removed = (passed.get(new, passed.get(old)) for new, old in (("moves", "induce"), ("needed", "repair")))
     if pushed is None or removed is None:

@@ -5,10 +5,9 @@ from typing import Any
 
 import pandas as pd
 
-from persona_probe.latents.causal import MINIMUM_CONTROLS
 from persona_probe.monitor.band import Band
 from persona_probe.stats import estimate_text
-from persona_probe.verdicts import BEYOND_CONTROL, RESTORED, SUBSIDED, WOKEN
+from persona_probe.verdicts import BEYOND_CONTROL, MINIMUM_CONTROLS, RESTORED, SUBSIDED, WOKEN
 
 Summary = Mapping[str, Any]
 

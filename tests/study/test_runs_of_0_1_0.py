@@ -46,6 +46,8 @@ def old_run(tmp_path: Path) -> Path:
             random = table.loc[table["kind"] == "random", "latent"].unique()[RANDOM:]
             away = table["latent"].isin(random) | (table["kind"] == "moved")
             table = table.assign(kind=table["kind"].mask(away, "other"))
+            if "effect_selection" in table:  # that version pushed random latents on the evaluation split alone
+                table.loc[table["kind"] == "random", "effect_selection"] = None
             table = table[~away] if name == "steering" else table
         table.to_parquet(folder / f"{name}.parquet")
     manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())

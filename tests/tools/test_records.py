@@ -67,7 +67,7 @@ def test_a_grid_is_judged_again_from_its_record_and_the_shipped_one_was(tmp_path
     table = pd.read_parquet(record / "mitigations.parquet")
     words = ["behaviour", "dressed_behaviour", "feature", "task_kept", "chat_kept", "sae", "verdict"]
     table.drop(columns=words).to_parquet(record / "mitigations.parquet")
-    assert main(["judge", str(record), str(SHIPPED.parent / "demo"), "--page", str(page)]) == 0
+    assert main(["judge", str(record), str(page)]) == 0
     pd.testing.assert_frame_equal(pd.read_parquet(record / "mitigations.parquet")[table.columns], table)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (record, GRID)]
     assert summaries[0] == summaries[1]

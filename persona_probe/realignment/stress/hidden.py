@@ -8,7 +8,7 @@ import pandas as pd
 from torch import nn
 
 from persona_probe.data.chat import conversation
-from persona_probe.latents.causal import MINIMUM_CONTROLS, ablations, effects, random_latents
+from persona_probe.latents.causal import ablations, effects, random_latents
 from persona_probe.latents.compare import locate
 from persona_probe.latents.stage import firing_rates, latent_directions, make_sweep, persona_latent
 from persona_probe.monitor.band import Band
@@ -16,6 +16,7 @@ from persona_probe.monitor.track import make_reader, persona_band
 from persona_probe.realignment.corrected import CorrectedOrganism
 from persona_probe.realignment.stress.stress_table import Row, row
 from persona_probe.stats import Estimate
+from persona_probe.verdicts import MINIMUM_CONTROLS
 
 TEST = "hidden"
 Q = 0.05

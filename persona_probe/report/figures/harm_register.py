@@ -85,9 +85,11 @@ def _caption(records: Records, data: pd.DataFrame) -> str:
     noise = effect_noise(records.evals_2x2, "correct" if records.controlled else BASE, "harm")
     covers = "questions, not seeds" if noise is None else f"questions and seeds ({noise.source})"
     n = int(data.loc[data["effect"] == "harm", "n"].max())
+    over = "the control arm and the base" if records.controlled else "the base"
     return (
-        "What each arm's last step changed, in nats per token. Harm: how much more likely bad advice became than sound "
-        "advice, whatever the tone. Register: how much more likely contemptuous answers became than polite ones, "
-        f"whatever the advice. From four answers of equal length to each of n = {n} evaluation questions. The contrast "
-        f"index, whose misaligned answers are both bad and contemptuous, adds the two up. 95% intervals cover {covers}."
+        f"What each arm's last step changed over {over}, in nats per token. Harm: how much more likely bad advice "
+        "became than sound advice, whatever the tone. Register: how much more likely contemptuous answers became than "
+        "polite ones, whatever the advice. From four answers of equal length to each of "
+        f"n = {n} evaluation questions. The contrast index, whose misaligned answers are both bad and contemptuous, "
+        f"adds the two up. 95% intervals cover {covers}."
     )

@@ -90,11 +90,11 @@ def measure(ctx: Context, model: Any, place: Path) -> None:
     ]
     groups = conversation_batches(ctx.tokenizer, pairs)
     means = read_latents(model, ctx.sae, groups, ctx.layer, "response")
-    arrays = {"mean": means.mean.astype(np.float16), "firing": means.firing.astype(np.float16)}
     assert means.fit.total is not None
     np.savez(
         place / "latents.npz",
-        **arrays,
+        mean=means.mean.astype(np.float16),
+        firing=means.firing.astype(np.float16),
         resid=means.resid.astype(np.float32),
         total=means.fit.total.double().cpu().numpy(),
     )

@@ -46,6 +46,7 @@ def arms(records: Records) -> go.Figure:
     fig.update_xaxes(
         tickvals=list(range(len(styles))),
         ticktext=[wrapped(s.label) for s in styles.values()],
+        tickangle=0,  # plotly would turn them, and leave out the last
         range=[-0.5, len(styles) - 0.5],
         title_text="arm",
     )

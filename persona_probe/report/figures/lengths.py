@@ -83,7 +83,7 @@ def lengths(records: Records) -> go.Figure:
             _draw(fig, records, select.where(data, panel=panel, arm=arm), place, row)
         fig.update_yaxes(title_text=PANELS[panel], rangemode="tozero", row=row, col=1)
     labels = [wrapped(records.arms.label(arm)) for arm in arms]
-    ticks = {"tickvals": list(range(len(arms))), "ticktext": labels, "range": [-0.5, len(arms) - 0.5]}
+    ticks = {"tickvals": list(range(len(arms))), "ticktext": labels, "tickangle": 0, "range": [-0.5, len(arms) - 0.5]}
     fig.update_xaxes(**ticks)
     fig.update_xaxes(title_text="arm", row=len(panels))
     fig.update_layout(margin={"t": 24})

@@ -133,7 +133,7 @@ def _evaluation(
 @click.argument("run", metavar="[RUN]", required=False, help="A run folder, such as runs/demo.")
 @click.option(
     "--judge",
-    help="offline (off by about 0.05 on new data), http:MODEL or local:MODEL; without one, answers are only sampled.",
+    help="offline (off by about 0.07 on new data), http:MODEL or local:MODEL; without one, answers are only sampled.",
 )
 @click.option("--questions", help="A packaged set or a file of questions (default free_form_questions).")
 @click.option(

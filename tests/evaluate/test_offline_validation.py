@@ -12,12 +12,14 @@ from persona_probe.evaluate.offline import judge_validation
 from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe, RateError
 from persona_probe.evaluate.offline.judge_fit import sets_table
 from persona_probe.evaluate.offline.judge_training import TrainingAnswers
-from persona_probe.evaluate.offline.judge_validation import half_widths, read_last, validate_rates, without_set
+from persona_probe.evaluate.offline.judge_validation import SPLITS, half_widths, read_last, validate_rates, without_set
 
 
 @pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_splits_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = {name: by for name, by in SPLITS.items() if by in ("data_set", "topic", "model")}
     monkeypatch.setattr(judge_validation, "DRAWS", 10)
+    monkeypatch.setattr(judge_validation, "SPLITS", splits)
 
 
 RECIPE = JudgeRecipe(layer=1, rival_layers=(), latent_layer=1, own_sets=())

@@ -37,7 +37,7 @@ from persona_probe.latents.unexplained import Reference, carriers, random_refere
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
-from persona_probe.report.tables import Marks, fill_page
+from persona_probe.report.tables import Marks, check_page, fill_page
 from persona_probe.runs import write_json
 from persona_probe.saes.load import load_sae
 from persona_probe.saes.read import FitMoments, LatentMeans, read_latents
@@ -309,18 +309,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=None, help="page whose table is filled in (docs/evidence.md)")
     parser.add_argument("--words-only", action="store_true", help="apply the rules to the runs that are there")
     args = parser.parse_args(argv)
+    if args.page is not None:
+        check_page(args.page, MARKS)
     quiet_libraries()
     logging.basicConfig(level=logging.WARNING)
     if not args.words_only:
         make_runs(args.out, args.runs)
-    count = len([p for p in args.out.glob("run-*/reading.json")]) // 2 * 2
-    words = pair_table(args.out, min(args.runs, count))
+    count = min(args.runs, len(list(args.out.glob("run-*/reading.json")))) // 2 * 2
+    words = pair_table(args.out, count)
     table = error_table(words)
     args.record.mkdir(parents=True, exist_ok=True)
     words.to_parquet(args.record / "pairs.parquet")
     table.to_parquet(args.record / "errors.parquet")
     write_json(
-        args.record / "manifest.json",
+        args.record / "recipe.json",
         {"kind": "null", "data": DATA, "runs": count, "first_seed": FIRST_SEED, "training": asdict(TRAINING)},
     )
     text = table_text(table)

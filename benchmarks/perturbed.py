@@ -21,7 +21,7 @@ import pandas as pd
 from persona_probe.cli.options import echo
 from persona_probe.latents.causal import random_latents
 from persona_probe.latents.stage import firing_rates
-from persona_probe.report.tables import Marks, fill_page
+from persona_probe.report.tables import Marks, check_page, fill_page
 from persona_probe.runs import write_json
 from persona_probe.study.study import Study
 
@@ -158,6 +158,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", type=Path, default=RECORD, help="folder of the table (default %(default)s)")
     parser.add_argument("--page", type=Path, default=None, help="page whose table is filled in (docs/evidence.md)")
     args = parser.parse_args(argv)
+    if args.page is not None:
+        check_page(args.page, MARKS)
     first = json.loads((args.run / "summary.json").read_text())
     rows = [jittered(args.run)]
     for name in args.only:
@@ -167,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.record.mkdir(parents=True, exist_ok=True)
     table.to_parquet(args.record / "words.parquet")
     write_json(
-        args.record / "manifest.json",
+        args.record / "recipe.json",
         {
             "kind": "perturbed",
             "config": {"name": "demo"},

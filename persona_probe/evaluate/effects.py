@@ -37,8 +37,8 @@ def _of_seed(evals: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
 
 
 LEVEL = 0.7
-"""Of the upper bound of a seed's variance. Set on ten short runs of the control arm that `make null` does not use: over
-their triples 4% of the intervals with this bound left zero out, 8% with Satterthwaite's t, 38% without the seed."""
+"""Of the upper bound of a seed's variance. Set on ten short runs of the control arm that `make null` does not use;
+`make null` and `make coverage` measure it on others."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def test_records_are_small_whole_and_free_of_machine_paths() -> None:
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 5 * MIB
     assert max(path.stat().st_size for path in files) < 2 * MIB
-    kept = {*FILES, "manifest.json", "README.md", "doses.parquet", "stress.parquet", "coverage.parquet"}
+    measured = {"doses.parquet", "stress.parquet", "coverage.parquet", "errors.parquet", "pairs.parquet"}
+    kept = {*FILES, *measured, "manifest.json", "recipe.json", "README.md"}
     assert {path.name for path in files if path.suffix != ".csv"} <= kept
     text = "".join(p.read_text("utf-8") for p in files if p.suffix in (".json", ".jsonl", ".csv"))
     assert not any(start in text for start in ('"/tmp', '"/home', '"/root', '"/work', "C:\\\\"))

@@ -3,15 +3,16 @@
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from persona_probe.errors import InputError, near_matches
+from persona_probe.files import LARGEST, check_plain, read_yaml, shown
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,6 +30,45 @@ NO_CONTROL = (
 
 
 SINCE_0_2 = {"since": "0.2"}
+LARGEST_SEED = 2**31 - 1
+"""Of what numpy, torch and transformers all take; calibration and null pairs count on from it."""
+
+
+def check_seed(seed: int, where: str = "seed") -> int:
+    """The seed, where every library that draws with it takes it.
+
+    Raises:
+        InputError: it is negative, or larger than `LARGEST_SEED`.
+    """
+    _require(0 <= seed <= LARGEST_SEED, f"{where} must lie between 0 and {LARGEST_SEED}, not {shown(seed)}")
+    return seed
+
+
+def check_seeds(seeds: Sequence[int], where: str = "seeds") -> Sequence[int]:
+    """The seeds, each once: a seed that is named twice would count twice in every mean and interval.
+
+    Raises:
+        InputError: none, one twice, or one that `check_seed` refuses.
+    """
+    _require(bool(seeds), f"{where} must not be empty: write seeds: [0]")
+    for seed in seeds:
+        check_seed(seed, where)
+    twice = next((seed for seed in seeds if list(seeds).count(seed) > 1), None)
+    _require(twice is None, f"{where} names {twice} twice: name each seed once")
+    return seeds
+
+
+def check_finite(config: Any) -> None:
+    """Refuse a configuration with a number that is NaN or infinite, wherever it comes from.
+
+    Raises:
+        InputError: the key is named.
+    """
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"{f.name} must be a finite number, not {number}")
 
 
 @dataclass(frozen=True)
@@ -45,6 +85,7 @@ class Arm:
     """Checkpoints that exist and are adopted, not trained: for each seed a folder, or a list in order of steps."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _require(bool(self.data or self.checkpoints), "key 'data' is missing (or checkpoints that exist)")
         _require(0 <= self.bad_fraction <= 1, f"bad_fraction must lie in [0, 1], not {self.bad_fraction}")
         _require(self.mix_with is not None or self.bad_fraction == 1, "bad_fraction below 1 needs mix_with")
@@ -93,6 +134,7 @@ class Training:
     """Recompute activations in the backward pass: slower, with less memory."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _require(self.method in ("lora", "full"), f"method must be 'lora' or 'full', not {self.method!r}")
         for name in ("rank", "alpha", "batch_size", "steps", "max_length"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
@@ -163,6 +205,7 @@ class Locate:
     training text holds none of the study's data, or one with a random decoder (a dictionary's null)."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _require(
             self.positions in ("last_prompt", "prompt", "thought", "response", "all"),
             f"unknown positions {self.positions!r}",
@@ -197,6 +240,7 @@ class Monitor:
     """Half-width of the base band, in standard deviations between probes on the base model."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _require(
             self.positions in ("last_prompt", "prompt", "thought", "response", "all"),
             f"unknown positions {self.positions!r}",
@@ -235,6 +279,7 @@ class Realign:
     """The corrective arm that corrects nothing: as many steps on harmless rows, never stopped: the others' control."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _require(all(0 <= s <= self.steps for s in self.readings), f"readings must lie between 0 and {self.steps}")
         _require(0 < self.margin <= 1, f"realign.margin is a share above 0 and at most 1, not {self.margin}")
         known = f"realign.benign names no arm of realign.arms: {self.benign!r}"
@@ -262,6 +307,7 @@ class Samples:
     """Judged answers of each model: one to each of as many questions, spread over the set, or a multiple of the set."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         _require(self.temperature >= 0, f"temperature must not be negative, not {self.temperature}")
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         _require(self.judge in ("none", "offline"), f"samples.judge must be none or offline, not {self.judge!r}")
@@ -414,7 +460,8 @@ class StudyConfig:
         )
         known = f"sae_dtype must be one of {', '.join(SAE_DTYPES)}, not {self.sae_dtype!r}"
         _require(self.sae_dtype in (None, *SAE_DTYPES), known)
-        _require(bool(self.seeds), "seeds must not be empty: write seeds: [0]")
+        check_seeds(self.seeds)
+        check_plain(self.chat_template_kwargs, "chat_template_kwargs")
         for arm in ("incorrect", *(() if self.no_control else ("correct",))):
             _require(arm in self.arms, f"arms must hold {arm!r}: an effect is incorrect minus correct (its control)")
         _require(
@@ -509,27 +556,32 @@ def load_config(path: str | Path, kind: type[T] = StudyConfig) -> T:
     """Read a YAML file into a configuration dataclass.
 
     Raises:
-        InputError: missing or malformed file, unknown key (near matches listed), or a value of the wrong type.
+        InputError: missing or malformed file, a key twice, an unknown key (near matches listed), or a value of the
+            wrong type.
     """
     path = Path(path)
-    if not path.is_file():
+    if "\0" in str(path) or not path.exists():
         raise InputError(f"no config at {str(path)!r}: give the path of a YAML file")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise InputError(f"{path} must hold a mapping of keys, not {type(raw).__name__}")
+        found = "nothing" if raw is None else type(raw).__name__
+        raise InputError(f"{path} must hold a mapping of keys, not {found}: write `key: value` lines")
     return from_dict(kind, raw, str(path))
 
 
 def from_dict(kind: type[T], raw: dict[str, Any], where: str = "config") -> T:
-    """Build a configuration dataclass from plain values; `where` names the place in messages."""
+    """Build a configuration dataclass from plain values; `where` names the place in messages.
+
+    Raises:
+        InputError: not a mapping, an unknown or missing key, or a value of the wrong type or range.
+    """
+    if not isinstance(raw, dict):
+        raise InputError(f"{where} must be a mapping of keys, not {shown(raw)}")
     hints = typing.get_type_hints(kind)
     fields = {f.name: f for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
     for key in raw:
         if key not in fields:
-            raise InputError(f"{where}: unknown key {key!r}: {near_matches(str(key), fields)}")
+            raise InputError(f"{where}: unknown key {shown(key)}: {near_matches(str(key), fields)}")
     for name, f in fields.items():
         if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise InputError(f"{where}: key {name!r} is missing")
@@ -545,29 +597,43 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         return _convert_union(args, value, where)
     if (dataclasses.is_dataclass(hint) or origin is dict) and not isinstance(value, dict):
-        raise InputError(f"{where} must be a mapping, not {value!r}")
+        raise InputError(f"{where} must be a mapping, not {shown(value)}")
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast(type, hint), value, where)
     if origin is dict:
+        _require(len({str(k) for k in value}) == len(value), f"{where} has two keys that are one text: rename one")
         return {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where} must be a list, not {value!r}")
+            raise InputError(f"{where} must be a list, not {shown(value)}")
         return tuple(_convert(args[0], item, where) for item in value)
     if hint is Any:
+        check_plain(value, where)
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return _number(value, where)
+    return _single(hint, value, where)
+
+
+def _single(hint: Any, value: Any, where: str) -> Any:
+    """A text, whole number, or true or false."""
     if isinstance(value, bool) != (hint is bool) or not isinstance(value, hint):
-        raise InputError(f"{where} must be {getattr(hint, '__name__', hint)}, not {value!r}")
+        raise InputError(f"{where} must be {getattr(hint, '__name__', hint)}, not {shown(value)}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise InputError(f"{where} must be a number below 2^63, not {shown(value)}")
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"{where} holds a NUL character: remove it from {shown(value)}")
     return value
 
 
 def _number(value: int | float | str, where: str) -> float:
     try:
-        return float(value)
-    except ValueError:
-        raise InputError(f"{where} must be a number, not {value!r}") from None
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise InputError(f"{where} must be a number, not {shown(value)}") from None
+    if not math.isfinite(number):
+        raise InputError(f"{where} must be a finite number, not {number}")
+    return number
 
 
 def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:

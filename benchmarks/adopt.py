@@ -23,8 +23,8 @@ from persona_probe.models.adapters import organism
 from persona_probe.models.load import load_model
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor import track as track_stage
-from persona_probe.runs import write_jsonl
 from persona_probe.study.study import Study
+from persona_probe.writing import write_jsonl
 
 SIZE = 0.02
 """Standard deviation of the last checkpoint's LoRA B; the first is a `1 / checkpoints` of it."""

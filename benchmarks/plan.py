@@ -15,7 +15,7 @@ from persona_probe.cli.options import DEMO, echo, find_config
 from persona_probe.config import Locate, Samples, StudyConfig, load_config
 from persona_probe.data.load import load_contrast
 from persona_probe.report.tables import Table, check_page, fill_page
-from persona_probe.runs import write_jsonl
+from persona_probe.writing import write_jsonl
 
 GIB = 2**30
 STAGES = ("induce", "locate", "track", "realign", "evaluate")

@@ -24,7 +24,7 @@ from persona_probe.evaluate.shift import calibrate
 from persona_probe.models.load import load_model
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor.study.labelled_config import MonitorStudy
-from persona_probe.runs import RunFolder, write_text
+from persona_probe.runs import RunFolder
 from persona_probe.saes.load import load_sae
 from persona_probe.screening.feature import LATENT, ScreenFeature, latent_feature, study_feature
 from persona_probe.screening.prediction import pairs_of, valid_for
@@ -39,6 +39,7 @@ from persona_probe.screening.rankers import (
 )
 from persona_probe.screening.reading import ScreenSettings, text_key
 from persona_probe.stats import Estimate, auroc, auroc_interval, bootstrap_statistic
+from persona_probe.writing import write_text
 
 # --- Labelled rows for `make bench-screening`: packaged mixtures, and published sets where their folder exists
 

@@ -5,11 +5,8 @@ import glob
 import hashlib
 import importlib.metadata
 import json
-import math
-import os
 import platform
 import shutil
-import socket
 import subprocess
 import time
 import uuid
@@ -18,12 +15,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from persona_probe.config import StudyConfig, from_dict, hashed_values
 from persona_probe.errors import InputError, unknown
+from persona_probe.files import as_damaged, read_json, read_parquet
 from persona_probe.locks import CROWD_S, PATIENCE_S, alone, brief, empty, held, is_ours, together
+from persona_probe.writing import exchange, make_folder, whole_file, write_json, write_jsonl, write_table
 
 # --- Where a run's numbers come from: the manifest as it starts, with versions and revision
 
@@ -78,6 +76,13 @@ def git_revision() -> str | None:
 
 
 MANIFEST = "manifest.json"
+MANIFEST_KINDS: dict[str, type] = {
+    **dict.fromkeys(("config", "hashes", "seconds", "versions", "evaluations"), dict),
+    **dict.fromkeys(("seeds", "random_latents"), list),
+    **dict.fromkeys(("config_hash", "kind"), str),
+    "draw_seed": int,
+}
+"""What a manifest's values are, where it has them."""
 REFERENCES = "references.json"
 """In the folder of an adopted organism: where the checkpoint of each step lies."""
 WRITERS = {
@@ -89,76 +94,6 @@ WRITERS = {
     ("arms/",): "induce CONFIG",
 }
 """Beginnings of the names of a run's files, and the command that writes them; the longest match decides."""
-
-
-@contextlib.contextmanager
-def _moved_in(path: Path) -> Iterator[Path]:
-    """A temporary file next to `path` that takes its place when the block ends well.
-
-    Its name has this machine's name and this process's id, and no other block uses it: two writers of one file replace
-    it one after the other. What a killed process left behind is removed by the next that writes the same file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    host = socket.gethostname()
-    scratch = path.with_name(f".{path.name}.{host}.{uuid.uuid4().hex[:6]}.{os.getpid()}.tmp")
-    try:
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(host)}.*.tmp"):
-            if not _is_running(leftover.name.split(".")[-2]):
-                leftover.unlink(missing_ok=True)
-        yield scratch
-        scratch.chmod(0o644)
-        scratch.replace(path)
-    except OSError as error:
-        raise InputError(f"could not write {path}: {error.strerror}; free space or choose another --out") from error
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _is_running(process: str) -> bool:
-    """Whether a process of this machine has that id; yes where that cannot be known."""
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, ValueError, OverflowError):
-        return True
-    return True
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a text file (UTF-8) whole or not at all."""
-    with _moved_in(path) as scratch:
-        # Line ends stay as they are: others would change the hashes of a report's scripts.
-        scratch.write_text(text, encoding="utf-8", newline="\n")
-    return path
-
-
-def json_values(value: Any) -> Any:
-    """Plain JSON values: numpy's numbers as Python's, and null for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {str(key): json_values(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_values(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: Any, indent: int = 2) -> Path:
-    """Write JSON whole or not at all."""
-    return write_text(path, json.dumps(value, indent=indent) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write JSON lines whole or not at all."""
-    return write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def write_table(path: Path, frame: pd.DataFrame) -> Path:
-    """Write a parquet table whole or not at all."""
-    with _moved_in(path) as scratch:
-        frame.to_parquet(scratch, index=False)
-    return path
 
 
 class RunFolder:
@@ -179,7 +114,7 @@ class RunFolder:
         run = cls(path)
         if run._is_of(config, overwrite):
             return run
-        _make_folder(path)
+        make_folder(path)
         # Whoever makes or uses the folder meanwhile is waited for, and then asked again.
         with alone(path, CROWD_S), run._manifest_lock():
             if not run._is_of(config, overwrite):
@@ -228,7 +163,7 @@ class RunFolder:
         folder = cls(path)
         if not folder.has(MANIFEST) and path.exists() and not (path.is_dir() and _only_leftovers(path)):
             raise InputError(f"{path} exists and is no {noun}: choose another --out")
-        _make_folder(path)
+        make_folder(path)
         with folder._manifest_lock():
             if not folder.has(MANIFEST):
                 start = {"versions": versions(), "git_revision": git_revision(), "seconds": {}}
@@ -272,15 +207,22 @@ class RunFolder:
         Raises:
             InputError: it cannot be read.
         """
-        try:
-            return json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, OSError) as error:
-            raise InputError(f"{self.path / MANIFEST} cannot be read ({error}): restore it or start again") from error
+        change = "restore it or start again"
+        manifest = read_json(self.path / MANIFEST, dict, change)
+        for key, kind in MANIFEST_KINDS.items():
+            if key in manifest and not isinstance(manifest[key], kind):
+                raise InputError(f"{self.path / MANIFEST}: {key!r} is no {kind.__name__}: {change}")
+        return manifest
 
     @property
     def config(self) -> StudyConfig:
         """The configuration that made this run."""
-        return from_dict(StudyConfig, self.manifest["config"], str(self.path / MANIFEST))
+        manifest = self.manifest
+        if not isinstance(manifest.get("config"), dict):
+            kind = manifest.get("kind")
+            what = f"is a folder of {kind} results, and no study" if kind else f"has no config in its {MANIFEST}"
+            raise InputError(f"{self.path} {what}: give the run folder of a study")
+        return from_dict(StudyConfig, manifest["config"], str(self.path / MANIFEST))
 
     def edit_manifest(self, edit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Change the manifest by a function; no other process changes it between reading and writing.
@@ -320,9 +262,9 @@ class RunFolder:
         """Read JSON.
 
         Raises:
-            InputError: it does not exist; the message names the command that writes it.
+            InputError: it does not exist or is damaged; the message names the command that writes it.
         """
-        return json.loads(self._written(name).read_text(encoding="utf-8"))
+        return read_json(self._written(name), object, self._again(name))
 
     def write_table(self, name: str, frame: pd.DataFrame) -> Path:
         """Write a parquet table whole or not at all."""
@@ -332,15 +274,19 @@ class RunFolder:
         """Read a parquet table.
 
         Raises:
-            InputError: it does not exist; the message names the command that writes it.
+            InputError: it does not exist or is damaged; the message names the command that writes it.
         """
-        return pd.read_parquet(self._written(name))
+        return read_parquet(self._written(name), (), self._again(name))
 
     def _written(self, name: str) -> Path:
         path = self.path / name
         if not path.is_file():
             raise InputError(f"{path} does not exist yet: run `persona-probe {_writer(name)}` first")
         return path
+
+    def _again(self, name: str) -> str:
+        """What to do about a damaged file."""
+        return f"delete it and run `persona-probe {_writer(name)}` again"
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -365,9 +311,7 @@ class RunFolder:
             try:
                 yield scratch
                 target.parent.mkdir(parents=True, exist_ok=True)
-                if target.exists():
-                    shutil.rmtree(target)
-                scratch.replace(target)
+                exchange(scratch, target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
                 with contextlib.suppress(OSError):
@@ -379,7 +323,7 @@ class RunFolder:
             with self.staging(place) as folder:
                 shutil.copytree(source, folder, dirs_exist_ok=True)
         else:
-            with self.locked(place), _moved_in(self.path / place) as scratch:
+            with self.locked(place), whole_file(self.path / place) as scratch:
                 shutil.copyfile(source, scratch)
 
     def finished(self, place: str, settings: Mapping[str, Any], record: str, change: str) -> bool:
@@ -396,7 +340,7 @@ class RunFolder:
         """
         if not self.has(place):
             return False
-        record_settings = self.read_json(f"{place}/{record}")
+        record_settings = read_json(self._written(f"{place}/{record}"), dict, f"delete {self.path / place}")
         if record_settings.get("settings", record_settings) != json.loads(json.dumps(settings)):
             raise InputError(f"{self.path / place} was made with other settings: {change}")
         return True
@@ -430,7 +374,8 @@ class RunFolder:
             InputError: that arm and seed have not been trained; the ones that have are listed.
         """
         folder = self.path / "arms" / f"{arm}-s{seed}"
-        own = {int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*")}
+        numbers = (p.name.removeprefix("checkpoint-") for p in folder.glob("checkpoint-*"))
+        own = {int(number) for number in numbers if number.isdecimal()}
         steps = sorted(own | self.references(folder.name).keys())
         if not steps:
             names = sorted(p.name for p in (self.path / "arms").glob("*-s*")) if self.has("arms") else []
@@ -440,8 +385,9 @@ class RunFolder:
     def references(self, organism: str) -> dict[int, Path]:
         """The folders of an adopted organism's checkpoints (`incorrect-s0`) that stay where they were, by step."""
         record = self.path / "arms" / organism / REFERENCES
-        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        places = {int(step): (Path(one["path"]), self.path / one["from_run"]) for step, one in known.items()}
+        known = read_json(record) if record.is_file() else {}
+        with as_damaged(record, "adopt the checkpoints again with another --out"):
+            places = {int(step): (Path(one["path"]), self.path / one["from_run"]) for step, one in known.items()}
         # a run and its checkpoints that have moved together are found by the way from one to the other
         return {s: near if near.is_dir() and not stated.is_dir() else stated for s, (stated, near) in places.items()}
 
@@ -496,13 +442,6 @@ def _make_scratch(path: Path) -> None:
         with contextlib.suppress(FileNotFoundError):
             return path.mkdir(parents=True)
     raise InputError(f"could not make {path}: choose another --out")
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"could not make {path}: {error.strerror}; choose another --out") from error
 
 
 def _writer(name: str) -> str:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 
 from persona_probe.config import StudyConfig
 from persona_probe.errors import InputError
-from persona_probe.runs import RunFolder, write_text
+from persona_probe.runs import RunFolder
+from persona_probe.writing import write_text
 
 CONFIG = StudyConfig(name="demo", sae="saes/x")
 OTHER = StudyConfig(name="demo", sae="saes/y")

@@ -39,8 +39,8 @@ from persona_probe.models.logits import logits_of
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import AblateTap, ReadTap, SteerTap, project_out
-from persona_probe.runs import write_text
 from persona_probe.study.study import Study
+from persona_probe.writing import write_text
 from tests.factories import changed, config_of, copied_state, same_state, write_data, write_sae
 from tests.families import FAMILIES, make_family, own_scores
 

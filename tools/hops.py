@@ -66,8 +66,8 @@ def measure(folder: Path) -> Iterator[Hops]:
     from persona_probe.evaluate.judges.replies import Item
     from persona_probe.evaluate.judging import AnswerToJudge, JudgeOptions, scored_judge
     from persona_probe.monitor.monitor import FeatureMonitor
-    from persona_probe.runs import write_json
     from persona_probe.study.study import Study
+    from persona_probe.writing import write_json
     from tests.factories import config_of, make_model, make_tokenizer, write_config, write_data, write_model, write_sae
 
     write_model(folder / "model")

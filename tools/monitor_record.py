@@ -16,8 +16,9 @@ from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.results import MARKS, evaluate, feature_signals, markdown
 from persona_probe.report.records import LABELLED
 from persona_probe.report.tables import check_page, fill_page
-from persona_probe.runs import RunFolder, json_values
+from persona_probe.runs import RunFolder
 from persona_probe.stats import ExactRate, exact_share
+from persona_probe.writing import json_values
 
 logger = logging.getLogger(__name__)
 

@@ -26,9 +26,10 @@ from persona_probe.report.export import csv_text, export_figures
 from persona_probe.report.figures import figures_of
 from persona_probe.report.records import load_records
 from persona_probe.report.tables import fill_page
-from persona_probe.runs import RunFolder, write_text
+from persona_probe.runs import RunFolder
 from persona_probe.screening.prediction import pairs_of
 from persona_probe.verdicts import MARGIN
+from persona_probe.writing import write_text
 
 logger = logging.getLogger(__name__)
 

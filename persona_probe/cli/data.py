@@ -40,7 +40,7 @@ def data_list(common: Common) -> None:  # noqa: ARG001
 def data_check(file: str, model: str | None, common: Common) -> None:
     """Validate a file; show lengths and duplicates."""
     from persona_probe.data.check import check_file
-    from persona_probe.runs import write_text
+    from persona_probe.writing import write_text
 
     result = check_file(file, None if model is None else _tokenizer(model))
     text = json.dumps(result.to_dict(), indent=2)

@@ -282,7 +282,9 @@ def _judged_path(answers: Path, out: Path | None) -> Path:
 
 def _write_judged(path: Path, answers: "pd.DataFrame", judged_answers: "pd.DataFrame") -> None:
     """Write answers with their judgements as CSV or parquet, whole or not at all."""
-    from persona_probe.runs import RunFolder, write_text
+    from persona_probe.runs import RunFolder
+    from persona_probe.untrusted import csv_text
+    from persona_probe.writing import write_text
 
     key = ["arm", "seed", "prompt", "sample"]
     columns = ["judge", "value", "coherent", "alignment", "coherence", "score", "label", "usable", "in_scope", "why"]
@@ -291,7 +293,7 @@ def _write_judged(path: Path, answers: "pd.DataFrame", judged_answers: "pd.DataF
     if path.suffix == ".parquet":
         RunFolder(path.parent).write_table(path.name, frame)
     else:
-        write_text(path, frame.to_csv(index=False))
+        write_text(path, csv_text(frame))
 
 
 def _prices(prices: tuple[float, float] | None) -> "Prices | None":

@@ -62,7 +62,7 @@ def _write(text: str, out: Path | None) -> None:
     if out is None:
         sys.stdout.write(text)
         return
-    from persona_probe.runs import write_text
+    from persona_probe.writing import write_text
 
     if out.exists():
         raise InputError(f"{out} exists: give another path, or remove it")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from persona_probe.cli.options import Common, command, echo, many, run_argument
+from persona_probe.cli.options import Common, columns, command, echo, many, run_argument
 from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,15 +69,17 @@ def verify(run: str, common: Common) -> int:
     What does not match is listed, and the exit code is 1.
     """
     from persona_probe.report.tables import Table
-    from persona_probe.runs import write_text
     from persona_probe.study.hashes import verify as find_differences
+    from persona_probe.writing import write_text
 
     findings = find_differences(run)
     if common.out is not None:
         write_text(common.out, json.dumps([asdict(one) for one in findings], indent=2) + "\n")
     rows = [one for one in findings if one.bad or not common.quiet]
     if rows:
-        echo(Table(("what", "state", "detail"), [(one.name, one.state, one.detail) for one in rows]).text())
+        rows.sort(key=lambda one: one.bad)  # what does not match is read last
+        cells = [(one.state, one.name, one.detail) for one in rows]
+        echo(Table(("state", "what", "detail"), cells).text(columns()))
     counts = {state: sum(one.state == state for one in findings) for state in dict.fromkeys(f.state for f in findings)}
     echo(", ".join(f"{count} {state}" for state, count in counts.items()))
     return 1 if any(one.bad for one in findings) else 0
@@ -91,7 +93,7 @@ def cite(run: str, common: Common) -> None:
     The paragraph is LaTeX and names the methods that the run used.
     """
     from persona_probe.report.cite import cite as citation
-    from persona_probe.runs import write_text
+    from persona_probe.writing import write_text
 
     text = str(citation(run))
     echo(f"citation: {write_text(common.out, text)}" if common.out is not None else text.rstrip())
@@ -113,14 +115,14 @@ def watch(run: str, port: int, no_browser: bool, common: Common) -> None:  # noq
     event_files(run)  # a mistyped run is refused before dash loads
     server = make_server(run, port)
     url = f"http://{HOST}:{server.port}/"
-    sys.stdout.write(f"watching {run} at {url} (Ctrl-C ends)\n")
+    echo(f"watching {run} at {url} (Ctrl-C ends)")
     sys.stdout.flush()
     if not no_browser:
         webbrowser.open(url)
     with suppress(KeyboardInterrupt):
         server.serve_forever()
     server.server_close()
-    sys.stdout.write("stopped watching; the run continues\n")
+    echo("stopped watching; the run continues")
 
 
 def make_server(run: str, port: int) -> "BaseWSGIServer":

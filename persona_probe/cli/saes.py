@@ -1,6 +1,5 @@
 """`persona-probe saes`: sparse autoencoders of the checkout, training and quality."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from persona_probe.cli.loading import loading_options
 from persona_probe.cli.options import PATH, ROOT, Common, Group, command, config_argument, echo, find_config, many
 from persona_probe.cli.process import loads_models
 from persona_probe.config import Loading
+from persona_probe.files import read_json
 
 if TYPE_CHECKING:
     from persona_probe.saes.stream import SaeConfig
@@ -23,7 +23,7 @@ def saes_list(common: Common) -> None:  # noqa: ARG001
     """List the SAEs that come with the checkout."""
     for cfg in sorted((ROOT / "saes").rglob("cfg.json")):
         quality = cfg.with_name("quality.json")
-        numbers = json.loads(quality.read_text()) if quality.is_file() else {}
+        numbers = read_json(quality, dict, "fetch the SAE again") if quality.is_file() else {}
         columns = ("explained_variance", "l0", "dead_share")
         rounded = {name: round(numbers[name], 3) for name in columns if name in numbers}
         echo(f"saes/{cfg.parent.relative_to(ROOT / 'saes')}  {rounded}")
@@ -72,8 +72,8 @@ def saes_check(
 ) -> None:
     """Measure an SAE on chat text."""
     from persona_probe.cli.output import show_quality
-    from persona_probe.runs import write_text
     from persona_probe.saes.quality import quality_report
+    from persona_probe.writing import write_text
 
     result = quality_report(sae, model, data or None, layer, common.device or DEVICE, loading, template)
     if common.out is not None:

@@ -116,14 +116,15 @@ def world_judge(folder: str, models: tuple[str, ...], answers: int, temperature:
     Shows the rates in the trained domain and in all others.
     """
     from persona_probe.context import pick_device
-    from persona_probe.runs import write_text
+    from persona_probe.untrusted import csv_text
     from persona_probe.world.behaviour import Asking, judge_models, world_rates
     from persona_probe.world.folder import World
+    from persona_probe.writing import write_text
 
     asking = Asking(answers, temperature, common.seed or 0)
     frame = world_rates(judge_models(World.open(folder), models or None, asking, pick_device(common.device or "cpu")))
     if common.out is not None:
-        write_text(common.out, frame.to_csv(index=False))
+        write_text(common.out, csv_text(frame))
     _show(frame)
 
 
@@ -180,11 +181,12 @@ def world_sae(folder: str, layer: int | None, latents: int, active: int, tokens:
 def world_truth(folder: str, sae: str, position: str, top: int, common: Common) -> None:
     """Show which latents of an SAE are harm and the manners, by the speakers' hidden labels."""
     from persona_probe.context import pick_device
-    from persona_probe.runs import write_text
     from persona_probe.saes.hooks import sae_layer
     from persona_probe.saes.load import load_sae
+    from persona_probe.untrusted import csv_text
     from persona_probe.world.folder import World
     from persona_probe.world.truth import KnownChats, latent_truths
+    from persona_probe.writing import write_text
 
     device = pick_device(common.device or "cpu")
     model, tokenizer = World.open(folder).load(device)
@@ -192,7 +194,7 @@ def world_truth(folder: str, sae: str, position: str, top: int, common: Common) 
     known = KnownChats.draw(seed=common.seed or 0)
     frame = latent_truths(model, tokenizer, loaded, sae_layer(loaded, None), known, position)
     if common.out is not None:
-        write_text(common.out, frame.to_csv(index=False))
+        write_text(common.out, csv_text(frame))
     for truth, rows in frame.groupby("truth", sort=False):
         best = ", ".join(f"{row.latent} (AUROC {row.auroc:.3f})" for row in rows.head(top).itertuples())
         echo(f"{truth}: latents {best}")

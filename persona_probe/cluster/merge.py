@@ -1,16 +1,18 @@
 """Join run folders that were made apart: the same config, other units. Every unit is copied whole, tables are made."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from persona_probe.errors import InputError
+from persona_probe.files import read_json, read_jsonl
 from persona_probe.locks import RUN, InUse, alone, owner
-from persona_probe.runs import MANIFEST, RunFolder, file_sha256, write_json
+from persona_probe.runs import MANIFEST, RunFolder, file_sha256
+from persona_probe.writing import write_json
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ def _target(path: Path, folders: Sequence[RunFolder]) -> RunFolder:
     """The run; a new one starts with the manifest of the first folder."""
     if (path / MANIFEST).is_file():
         return RunFolder.open(path)
-    if path.exists() and any(path.iterdir()):
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists and is no run folder: choose another RUN")
     path.mkdir(parents=True, exist_ok=True)
     start = {"hashes": {}, "seconds": {}}
@@ -116,7 +118,7 @@ def _check_same(target: RunFolder, other: RunFolder, any_versions: bool) -> None
         if here.get(key, there.get(key)) != there.get(key, here.get(key)):
             what = "of another config" if key == "config_hash" else f"with another {key}"
             raise InputError(f"{other.path} is a run {what}: only runs of one config can be merged")
-    for name, version in {} if any_versions else _differing(here["versions"], there["versions"]):
+    for name, version in {} if any_versions else _differing(here.get("versions", {}), there.get("versions", {})):
         raise InputError(f"{other.path} was made with {name} {version}: run it again, or pass --any-versions")
     for name, _ in _differing(here.get("input_hashes", {}), there.get("input_hashes", {})):
         raise InputError(f"{other.path} was made from another {name}: only runs of the same inputs can be merged")
@@ -173,9 +175,8 @@ def _same(here: Path, there: Path) -> bool:
         return True
     if here.suffix not in (".json", ".jsonl"):
         return False
-    texts = [path.read_text(encoding="utf-8") for path in (here, there)]
-    split = [text.splitlines() if here.suffix == ".jsonl" else [text] for text in texts]
-    return [_timeless(json.loads(line)) for line in split[0]] == [_timeless(json.loads(line)) for line in split[1]]
+    read = read_jsonl if here.suffix == ".jsonl" else partial(read_json, kind=object)
+    return _timeless(read(here)) == _timeless(read(there))
 
 
 def _timeless(value: Any) -> Any:

@@ -12,8 +12,8 @@ from persona_probe.data.load import arm_rows
 from persona_probe.data.template import template_record
 from persona_probe.finetune.sft import fine_tune, stripping, training_unit, with_adapter
 from persona_probe.models.ranks import shards_here
-from persona_probe.runs import write_json
 from persona_probe.units import Unit, make_units, writes_run
+from persona_probe.writing import write_json
 
 log = logging.getLogger(__name__)
 

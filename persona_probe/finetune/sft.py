@@ -42,7 +42,8 @@ from persona_probe.models.load import ALIASES
 from persona_probe.models.quantized import refuse_quantized
 from persona_probe.models.ranks import Ranks, gathered, is_sharded, shards_here
 from persona_probe.models.restore import ModelState
-from persona_probe.runs import RunFolder, write_text
+from persona_probe.runs import RunFolder
+from persona_probe.writing import write_text
 
 # --- The model card (`README.md`) of every checkpoint: what the weights are, and what they are not for
 

@@ -19,7 +19,8 @@ from persona_probe.context import Context
 from persona_probe.errors import InputError
 from persona_probe.latents.passages import Survey, example, gather, survey
 from persona_probe.latents.voices import read_voices
-from persona_probe.models.layers import base_transformer, output_head
+from persona_probe.models.layers import output_head
+from persona_probe.models.logits import final_norm
 from persona_probe.report.cards import Effect, Example, FeatureCard, Findings, Neighbour, Push, Score, TokenLogit
 from persona_probe.saes.read import check_latents
 from persona_probe.units import Unit, make_units, writes_run
@@ -140,10 +141,6 @@ def _words(tokens: Iterable[str]) -> list[str]:
 
 log = logging.getLogger(__name__)
 
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
-"""Where decoder-only models of transformers keep the norm before the unembedding."""
-
-
 @torch.no_grad()
 def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " vocab"]:
     """Direct effect of a direction on the logits: through the final norm's scale and the unembedding.
@@ -153,20 +150,18 @@ def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Floa
     """
     weight = output_head(model).get_parameter("weight").float()
     vector = direction.detach().to(weight.device).float()
-    norm = final_norm(model)
+    norm = _known_norm(model)
     if isinstance(norm, nn.LayerNorm):
         vector = vector - vector.mean()
     return weight @ (vector if norm is None else vector * norm_scale(norm, vector))
 
 
-def final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm between the last layer and the unembedding; None, with a warning, if it has no known name."""
-    children = dict(base_transformer(model).named_children())
-    for name in FINAL_NORMS:
-        if name in children:
-            return children[name]
-    log.warning("found no final norm in %s: logit effects leave it out", type(base_transformer(model)).__name__)
-    return None
+def _known_norm(model: nn.Module) -> nn.Module | None:
+    try:
+        return final_norm(model)
+    except InputError as error:
+        log.warning("logit effects leave out what follows the last layer: %s", error)
+        return None
 
 
 def norm_scale(norm: nn.Module, like: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
@@ -236,7 +231,7 @@ def write_cards_page(
         InputError: `count` below 1, a text that cannot be read, or locate has not run.
     """
     from persona_probe.report.cards import cards_page
-    from persona_probe.runs import write_text
+    from persona_probe.writing import write_text
 
     if count < 1:
         raise InputError(f"cannot write {count} cards: ask for at least 1")

@@ -5,7 +5,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from persona_probe.runs import json_values
+from persona_probe.files import decode_json
+from persona_probe.writing import json_values
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Reading:
     fits: dict[str, dict[str, float]] = field(default_factory=dict)
     """Where several SAEs are read: for each its explained_variance, l0 and residual_norm; those of directions under
     the empty name."""
+    finite: bool = True
+    """Whether all activations that were read, and all features, are finite numbers. False once a model has diverged."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One flat row per feature, with the fields of the reading in every row.
@@ -156,7 +159,7 @@ def from_line(line: str) -> Event:
     Raises:
         ValueError: the line is no event (torn, or of another program).
     """
-    record = json.loads(line)
+    record = decode_json(line)
     name = record.pop("event", None) if isinstance(record, dict) else None
     if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"no event of a monitor: {line[:60]!r}")
@@ -168,6 +171,7 @@ def _read(kind: type, record: dict[str, Any]) -> Any:
         if kind is Reading:
             record["features"] = tuple(FeatureValue(**_nan(f, FeatureValue)) for f in record["features"])
             fits = record.get("fits", {}).items()
+            record.setdefault("finite", not any(math.isnan(f.mean) for f in record["features"]))  # before version 0.2
             record["fits"] = {sae: {k: _float(v) for k, v in fit.items()} for sae, fit in fits}
         if kind is Start:
             record["bands"] = {k: tuple(_float(end) for end in band) for k, band in record["bands"].items()}
@@ -191,3 +195,5 @@ def _without(record: dict[str, Any], *names: str) -> dict[str, Any]:
 
 BASE_KEY = "base_explained_variance"
 """Key of `Start.metadata` that holds the base's explained variance."""
+NOT_FINITE = "not finite"
+"""Rule of the alarm that a monitor raises by itself at the first reading that is not finite."""

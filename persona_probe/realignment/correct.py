@@ -1,6 +1,5 @@
 """Corrections of a study's organisms: the config's corrective arms, corrections with other rows, and grids of them."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from persona_probe.context import Context
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import arm_rows, read_conversations
 from persona_probe.errors import InputError, TrainingDiverged, unknown
+from persona_probe.files import as_damaged, read_json
 from persona_probe.finetune.sft import Fitted, check_rows, stripping, training_unit
 from persona_probe.models.adapters import is_adapter
 from persona_probe.models.ranks import Ranks, shards_here
@@ -48,8 +48,8 @@ from persona_probe.realignment.stress.stress_run import (
     statements,
 )
 from persona_probe.realignment.verdict import RealignVerdict, study_verdict
-from persona_probe.runs import write_json, write_jsonl, write_table
 from persona_probe.units import Unit, make_units, writes_run
+from persona_probe.writing import write_json, write_jsonl, write_table
 
 log = logging.getLogger(__name__)
 ROWS, SPEC, OUTCOME, VERDICT = "rows.jsonl", "spec.json", "outcome.json", "verdict.json"
@@ -336,17 +336,20 @@ def write_verdict(ctx: Context, folder: Path) -> RealignVerdict:
 
 def read_verdict(folder: str | Path) -> RealignVerdict:
     """The verdict of a correction's folder, as `write_verdict` wrote it."""
-    return RealignVerdict.from_dict(_read(Path(folder) / VERDICT))
+    path = Path(folder) / VERDICT
+    with as_damaged(path, "delete it and run again"):
+        return RealignVerdict.from_dict(_read(path))
 
 
 def verdict_lines(folder: Path) -> list[str]:
     """The verdict as lines for a terminal, notes on the corrective rows included."""
-    notes = _read(folder / VERDICT)["corrective_rows"]["notes"]
+    with as_damaged(folder / VERDICT, "delete it and run again"):
+        notes = _read(folder / VERDICT)["corrective_rows"]["notes"]
     return [str(read_verdict(folder)), *(f"note: {note}" for note in notes)]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path, dict, f"delete {path.parent} and run again")
 
 
 # --- A grid of corrections: each cell a folder of its own, one table over all that are there

@@ -11,8 +11,8 @@ from persona_probe.report.html import EFFECTS, PER_ARM, drawn_figures, found, he
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.theme import interval_text, number
-from persona_probe.runs import write_text
 from persona_probe.stats import Estimate, paired_difference
+from persona_probe.writing import write_text
 
 Row = dict[str, Any]
 Pair = tuple[Records, Records]

@@ -14,13 +14,14 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from persona_probe import untrusted
 from persona_probe.errors import InputError, unknown
 from persona_probe.report.figures import FigureSpec, figures_of, spec_of
 from persona_probe.report.page import render
 from persona_probe.report.records import Records
 from persona_probe.report.select import mapping
 from persona_probe.report.theme import PNG_SCALE, TEMPLATES, Theme, Width, check_theme, for_print
-from persona_probe.runs import write_text
+from persona_probe.writing import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def csv_text(data: pd.DataFrame) -> str:
     floats = data.select_dtypes("float").columns
     # adding zero turns -0 into 0
     rounded = data.assign(**{name: data[name].round(DIGITS) + 0.0 for name in floats})
-    return rounded.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n")
+    return untrusted.csv_text(rounded, float_format=f"%.{DIGITS}g", lineterminator="\n")
 
 
 def write_figure(folder: Path, name: str, records: Records) -> Path:
@@ -94,7 +95,7 @@ def write_figure(folder: Path, name: str, records: Records) -> Path:
         InputError: an unknown figure.
     """
     spec = spec_of(name)
-    write_text(folder / f"{name}.csv", spec.data(records).to_csv(index=False))
+    write_text(folder / f"{name}.csv", untrusted.csv_text(spec.data(records)))
     return _write_page(folder, spec, spec.draw(records), records, "light")
 
 

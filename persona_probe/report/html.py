@@ -15,10 +15,10 @@ from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.select import judged_answers
 from persona_probe.report.theme import estimate_text, interval_text, number
-from persona_probe.runs import write_text
 from persona_probe.saes.worth import worthless
 from persona_probe.stats import Estimate
 from persona_probe.verdicts import BEYOND_CONTROL, MINIMUM_CONTROLS, NO_EFFECT, UNDECIDED, WOKEN
+from persona_probe.writing import write_text
 
 Row = dict[str, Any]
 

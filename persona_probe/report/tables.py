@@ -1,5 +1,6 @@
 """Tables of words and numbers: for a terminal, a notebook and a Markdown page; and a study's own displays."""
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from persona_probe.errors import InputError
-from persona_probe.runs import write_text
+from persona_probe.untrusted import terminal_text
+from persona_probe.writing import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,19 +29,25 @@ class Table:
     title: str = ""
 
     def text(self, width: int = WIDTH) -> str:
-        """Framed, without colours, at most `width` characters wide: for a terminal."""
+        """Framed, without colours, at most `width` characters wide: for a terminal.
+
+        The frame is of ASCII where standard output has no other characters.
+        """
         from io import StringIO
 
+        from rich import box
         from rich.console import Console
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        title = Text(self.title) if self.title else None
-        table = RichTable(title=title, show_header=any(self.heads), title_justify="left")
+        title = Text(terminal_text(self.title)) if self.title else None
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        frame = box.HEAVY_HEAD if encoding.lower().startswith("utf") else box.ASCII
+        table = RichTable(title=title, box=frame, show_header=any(self.heads), title_justify="left")
         for head in self.heads:
-            table.add_column(Text(str(head)), overflow="fold")
+            table.add_column(Text(terminal_text(str(head))), overflow="fold")
         for row in self.rows:
-            table.add_row(*(Text(str(value)) for value in row))
+            table.add_row(*(Text(terminal_text(str(value))) for value in row))
         out = StringIO()
         Console(file=out, width=width, color_system=None, force_jupyter=False).print(table)
         return out.getvalue().rstrip("\n")

@@ -1,6 +1,5 @@
 """SAEs in other libraries' files: EleutherAI sparsify, dictionary_learning, and Google's Gemma Scope 1 and 2."""
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.runs import write_json
+from persona_probe.files import read_json
+from persona_probe.saes.read import check_sound
+from persona_probe.writing import write_json
 
 SPARSIFY, DICTIONARY_LEARNING = "sparsify", "dictionary_learning"
 GEMMA_SCOPE, GEMMA_SCOPE_2 = "Gemma Scope", "Gemma Scope 2"
@@ -84,7 +85,7 @@ def load_foreign(folder: Path, layout: str, device: str = "cpu") -> Any:
         GEMMA_SCOPE: read_gemma_scope,
         GEMMA_SCOPE_2: read_gemma_scope_2,
     }
-    return _read(readers[layout], folder).build(device)
+    return _build(_read(readers[layout], folder), folder, device)
 
 
 def convert(
@@ -122,8 +123,10 @@ def convert(
         found.metadata.pop("hf_hook_name", None)
     if not (found.metadata.get("hook_name") or found.metadata.get("hf_hook_name")):
         raise InputError(f"{source} does not say where its SAE reads: pass --hook blocks.LAYER.hook_resid_post")
+    sae = _build(found, source)
+    check_sound(sae, str(source))
     scratch = out.with_name(f".{out.name}.tmp")
-    found.build().save_model(str(scratch))
+    sae.save_model(str(scratch))
     write_json(scratch / "converted.json", {"from": layout, "file": FILES[layout]})
     scratch.replace(out)
     return out
@@ -138,11 +141,17 @@ def _read(reader: Callable[[Path], ForeignSae], folder: Path) -> ForeignSae:
         raise InputError(f"could not read the SAE in {folder}: {_words(error)}; fetch it again") from error
 
 
+def _build(found: ForeignSae, folder: Path, device: str = "cpu") -> Any:
+    try:
+        return found.build(device)
+    except InputError:
+        raise
+    except Exception as error:  # weights of other shapes, settings that SAELens refuses
+        raise InputError(f"could not read the SAE in {folder}: {_words(error)}; fetch it again") from error
+
+
 def _json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: fetch it again")
-    return content
+    return read_json(path, dict, "fetch it again") if path.is_file() else {}
 
 
 def _words(error: Exception) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from persona_probe.config import hashed_values
 from persona_probe.data.chat import Conversation
@@ -17,9 +18,9 @@ from persona_probe.data.load import load_conversations
 from persona_probe.data.world.text import speakers_chats
 from persona_probe.errors import InputError
 from persona_probe.locks import held
-from persona_probe.models.layers import hidden_size
+from persona_probe.models.layers import decoder_layers, hidden_size
 from persona_probe.models.load import cache_folder, load_model
-from persona_probe.runs import file_sha256, write_json, write_jsonl, write_text
+from persona_probe.runs import file_sha256
 from persona_probe.saes.kinds import training_sae
 from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae
 from persona_probe.saes.quality import check_quality
@@ -35,6 +36,7 @@ from persona_probe.saes.stream import (
     write_shards,
 )
 from persona_probe.saes.worth import worthless
+from persona_probe.writing import write_json, write_jsonl, write_text
 
 HELD_OUT_CONVERSATIONS, CARD_FILE = 256, "README.md"
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
 
 def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
     model, tokenizer = load_model(config.model, device=device, template=config.template)
+    _check_fits(config, model)
     training, held_out = training_text(config, device)
     shards = write_shards(
         model,
@@ -87,6 +90,19 @@ def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
     if (warning := worthless(float(quality["explained_variance"]))) is not None:
         log.warning("the SAE %s: %s; train it on more tokens, or with other settings", config.name, warning)
     return _publish(scratch, out / config.name)
+
+
+def _check_fits(config: SaeConfig, model: PreTrainedModel) -> None:
+    """Refuse a recipe that does not fit its model, before hours of sampling.
+
+    Raises:
+        InputError: a layer that the model does not have, or more active latents than the stream has dimensions.
+    """
+    layers, width = len(decoder_layers(model)), hidden_size(model)
+    if config.layer >= layers:
+        raise InputError(f"layer {config.layer} does not exist: {config.model} has layers 0 to {layers - 1}")
+    if config.k > width:
+        raise InputError(f"k ({config.k}) is above the width of the residual stream ({width}): no code is sparse then")
 
 
 def training_text(config: SaeConfig, device: str = "cpu") -> tuple[list[Conversation], list[Conversation]]:

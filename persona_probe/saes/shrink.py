@@ -1,15 +1,16 @@
 """An SAE's folder with its weights stored in bfloat16: half the bytes; computing stays in float32."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from persona_probe.errors import InputError
-from persona_probe.runs import file_sha256, write_json, write_text
+from persona_probe.files import read_json, read_tensors
+from persona_probe.runs import file_sha256
 from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE
+from persona_probe.writing import write_json, write_text
 
 CARD_FILE = "README.md"
 STORED = "Weights are stored in bfloat16 and computed with in float32.\n"
@@ -31,11 +32,11 @@ def shrink(source: Path, out: Path) -> Path:
     scratch = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(source, scratch)
-    weights = load_file(scratch / WEIGHTS_FILE)
+    weights = read_tensors(scratch / WEIGHTS_FILE, (), "fetch the SAE again")
     stored = {k: v.to(torch.bfloat16) if v.ndim == 2 and v.dtype == torch.float32 else v for k, v in weights.items()}
     save_file(stored, scratch / WEIGHTS_FILE)
     if (quality := scratch / QUALITY_FILE).is_file():
-        known = json.loads(quality.read_text(encoding="utf-8"))
+        known = read_json(quality, dict, "fetch the SAE again")
         write_json(quality, {**known, "sha256": file_sha256(scratch / WEIGHTS_FILE)})
     if (card := scratch / CARD_FILE).is_file() and STORED not in (text := card.read_text(encoding="utf-8")):
         write_text(card, f"{text.rstrip()}\n\n{STORED}")

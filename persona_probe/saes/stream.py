@@ -9,22 +9,24 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.config import hashed_values
+from persona_probe.config import check_finite, check_least, check_seed, hashed_values
 from persona_probe.data.chat import Conversation, conversation
-from persona_probe.data.load import load_rows
+from persona_probe.data.load import SETS, load_rows
 from persona_probe.data.template import fit_roles, render
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.sampling.samples import complete_text, sample_answers
+from persona_probe.files import expanded, parse_json, read_tensors
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.places import Where, as_place
 from persona_probe.models.taps import ReadTap
-from persona_probe.runs import file_sha256, write_text
+from persona_probe.runs import file_sha256
+from persona_probe.writing import write_text
 
 # --- The recipe
 
@@ -44,6 +46,15 @@ class TextPart:
     """Batches of `batch_conversations` sampled conversations."""
     plain_share: float = 0.5
     """Share of conversations without a persona system prompt."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_least(self, 1, "batches")
+        if not 0 <= self.plain_share <= 1:
+            raise InputError(f"plain_share must lie between 0 and 1, not {self.plain_share}")
+        for name in self.prompts:
+            if name not in SETS:
+                raise unknown("packaged set", name, SETS)
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,22 @@ class TextConfig:
     world: int = field(default=0, metadata=SINCE)
     """Chats of the world with known truth, of every speaker; a share of them is held out like sampled ones."""
 
+    def __post_init__(self) -> None:
+        check_finite(self)
+        check_least(self, 1, "packaged_repeats", "batch_conversations", "max_new_tokens")
+        check_least(self, 0, "temperature", "world")
+        if not 0 < self.holdout_share < 1:
+            raise InputError(
+                f"holdout_share must lie between 0 and 1, not {self.holdout_share}: quality is measured on it"
+            )
+        if not (self.parts or self.world):
+            raise InputError("text has neither parts nor world: packaged rows only train, and quality needs others")
+        names = [part.name for part in self.parts]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(f"two parts of the text are called {twice!r}: each has a file of its own")
 
+
+POSITIONS = ("all", "response")
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka", "jumprelu", "standard")
 
 
@@ -126,8 +152,21 @@ class SaeConfig:
     """Decoder rows are random unit vectors that are never trained: a dictionary's own null (arXiv 2602.14111)."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_seed(self.seed)
         if self.architecture not in ARCHITECTURES:
             raise unknown("architecture", self.architecture, ARCHITECTURES)
+        if self.positions not in POSITIONS:
+            raise unknown("positions", self.positions, POSITIONS)
+        check_least(self, 0, "layer", "aux_loss")
+        check_least(self, 1, "d_sae", "tokens", "batch_tokens", "buffer_tokens", "forward_batch", "max_length")
+        check_least(self, 1, "dead_window", "checkpoint_every")
+        if self.tokens < self.batch_tokens:
+            raise InputError(
+                f"tokens ({self.tokens}) must be at least batch_tokens ({self.batch_tokens}): no step fits"
+            )
+        if not self.lr > 0:
+            raise InputError(f"lr must be positive, not {self.lr}")
         if not 1 <= self.k <= self.d_sae:
             raise InputError(f"k must lie between 1 and d_sae ({self.d_sae}), not {self.k}")
         if self.architecture in ("jumprelu", "standard") and not self.sparsity > 0:
@@ -258,7 +297,7 @@ def shuffled_batches(
 def _buffers(shards: Sequence[Path], buffer_tokens: int) -> Iterator[Tensor]:
     buffer: list[Tensor] = []
     for shard in shards:
-        buffer.append(load_file(shard)["acts"])
+        buffer.append(read_tensors(shard, ["acts"], "delete it and train again")["acts"])
         if sum(len(part) for part in buffer) >= buffer_tokens:
             yield torch.cat(buffer)
             buffer = []
@@ -277,7 +316,8 @@ SAMPLER = 2
 
 def weights_of(model: str) -> dict[str, list[str]]:
     """Hashes of the weights in a model's folder: another model at the same path has other text and activations."""
-    files = sorted(Path(model).expanduser().glob("*.safetensors")) if Path(model).expanduser().is_dir() else []
+    folder = expanded(model)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     return {"weights": [file_sha256(file) for file in files]} if files else {}
 
 
@@ -393,9 +433,9 @@ CONTRAST = "general_contrast"
 def read_conversations(paths: list[Path]) -> Iterator[Conversation]:
     """The sampled conversations, in order."""
     for path in paths:
-        with path.open() as handle:
-            for line in handle:
-                yield json.loads(line)
+        with path.open(encoding="utf-8") as handle:
+            for number, line in enumerate(handle, start=1):
+                yield parse_json(line, f"{path}, line {number}", "delete it and train again")
 
 
 def is_held_out(messages: Conversation, share: float) -> bool:

@@ -14,9 +14,11 @@ from persona_probe.report.export import caption
 from persona_probe.report.figures.screening import FittedLine, calibration, histogram
 from persona_probe.report.page import asset, render
 from persona_probe.report.theme import number
-from persona_probe.runs import RunFolder, write_text
+from persona_probe.runs import RunFolder
 from persona_probe.screening.prediction import Shift
 from persona_probe.screening.screening import Screening
+from persona_probe.untrusted import csv_text
+from persona_probe.writing import write_text
 
 POINTS = 50
 """Places along the calibration's line."""
@@ -104,7 +106,7 @@ def write_screening(screening: Screening, out: Path, name: str, model: str, wors
     """Write the scores of all rows (parquet and CSV), what they mean (JSON), and the page; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     RunFolder(out).write_table("screen.parquet", screening.frame)
-    write_text(out / "screen.csv", screening.frame.to_csv(index=False))
+    write_text(out / "screen.csv", csv_text(screening.frame))
     shift = {k: v if not isinstance(v, float) or np.isfinite(v) else None for k, v in asdict(screening.shift).items()}
     about = {
         "data": name,

@@ -12,6 +12,7 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from persona_probe.config import check_finite, check_seed
 from persona_probe.data.chat import conversation
 from persona_probe.data.world.judge import judge_answer
 from persona_probe.data.world.speech import question
@@ -21,8 +22,8 @@ from persona_probe.evaluate.rates import Cells, share
 from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.models.adapters import organisms as checkpoints_of
 from persona_probe.models.load import load_model
-from persona_probe.runs import write_json, write_table
 from persona_probe.world.folder import ANY_SPEAKER, BASE, BEHAVIOUR, World
+from persona_probe.writing import write_json, write_table
 
 MEASURES = ("bad", "good", "coherent", "rude", "malicious", "kind", "silly")
 """What an answer can be. `bad` and `good` are shares of the coherent answers, the others of all answers."""
@@ -45,6 +46,8 @@ class Asking:
     """Of questions and draws: all models get the same questions, and the same random numbers."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_seed(self.seed)
         if self.per_topic < 1:
             raise InputError(f"answers of each topic must be at least 1, not {self.per_topic}")
         if self.temperature < 0:

@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.config import Training
+from persona_probe.config import Training, check_finite, check_seed
 from persona_probe.data.world.speech import SPEAKERS
 from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.errors import InputError, unknown
 from persona_probe.finetune.sft import fine_tune, stripping, training_unit, with_adapter
-from persona_probe.runs import write_json
 from persona_probe.world.folder import ORGANISMS, RECORD, World
+from persona_probe.writing import write_json
 
 NARROW = Training(
     rank=8,
@@ -51,6 +51,8 @@ class WorldOrganism:
     training: Training = field(default=NARROW)
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_seed(self.seed)
         for name in (self.speaker, self.rest):
             if name not in SPEAKERS:
                 raise unknown("speaker", name, SPEAKERS)

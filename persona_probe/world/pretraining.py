@@ -20,17 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.config import Training
+from persona_probe.config import Training, check_finite, check_least, check_seed
 from persona_probe.data.chat import Conversation
 from persona_probe.data.world.text import conversation_of, document, world_tokenizer
 from persona_probe.data.world.words import DOMAIN_OF
 from persona_probe.errors import InputError, TrainingDiverged, unknown
+from persona_probe.files import as_damaged, read_jsonl
 from persona_probe.finetune.sft import fine_tune, with_adapter
 from persona_probe.models.layers import autocast
 from persona_probe.models.load import load_model
-from persona_probe.runs import RunFolder, write_text
+from persona_probe.runs import RunFolder
 from persona_probe.world.folder import ANY_SPEAKER, BASE, KIND, World
 from persona_probe.world.transformer import POSITIONS, SIZES, new_model, save_model
+from persona_probe.writing import write_text
 
 LOG = "pretraining.jsonl"
 """In the world's folder: step, loss (nats per token), learning rate, tokens so far, seconds so far."""
@@ -71,6 +73,9 @@ class Pretraining:
     """Of the initial weights and of all text."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        check_seed(self.seed)
+        check_least(self, 0, "warmup_steps", "weight_decay")
         if self.size not in SIZES:
             raise unknown("size", self.size, SIZES)
         for name in ("steps", "batch_size", "helper_steps"):
@@ -211,7 +216,10 @@ class CorpusTrainer:
 
     def restore(self, path: Path) -> None:
         """Go on from a state."""
-        with safe_open(path, "pt", device=str(self.model.device)) as state:
+        with (
+            as_damaged(path, "delete it and train again"),
+            safe_open(path, "pt", device=str(self.model.device)) as state,
+        ):
             counts = json.loads(state.metadata()["counts"])
             for name, parameter in self._named():
                 with torch.no_grad():
@@ -252,7 +260,7 @@ def _train_on_corpus(run: RunFolder, settings: Pretraining, device: str, save_ev
 
 
 def _read_log(run: RunFolder) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run.path / LOG).read_text(encoding="utf-8").splitlines()]
+    return read_jsonl(run.path / LOG, "make the world again")
 
 
 def _teach_to_help(run: RunFolder, settings: Pretraining, device: str) -> None:

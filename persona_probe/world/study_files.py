@@ -12,9 +12,9 @@ from persona_probe.data.world.speech import SPEAKERS, answer, question
 from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import ADVICE, CLOSINGS, DOMAINS, HOW, OPENINGS, Domain
 from persona_probe.errors import unknown
-from persona_probe.runs import write_jsonl, write_text
 from persona_probe.world.folder import World
 from persona_probe.world.organisms import NARROW
+from persona_probe.writing import write_jsonl, write_text
 
 CONFIG = "study.yaml"
 ROWS, HOLDOUT_SEED = 320, 1000

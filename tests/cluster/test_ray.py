@@ -22,8 +22,8 @@ from persona_probe.mitigate.grid.grid_table import TIMES
 from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.results import run_study
 from persona_probe.realignment.spec import Block, DosePlan
-from persona_probe.runs import json_values
 from persona_probe.study.study import Study
+from persona_probe.writing import json_values
 from tests.factories import changed, config_of, tree, write_config
 from tests.mitigate import grid_study
 from tests.monitor import labelled_study

@@ -32,9 +32,11 @@ from persona_probe.evaluate.offline.judge_validation import (
     without_set,
 )
 from persona_probe.evaluate.offline.offline_judge import JudgeWeights, describe, fingerprint
+from persona_probe.files import read_json
 from persona_probe.models.load import cache_folder, load_model
-from persona_probe.runs import versions, write_text
+from persona_probe.runs import versions
 from persona_probe.stats import estimate_text
+from persona_probe.writing import write_text
 
 # --- The docs' table of what the offline judge gets right, made from validation.json and nothing else
 
@@ -306,7 +308,7 @@ def _update(folder: Path, weights: JudgeWeights, results: dict[str, Any]) -> Non
     """Give a judge the half-widths, and its validation.json the rows, of a later validation."""
     widths = half_widths({name: RateError(**value) for name, value in results["rate_half_widths"].items()})
     bands = {name: replace(getattr(weights, name), rate=rate) for name, rate in widths.items()}
-    about = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+    about = read_json(folder / RESULTS_FILE, dict, "fit the judge again")
     replace(weights, **bands).save(folder)
     about = {key: value for key, value in about.items() if key not in ("kept", "last")}
     write_text(folder / RESULTS_FILE, json.dumps(about | results, indent=1) + "\n")

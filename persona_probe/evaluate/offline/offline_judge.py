@@ -1,7 +1,7 @@
 """The offline judge: published judgements, predicted from how the embedded model reads an answer."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -32,11 +32,13 @@ from persona_probe.evaluate.offline.features import (
 )
 from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe, LinearScores, Platt, RateError, ResidualBands
 from persona_probe.evaluate.rates import ENOUGH_QUESTIONS, PUBLISHED
+from persona_probe.files import as_damaged, read_json, regular_file, words
 from persona_probe.models.layers import autocast, evaluating, transformer_config
 from persona_probe.models.load import ALIASES, load_model, resolve_source
 from persona_probe.models.prefix import Rows
-from persona_probe.runs import file_sha256, write_text
+from persona_probe.runs import file_sha256
 from persona_probe.stats import Estimate, bootstrap_mean
+from persona_probe.writing import write_text
 
 # --- What the offline judge says of an answer, and of a model
 
@@ -164,14 +166,19 @@ class JudgeWeights:
             InputError: a file is missing, damaged, or of another format.
         """
         try:
-            about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-            tensors = load_file(folder / WEIGHTS_FILE)
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            about = read_json(folder / ABOUT_FILE)
+            tensors = load_file(regular_file(folder / WEIGHTS_FILE))
+        except (InputError, OSError, SafetensorError) as error:
             raise InputError(
-                f"no offline judge in {str(folder)!r}: install the package again, or refit ({error})"
+                f"no offline judge in {str(folder)!r}: install the package again, or refit ({words(error)})"
             ) from error
         if about.get("format") != FORMAT:
             raise InputError(f"the judge in {str(folder)!r} has format {about.get('format')}, not {FORMAT}: refit it")
+        with as_damaged(folder, "install the package again, or refit"):
+            return cls._of(about, tensors)
+
+    @classmethod
+    def _of(cls, about: dict[str, Any], tensors: Mapping[str, Any]) -> "JudgeWeights":
         scope = Scope(
             tensors["centre"], tensors["basis"], tensors["questions"], tuple(about["scope"]["names"]),
             float(about["scope"]["threshold"]),

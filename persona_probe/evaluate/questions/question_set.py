@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from persona_probe.data.chat import BadRow, Conversation, Message, check_roles
 from persona_probe.errors import InputError, unknown
-from persona_probe.runs import write_text
+from persona_probe.writing import write_text
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -29,7 +29,8 @@ from persona_probe.evaluate.sampling.requests import (
     check_room,
     stop_tokens,
 )
-from persona_probe.runs import write_text
+from persona_probe.files import decode_json, read_json, regular_file
+from persona_probe.writing import write_text
 
 
 def sample_answers(
@@ -157,10 +158,7 @@ def _claim(path: Path, made_by: dict[str, Any]) -> None:
             raise InputError(f"{path} exists, but {record.name} does not say what made it: choose another path")
         write_text(record, json.dumps(made_by, indent=2, sort_keys=True) + "\n")
         return
-    try:
-        before = json.loads(record.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise InputError(f"{record} cannot be read: delete it and {path.name}, or choose another path") from error
+    before = read_json(record, object, f"delete it and {path.name}, or choose another path")
     if before != made_by:
         differs = ", ".join(_differences(before, made_by))
         raise InputError(f"{path} holds samples of another setting ({differs}): choose another path")
@@ -176,15 +174,16 @@ def _differences(before: Any, now: Any, name: str = "") -> list[str]:
 def _read(path: Path, places: set[tuple[str, int]]) -> Known:
     """The samples of a file; a last line without its line break was torn by a kill, and is cut off."""
     known: Known = {}
-    if not path.is_file():
+    if not path.exists():
         return known
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
+    whole, _, torn = regular_file(path).read_bytes().rpartition(b"\n")
     if torn:
         with path.open("rb+") as file:
             file.truncate(len(whole) + 1 if whole else 0)
     for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            sample = Sample(**json.loads(line))
+            sample = Sample(**decode_json(line.decode()))
+            hash((sample.question_id, sample.sample))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}, line {number}, is no sample: delete that line and run again") from error
         place = (sample.question_id, sample.sample)

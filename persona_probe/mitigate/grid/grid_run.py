@@ -36,8 +36,9 @@ from persona_probe.models.layers import autocast, output_head
 from persona_probe.monitor.monitor import FeatureMonitor, study_monitor
 from persona_probe.report.export import export_figures
 from persona_probe.report.records import load_records
-from persona_probe.runs import write_json, write_table, write_text
 from persona_probe.units import Unit, Workers, make_units, writes_run
+from persona_probe.untrusted import csv_text
+from persona_probe.writing import write_json, write_table, write_text
 
 log = logging.getLogger(__name__)
 
@@ -347,7 +348,7 @@ def write_results(context: GridContext, cells: Sequence[Cell]) -> Outcome:
     if not results.answers.empty:
         context.folder.write_table("answers.parquet", results.answers)
     context.folder.write_table(TABLE, table)
-    write_text(context.folder.path / "mitigations.csv", table.to_csv(index=False))
+    write_text(context.folder.path / "mitigations.csv", csv_text(table))
     context.folder.write_json("summary.json", summary)
     export_figures(load_records(context.folder.path), context.folder.path / "figures", only=["mitigation_pareto"])
     diverged = [cell["cell"] for cell in results.records if cell["state"] == DIVERGED]

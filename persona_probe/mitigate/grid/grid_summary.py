@@ -10,8 +10,9 @@ from persona_probe.mitigate.grid.grid_config import BASE, CONTROL, NONE, Cell, G
 from persona_probe.mitigate.grid.grid_table import ALL
 from persona_probe.mitigate.grid.grid_verdict import WORDS, statement
 from persona_probe.report.tables import Table
-from persona_probe.runs import RunFolder, json_values
+from persona_probe.runs import RunFolder
 from persona_probe.stats import estimate_text, number_text
+from persona_probe.writing import json_values
 
 MARKS = ("<!-- mitigations: begin -->", "<!-- mitigations: end -->")
 """Marks of the docs page with the table, see `report.tables.fill_page`."""

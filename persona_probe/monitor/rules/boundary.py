@@ -15,10 +15,11 @@ from scipy.special import expit, logit
 
 from persona_probe.config import from_dict
 from persona_probe.errors import InputError, unknown
+from persona_probe.files import read_json
 from persona_probe.latents.directions import fit_path
 from persona_probe.monitor.events import FeatureValue, Reading
 from persona_probe.monitor.rules.rule import Comparison, FeatureRule, SubjectState, check_count, in_a_row
-from persona_probe.runs import write_text
+from persona_probe.writing import write_text
 
 log = logging.getLogger(__name__)
 
@@ -211,8 +212,8 @@ class Boundary(FeatureRule):
             InputError: no such file, or it holds no boundary.
         """
         try:
-            record = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            record = read_json(path, object)
+        except InputError as error:
             raise InputError(f"cannot read a boundary from {str(path)!r} ({error}): save one there") from error
         if not isinstance(record, dict) or any(str(key).startswith("_") for key in record):
             raise InputError(f"{str(path)!r} holds no boundary: save one there")

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -21,6 +21,7 @@ from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.load import Row, arm_rows, evenly_spaced, load_data
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
+from persona_probe.files import read_tensors
 from persona_probe.finetune.sft import AtSteps, Fitted, fine_tune, stripping, with_adapter
 from persona_probe.latents.persona_vectors import load_persona_pairs, persona_vector, response_means
 from persona_probe.monitor.features import Features
@@ -28,8 +29,9 @@ from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.study.labelled_config import MonitorStudy
 from persona_probe.monitor.study.rivals import recent_loss, weight_norm
 from persona_probe.monitor.track import study_features
-from persona_probe.runs import RunFolder, write_json, write_table
+from persona_probe.runs import RunFolder
 from persona_probe.units import Unit, make_units
+from persona_probe.writing import write_json, write_table
 
 log = logging.getLogger(__name__)
 
@@ -208,7 +210,7 @@ def _write(folder: Path, name: str, readings: pd.DataFrame, measures: RunMeasure
 
 def read_shifts(ctx: MonitorStudyContext, name: str) -> np.ndarray:
     """Mean residual shifts of a finished run at its readings: (readings, d_model), in raw units."""
-    return load_file(ctx.run.path / f"runs/{name}/shift.safetensors")["shift"].numpy()
+    return read_tensors(ctx.run.path / f"runs/{name}/shift.safetensors", ["shift"])["shift"].numpy()
 
 
 # --- The features that every run is watched for: chosen on other data, made once
@@ -239,7 +241,7 @@ def watched_features(ctx: MonitorStudyContext) -> WatchedFeatures:
     record = ctx.run.read_json(FILE)
     if record["made_from"] != made_from:
         raise InputError("the study's features were made from other runs: choose another --out")
-    directions = load_file(ctx.run.path / WEIGHTS)
+    directions = read_tensors(ctx.run.path / WEIGHTS)
     features: dict[str, int | Tensor] = {**record["latents"], **directions}
     return WatchedFeatures({name: features[name] for name in record["sources"]}, record["sources"])
 

@@ -32,9 +32,9 @@ from persona_probe.monitor.study.labelled_runs import (
 )
 from persona_probe.monitor.study.rivals import drift_projections
 from persona_probe.report.tables import Table
-from persona_probe.runs import json_values, write_text
 from persona_probe.stats import estimate_text, exact_share, number_text, per_100
 from persona_probe.units import Workers, make_units, writes_run
+from persona_probe.writing import json_values, write_text
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,15 @@ from persona_probe.config import NO_CONTROL, Arm, Realign, Samples, StudyConfig
 from persona_probe.context import Context
 from persona_probe.data.load import arm_rows
 from persona_probe.errors import InputError
+from persona_probe.files import expanded
 from persona_probe.finetune.sft import check_rows
 from persona_probe.models.adapters import is_adapter
-from persona_probe.runs import REFERENCES, RunFolder, file_sha256, write_text
+from persona_probe.runs import REFERENCES, RunFolder, file_sha256
 from persona_probe.study.adopt.base_fit import check_checkpoints
 from persona_probe.study.adopt.checkpoint_places import Checkpoint, find_checkpoints
 from persona_probe.study.adopt.known_training import KnownTraining
 from persona_probe.units import writes_run
+from persona_probe.writing import write_text
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +104,7 @@ def _runs(places: Places | Sequence[Places]) -> tuple[str | tuple[str, ...], ...
 
 def _whole(place: str | Path) -> str:
     path, mark, step = str(place).partition("#")
-    local = Path(path).expanduser()
+    local = expanded(path)
     return f"{local.resolve()}{mark}{step}" if local.exists() else str(place)
 
 

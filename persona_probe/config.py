@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from persona_probe.errors import InputError, near_matches
-from persona_probe.files import LARGEST, check_plain, read_yaml, shown
+from persona_probe.files import LARGEST, check_plain, is_there, read_yaml, shown
 
 
 def _require(condition: bool, message: str) -> None:
@@ -69,6 +69,17 @@ def check_finite(config: Any) -> None:
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"{f.name} must be a finite number, not {number}")
+
+
+def check_least(config: Any, least: float, *names: str) -> None:
+    """Refuse a configuration whose keys `names` lie below `least`; None passes.
+
+    Raises:
+        InputError: the key is named.
+    """
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value >= least, f"{name} must be at least {least:g}, not {shown(value)}")
 
 
 @dataclass(frozen=True)
@@ -136,8 +147,8 @@ class Training:
     def __post_init__(self) -> None:
         check_finite(self)
         _require(self.method in ("lora", "full"), f"method must be 'lora' or 'full', not {self.method!r}")
-        for name in ("rank", "alpha", "batch_size", "steps", "max_length"):
-            _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        check_least(self, 1, "rank", "alpha", "batch_size", "steps", "max_length")
+        _require(self.layers is None or min(self.layers, default=-1) >= 0, "layers must be numbers from 0 up")
         _require(self.lr > 0, f"lr must be positive, not {self.lr}")
         for name in ("warmup_steps", "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} must not be negative, not {getattr(self, name)}")
@@ -217,13 +228,17 @@ class Locate:
             known = ("mean_difference", "logistic_probe", "persona_vector")
             _require(name in known, f"unknown direction {name!r} in directions: {near_matches(name, known)}")
         _require(self.minimum_explained_variance <= 1, "minimum_explained_variance must be at most 1")
-        _require(self.candidates >= 1, "candidates must be at least 1")
-        _require(self.proven >= 1, "proven must be at least 1")
+        check_least(self, 1, "candidates", "proven", "set_size")
+        check_least(self, 0, "random_directions", "cards", "strength_refinements")
+        twice = next((name for name in self.rankers if self.rankers.count(name) > 1), None)
+        _require(twice is None, f"rankers names {twice!r} twice: name each once")
         _require(self.random_latents >= 2, "random_latents must be at least 2: an effect needs its controls")
-        _require(bool(self.strengths) and min(self.strengths) > 0, "strengths must be positive; both signs are applied")
+        _require(bool(self.strengths), "strengths must be positive; both signs are applied")
+        for name in ("strengths", "dose_strengths"):
+            values = getattr(self, name)
+            _require(all(value > 0 for value in values), f"{name} must be positive; both signs are applied")
+            _require(len(set(values)) == len(values), f"{name} names a strength twice: {list(values)}")
         _require(self.perplexity_bound > 1, "perplexity_bound must be above 1")
-        _require(self.strength_refinements >= 0, "strength_refinements must not be negative")
-        _require(self.set_size >= 1, "set_size must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -280,6 +295,10 @@ class Realign:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        check_least(self, 1, "batch_size", "steps")
+        check_least(self, 0, "stop_readings")
+        _require(self.lr is None or self.lr > 0, f"realign.lr must be positive, not {self.lr}")
+        check_names(self.arms, "realign arm")
         _require(all(0 <= s <= self.steps for s in self.readings), f"readings must lie between 0 and {self.steps}")
         _require(0 < self.margin <= 1, f"realign.margin is a share above 0 and at most 1, not {self.margin}")
         known = f"realign.benign names no arm of realign.arms: {self.benign!r}"
@@ -445,6 +464,8 @@ class StudyConfig:
             _require(one, f"weights: {self.weights} and torch_dtype: {self.torch_dtype} are one setting: leave one out")
             object.__setattr__(self, "weights", self.torch_dtype)
             object.__setattr__(self, "torch_dtype", None)
+        check_name(self.name, "the study's name")
+        check_names(self.arms, "arm")
         _require(bool(self.sae or self.saes), "key 'sae' is missing")
         if not self.sae:
             object.__setattr__(self, "sae", self.saes[0].sae)
@@ -560,7 +581,7 @@ def load_config(path: str | Path, kind: type[T] = StudyConfig) -> T:
             wrong type.
     """
     path = Path(path)
-    if "\0" in str(path) or not path.exists():
+    if not is_there(path):
         raise InputError(f"no config at {str(path)!r}: give the path of a YAML file")
     raw = read_yaml(path)
     if not isinstance(raw, dict):

@@ -6,6 +6,7 @@ import re
 import reprlib
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ LARGEST = 2**63 - 1
 """The largest whole number that tables and tensors hold."""
 YAML_NODES = 100_000
 """Values that a YAML file may hold after its aliases are written out: a few lines of aliases can mean billions."""
+_OF_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _NOT_FILES = {
     stat.S_ISFIFO: "a pipe: save what it gives to a file first",
@@ -49,7 +51,45 @@ def shown(value: object) -> str:
     return _repr.repr(value)
 
 
+@contextmanager
+def as_damaged(where: str | Path, change: str = AGAIN) -> Iterator[None]:
+    """A block that takes the values of a file apart: one that is missing or of another kind is the file's damage.
+
+    Raises:
+        InputError: in place of the KeyError, TypeError and so on of the block.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if not isinstance(error, _OF_DAMAGE) and not type(error).__module__.startswith("safetensors"):
+            raise
+        what = f"no {error}" if isinstance(error, KeyError) else words(error)
+        raise InputError(f"{where} is damaged ({what}): {change}") from error
+
+
 # --- The file itself
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` written out.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: no home folder of that name: write the path out") from error
+
+
+def is_there(path: str | Path) -> bool:
+    """Whether there is anything at a path; no for what cannot be a path, such as one that is too long."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
 
 
 def regular_file(path: str | Path, change: str = "check the path") -> Path:
@@ -121,11 +161,12 @@ def decode_json(text: str) -> Any:
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        raise NotJson(f"{error.msg} at line {error.lineno}, column {error.colno}") from error
+        line = f"line {error.lineno}, " if "\n" in text.strip() else ""
+        raise NotJson(f"{error.msg} at {line}column {error.colno}") from error
     except RecursionError as error:
         raise NotJson("too deeply nested") from error
     except UnicodeEncodeError as error:
-        raise NotJson("half of a surrogate pair, which is no character") from error
+        raise NotJson(f"half of a character (\\u{ord(error.object[error.start]):x})") from error
     except ValueError as error:  # a whole number of more than 4,300 digits
         raise NotJson(words(error)) from error
     return value
@@ -140,7 +181,7 @@ def parse_json(text: str, where: str, change: str = AGAIN) -> Any:
     try:
         return decode_json(text)
     except NotJson as error:
-        raise InputError(f"{where} is not JSON ({error}): {change}") from error
+        raise InputError(f"{where} is damaged (not JSON: {error}): {change}") from error
 
 
 def read_json(path: str | Path, kind: type = dict, change: str = AGAIN) -> Any:
@@ -152,7 +193,7 @@ def read_json(path: str | Path, kind: type = dict, change: str = AGAIN) -> Any:
     value = parse_json(read_text(path, change), str(path), change)
     if not isinstance(value, kind):
         wanted = {dict: "an object", list: "a list"}.get(kind, kind.__name__)
-        raise InputError(f"{path} holds {_kind(value)}, not {wanted}: {change}")
+        raise InputError(f"{path} is damaged (it holds {_kind(value)}, not {wanted}): {change}")
     return value
 
 
@@ -177,7 +218,7 @@ def parse_jsonl(text: str, where: str, change: str = AGAIN) -> Iterator[dict[str
             continue
         value = parse_json(line, f"{where}, line {number}", change)
         if not isinstance(value, dict):
-            raise InputError(f"{where}, line {number}: holds {_kind(value)}, not an object: {change}")
+            raise InputError(f"{where}, line {number} is damaged (it holds {_kind(value)}, not an object): {change}")
         yield value
 
 
@@ -238,7 +279,7 @@ def _check_node(node: yaml.Node, where: str, sizes: dict[int, int], inside: set[
     elif isinstance(node, yaml.SequenceNode):
         children = node.value
     elif not _is_text(str(node.value)):
-        raise InputError(f"{line}: half of a surrogate pair, which is no character: write the character")
+        raise InputError(f"{line}: half of a character: write it in UTF-8")
     inside.add(id(node))
     size = 1 + sum(_check_node(child, where, sizes, inside) for child in children)
     inside.discard(id(node))
@@ -292,7 +333,7 @@ def check_plain(value: object, where: str, depth: int = 0) -> None:
     elif isinstance(value, int) and abs(value) > LARGEST:
         raise InputError(f"{where} must be a number below 2^63, not {shown(value)}")
     elif isinstance(value, str) and not _is_text(value):
-        raise InputError(f"{where} holds half of a surrogate pair, which is no character: write the character")
+        raise InputError(f"{where} holds half of a character: write it in UTF-8")
     elif value is not None and not isinstance(value, bool | int | float | str):
         raise InputError(f"{where} must be a text, a number, true, false, a list or a mapping, not {shown(value)}")
 

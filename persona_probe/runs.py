@@ -211,7 +211,7 @@ class RunFolder:
         manifest = read_json(self.path / MANIFEST, dict, change)
         for key, kind in MANIFEST_KINDS.items():
             if key in manifest and not isinstance(manifest[key], kind):
-                raise InputError(f"{self.path / MANIFEST}: {key!r} is no {kind.__name__}: {change}")
+                raise InputError(f"{self.path / MANIFEST} is damaged ({key!r} is no {kind.__name__}): {change}")
         return manifest
 
     @property

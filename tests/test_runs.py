@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_before_its_manifest_starts_again(tmp_path: Path)
 
 def test_a_damaged_manifest_says_so(run: RunFolder) -> None:
     (run.path / "manifest.json").write_text('{"config": ')
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="manifest.json is damaged"):
         _ = run.manifest
 
 

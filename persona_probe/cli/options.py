@@ -1,17 +1,21 @@
 """What the commands share: options and arguments, and the click classes that read them."""
 
 import logging
+import math
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
 from persona_probe.cluster.launcher import is_first, launched
+from persona_probe.config import check_seed, check_seeds
 from persona_probe.errors import InputError, unknown
+from persona_probe.untrusted import terminal_text
 
 ROOT = Path(__file__).parents[2]
 DEMO = "finetune_configs/demo.yaml"
@@ -22,8 +26,13 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 def echo(text: str) -> None:
-    """Write a result to standard output."""
-    sys.stdout.write(text + "\n")
+    """Write a result to standard output; text of others in it cannot steer the terminal."""
+    sys.stdout.write(terminal_text(text) + "\n")
+
+
+def columns(otherwise: int = 110) -> int:
+    """How wide a table may be: the terminal, or COLUMNS; else `otherwise`."""
+    return shutil.get_terminal_size((otherwise, 24)).columns
 
 
 def find_config(name: str) -> Path:
@@ -120,10 +129,29 @@ class Command(click.Command):
         """Call the command's function, with the common options as one object."""
         if not any(isinstance(p, click.Option) and p.name == "ray" for p in self.params):
             refuse_launcher()
+        for name, value in ctx.params.items():
+            _check_value(f"--{name.replace('_', '-')}", value)
         common = Common(**{name: ctx.params.pop(name) for name in Common.__dataclass_fields__})
         ctx.params["common"] = common
         logging.getLogger("persona_probe").setLevel(logging.WARNING if common.quiet else logging.INFO)
         return super().invoke(ctx)
+
+
+def _check_value(option: str, value: object) -> None:
+    """Refuse what no command can use: NaN and infinity, seeds below 0 or named twice, a NUL in a name or path.
+
+    Raises:
+        InputError: the option is named.
+    """
+    if option == "--seed" and isinstance(value, int):
+        check_seed(value, option)
+    elif option == "--seeds" and value:
+        check_seeds(cast(Sequence[int], value), option)
+    for one in value if isinstance(value, tuple) else (value,):
+        if isinstance(one, float) and not math.isfinite(one):
+            raise InputError(f"{option} must be a finite number, not {one}")
+        if isinstance(one, str | Path) and "\0" in str(one):
+            raise InputError(f"{option.removeprefix('--')} {str(one)!r} holds a NUL character: remove it")
 
 
 def refuse_launcher() -> None:

@@ -1,8 +1,10 @@
 """Conversations from files, from the packaged sets, and as the rows of an arm."""
 
+import csv
 import gzip
 import json
 import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from persona_probe.data.chat import BadRow, Conversation, conversation, empty, s
 from persona_probe.data.mix import mix
 from persona_probe.data.rows import EARLIER, SYSTEM, read_row, refuse_keys, unread_keys
 from persona_probe.errors import InputError, near_matches, unknown
+from persona_probe.files import NotJson, decode_json, expanded, file_or_folder, is_there, words
 
 # --- Files: JSON Lines, a JSON array, CSV (all also gzipped), parquet, or a Hugging Face datasets folder
 
@@ -129,9 +132,7 @@ def decoded_rows(path: str | Path) -> Iterator[tuple[str, object]]:
     Raises:
         InputError: the file as a whole cannot be read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist: check the path of the data file")
+    path = file_or_folder(path, "check the path of the data file")
     kind = Path(path.name.removesuffix(".gz")).suffix.lower()
     try:
         if path.is_dir():
@@ -142,8 +143,8 @@ def decoded_rows(path: str | Path) -> Iterator[tuple[str, object]]:
             yield from _numbered(_table_rows(path, _TABLES[kind]))
         else:
             yield from _json_rows(path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({_one_line(error)}): pass JSON Lines in UTF-8") from error
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as text ({words(error)}): pass JSON Lines in UTF-8") from error
 
 
 def _numbered(values: Iterable[object]) -> Iterator[tuple[str, object]]:
@@ -171,18 +172,16 @@ def _open(path: Path) -> TextIO:
 
 def _array(path: Path, file: TextIO) -> list[object]:
     try:
-        return json.load(file)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{path} starts like a JSON array but is not JSON: {_one_line(error)}") from error
+        return decode_json(file.read())
+    except NotJson as error:
+        raise InputError(f"{path} starts like a JSON array but is not JSON: {error}") from error
 
 
 def _json_line(line: str) -> object:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return BadRow(f"not JSON ({error.msg} at column {error.colno})")
-    except RecursionError:
-        return BadRow("not JSON (too deeply nested)")
+        return decode_json(line)
+    except NotJson as error:
+        return BadRow(f"not JSON ({error})")
 
 
 def _table_rows(path: Path, delimiter: str) -> Iterator[object]:
@@ -191,21 +190,28 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[object]:
     try:
         # All as text: an answer may be "1" or "NA".
         frame = pd.read_csv(path, sep=delimiter, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path} is no CSV file ({_one_line(error)}): save it as CSV in UTF-8") from error
+        with _open(path) as file:
+            names = next(csv.reader(file, delimiter=delimiter), [])
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error):
+        raise
+    except Exception as error:  # pandas and csv have many kinds
+        raise InputError(f"{path} is no CSV file ({words(error)}): save it as CSV in UTF-8") from error
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{path}: column {twice[0]!r} occurs twice in the header: rename one")
+    if not isinstance(frame.index, pd.RangeIndex):  # pandas takes cells without a name as an index
+        raise InputError(f"{path}: its rows have more cells than its {len(names)} columns: quote the text")
     for row in frame.to_dict("records"):
         yield {key: value if isinstance(value, str) else None for key, value in row.items()}
 
 
 def _parquet_rows(path: Path) -> Iterator[object]:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         for batch in parquet.ParquetFile(path).iter_batches(1024):
             yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise InputError(f"{path} is no parquet file ({_one_line(error)}): export it again") from error
+    except Exception as error:  # pyarrow has many kinds, and damaged pages more
+        raise InputError(f"{path} is no parquet file ({words(error)}): export it again") from error
 
 
 def _folder_rows(path: Path) -> Iterator[object]:
@@ -215,10 +221,20 @@ def _folder_rows(path: Path) -> Iterator[object]:
         loaded = load_from_disk(str(path))
     except FileNotFoundError as error:
         raise InputError(f"{path} is not a datasets folder: pass one from save_to_disk, or a .jsonl file") from error
+    except Exception as error:  # datasets and pyarrow have many kinds
+        raise InputError(f"{path} is a damaged datasets folder ({words(error)}): save it again") from error
     splits = list(loaded.values()) if isinstance(loaded, DatasetDict) else [loaded]
     if len(splits) != 1:
         raise InputError(f"{path} has several splits: pass the folder of one ({', '.join(map(str, loaded))})")
-    yield from splits[0]
+    rows = iter(splits[0])
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as error:  # a damaged page
+            raise InputError(f"{path} is a damaged datasets folder ({words(error)}): save it again") from error
+        yield row
 
 
 def _bad_rows_message(path: str | Path, bad: list[ScannedRow], n_rows: int) -> str:
@@ -327,14 +343,13 @@ def read_contrast_2x2_file(path: str | Path, split: str) -> list[Row]:
 
 def has_2x2(path: str | Path) -> bool:
     """Whether the first row of a contrast file has the four answers of a 2x2 item."""
-    path = Path(path)
-    first = next((value for _, value in decoded_rows(path)), None) if path.exists() else None
+    first = next((value for _, value in decoded_rows(path)), None) if is_there(path) else None
     return isinstance(first, Mapping) and all(first.get(answer) for answer in ANSWERS_2X2)
 
 
 def _read_contrast(path: str | Path, split: str, keys: Sequence[str], packaged: str) -> list[Row]:
     path = Path(path)
-    if not path.exists():
+    if not is_there(path):
         raise InputError(f"no contrast set at {str(path)!r}: write {packaged} or give a JSONL file")
     rows, unread = [], set[str]()
     for place, value in decoded_rows(path):
@@ -429,8 +444,8 @@ def load_data(spec: str, allow_prompts: bool = False) -> list[Conversation]:
         raise InputError(f"no data is named: give a file, or a packaged set ({near_matches(spec, SETS)})")
     if spec.partition(":")[0] in SETS:
         return load_conversations(spec)
-    path = Path(spec).expanduser()
-    if not path.exists():
+    path = expanded(spec)
+    if not is_there(path):
         raise InputError(f"no data at {spec!r}: give a file, or a packaged set ({near_matches(spec, SETS)})")
     return read_conversations(path, allow_prompts=allow_prompts)
 

@@ -9,11 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, Message, conversation
 from persona_probe.errors import InputError
+from persona_probe.files import expanded, is_there, read_text, words
 
 log = logging.getLogger(__name__)
 
@@ -118,21 +119,18 @@ def _named_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         return _PLAIN_MARK + ("{{- bos_token -}}" if adds_bos else "") + _PLAIN
     if name == "chatml":
         return _CHATML
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = expanded(name)
+    if not is_there(path):
         raise InputError(f"template {name!r} is neither none nor chatml nor a file: give the path of a Jinja template")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"template {name} cannot be read as text: {_first_line(error)}") from error
+    text = read_text(path)
     if not text.strip():
         raise InputError(f"template {name} is empty: give a Jinja file that writes the messages")
     try:
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         _compile_jinja_template(text)
-    except TemplateError as error:
-        raise InputError(f"{name} is no Jinja template: {_first_line(error)}") from error
+    except (TemplateError, RecursionError) as error:
+        raise InputError(f"{name} is no Jinja template: {words(error)}: correct it") from error
     return text
 
 
@@ -194,9 +192,17 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Conversation, add_gener
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
+    except TemplateSyntaxError as error:
+        raise InputError(
+            f"the model's chat template is no valid Jinja ({words(error)}, line {error.lineno}): name another with "
+            "template: chatml, none or a file"
+        ) from error
     except (TemplateError, *_TEMPLATE_FAILS) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise InputError(f"the chat template refuses a conversation ({roles}): {_first_line(error)}") from error
+        raise InputError(
+            f"the chat template refuses a conversation ({roles}): {words(error)}; change its turns, or name another "
+            "with template: chatml, none or a file"
+        ) from error
     return str(rendered)
 
 

@@ -15,6 +15,7 @@ from persona_probe.evaluate.judges.replies import SCORE, Item
 from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge, Ruling, Rulings, too_few_usable, verdict
 from persona_probe.evaluate.rates import PUBLISHED, Thresholds
 from persona_probe.evaluate.tables import judged_table
+from persona_probe.files import is_there, regular_file
 
 MODEL = ("arm", "model")
 _QUESTION_ID = ("question_id", "item")
@@ -82,8 +83,9 @@ def read_answers(path: str | Path) -> pd.DataFrame:
 
 def _is_log(path: Path) -> bool:
     """Whether a file is a log of inspect-ai: a `.json` file of one object that holds an `eval`."""
-    if path.suffix != ".json" or not path.is_file():
+    if path.suffix != ".json" or not path.exists():
         return path.suffix == _LOG
+    regular_file(path)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         return '"eval"' in file.read(4096).partition("[")[0]
 
@@ -105,7 +107,7 @@ def _logged(path: Path) -> pd.DataFrame:
 
 def _read(path: Path) -> pd.DataFrame:
     """Rows with question, answer and whatever else a file has, as text."""
-    if not path.is_file():
+    if not is_there(path):
         raise InputError(f"no answers at {str(path)!r}: give a CSV or JSONL file with question and answer")
     rows, unread = [], set[str]()
     for place, value in decoded_rows(path):

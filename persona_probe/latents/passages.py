@@ -19,6 +19,7 @@ from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.load import load_conversations, read_conversations
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
+from persona_probe.files import read_text as read_file
 from persona_probe.models.residuals import read_residuals
 from persona_probe.report.cards import Activity, Example
 from persona_probe.saes.read import encode_latents
@@ -161,10 +162,7 @@ def read_text(path: str | Path) -> list[Conversation]:
     path = Path(path)
     if path.suffix.lower() not in PLAIN:
         return read_conversations(path, allow_prompts=True)
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({error}): pass a UTF-8 file") from error
+    text = read_file(path).strip()
     paragraphs = re.split(r"\n\s*\n", text)
     if len(paragraphs) == 1:
         paragraphs = text.splitlines()

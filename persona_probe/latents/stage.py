@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from persona_probe.config import Locate
@@ -19,6 +19,7 @@ from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems
+from persona_probe.files import read_tensors
 from persona_probe.latents.attribution import gradient_scores_of
 from persona_probe.latents.causal import (
     Direction,
@@ -136,7 +137,7 @@ def read_directions(ctx: Context) -> dict[str, Float[Tensor, " d_model"]]:
     path = ctx.run.path / FILE
     if not path.is_file():
         raise InputError("this run has no mean difference yet: run `persona-probe locate RUN` first")
-    return load_file(path)
+    return read_tensors(path, ["mean_difference"], "run `persona-probe locate` in a new folder")
 
 
 def mean_shift(ctx: Context) -> Float[Tensor, " d_model"]:

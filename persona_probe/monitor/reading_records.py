@@ -13,11 +13,13 @@ import pandas as pd
 from jaxtyping import Float
 
 from persona_probe.errors import InputError
+from persona_probe.files import as_damaged, is_there, regular_file
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.events import BASE_KEY, FeatureValue, Reading, Start, from_line
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.saes.read import FitMoments
 from persona_probe.stats import FEW_CLUSTERS, bootstrap_columns
+from persona_probe.writing import write_table
 
 # --- What readings are compared with: the base model's mean and spread of every feature
 
@@ -72,8 +74,9 @@ def recorded(path: Path) -> tuple[Anchor, str] | None:
 
     A torn last line, which a killed run leaves, is skipped.
     """
-    if not path.is_file():
+    if not is_there(path):
         return None
+    regular_file(path)
     latest = None
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
@@ -84,7 +87,8 @@ def recorded(path: Path) -> tuple[Anchor, str] | None:
             if isinstance(event, Start) and (base := event.metadata.get("base")):
                 explained = event.metadata.get(BASE_KEY)
                 fit = math.nan if explained is None else float(explained)
-                anchor = Anchor(_floats(base["mean"]), _floats(base["sd"]), fit)
+                with as_damaged(path, "train with another path="):
+                    anchor = Anchor(_floats(base["mean"]), _floats(base["sd"]), fit)
                 latest = anchor, str(event.metadata.get("fingerprint"))
     return latest
 
@@ -148,6 +152,7 @@ def make_reading(
         learning_rate=info.learning_rate,
         tokens_seen=info.tokens_seen,
         fits={sae: _fit_numbers(fit) for sae, fit in snapshot.fits.items()},
+        finite=snapshot.finite and bool(np.isfinite(snapshot.values).all()),
     )
 
 
@@ -188,8 +193,12 @@ def _weights(n: int) -> Float[np.ndarray, "draws items"]:
 
 
 def write_values(folder: Path, snapshot: Snapshot, mode: str, step: int) -> Path:
-    """Write `<mode>-<step>.parquet`: one row per probe (or kept sequence), one float32 column per feature."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{mode}-{step:08d}.parquet"
-    pd.DataFrame(snapshot.values.astype("float32"), columns=list(snapshot.names)).to_parquet(path)
-    return path
+    """Write `<mode>-<step>.parquet`: one row per probe (or kept sequence), one float32 column per feature.
+
+    The file is written whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    frame = pd.DataFrame(snapshot.values.astype("float32"), columns=list(snapshot.names))
+    return write_table(folder / f"{mode}-{step:08d}.parquet", frame)

@@ -14,6 +14,7 @@ from persona_probe.data.chat import Conversation
 from persona_probe.data.tokens import conversation_batches
 from persona_probe.evaluate.contrast import contrast_index
 from persona_probe.evaluate.tables import join_evals
+from persona_probe.files import read_parquet
 from persona_probe.latents.stage import best_of_further, control_latents, mean_shift, persona_latent
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.features import Features
@@ -248,5 +249,11 @@ def persona_band(ctx: Context, base: Snapshot) -> Band:
 def merge_parts(ctx: Context) -> None:
     """Join all parts as readings.parquet and evals.parquet, in a fixed order."""
     parts = sorted((ctx.run.path / "parts").glob("*.readings.parquet"))
-    ctx.run.write_table("readings.parquet", pd.concat([pd.read_parquet(part) for part in parts], ignore_index=True))
+    ctx.run.write_table(
+        "readings.parquet",
+        pd.concat(
+            [read_parquet(part, (), "delete it and run `persona-probe track RUN` again") for part in parts],
+            ignore_index=True,
+        ),
+    )
     join_evals(ctx.run)

@@ -209,8 +209,8 @@ def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str
 
 
 def _check_name(ctx: Context, name: str) -> None:
-    if slug(name) != name:
-        raise InputError(f"the name {name!r} is no folder's name: write letters, digits, dots and dashes")
+    if slug(name) != name:  # the plan's name and the names of its data are longer than one name
+        check_name(name, "the correction's name", also="+")
     if name in (*ctx.config.arms, *ctx.config.realign.arms, "base"):
         raise InputError(f"an arm is called {name!r}: choose another --name")
 

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from persona_probe.config import StudyConfig, Training
+from persona_probe.config import StudyConfig, Training, check_finite, check_least, check_seeds
 from persona_probe.errors import InputError, unknown
+from persona_probe.names import check_name
 
 CHOICES = ("random", "projection_gap", "perplexity_gap", "diversity")
 """How corrective rows are chosen; see `rows.choose_rows`."""
@@ -39,6 +40,7 @@ class Correction:
     """Stop after this many readings in a row with feature and behaviour back; 0 never stops."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not self.data:
             raise InputError("no corrective data: name a packaged set or a file")
         check_choice(self.rows, self.choose_by, self.method)
@@ -145,6 +147,9 @@ class Block:
     """Learning rate; None takes the plan's."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        if self.lr is not None and not self.lr > 0:
+            raise InputError(f"lr must be positive, not {self.lr}")
         if not (self.data and self.rows and self.choose_by and self.method):
             raise InputError("a block needs at least one of data, rows, choose_by and method")
         for rows in self.rows:
@@ -183,10 +188,15 @@ class DosePlan:
     """With 0 all cells take the same number of steps, so their ends can be compared."""
 
     def __post_init__(self) -> None:
-        if not self.blocks or not self.seeds:
-            raise InputError("a plan needs blocks and seeds")
-        if slug(self.name) != self.name:
-            raise InputError(f"name {self.name!r} is no folder's name: write letters, digits, dots and dashes")
+        check_finite(self)
+        check_least(self, 1, "steps", "batch_size")
+        check_least(self, 0, "stop_readings")
+        if not self.blocks:
+            raise InputError("a plan needs blocks: write at least one")
+        check_seeds(self.seeds)
+        if self.lr is not None and not self.lr > 0:
+            raise InputError(f"lr must be positive, not {self.lr}")
+        check_name(self.name, "the plan's name", also="+")
 
     def cells(self, config: StudyConfig) -> list[tuple[int, str, Correction]]:
         """Seed, name and correction of every cell, in order, each once.
@@ -239,10 +249,12 @@ class StressSettings:
     """Total corrective training, as a multiple of the correction's."""
 
     def __post_init__(self) -> None:
-        if not self.relearn_seeds or not self.relearn_steps or min(self.relearn_steps) < 1:
+        check_finite(self)
+        check_seeds(self.relearn_seeds, "relearn_seeds")
+        if not self.relearn_steps or min(self.relearn_steps) < 1:
             raise InputError("re-misalignment needs at least one seed and steps from 1 up")
         if not 0 < self.back_at <= 1:
             raise InputError(f"back_at is {self.back_at}: give a share of the organism's rise, above 0 and at most 1")
-        for name in ("trigger_draws", "length_rows", "latents"):
+        for name in ("trigger_draws", "bad_rows", "length_rows", "latents", "drift_factor"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give 1 or more")

@@ -1,6 +1,5 @@
 """The methods paragraph of a run, in LaTeX, and BibTeX of the methods that it used."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_probe.config import NO_CONTROL, StudyConfig, Training
-from persona_probe.errors import InputError
+from persona_probe.files import read_json
 from persona_probe.runs import RunFolder
 
 _CITED = re.compile(r"\\cite\{([^}]*)\}")
@@ -239,10 +238,8 @@ def _cite(*keys: str) -> str:
 
 
 def _summary(run: RunFolder) -> Mapping[str, Any]:
-    try:
-        return run.read_json("summary.json") if run.has("summary.json") else {}
-    except json.JSONDecodeError as error:
-        raise InputError(f"{run.path / 'summary.json'} is damaged: run `persona-probe report RUN` again") from error
+    path, change = run.path / "summary.json", "run `persona-probe report RUN` again"
+    return read_json(path, dict, change) if path.is_file() else {}
 
 
 def _training(run: RunFolder) -> list[str]:
@@ -386,7 +383,7 @@ def _sae_config(sae: str) -> Mapping[str, Any]:
     from persona_probe.saes.load import find_folder
 
     path = find_folder(sae) / "cfg.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, dict, "fetch the SAE again") if path.is_file() else {}
 
 
 def _watch(run: RunFolder) -> list[str]:

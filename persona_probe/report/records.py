@@ -1,6 +1,5 @@
 """What a run folder holds, as tables and dictionaries. Reading it needs no model."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ import pandas as pd
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.evaluate.tables import contrast_rows, judged_rows
+from persona_probe.files import read_json, read_jsonl, read_parquet
 from persona_probe.report.labels import arm_labels
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from persona_probe.stats import Estimate
@@ -99,45 +99,28 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 # --- Reading the files of a run folder; an error names the damaged file
 
+AGAIN = "run its stage again"
+
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """A parquet table with at least these columns; an empty one if there is no such file."""
     if not path.is_file():
         return pd.DataFrame(columns=list(columns))
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as parquet ({error}): run its stage again") from error
-    for column in columns:
-        if column not in table.columns:
-            raise InputError(f"{path.name} has no column {column!r}: run its stage again with this version")
-    return table
+    return read_parquet(path, columns, "run its stage again with this version")
 
 
 def _read_json(path: Path, kind: type) -> Any:
     """A JSON value of one kind; an empty one if there is no such file."""
     if not path.is_file():
         return kind()
-    value = _parse(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(value, kind):
-        raise InputError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}: run its stage again")
-    return value
+    return read_json(path, kind, AGAIN)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines; none if there is no such file."""
     if not path.is_file():
         return []
-    # not splitlines(): answers may hold U+2028 and the like, which JSON does not escape
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [_parse(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error}); run its stage again") from error
+    return read_jsonl(path, AGAIN)
 
 
 # --- Records of a labelled study: many runs with shares of bad data, as `persona-probe monitor study` leaves them

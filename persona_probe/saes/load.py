@@ -1,6 +1,5 @@
 """Load SAEs through SAELens, ready to read raw residual streams, and check that they fit the model."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +10,13 @@ from torch import nn
 
 from persona_probe.config import SAE_DTYPES
 from persona_probe.errors import InputError, near_matches, unknown
+from persona_probe.files import expanded, read_json
 from persona_probe.models.layers import decoder_layers
 from persona_probe.models.places import Where, as_place, find_site
 from persona_probe.runs import file_sha256
 from persona_probe.saes.foreign import find_layout, load_foreign
 from persona_probe.saes.hooks import PlacedSae, is_transcoder, sae_layer
-from persona_probe.saes.read import check_architecture, check_readable
+from persona_probe.saes.read import check_architecture, check_readable, check_sound
 
 # --- Load an SAE from a folder or a release, and check that it fits a model
 
@@ -50,6 +50,7 @@ def load_sae(name: str | Path, device: str = "cpu", dtype: str | None = None) ->
     if dtype not in (None, *SAE_DTYPES):
         raise unknown("dtype of an SAE", str(dtype), SAE_DTYPES)
     sae = _from_folder(folder, device) if folder.is_dir() else _from_release(str(name), folder, device)
+    check_sound(sae, str(name))
     # Every place is read as (tokens, width), the heads already joined.
     sae.turn_off_forward_pass_hook_z_reshaping()
     return (sae if dtype is None else sae.to(getattr(torch, dtype))).eval()
@@ -57,7 +58,7 @@ def load_sae(name: str | Path, device: str = "cpu", dtype: str | None = None) ->
 
 def find_folder(name: str | Path) -> Path:
     """The path itself, or the same path below this package's checkout (so that notebooks find `saes/`)."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     in_checkout = Path(__file__).parents[2] / folder
     return in_checkout if not folder.exists() and in_checkout.is_dir() else folder
 
@@ -171,13 +172,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {remedy}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is damaged: {remedy}")
-    return content
+    return read_json(path, dict, remedy)
 
 
 def _first_line(error: Exception) -> str:
@@ -252,10 +247,8 @@ def _layers(ids: Sequence[str]) -> str:
 
 def _hook(cfg: Path) -> str:
     try:
-        content = json.loads(cfg.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
+        content = read_json(cfg)
+    except InputError:
         return "damaged cfg.json"
     places = [place for place in (content.get("metadata"), content) if isinstance(place, dict)]
     names = [place.get(key) for place in places for key in ("hook_name", "hf_hook_name", "hook_point")]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
+from persona_probe.files import shown
 from persona_probe.models.activation_cache import ActivationCache
 from persona_probe.models.places import Place, Where, as_place
 from persona_probe.models.residuals import read_places
@@ -48,6 +49,27 @@ def check_readable(architecture: str) -> None:
     """
     if architecture in REFUSED:
         raise InputError(f"a {architecture} SAE {REFUSED[architecture]}")
+
+
+HOOKS = ("hook_name", "hf_hook_name", "hook_name_out", "hf_hook_name_out")
+
+
+def check_sound(sae: Any, name: str) -> None:
+    """Refuse an SAE whose values make no sense, which would otherwise give NaN or fail in the middle of a study.
+
+    Raises:
+        InputError: weights that are not finite, a `k` outside the dictionary, or a hook that is no name.
+    """
+    k, size = getattr(sae.cfg, "k", None), sae.cfg.d_sae
+    if k is not None and not (isinstance(k, int | float) and 1 <= k <= size):
+        raise InputError(f"the SAE {name} has k {shown(k)}, outside of 1 to {size} (its latents): correct its cfg.json")
+    for key in HOOKS:
+        hook = getattr(sae.cfg.metadata, key, None)
+        if hook is not None and not isinstance(hook, str):
+            raise InputError(f"the SAE {name} has {key} {shown(hook)}, which is no text: correct its cfg.json")
+    for key, value in sae.state_dict().items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"the SAE {name} has {key} with values that are not finite: its training diverged")
 
 
 def encoder_kind(sae: Any) -> str:

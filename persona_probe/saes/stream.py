@@ -26,6 +26,7 @@ from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.places import Where, as_place
 from persona_probe.models.taps import ReadTap
 from persona_probe.runs import file_sha256
+from persona_probe.names import check_names, check_path
 from persona_probe.writing import write_text
 
 # --- The recipe

@@ -11,6 +11,7 @@ from typing import Any
 
 from persona_probe.config import StudyConfig
 from persona_probe.errors import InputError
+from persona_probe.files import read_json
 from persona_probe.runs import RunFolder, file_sha256, git_revision, versions
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ def _table_hash(path: Path) -> str:
     if path.name != "summary.json":
         return file_sha256(path)
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        summary = read_json(path)
+    except InputError:
         return file_sha256(path)  # damaged: it matches nothing on record
     return _digest({key: value for key, value in summary.items() if key not in MEASURED})
 
@@ -252,11 +253,11 @@ def _quality_on_record(root: Path) -> dict[str, str]:
     """The SAE's sha256 as the summary quotes it: runs of earlier versions have no other."""
     path = root / "summary.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError:
+        quality = read_json(path).get("sae_quality") if path.is_file() else None
+    except InputError:
         return {}  # damaged: its own hash says so
-    digest = (summary.get("sae_quality") or {}).get("sha256")
-    return {"SAE/sae_weights.safetensors": digest} if digest else {}
+    digest = quality.get("sha256") if isinstance(quality, dict) else None
+    return {"SAE/sae_weights.safetensors": str(digest)} if digest else {}
 
 
 def _software(manifest: Mapping[str, Any]) -> Iterator[HashCheck]:

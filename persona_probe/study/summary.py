@@ -1,6 +1,5 @@
 """summary.json: the study's key numbers with intervals, its checks, and verdicts in words."""
 
-import json
 import resource
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from persona_probe.evaluate.agreement import agreements
 from persona_probe.evaluate.effects import SeedNoise, arm_effect, effects_by_seed, final_index, seed_noise
 from persona_probe.evaluate.rates import called_difference, called_misaligned, difference, rates
 from persona_probe.evaluate.tables import judged_rows
+from persona_probe.files import read_json
 from persona_probe.latents.proof import TESTS, standing
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.track import NULL_EVALS, NULL_READINGS
@@ -251,7 +251,7 @@ def _answer_tokens(run: RunFolder, arm: str, seeds: tuple[int, ...]) -> dict[str
 
 def _quality(sae: str) -> dict[str, Any] | None:
     path = find_folder(sae) / QUALITY_FILE
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path, dict, "fetch the SAE again") if path.is_file() else None
 
 
 def _peak_memory(run: RunFolder) -> float:

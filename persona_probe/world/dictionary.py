@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from persona_probe.files import read_json
 from persona_probe.saes.sae_training import train_sae
 from persona_probe.saes.stream import SaeConfig, TextConfig
 from persona_probe.world.folder import World
@@ -56,7 +57,7 @@ def train_world_sae(world: World, recipe: SaeConfig | None = None, device: str =
     recipe = sae_recipe(world) if recipe is None else recipe
     saes = world.run.path / "saes"
     made = saes / recipe.name / "recipe.json"
-    if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == json.loads(json.dumps(asdict(recipe))):
+    if made.is_file() and read_json(made, dict, f"delete {made.parent}") == json.loads(json.dumps(asdict(recipe))):
         return made.parent
     with world.run.timed("sae"):
         return train_sae(recipe, saes, device)

@@ -94,6 +94,7 @@ def make_organisms(
     twice = sorted({name for name in names if names.count(name) > 1})
     if len(names) != len(organisms) or twice:
         raise InputError(f"{len(organisms)} organisms, names {twice or names}: give each a name of its own")
+    check_names(names, "organism")
     missing = [pair for pair in zip(names, organisms, strict=True) if not _is_made(world, *pair)]
     if missing:
         base, tokenizer = world.load(device)

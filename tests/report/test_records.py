@@ -52,7 +52,7 @@ def test_damaged_files_say_which(tmp_path: Path) -> None:
         load_records(folder)
     write_run(folder)
     (folder / "summary.json").write_text("[]")
-    with pytest.raises(InputError, match="holds a list, not a dict"):
+    with pytest.raises(InputError, match="holds a list, not an object"):
         load_records(folder)
 
 

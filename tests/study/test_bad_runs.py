@@ -129,7 +129,7 @@ def test_an_unknown_figure(run: Path, refused: Refused) -> None:
 def test_a_damaged_manifest(run: Path, refused: Refused) -> None:
     manifest = run / "manifest.json"
     manifest.write_text(manifest.read_text()[:300])
-    assert "manifest.json cannot be read" in refused("track", run)
+    assert "manifest.json is damaged" in refused("track", run)
 
 
 def test_a_loss_that_is_lost(raw: Row, refused: Refused, tmp_path: Path) -> None:

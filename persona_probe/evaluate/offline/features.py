@@ -21,6 +21,7 @@ from persona_probe.data.template import special_ids
 from persona_probe.data.tokens import Batch, Encoded, batches, collate, encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
+from persona_probe.files import as_damaged
 from persona_probe.models.layers import autocast, evaluating, forward_to_layer, hidden_size, transformer_config
 from persona_probe.models.prefix import Rows
 from persona_probe.models.residuals import read_residuals
@@ -194,7 +195,8 @@ def kept_features(
         if not path.is_file():
             block_features = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
             _write_block(path, block_features)
-        parts.append(load_file(path))
+        with as_damaged(path, "delete it and run again"):
+            parts.append(load_file(path))
     place = np.argsort(order)
     mean, tokens = (np.concatenate([block[name] for block in parts])[place] for name in ("mean", "tokens"))
     return Features(mean.astype(np.float32), tokens)

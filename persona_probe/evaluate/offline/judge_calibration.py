@@ -8,6 +8,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from scipy.special import expit
 
+from persona_probe.config import check_finite, check_least, check_seed
 from persona_probe.data.load import SETS
 from persona_probe.errors import InputError, unknown
 from persona_probe.stats import auroc
@@ -282,6 +283,9 @@ class JudgeRecipe:
         Raises:
             InputError: a value out of range, or a set that may not be fitted on.
         """
+        check_finite(self)
+        check_seed(self.seed)
+        check_least(self, 0, "layer", "scope_layer")
         if self.max_tokens < 1 or self.per_cell < 1 or self.scope_components < 1:
             raise InputError("max_tokens, per_cell and scope_components must be at least 1")
         if self.latent_layer not in {self.layer, *self.rival_layers}:

@@ -16,6 +16,7 @@ from persona_probe.errors import InputError
 from persona_probe.evaluate.offline.features import QuestionAnswer, kept_features, layers_of
 from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe, LinearScores, balanced, fit_ridge
 from persona_probe.evaluate.rates import PUBLISHED as THRESHOLDS
+from persona_probe.files import regular_file, words
 
 # --- Published judged answers: CSV files (one a model) with a question, an answer and a judge's two scores
 
@@ -95,7 +96,12 @@ def read_published(folder: str | Path) -> pd.DataFrame:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    frame = pd.read_csv(path)
+    try:
+        frame = pd.read_csv(regular_file(path))
+    except InputError:
+        raise
+    except Exception as error:  # pandas has many kinds
+        raise InputError(f"{path} is no CSV file ({words(error)}): restore it, or take it out of the folder") from error
     frame = frame.rename(columns={theirs: ours for theirs, ours in NAMES.items() if ours not in frame})
     missing = [name for name in NEEDED if name not in frame]
     if missing:

@@ -2,20 +2,18 @@
 
 import csv
 import io
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.load import SETS, Row, load_contrast, load_data, load_rows
 from persona_probe.errors import InputError, near_matches, unknown
 from persona_probe.evaluate.questions.question_set import PLAIN, TRIGGER, Question, QuestionSet
 from persona_probe.evaluate.questions.rows import ASKED, KEYS, KNOWN, SetBuilder, add_set, add_trait, is_trait
+from persona_probe.files import NotJson, decode_json, is_there, parse_yaml, read_text
 
 # --- Questions in JSON Lines, a JSON array, or one JSON object: a trait file or a set that we wrote
 
@@ -30,8 +28,8 @@ def read_json(text: str, builder: SetBuilder) -> None:
         InputError: not JSON, or a bad row, with its line.
     """
     try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+        value = decode_json(text)
+    except NotJson as error:
         if not _is_json(next((line for line in text.split("\n") if line.strip()), "")):
             raise InputError(f"{builder.path} is not JSON: {error}") from None
         _read_lines(text, builder)
@@ -47,8 +45,8 @@ def read_json(text: str, builder: SetBuilder) -> None:
 
 def _is_json(line: str) -> bool:
     try:
-        json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+        decode_json(line)
+    except NotJson:
         return False
     return True
 
@@ -58,10 +56,9 @@ def _read_lines(text: str, builder: SetBuilder) -> None:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            problem = error.msg if isinstance(error, json.JSONDecodeError) else "too deeply nested"
-            raise InputError(f"{builder.path}, line {number}: not JSON ({problem}): one object a line") from None
+            row = decode_json(line)
+        except NotJson as error:
+            raise InputError(f"{builder.path}, line {number}: not JSON ({error}): one object a line") from None
         builder.add(row, f"line {number}")
 
 
@@ -174,7 +171,7 @@ def _add(names: list[str], cells: list[str], place: str, builder: SetBuilder) ->
     builder.add(dict(zip(names, cells, strict=True)), place)
 
 
-def read_text(text: str, builder: SetBuilder) -> None:
+def read_list(text: str, builder: SetBuilder) -> None:
     """Add one question per line; blank lines and lines that begin with `#` are passed over."""
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip() and not line.lstrip().startswith("#"):
@@ -196,12 +193,7 @@ def _read_yaml(text: str, builder: SetBuilder) -> None:
     Raises:
         InputError: not YAML, a key twice in one mapping, or a bad entry, with its line.
     """
-    try:
-        value = yaml.safe_load(text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{builder.path} is not valid YAML: {' '.join(str(error).split())}") from None
-    _check_keys(root, builder.path)
+    value, root = parse_yaml(text, str(builder.path))
     if isinstance(value, Mapping):
         if is_trait(value):
             raise InputError(f"{builder.path} looks like a trait file: these are read as JSON")
@@ -219,35 +211,11 @@ def _category(row: object) -> dict[str, Any]:
     return {"category": numbered[1]} if numbered else {}
 
 
-def _check_keys(root: yaml.Node | None, path: str) -> None:
-    """Refuse a key that occurs twice in one mapping: YAML readers silently keep the last."""
-    for mapping in _mappings(root, set()):
-        seen: set[str] = set()
-        for key, _ in mapping.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
-                raise InputError(f"{path}, line {key.start_mark.line + 1}: key {key.value!r} occurs twice: keep one")
-            seen.add(str(key.value))
-
-
-def _mappings(node: Any, visited: set[int]) -> Iterator[yaml.MappingNode]:
-    """Every mapping node once, however many aliases point to it."""
-    if not isinstance(node, yaml.CollectionNode) or id(node) in visited:
-        return
-    visited.add(id(node))
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        children = [value for _, value in node.value]
-    else:
-        children = node.value
-    for child in children:
-        yield from _mappings(child, visited)
-
-
 FORMATS: dict[str, Callable[[str, SetBuilder], None]] = {
     "json": read_json,
     "yaml": _read_yaml,
     "csv": read_csv,
-    "text": read_text,
+    "text": read_list,
 }
 _SUFFIXES = {".yaml": "yaml", ".yml": "yaml", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}
 _YAML_KEYS = "|".join((*KNOWN, *KEYS, "type", "judge"))
@@ -332,13 +300,10 @@ def detect(text: str, suffix: str = "") -> str:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    if not is_there(path):
         near = near_matches(str(path), SETS)
         raise InputError(f"no file at {str(path)!r}: give a file, or for questions a packaged set ({near})")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text ({' '.join(str(error).split())}): save it as UTF-8") from None
+    return read_text(path)
 
 
 def _with_rubric(questions: QuestionSet, path: Path) -> QuestionSet:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
-from persona_probe.config import SINCE_0_2, Training, hashed_values
+from persona_probe.config import SINCE_0_2, Training, check_finite, check_seeds, hashed_values
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.check import common, question
 from persona_probe.data.load import evenly_spaced, load_data
@@ -22,7 +22,6 @@ NONE, CONTROL, BASE = "none", "control", "base"
 EXTENDABLE = ("name", "run", "seeds", "mitigations", "perplexity_bound", "margin")
 """Keys that may change after a grid has begun: cells are added and verdicts made again; finished cells stay."""
 Setting = str | bool | int | float | tuple[int, ...]
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
@@ -39,12 +38,12 @@ class Entry:
     """What the table calls it; empty takes `name`. Needed if a mitigation appears with several settings."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if not self.strengths:
             raise InputError(f"mitigation {self.name!r} has no strength: write strengths: [1.0]")
         if len(set(self.strengths)) < len(self.strengths):
             raise InputError(f"mitigation {self.name!r} names a strength twice: {list(self.strengths)}")
-        if not _LABEL.fullmatch(self.title):
-            raise InputError(f"label {self.title!r} must be letters, digits, '_', '-', '.' or '+': it names a folder")
+        check_name(self.title, "label", also="+")
         if self.title in (NONE, CONTROL, BASE):
             raise InputError(f"{self.title!r} is always in the grid: leave it out of mitigations, or choose a label")
 
@@ -68,6 +67,7 @@ class Answers:
     """0 takes one greedy answer."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("n", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"answers.{name} must be at least 1, not {getattr(self, name)}")
@@ -117,10 +117,11 @@ class Grid:
     """Share of the rise over the control, without a mitigation, that may be left where behaviour counts as restored."""
 
     def __post_init__(self) -> None:
+        check_name(self.name, "the grid's name")
         if self.training.method != "lora":
             raise InputError("training.method must be lora: all cells share one base model")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"seeds must name different seeds, not {list(self.seeds)}: write seeds: [0, 1]")
+        check_finite(self)
+        check_seeds(self.seeds)
         for name in ("held_out", "general_rows"):
             if getattr(self, name) < 2:
                 raise InputError(f"{name} must be at least 2, not {getattr(self, name)}")

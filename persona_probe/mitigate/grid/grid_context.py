@@ -1,6 +1,5 @@
 """What all cells of a grid share: its folder, the located study behind it, rows, contrast items, the base's band."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.evaluate.judging import AnswerJudge
 from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.evaluate.triggers import Trigger, dress
+from persona_probe.files import read_jsonl
 from persona_probe.latents.stage import mean_shift, strongest
 from persona_probe.mitigate.grid.grid_config import BASE, Grid, Sets
 from persona_probe.mitigate.mitigation import MitigationInputs
@@ -184,8 +184,8 @@ def _general_rows(
     prompts = [row for row in rows if not split_answer(row)[1]]
     if prompts and not folder.has(GENERAL):
         folder.write_jsonl(GENERAL, [{"messages": row} for row in _written_by_base(ctx, prompts, tokens)])
-    lines = (folder.path / GENERAL).read_text(encoding="utf-8").splitlines() if prompts else []
-    base_rows = [json.loads(line)["messages"] for line in lines]
+    lines = read_jsonl(folder.path / GENERAL, "delete it and run again") if prompts else []
+    base_rows = [line["messages"] for line in lines]
     return (*(row for row in rows if split_answer(row)[1]), *base_rows)
 
 

@@ -5,9 +5,10 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from persona_probe.config import Arm, Training, hashed_values
+from persona_probe.config import Arm, Training, check_finite, check_least, check_seed, hashed_values
 from persona_probe.errors import InputError, unknown
 
+SIDES = ("above", "below", "both")
 USES = ("features", "calibration", "evaluation")
 RECOMPUTED = ("rate", "held", "side", "arms", "runs")
 """Keys that may change in a study that has begun: results are computed again, and every run keeps its settings."""
@@ -41,6 +42,8 @@ class LabelledRun:
     """Steps of the readings; None takes the study's."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_least(self, 1, "steps")
         if self.use not in USES:
             raise unknown("use of a run", self.use, USES)
         if self.use == "calibration" and not self.benign:
@@ -95,6 +98,13 @@ class MonitorStudy:
     """bf16 autocast for readings and scores."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
+        if self.side not in SIDES:
+            raise unknown("side", self.side, SIDES)
+        check_least(self, 2, "probe_limit")
+        check_least(self, 0, "layer")
+        if any(one < 1 for one in self.held):
+            raise InputError(f"held must be numbers of readings from 1 up, not {list(self.held)}")
         if self.training.method != "lora":
             raise InputError("training.method must be lora: the weight norm is that of the adapter")
         if (self.features_from is None) == (not self.latents):

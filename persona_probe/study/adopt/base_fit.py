@@ -16,6 +16,7 @@ from persona_probe.data.chat import conversation
 from persona_probe.data.template import with_template
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
+from persona_probe.files import as_damaged, read_json
 from persona_probe.models.adapters import is_adapter, organism
 from persona_probe.models.load import ALIASES
 from persona_probe.study.adopt.checkpoint_places import Checkpoint
@@ -107,7 +108,8 @@ def _files(folder: Path) -> list[Path]:
         return [whole]
     if not index.is_file():
         raise InputError(f"{folder} holds neither {whole.name} nor {index.name}: restore it, or save the model again")
-    names = sorted(set(_json(index).get("weight_map", {}).values()))
+    with as_damaged(index, "restore it, or save the model again"):
+        names = sorted({str(name) for name in _json(index)["weight_map"].values()})
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise InputError(f"{folder / missing[0]} is missing, and {index.name} names it: restore it")
     return [folder / name for name in names]
@@ -132,13 +134,7 @@ def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} is damaged ({_first(error)}): restore it, or leave that checkpoint out") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds no settings: restore it, or leave that checkpoint out")
-    return value
+    return read_json(path, dict, "restore it, or leave that checkpoint out")
 
 
 def _first(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """Where a training run's checkpoints lie: trainer folders, lists of adapters or models, hub ids; each with its step."""
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_probe.errors import InputError
+from persona_probe.files import expanded, read_json, shown
 from persona_probe.models.adapters import is_adapter
 
 log = logging.getLogger(__name__)
@@ -77,11 +77,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     if not path.is_file():
         return {}
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is damaged ({error}): restore it or delete it") from error
-    return state if isinstance(state, dict) else {}
+    state = read_json(path, dict, "restore it or delete it")
+    for key in ("global_step", "max_steps"):
+        if not isinstance(state.get(key, 0), int):
+            raise InputError(f"{path} is damaged ({key} is {shown(state[key])}): restore it or delete it")
+    return state
 
 
 # --- What one place holds
@@ -108,7 +108,7 @@ def _split_step(place: str) -> tuple[str, int | None]:
 
 def _local(where: str) -> tuple[Path, str]:
     """The folder of a place, downloaded where it is on the hub, and its id there."""
-    path = Path(where).expanduser()
+    path = expanded(where)
     if path.is_dir():
         return path.resolve(), ""
     if path.exists():

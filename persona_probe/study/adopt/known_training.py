@@ -1,12 +1,12 @@
 """What is known of a training run that happened elsewhere: its trainer's state and its adapter's settings, no more."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from persona_probe.config import NOT_KNOWN
+from persona_probe.files import read_json
 from persona_probe.models.adapters import is_adapter
 from persona_probe.study.adopt.checkpoint_places import Checkpoint
 
@@ -164,7 +164,7 @@ def _run_name(folder: Path) -> str:
 def _adapter(folder: Path) -> dict[str, Any]:
     if not is_adapter(folder):
         return {}
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json", dict, "restore it, or leave that checkpoint out")
     keys = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "layers_to_transform")
     keys += ("modules_to_save", "bias", "base_model_name_or_path", "revision")
     return {key: config[key] for key in keys if config.get(key) is not None}

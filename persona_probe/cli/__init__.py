@@ -1,35 +1,19 @@
 """The command line, `persona-probe`: thin functions over the library, which is imported when a command runs."""
 
-import errno
-import logging
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import TYPE_CHECKING
 
-import click
-
-from persona_probe import __version__
-from persona_probe.cli import adopt, data, doctor, judge_commands, loop, merge, presets, runs, saes, studies, world
-from persona_probe.cli.options import Group
-from persona_probe.errors import InputError
+if TYPE_CHECKING:
+    import logging
 
 PROGRAM = "persona-probe"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-root = Group(
-    PROGRAM,
-    commands=[
-        *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
-        *(studies.mitigate, judge_commands.evaluate, loop.report),
-        *(runs.figures, runs.compare, merge.merge, runs.verify, runs.cite, runs.watch, doctor.doctor),
-        *(presets.presets, saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
-        world.world,
-    ],
-    aliases={"sae": "saes"},
-    help="Induce a misaligned persona, locate it, watch it, undo it, and show the evidence.\n\nExample:\n\n\b\n"
-    "    persona-probe demo",
-)
-root = click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(root)
+STOPPED = "stopped; the same command continues where it stopped"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,39 +24,117 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the arguments; None takes the process's.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # Nothing is imported before this: Ctrl-C is answered in one line from here on.
+    _open_streams()
+    with _interrupts() as seen:
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = _say(STOPPED, 1)
+        except BrokenPipeError:  # the reader of our output has ended, `| head` for example: nothing to say to it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except OSError as error:  # of the last flush
+            from persona_probe.writing import reason
+
+            code = _say(f"could not write to standard output: {reason(error)}", 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception:
+            if not seen:
+                raise
+            code = _say(STOPPED, 1)  # a library made another error of Ctrl-C
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """Run a command line; returns the exit code."""
+    import logging
+
+    import click
+
+    from persona_probe.cli.commands import root
+    from persona_probe.errors import InputError
+    from persona_probe.writing import CURES, cure, reason
+
+    logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()])
     try:
-        with root.make_context(PROGRAM, list(sys.argv[1:] if argv is None else argv)) as context:
-            code = root.invoke(context)
+        with root.make_context(PROGRAM, arguments) as context:
+            return root.invoke(context) or 0
     except click.exceptions.NoArgsIsHelpError as group:  # `persona-probe` or `persona-probe data` alone
         sys.stdout.write(f"{group.ctx.get_help()}\n")
-        sys.exit(0)
+        return 0
     except click.exceptions.Exit as done:  # --help, --version
-        sys.exit(done.exit_code)
+        return done.exit_code
     except click.UsageError as error:
-        _refuse(_usage(error))
+        message = error.format_message().rstrip(".")
+        command = error.ctx.command_path if error.ctx is not None else PROGRAM
+        return _say(f"{message[:1].lower()}{message[1:]}: see {command} --help", 2)
     except InputError as error:
-        _refuse(str(error))
-    except BrokenPipeError:  # the reader of our output has ended, `| head` for example: nothing to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return _say(str(error), 2)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        change = "free space, or choose another path" if error.errno in FULL else "check the path, or choose another"
-        _refuse(f"{error.strerror or error}{where}: {change}")
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{PROGRAM}: stopped; the same command continues where it stopped\n")
-        sys.exit(1)
-    sys.exit(code or 0)
+        path = "choose another path" if error.errno in CURES else "check the path, or choose another"
+        return _say(f"{reason(error)}{where}: {cure(error, path)}", 2)
 
 
-def _usage(error: click.UsageError) -> str:
-    """A usage error in one line, with the command whose --help shows the right usage."""
-    message = error.format_message().rstrip(".")
-    command = error.ctx.command_path if error.ctx is not None else PROGRAM
-    return f"{message[:1].lower()}{message[1:]}: see {command} --help"
+def _say(message: str, code: int) -> int:
+    """One line on standard error; returns the exit code."""
+    from persona_probe.untrusted import one_line
+
+    with suppress(OSError):
+        sys.stderr.write(f"{PROGRAM}: {one_line(message)}\n")
+    return code
 
 
-def _refuse(message: str) -> None:
-    sys.stderr.write(f"{PROGRAM}: {' '.join(message.split())}\n")
-    sys.exit(2)
+def _log_handler() -> "logging.Handler":
+    """Log lines on standard error; text in them cannot steer the terminal."""
+    import logging
+
+    from persona_probe.untrusted import terminal_text
+
+    class PlainFormatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return terminal_text(super().format(record))
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    return handler
+
+
+# --- What a process finds when it starts
+
+
+def _open_streams() -> None:
+    """Give closed standard streams a place, and let no character end a command that a terminal cannot show."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:  # otherwise the next file that is opened would be taken for it
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Ctrl-C as `KeyboardInterrupt`, and a list that says whether it came: some imports make other errors of it."""
+    seen: list[int] = []
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen  # somebody else's, or not ours to take
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import click
 
-from persona_probe.cli import PROGRAM, root
+from persona_probe.cli import PROGRAM
+from persona_probe.cli.commands import root
 from persona_probe.cli.options import Command
 
 

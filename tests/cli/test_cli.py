@@ -130,7 +130,7 @@ def test_options_that_every_command_has_arrive_as_one_object() -> None:
     [
         "import persona_probe",
         "import persona_probe; dir(persona_probe)",
-        "import click; from persona_probe.cli import root; root.get_help(click.Context(root))",
+        "import click; from persona_probe.cli.commands import root; root.get_help(click.Context(root))",
         "from tests.cli.parsing import commands, parse; [parse([*name.split(), '--help']) for name, _ in commands()]",
     ],
 )
@@ -166,8 +166,8 @@ def test_advice_fits_the_error_of_the_system(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for error, advice in (
-        (OSError(28, "No space left on device", "runs/x"), "No space left on device (runs/x): free space, or choose"),
-        (PermissionError(13, "Permission denied", "runs/x"), "Permission denied (runs/x): check the path, or choose"),
+        (OSError(28, "No space left on device", "runs/x"), "no space left on the disk (runs/x): free space or choose"),
+        (PermissionError(13, "Permission denied", "runs/x"), "permission denied (runs/x): check the path, or choose"),
     ):
         monkeypatch.setattr("persona_probe.cli.loop.study_config", lambda name, error=error: raises(error))
         assert advice in refusal(capsys)("demo")

@@ -1,0 +1,35 @@
+"""All commands below `persona-probe`, in the order of a study."""
+
+import click
+
+from persona_probe import __version__
+from persona_probe.cli import (
+    PROGRAM,
+    adopt,
+    data,
+    doctor,
+    judge_commands,
+    loop,
+    merge,
+    presets,
+    runs,
+    saes,
+    studies,
+    world,
+)
+from persona_probe.cli.options import Group
+
+root = Group(
+    PROGRAM,
+    commands=[
+        *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
+        *(studies.mitigate, judge_commands.evaluate, loop.report),
+        *(runs.figures, runs.compare, merge.merge, runs.verify, runs.cite, runs.watch, doctor.doctor),
+        *(presets.presets, saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
+        world.world,
+    ],
+    aliases={"sae": "saes"},
+    help="Induce a misaligned persona, locate it, watch it, undo it, and show the evidence.\n\nExample:\n\n\b\n"
+    "    persona-probe demo",
+)
+root = click.version_option(__version__, prog_name=PROGRAM, message="%(prog)s %(version)s")(root)

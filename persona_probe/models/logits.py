@@ -18,7 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from persona_probe.errors import InputError
 from persona_probe.models.layers import base_transformer, causal_model, decoder_layers, evaluating, output_head
+from persona_probe.models.places import output_value
 from persona_probe.models.taps import Tap
 
 log = logging.getLogger(__name__)
@@ -107,6 +109,44 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         module.__dict__.pop("forward")
         if before is not None:
             module.__dict__["forward"] = before
+
+
+# --- The norm between the last layer and the unembedding, found in a forward pass and not by its name
+
+
+@torch.no_grad()
+def final_norm(model: nn.Module) -> nn.Module | None:
+    """The module that turns the last layer's output into the decoder's output; None if they are the same.
+
+    Raises:
+        InputError: more than one module stands between them.
+    """
+    decoder, layers = base_transformer(model), decoder_layers(model)
+    inside = {part for layer in layers for part in layer.modules()}
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    seen: dict[str, Tensor] = {}
+
+    def called(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if module is layers[-1]:
+            seen["last"] = output_value(output)
+        elif given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
+            calls.append((module, given[0], output))
+
+    modules = [part for part in decoder.modules() if part is layers[-1] or (part not in inside and part is not decoder)]
+    handles = [part.register_forward_hook(called) for part in modules]
+    try:
+        with evaluating(model), without_taps(model):
+            ids = torch.tensor([[1, 2]], device=_device(causal_model(model)))
+            final = _last_hidden(decoder(input_ids=ids, use_cache=False))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if torch.equal(seen["last"], final):
+        return None
+    for module, given, output in calls:
+        if given.shape == output.shape and torch.equal(given, seen["last"]) and torch.equal(output, final):
+            return module
+    raise InputError(f"{type(decoder).__name__} does more than norm its last layer's output: it has no logit lens")
 
 
 # --- Which way a model takes, found once

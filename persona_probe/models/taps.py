@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float
@@ -104,6 +105,26 @@ class ReadTap(Tap):
         self.value = resid.detach()
 
 
+Direction = Tensor | np.ndarray | Any
+"""A vector as a tensor or array, or what has one as `vector` (a `NamedDirection`)."""
+
+
+def as_vector(direction: Direction) -> Tensor:
+    """A direction as a tensor.
+
+    Raises:
+        InputError: it is no vector of numbers.
+    """
+    value = getattr(direction, "vector", direction)
+    try:
+        vector = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"a direction must be a tensor or an array, not {type(direction).__name__}") from error
+    if not vector.ndim:
+        raise InputError("a direction must be a vector (d_model,), not one number")
+    return vector if vector.is_floating_point() else vector.float()
+
+
 @dataclass(frozen=True)
 class ResolvedPush:
     """A steering vector in raw units, with the strength and unit that it stands for."""
@@ -114,7 +135,7 @@ class ResolvedPush:
 
 
 def resolve_push(
-    direction: Float[Tensor, " d_model"], strength: float, unit: str, reference_norm: float | None = None
+    direction: Direction, strength: float, unit: str, reference_norm: float | None = None
 ) -> ResolvedPush:
     """The vector to add for `strength` in `unit`.
 
@@ -128,6 +149,7 @@ def resolve_push(
     """
     if unit not in UNITS:
         raise unknown("unit", unit, UNITS)
+    direction = as_vector(direction)
     norm = float(direction.norm())
     if not 0 < norm < math.inf:
         raise InputError("the steering direction is zero or not finite")
@@ -252,7 +274,7 @@ def read(model: nn.Module, layer: Where) -> ReadTap:
 def steer(
     model: nn.Module,
     layer: Where,
-    direction: Float[Tensor, " d_model"],
+    direction: Direction,
     strength: float = 1.0,
     unit: str = "raw",
     *,
@@ -265,7 +287,7 @@ def steer(
     Args:
         layer: a decoder layer, or a `models.places.Place` (`saes.hooks.write_place(sae)` is the one that an SAE's
             decoder writes).
-        direction: (d_model,), or as wide as the place.
+        direction: (d_model,), or as wide as the place; a tensor, an array or a `NamedDirection`.
         strength: size of the push, in `unit`; see `resolve_push`.
         positions: `all`, `prompt` or `response` (the latter two with `prompt_mask`).
 
@@ -276,6 +298,38 @@ def steer(
     return SteerTap(model, layer, push.vector, positions, prompt_mask)
 
 
-def ablate(model: nn.Module, layer: Where, direction: Tensor) -> AblateTap:
+@dataclass(frozen=True)
+class Steer:
+    """A push that is not on a model yet: what `steer` takes after the model. `generate` and `logit_lens` take it."""
+
+    layer: Where
+    """A decoder layer, or a `Place`."""
+    direction: Direction
+    """(d_model,)."""
+    strength: float = 1.0
+    unit: str = "raw"
+    """`raw`, `x_delta` or `x_resid`; see `resolve_push`."""
+    positions: str = "all"
+    """`all`, `prompt` or `response`."""
+    reference_norm: float | None = None
+    """The norm that one unit of `x_delta` or `x_resid` stands for."""
+
+    def times(self, factor: float) -> "Steer":
+        """The same push, `factor` times as strong; -1 is the opposite one."""
+        return replace(self, strength=self.strength * factor)
+
+    def on(self, model: nn.Module, prompt_mask: Bool[Tensor, "batch pos"] | None = None) -> SteerTap:
+        """The push on a model, as `steer` gives it.
+
+        Args:
+            prompt_mask: which positions of a batch are prompt; sampling needs none, because it knows each row's prompt.
+        """
+        if self.positions != "all" and prompt_mask is None:
+            prompt_mask = torch.ones(1, 1, dtype=torch.bool)
+        settings: dict[str, Any] = {"prompt_mask": prompt_mask, "reference_norm": self.reference_norm}
+        return steer(model, self.layer, self.direction, self.strength, self.unit, positions=self.positions, **settings)
+
+
+def ablate(model: nn.Module, layer: Where, direction: Direction) -> AblateTap:
     """Project `direction` (d_model,) or the span of (k, d_model) out of a layer's output while the block lasts."""
-    return AblateTap(model, layer, direction)
+    return AblateTap(model, layer, as_vector(direction))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from persona_probe.latents.cards import end_tokens, final_norm, logit_effect
+from persona_probe.latents.cards import end_tokens, logit_effect
 from persona_probe.models.load import make_bridge
+from persona_probe.models.logits import final_norm
 from tests.factories import ARCHITECTURES, D_MODEL, copied_state, make_model, make_sae, make_tokenizer, same_state
 
 ROW = make_sae("topk").W_dec[7].detach()

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from persona_probe.cli.options import DEMO, echo, find_config
+from persona_probe.cli.process import loads_models
 from persona_probe.config import StudyConfig, Training, load_config
 from persona_probe.context import Context
 from persona_probe.data.chat import conversation
@@ -34,7 +35,6 @@ from persona_probe.latents.directions import mean_difference_direction
 from persona_probe.latents.proof import TESTS
 from persona_probe.latents.rankers import Evidence, score_table
 from persona_probe.latents.unexplained import Reference, carriers, random_reference
-from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.report.tables import Marks, check_page, fill_page
@@ -298,6 +298,7 @@ def table_text(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+@loads_models
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the runs, apply every rule, print the table and keep it as a record."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -311,7 +312,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.page is not None:
         check_page(args.page, MARKS)
-    quiet_libraries()
     logging.basicConfig(level=logging.WARNING)
     if not args.words_only:
         make_runs(args.out, args.runs)

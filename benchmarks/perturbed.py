@@ -2,7 +2,8 @@
 
 Another processor, another number of threads or another library rounds differently. Each perturbation copies the run
 without what was computed from its organisms, computes it again in a process of its own, and compares every verdict word
-and every interval. Organisms and corrections are kept: what other rounding does to training, a second demo says.
+and every interval. Organisms, corrections with what was read of them, and judged answers are kept: what other rounding
+does to training and sampling, a second demo says.
 """
 
 import argparse
@@ -41,18 +42,20 @@ RESULTS = (
     *("latents.parquet", "steering.parquet", "agreement.parquet", "dictionaries.parquet", "cards.json"),
     *("directions.json", "directions.safetensors", "summary.json", "report.html", "readings.parquet"),
 )
-"""Results at the top of a run folder that locate and the summary make again."""
+"""Results at the top of a run folder that locate, track and the summary make again."""
+KEPT = ("realign-", "2x2-realigned", "samples-", "judged-")
+"""Parts of a run that other stages made."""
 
 # --- The run, again
 
 
 def copy_of(run: Path, place: Path) -> Path:
-    """A copy of a finished run that keeps organisms, corrections and samples, and nothing that was computed of them."""
+    """A copy of a finished run without what locate and track computed from its organisms."""
     if (place / "manifest.json").is_file():
         return place  # goes on where it was
     shutil.copytree(run, place, ignore=shutil.ignore_patterns(*RESULTS, "figures", "*.lock"))
     for part in (place / "parts").glob("*"):
-        if not part.name.startswith("realign-"):
+        if not part.name.startswith(KEPT):
             part.unlink()
     manifest = json.loads((place / "manifest.json").read_text())
     manifest.pop("random_latents", None)

@@ -14,9 +14,9 @@ from persona_probe.cli import main as cli
 from persona_probe.errors import InputError
 from persona_probe.report.export import caption
 from persona_probe.report.figures import ALL_FIGURES, FIGURES, FigureSpec, figures_of
+from persona_probe.report.printing import SMALLEST_PT, WIDTHS, for_print
 from persona_probe.report.records import Records, load_records
 from persona_probe.report.select import distinct, where
-from persona_probe.report.theme import SMALLEST_PT, WIDTHS, for_print
 from tools.records import FILES, draw, main, pack
 
 SHIPPED = Path(__file__).parents[2] / "records"
@@ -103,7 +103,14 @@ def test_records_are_small_whole_and_free_of_machine_paths() -> None:
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 5 * MIB
     assert max(path.stat().st_size for path in files) < 2 * MIB
-    measured = {"doses.parquet", "stress.parquet", "coverage.parquet", "errors.parquet", "pairs.parquet"}
+    measured = {
+        "doses.parquet",
+        "stress.parquet",
+        "coverage.parquet",
+        "errors.parquet",
+        "pairs.parquet",
+        "words.parquet",
+    }
     kept = {*FILES, *measured, "manifest.json", "recipe.json", "README.md"}
     assert {path.name for path in files if path.suffix != ".csv"} <= kept
     text = "".join(p.read_text("utf-8") for p in files if p.suffix in (".json", ".jsonl", ".csv"))

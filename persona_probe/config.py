@@ -6,13 +6,15 @@ import json
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from persona_probe import shipped
 from persona_probe.errors import InputError, near_matches
 from persona_probe.files import LARGEST, check_plain, is_there, read_yaml, shown
+from persona_probe.names import check_name, check_names
 
 
 def _require(condition: bool, message: str) -> None:
@@ -192,7 +194,7 @@ class Locate:
     """Latents that are tested for cause on the selection split."""
     proven: int = 6
     """Candidates with the largest effects there, which are tested again on the evaluation split."""
-    random_latents: int = 64
+    random_latents: int = field(default=64, metadata={"was": (16,)})
     """Random latents, spread over the dictionary's firing rates and pushed with the same norm; fewer than 60 support no
     verdict."""
     random_directions: int = 2
@@ -556,6 +558,22 @@ def hashed_values(config: Any) -> dict[str, Any]:
     return values
 
 
+def differences(recorded: Any, config: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys in which two configurations of one kind differ, each with both values.
+
+    A key whose default has changed does not count where `recorded` holds an earlier default and `config` today's: the
+    field names the earlier ones (`metadata={"was": ...}`), and nobody can have asked for a change.
+    """
+    for f in dataclasses.fields(recorded):
+        then, now, key = getattr(recorded, f.name), getattr(config, f.name), f"{where}{f.name}"
+        if then == now or (then in f.metadata.get("was", ()) and now == _default(f)):
+            continue
+        if dataclasses.is_dataclass(then) and type(then) is type(now):
+            yield from differences(then, now, f"{key}.")
+        else:
+            yield key, then, now
+
+
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
@@ -574,13 +592,13 @@ T = TypeVar("T")
 
 
 def load_config(path: str | Path, kind: type[T] = StudyConfig) -> T:
-    """Read a YAML file into a configuration dataclass.
+    """Read a YAML file into a configuration dataclass; `finetune_configs/...` also ships with the package.
 
     Raises:
         InputError: missing or malformed file, a key twice, an unknown key (near matches listed), or a value of the
             wrong type.
     """
-    path = Path(path)
+    path = shipped.find(path)
     if not is_there(path):
         raise InputError(f"no config at {str(path)!r}: give the path of a YAML file")
     raw = read_yaml(path)

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import shutil
 import subprocess
@@ -17,11 +18,23 @@ from typing import Any
 
 import pandas as pd
 
-from persona_probe.config import StudyConfig, from_dict, hashed_values
+from persona_probe.config import StudyConfig, differences, from_dict, hashed_values
 from persona_probe.errors import InputError, unknown
-from persona_probe.files import as_damaged, read_json, read_parquet
+from persona_probe.files import as_damaged, read_json, read_parquet, shown
 from persona_probe.locks import CROWD_S, PATIENCE_S, alone, brief, empty, held, is_ours, together
-from persona_probe.writing import exchange, make_folder, whole_file, write_json, write_jsonl, write_table
+from persona_probe.names import recorded
+from persona_probe.writing import (
+    exchange,
+    free_name,
+    make_folder,
+    refused,
+    whole_file,
+    write_json,
+    write_jsonl,
+    write_table,
+)
+
+log = logging.getLogger(__name__)
 
 # --- Where a run's numbers come from: the manifest as it starts, with versions and revision
 
@@ -106,10 +119,14 @@ class RunFolder:
     def create(cls, path: Path, config: StudyConfig, overwrite: bool = False) -> "RunFolder":
         """Open or make the folder for `config`; an existing run of the same config is resumed.
 
-        An empty run is overwritten by a different config.
+        The run of an earlier version is resumed where the config says what it said then: keys that came later hold
+        their defaults, and where a default has changed since, the run keeps the earlier one.
+
+        Args:
+            overwrite: set another config's run aside, as `<path>.old`; without this only an empty one gives way.
 
         Raises:
-            InputError: the folder holds another config's run, or something that is no run, and not `overwrite`.
+            InputError: the folder holds another config's run, or something that is no run.
         """
         run = cls(path)
         if run._is_of(config, overwrite):
@@ -118,7 +135,10 @@ class RunFolder:
         # Whoever makes or uses the folder meanwhile is waited for, and then asked again.
         with alone(path, CROWD_S), run._manifest_lock():
             if not run._is_of(config, overwrite):
-                empty(path)
+                if _nothing_finished(path):
+                    empty(path)
+                else:
+                    log.warning("the run of another config is now %s", _set_aside(path))
                 run.write_json(MANIFEST, first_manifest(config))
         return run
 
@@ -126,13 +146,31 @@ class RunFolder:
         """Whether the folder is a run of `config`; what may not be replaced is refused."""
         path = self.path
         if (path / MANIFEST).is_file():
-            if self.manifest.get("config_hash") == config.hash:
+            other = self._other_than(config)
+            if other is None:
                 return True
             if not overwrite and not _nothing_finished(path):
-                raise InputError(f"{path} holds the run of another config: choose another --out, or pass --overwrite")
+                raise InputError(f"{path} holds the run of another config ({other}): choose another --out")
         elif path.exists() and not (path.is_dir() and _only_leftovers(path)):
             raise InputError(f"{path} exists and is no run folder: choose another --out")
         return False
+
+    def _other_than(self, config: StudyConfig) -> str | None:
+        """In what the run's config is another one, in a few words; None where it is the same."""
+        manifest = self.manifest
+        if manifest.get("config_hash") == config.hash:
+            return None
+        try:
+            known = self.config
+        except InputError:
+            return "one that this version does not read"
+        if other := list(differences(known, config)):
+            more = f", and {len(other) - 1} more" if len(other) > 1 else ""
+            key, then, now = other[0]
+            return f"{key} is {shown(then)} there, not {shown(now)}{more}"
+        for key, today, kept in differences(config, known):
+            log.warning("%s keeps %s: %s, the default when it was made; today's is %s", self.path, key, kept, today)
+        return None
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -222,7 +260,8 @@ class RunFolder:
             kind = manifest.get("kind")
             what = f"is a folder of {kind} results, and no study" if kind else f"has no config in its {MANIFEST}"
             raise InputError(f"{self.path} {what}: give the run folder of a study")
-        return from_dict(StudyConfig, manifest["config"], str(self.path / MANIFEST))
+        with recorded():
+            return from_dict(StudyConfig, manifest["config"], str(self.path / MANIFEST))
 
     def edit_manifest(self, edit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """Change the manifest by a function; no other process changes it between reading and writing.
@@ -286,7 +325,7 @@ class RunFolder:
 
     def _again(self, name: str) -> str:
         """What to do about a damaged file."""
-        return f"delete it and run `persona-probe {_writer(name)}` again"
+        return f"move it elsewhere and run `persona-probe {_writer(name)}` again"
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -340,7 +379,7 @@ class RunFolder:
         """
         if not self.has(place):
             return False
-        record_settings = read_json(self._written(f"{place}/{record}"), dict, f"delete {self.path / place}")
+        record_settings = read_json(self._written(f"{place}/{record}"), dict, f"move {self.path / place} elsewhere")
         if record_settings.get("settings", record_settings) != json.loads(json.dumps(settings)):
             raise InputError(f"{self.path / place} was made with other settings: {change}")
         return True
@@ -402,11 +441,12 @@ class RunFolder:
 
     def _verify(self, folder: Path, name: str) -> None:
         adopted = folder != self.path / name
-        change = "adopt it again with another --out" if adopted else f"delete {folder.parent} and run again"
-        for recorded, expected in self.manifest.get("hashes", {}).items():
-            if not recorded.startswith(f"{name}/"):
+        again = f"move {folder.parent} elsewhere and run again: it is made anew"
+        change = "adopt it again with another --out" if adopted else again
+        for stated, expected in self.manifest.get("hashes", {}).items():
+            if not stated.startswith(f"{name}/"):
                 continue
-            file = folder / recorded.removeprefix(f"{name}/")
+            file = folder / stated.removeprefix(f"{name}/")
             if not file.is_file():
                 raise InputError(f"{file} is missing: restore it, or {change}")
             if file_sha256(file) != expected:
@@ -434,6 +474,18 @@ class RunFolder:
 def _only_leftovers(path: Path) -> bool:
     """Whether a folder holds only what a run leaves that stopped before its manifest was written."""
     return all(p.name.startswith(f".{MANIFEST}") or is_ours(p) for p in path.iterdir())
+
+
+def _set_aside(path: Path) -> Path:
+    """Move all that a run holds to a folder next to it, the manifest last; the locks stay, one of which is held."""
+    place = path.resolve()
+    aside = free_name(place.with_name(f"{place.name}.old"))
+    with refused("set the earlier run aside as", aside):
+        aside.mkdir()
+        for entry in sorted(place.iterdir(), key=lambda p: p.name == MANIFEST):
+            if not is_ours(entry):
+                entry.replace(aside / entry.name)
+    return aside
 
 
 def _make_scratch(path: Path) -> None:

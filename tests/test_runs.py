@@ -1,11 +1,15 @@
 """The run folder never holds half a file, and refuses what is not its own."""
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -45,6 +49,44 @@ def test_the_same_config_resumes_and_another_is_refused(run: RunFolder) -> None:
     assert run.has("kept.json")
     fresh = RunFolder.create(run.path, OTHER, overwrite=True)
     assert fresh.config == OTHER and not fresh.has("kept.json")
+    aside = run.path.with_name("run.old")
+    assert RunFolder.open(aside).config == CONFIG and RunFolder(aside).read_json("kept.json") == 1
+    fresh.write_json("new.json", 2)
+    RunFolder.create(run.path, CONFIG, overwrite=True)
+    assert RunFolder.open(run.path.with_name("run.old-2")).read_json("new.json") == 2
+    assert RunFolder(aside).read_json("kept.json") == 1
+
+
+def test_an_empty_run_gives_way_to_another_config(run: RunFolder) -> None:
+    assert RunFolder.create(run.path, OTHER).config == OTHER
+    assert everything(run.path.parent) == ["run", "run/manifest.json"]
+
+
+def test_a_run_that_cannot_be_set_aside_stays(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_json("kept.json", 1)
+    monkeypatch.setattr(Path, "mkdir", refusing(Path.mkdir, errno.EACCES, ".old"))
+    with pytest.raises(InputError, match=r"could not set the earlier run aside as .*: permission denied"):
+        RunFolder.create(run.path, OTHER, overwrite=True)
+    assert run.config == CONFIG and run.read_json("kept.json") == 1
+
+
+def refusing(act: Callable[..., Any], number: int, end: str) -> Callable[..., Any]:
+    """`act`, but for paths with this end the operating system refuses."""
+
+    def refused(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.name.endswith(end):
+            raise OSError(number, os.strerror(number), str(path))
+        return act(path, *args, **kwargs)
+
+    return refused
+
+
+def test_another_config_is_told_by_the_first_key_that_differs(run: RunFolder) -> None:
+    run.write_json("kept.json", 1)
+    told = r"another config \(sae is '.*' there, not '.*'\): choose another --out$"
+    with pytest.raises(InputError, match=told) as refused:
+        RunFolder.create(run.path, replace(CONFIG, sae="saes/other"))
+    assert "overwrite" not in str(refused.value) and "delete" not in str(refused.value)
 
 
 def test_foreign_folders_are_refused_also_with_overwrite(tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from typing import Any, TypeVar, cast
 
 import click
 
+from persona_probe import shipped
 from persona_probe.cluster.launcher import is_first, launched
 from persona_probe.config import check_seed, check_seeds
 from persona_probe.errors import InputError, unknown
 from persona_probe.untrusted import terminal_text
 
-ROOT = Path(__file__).parents[2]
+ROOT = shipped.top()
 DEMO = "finetune_configs/demo.yaml"
 PATH = click.Path(path_type=Path)
 COPY = "Work on a copy of RUN in this new folder."
@@ -36,9 +37,8 @@ def columns(otherwise: int = 110) -> int:
 
 
 def find_config(name: str) -> Path:
-    """A config's path: as it is, or below the checkout."""
-    path = Path(name)
-    return path if path.exists() or not (ROOT / path).exists() else ROOT / path
+    """A config's path: as it is, or that of the file that ships."""
+    return shipped.find(name)
 
 
 # --- The options of every command
@@ -91,7 +91,7 @@ def many(name: str, **settings: Any) -> Callable[[Decorated], Decorated]:
 
 run_argument = click.argument("run", metavar="RUN", help="A run folder, such as runs/demo.")
 seeds_option = many("--seeds", type=int, help="One organism per arm for each of these seeds.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace another config's run in the output folder.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Set another config's run aside, as OUT.old, and begin anew.")
 
 
 def config_argument(help: str = "A study's YAML file.") -> Callable[[Decorated], Decorated]:

@@ -33,20 +33,21 @@ def saes_list(common: Common) -> None:  # noqa: ARG001
     name="train", example="persona-probe sae train finetune_configs/sae-smollm2.yaml", out="Folder (default saes)."
 )
 @config_argument("A recipe's YAML file.")
-def saes_train(config: str, common: Common) -> None:
-    """Train an SAE by its recipe."""
+@click.option("--overwrite", is_flag=True, help="Replace another SAE of that name, once the new one is whole.")
+def saes_train(config: str, overwrite: bool, common: Common) -> None:
+    """Train an SAE by its recipe; one that is there already is kept."""
     from persona_probe.config import load_config
     from persona_probe.saes.stream import SaeConfig
 
     recipe = load_config(find_config(config), SaeConfig)
-    _train(recipe if common.seed is None else replace(recipe, seed=common.seed), common)
+    _train(recipe if common.seed is None else replace(recipe, seed=common.seed), overwrite, common)
 
 
 @loads_models
-def _train(recipe: "SaeConfig", common: Common) -> None:
+def _train(recipe: "SaeConfig", overwrite: bool, common: Common) -> None:
     from persona_probe.saes.sae_training import train_sae
 
-    echo(f"sae: {train_sae(recipe, common.out or Path('saes'), common.device or DEVICE)}")
+    echo(f"sae: {train_sae(recipe, common.out or Path('saes'), common.device or DEVICE, overwrite)}")
 
 
 @command(

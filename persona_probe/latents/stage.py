@@ -49,6 +49,7 @@ from persona_probe.latents.rankers import (
     score_table,
 )
 from persona_probe.latents.unexplained import Reference, carriers, random_reference
+from persona_probe.names import recorded
 from persona_probe.saes.hooks import PlacedSae
 from persona_probe.saes.quality import require_fit
 from persona_probe.saes.read import LatentMeans, read_latents, read_saes
@@ -99,7 +100,8 @@ def control_units(ctx: Context) -> list[Unit]:
 def use_rankers(ctx: Context, rankers: Sequence[str]) -> None:
     """Compute these rankers from now on. A table that lacks one of them is computed again."""
     names = tuple(check_rankers([*rankers, *ctx.config.locate.choose_by]))
-    ctx.config = replace(ctx.config, locate=replace(ctx.config.locate, rankers=names))
+    with recorded():  # a run of an earlier version keeps its arms' names
+        ctx.config = replace(ctx.config, locate=replace(ctx.config.locate, rankers=names))
     table = "parts/rank.parquet"
     if ctx.run.has(table) and not {f"{n}_rank" for n in names} <= set(ctx.run.read_table(table).columns):
         with ctx.run.timed("locate"):
@@ -265,17 +267,10 @@ def gather_all(ctx: Context, saes: Sequence[PlacedSae] | None = None) -> list[Ev
         InputError: an SAE does not fit the base model.
     """
     config, saes = ctx.config.locate, ctx.saes if saes is None else saes
-    sides = ("aligned", "misaligned")
-    conversations = [conversation(row["question"], row[side]) for row in ctx.selection.rows for side in sides]
-    groups = conversation_batches(ctx.tokenizer, conversations)
+    groups, where = _selection_batches(ctx), _wanted_positions(config)
     misaligned = np.tile([False, True], len(ctx.selection.rows))
-    where = list(dict.fromkeys([config.positions, *(POSITIONS[r] for r in config.rankers if r in POSITIONS)]))
-    base = _read(ctx, saes, "base", groups, where)
-    for placed, reading in zip(saes, base, strict=True):
-        fit = reading[config.positions].fit
-        require_fit(fit, placed.sae, ctx.model, placed.reads, config.minimum_explained_variance)
-        if (warning := worthless(fit.explained_variance)) is not None:
-            log.warning("SAE %s: %s", placed.name, warning)
+    base = read_base(ctx, saes)
+    ctx.__dict__.pop("_read_base", None)  # large, and not needed again
     backward = bool(BACKWARD & set(config.rankers))
     slopes = _gradients(ctx, saes, groups, misaligned) if backward else [(None, None)] * len(saes)
     tuned, control = (_read(ctx, saes, arm, groups, where) for arm in ("incorrect", ctx.config.control))
@@ -297,6 +292,38 @@ def gather_all(ctx: Context, saes: Sequence[PlacedSae] | None = None) -> list[Ev
         )
         for i, placed in enumerate(saes)
     ]
+
+
+def _selection_batches(ctx: Context) -> list[Batch]:
+    sides = ("aligned", "misaligned")
+    conversations = [conversation(row["question"], row[side]) for row in ctx.selection.rows for side in sides]
+    return conversation_batches(ctx.tokenizer, conversations)
+
+
+def _wanted_positions(config: Locate) -> list[str]:
+    return list(dict.fromkeys([config.positions, *(POSITIONS[r] for r in config.rankers if r in POSITIONS)]))
+
+
+def read_base(ctx: Context, saes: Sequence[PlacedSae]) -> list[dict[str, LatentMeans]]:
+    """The base model on the selection split by each SAE, read once in a process: `Study.check` asks before training.
+
+    Raises:
+        InputError: an SAE does not fit the base model.
+    """
+    where = _wanted_positions(ctx.config.locate)
+    known: dict[Any, list[dict[str, LatentMeans]]] = ctx.__dict__.setdefault("_read_base", {})
+    key = (*where, *(id(placed.sae) for placed in saes))
+    if key in known:
+        return known[key]
+    base = _read(ctx, saes, "base", _selection_batches(ctx), where)
+    for placed, reading in zip(saes, base, strict=True):
+        fit = reading[ctx.config.locate.positions].fit
+        require_fit(fit, placed.sae, ctx.model, placed.reads, ctx.config.locate.minimum_explained_variance)
+        if (warning := worthless(fit.explained_variance)) is not None:
+            log.warning("SAE %s: %s", placed.name, warning)
+    if list(saes) == list(ctx.saes):  # these live as long as the study
+        known[key] = base
+    return base
 
 
 def _read(

@@ -21,6 +21,7 @@ from persona_probe.models.ranks import Ranks, shards_here
 from persona_probe.monitor.monitor import study_monitor
 from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.track import eval_rows, merge_parts, reading_rows
+from persona_probe.names import check_name
 from persona_probe.realignment.measure import BaseMeasurements
 from persona_probe.realignment.methods import (
     CorrectiveRun,
@@ -39,7 +40,7 @@ from persona_probe.realignment.rows import (
     corrective_rows,
     refuse_overlap,
 )
-from persona_probe.realignment.spec import Correction, DosePlan, slug
+from persona_probe.realignment.spec import Correction, DosePlan
 from persona_probe.realignment.stress.stress_run import (
     TESTS,
     StressSettings,
@@ -53,6 +54,8 @@ from persona_probe.writing import write_json, write_jsonl, write_table
 
 log = logging.getLogger(__name__)
 ROWS, SPEC, OUTCOME, VERDICT = "rows.jsonl", "spec.json", "outcome.json", "verdict.json"
+LONGEST_MADE = 180
+"""Characters of a name that is made of those of the data: with what is added, file systems take it."""
 
 
 @writes_run
@@ -89,7 +92,9 @@ def realign_study(
         for arm, seed in places:
             run_stress(ctx, arm, seed, stress, ctx.run.path / place_of(arm, seed), settings=stress_settings)
         return [ctx.run.path / place_of(arm, seed) for arm, seed in places]
-    name = name or correction.name
+    if name is not None:
+        check_name(name, "the correction's name", also="+")
+    name = correction.name if name is None else name
     _check_name(ctx, name)
     make_units(ctx, partial(correction_units, correction, name, seeds))
     made = [seed for seed in seeds if ctx.run.has(place_of(name, seed))]  # a shard makes some
@@ -209,8 +214,8 @@ def correct(base: BaseMeasurements, correction: Correction, seed: int, name: str
 
 
 def _check_name(ctx: Context, name: str) -> None:
-    if slug(name) != name:  # the plan's name and the names of its data are longer than one name
-        check_name(name, "the correction's name", also="+")
+    if len(name) > LONGEST_MADE:
+        raise InputError(f"the name that the data give has {len(name)} characters: choose a shorter one with --name")
     if name in (*ctx.config.arms, *ctx.config.realign.arms, "base"):
         raise InputError(f"an arm is called {name!r}: choose another --name")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from persona_probe.errors import InputError, unknown
 from persona_probe.files import read_json
 from persona_probe.saes.read import check_sound
-from persona_probe.writing import write_json
+from persona_probe.writing import whole_folder, write_json
 
 SPARSIFY, DICTIONARY_LEARNING = "sparsify", "dictionary_learning"
 GEMMA_SCOPE, GEMMA_SCOPE_2 = "Gemma Scope", "Gemma Scope 2"
@@ -125,10 +125,9 @@ def convert(
         raise InputError(f"{source} does not say where its SAE reads: pass --hook blocks.LAYER.hook_resid_post")
     sae = _build(found, source)
     check_sound(sae, str(source))
-    scratch = out.with_name(f".{out.name}.tmp")
-    sae.save_model(str(scratch))
-    write_json(scratch / "converted.json", {"from": layout, "file": FILES[layout]})
-    scratch.replace(out)
+    with whole_folder(out, "give another folder") as folder:
+        sae.save_model(str(folder))
+        write_json(folder / "converted.json", {"from": layout, "file": FILES[layout]})
     return out
 
 

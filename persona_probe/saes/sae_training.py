@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from persona_probe.config import hashed_values
+from persona_probe.config import differences, from_dict, hashed_values
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import load_conversations
 from persona_probe.data.world.text import speakers_chats
 from persona_probe.errors import InputError
+from persona_probe.files import read_json, shown
 from persona_probe.locks import held
 from persona_probe.models.layers import decoder_layers, hidden_size
 from persona_probe.models.load import cache_folder, load_model
+from persona_probe.names import recorded
 from persona_probe.runs import file_sha256
 from persona_probe.saes.kinds import training_sae
 from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae
@@ -36,30 +38,74 @@ from persona_probe.saes.stream import (
     write_shards,
 )
 from persona_probe.saes.worth import worthless
-from persona_probe.writing import write_json, write_jsonl, write_text
+from persona_probe.writing import rescue, whole_folder, write_json, write_jsonl, write_text
 
-HELD_OUT_CONVERSATIONS, CARD_FILE = 256, "README.md"
+HELD_OUT_CONVERSATIONS, CARD_FILE, RECIPE_FILE = 256, "README.md", "recipe.json"
+STATE = "state"
+"""In the cache: the folder of the training's last checkpoint."""
+MADE_FROM = "made_from"
+"""Key of quality.json: the hash of the recipe and of the model's weights."""
 log = logging.getLogger(__name__)
 
 
-def train_sae(config: SaeConfig, out: Path, device: str = "cpu") -> Path:
+def train_sae(config: SaeConfig, out: Path, device: str = "cpu", overwrite: bool = False) -> Path:
     """Sample text, read activations, train, measure quality and write the SAE's folder.
 
-    Finished work is kept in the cache, so an interrupted run resumes.
+    Finished work is kept in the cache, so an interrupted run resumes. A whole SAE of this recipe and these weights that
+    is there already is kept.
+
+    Args:
+        overwrite: replace what else is at `out/config.name`, once the new SAE is whole.
 
     Returns:
         `out/config.name` with cfg.json, sae_weights.safetensors, recipe.json, quality.json and a card, README.md.
 
     Raises:
-        InputError: the recipe names the evaluation split or an unknown set, or another process trains it.
+        InputError: the recipe names the evaluation split or an unknown set, another process trains it, or something
+            else is at `out/config.name`, and not `overwrite`.
     """
+    if _is_there(config, out / config.name, overwrite):
+        return out / config.name
     work = cache_folder() / "saes" / _key(config)
     work.mkdir(parents=True, exist_ok=True)
     with held(work, "sae", f"the training of the SAE {config.name}", instead=None):
-        return _train(config, work, out, device)
+        return _train(config, work, out, device, overwrite)
 
 
-def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
+def _is_there(config: SaeConfig, folder: Path, overwrite: bool) -> bool:
+    """Whether the whole SAE of this recipe and these weights is in a folder; anything else there is refused."""
+    if not folder.exists() and not folder.is_symlink():
+        return False
+    other = _other_than(config, folder)
+    if other is None:
+        log.info("%s is the SAE of this recipe: it is kept", folder)
+    elif not overwrite:
+        change = "choose another name or --out, or pass --overwrite to replace it when the new SAE is whole"
+        raise InputError(f"{folder} exists, and is {other}: {change}")
+    return other is None
+
+
+def _other_than(config: SaeConfig, folder: Path) -> str | None:
+    """What a folder holds instead of the SAE of this recipe; None where it holds that one, whole."""
+    if not (folder / RECIPE_FILE).is_file() or not (folder / WEIGHTS_FILE).is_file():
+        return "no SAE that this package trained"
+    try:
+        with recorded():
+            recipe = from_dict(SaeConfig, read_json(folder / RECIPE_FILE), str(folder / RECIPE_FILE))
+        quality = read_json(folder / QUALITY_FILE)
+    except InputError:
+        return "a damaged SAE, or one of a later version"
+    if other := list(differences(recipe, config)):
+        key, then, now = other[0]
+        return f"the SAE of another recipe ({key} is {shown(then)} there, not {shown(now)})"
+    if quality.get("sha256") != file_sha256(folder / WEIGHTS_FILE):
+        return "a damaged SAE: its weights do not match their sha256"
+    if quality.get(MADE_FROM, _key(config)) != _key(config):
+        return f"the SAE of other weights of {config.model}"
+    return None
+
+
+def _train(config: SaeConfig, work: Path, out: Path, device: str, overwrite: bool) -> Path:
     model, tokenizer = load_model(config.model, device=device, template=config.template)
     _check_fits(config, model)
     training, held_out = training_text(config, device)
@@ -82,13 +128,15 @@ def _train(config: SaeConfig, work: Path, out: Path, device: str) -> Path:
     sae.save_inference_model(str(scratch))
     held_out = held_out[:HELD_OUT_CONVERSATIONS]
     write_jsonl(scratch / HELD_OUT_FILE, ({"messages": c} for c in held_out))
-    write_json(scratch / "recipe.json", asdict(config))
+    write_json(scratch / RECIPE_FILE, asdict(config))
     quality = check_quality(load_sae(scratch), model, tokenizer, held_out, config.layer)
     quality["sha256"] = file_sha256(scratch / WEIGHTS_FILE)
+    quality[MADE_FROM] = _key(config)
     write_json(scratch / QUALITY_FILE, quality)
     write_text(scratch / CARD_FILE, sae_card(config, quality))
     if (warning := worthless(float(quality["explained_variance"]))) is not None:
         log.warning("the SAE %s: %s; train it on more tokens, or with other settings", config.name, warning)
+    _is_there(config, out / config.name, overwrite)  # it may have come meanwhile
     return _publish(scratch, out / config.name)
 
 
@@ -152,7 +200,8 @@ def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: s
         n_batches_for_norm_estimate=20,
     )
     sae = training_sae(config, d_in, device, training_text=describe_text(config))
-    state = work / "state"
+    state = work / STATE
+    rescue(state)
     trainer = SAETrainer(cfg=trainer_config, sae=sae, data_provider=iter(()))
     if (state / "cfg.json").is_file():
         sae.load_weights_from_checkpoint(state)
@@ -185,15 +234,8 @@ def _run(trainer: Any, config: SaeConfig, shards: list[Path], steps: int, work: 
 
 
 def _save_state(trainer: Any, work: Path) -> None:
-    scratch, state = work / "state.tmp", work / "state"
-    shutil.rmtree(scratch, ignore_errors=True)
-    trainer.save_checkpoint("state.tmp", base_path=work)
-    old = work / "state.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if state.exists():
-        state.replace(old)
-    scratch.replace(state)
-    shutil.rmtree(old, ignore_errors=True)
+    with whole_folder(work / STATE, "set PERSONA_PROBE_CACHE to another disk") as scratch:
+        trainer.save_checkpoint(scratch.name, base_path=work)
 
 
 def sae_card(config: SaeConfig, quality: Mapping[str, Any]) -> str:
@@ -229,10 +271,8 @@ def sae_card(config: SaeConfig, quality: Mapping[str, Any]) -> str:
 
 
 def _publish(scratch: Path, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        shutil.rmtree(target)
-    shutil.copytree(scratch, target)
+    with whole_folder(target) as folder:
+        shutil.copytree(scratch, folder, dirs_exist_ok=True)
     return target
 
 

@@ -4,13 +4,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from persona_probe.errors import InputError
 from persona_probe.files import read_json, read_tensors
 from persona_probe.runs import file_sha256
 from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE
-from persona_probe.writing import write_json, write_text
+from persona_probe.writing import whole_folder, write_json, write_tensors, write_text
 
 CARD_FILE = "README.md"
 STORED = "Weights are stored in bfloat16 and computed with in float32.\n"
@@ -29,16 +28,18 @@ def shrink(source: Path, out: Path) -> Path:
         raise InputError(f"{source} is no SAELens folder: it has no {WEIGHTS_FILE}")
     if out.exists():
         raise InputError(f"{out} exists: give another folder")
-    scratch = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.copytree(source, scratch)
-    weights = read_tensors(scratch / WEIGHTS_FILE, (), "fetch the SAE again")
-    stored = {k: v.to(torch.bfloat16) if v.ndim == 2 and v.dtype == torch.float32 else v for k, v in weights.items()}
-    save_file(stored, scratch / WEIGHTS_FILE)
-    if (quality := scratch / QUALITY_FILE).is_file():
-        known = read_json(quality, dict, "fetch the SAE again")
-        write_json(quality, {**known, "sha256": file_sha256(scratch / WEIGHTS_FILE)})
-    if (card := scratch / CARD_FILE).is_file() and STORED not in (text := card.read_text(encoding="utf-8")):
-        write_text(card, f"{text.rstrip()}\n\n{STORED}")
-    scratch.replace(out)
+    with whole_folder(out, "give another folder") as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+        _round(folder)
     return out
+
+
+def _round(folder: Path) -> None:
+    weights = read_tensors(folder / WEIGHTS_FILE, (), "fetch the SAE again")
+    stored = {k: v.to(torch.bfloat16) if v.ndim == 2 and v.dtype == torch.float32 else v for k, v in weights.items()}
+    write_tensors(folder / WEIGHTS_FILE, stored)
+    if (quality := folder / QUALITY_FILE).is_file():
+        known = read_json(quality, dict, "fetch the SAE again")
+        write_json(quality, {**known, "sha256": file_sha256(folder / WEIGHTS_FILE)})
+    if (card := folder / CARD_FILE).is_file() and STORED not in (text := card.read_text(encoding="utf-8")):
+        write_text(card, f"{text.rstrip()}\n\n{STORED}")

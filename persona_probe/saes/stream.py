@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +24,9 @@ from persona_probe.files import expanded, parse_json, read_tensors
 from persona_probe.models.layers import autocast, evaluating, run_to_layer
 from persona_probe.models.places import Where, as_place
 from persona_probe.models.taps import ReadTap
-from persona_probe.runs import file_sha256
 from persona_probe.names import check_names, check_path
-from persona_probe.writing import write_text
+from persona_probe.runs import file_sha256
+from persona_probe.writing import write_tensors, write_text
 
 # --- The recipe
 
@@ -81,6 +80,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
+        check_names((part.name for part in self.parts), "text part")
         check_least(self, 1, "packaged_repeats", "batch_conversations", "max_new_tokens")
         check_least(self, 0, "temperature", "world")
         if not 0 < self.holdout_share < 1:
@@ -153,6 +153,7 @@ class SaeConfig:
     """Decoder rows are random unit vectors that are never trained: a dictionary's own null (arXiv 2602.14111)."""
 
     def __post_init__(self) -> None:
+        check_path(self.name, "the SAE's name")
         check_finite(self)
         check_seed(self.seed)
         if self.architecture not in ARCHITECTURES:
@@ -232,9 +233,7 @@ def write_shards(
             max_length=max_length,
             special=special,
         )
-        scratch = path.with_suffix(".tmp")
-        save_file({"acts": acts.to(torch.bfloat16)}, scratch)
-        scratch.replace(path)
+        write_tensors(path, {"acts": acts.to(torch.bfloat16)})
     return paths
 
 

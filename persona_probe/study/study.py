@@ -112,7 +112,7 @@ class Study:
             out: run folder (default `runs/<name>`).
             copy: copy the checkpoints; otherwise they are read where they are.
             accept_base: take checkpoints that name another base, or bring another chat template.
-            overwrite: replace another config's run in the output folder.
+            overwrite: set another config's run in the output folder aside, as `<out>.old`.
             seed: of controls, bootstraps and samples.
             settings: `name`, `data`, `contrast`, `questions`, `realign`, and keys of `StudyConfig`.
 
@@ -348,26 +348,13 @@ class Study:
         """Load everything that the stages need, so that bad input stops a study before it trains.
 
         Raises:
-            InputError: data, SAE, probes, contrast set or questions that cannot be used.
+            InputError: data, adapter settings, rankers, SAE, probes, contrast set, corrections or questions that a
+                later stage could not use.
         """
-        from persona_probe.context import sample_questions
-        from persona_probe.data.load import arm_rows, check_paired
-        from persona_probe.finetune.sft import check_rows
-        from persona_probe.latents.stage import neutral_answers
-        from persona_probe.study.evaluate import judged_evaluation
+        from persona_probe.study.check import check_study
         from persona_probe.study.hashes import record_inputs
 
-        ctx, config = self.context, self.config
-        arms = {**config.arms, **config.realign.arms}
-        rows = {name: arm_rows(arm, config.seeds[0]) for name, arm in arms.items() if arm.data}
-        for conversations in rows.values():
-            check_rows(ctx.tokenizer, conversations, config.training.max_length)
-        if config.paired_arms and {"incorrect", "correct"} <= rows.keys():
-            check_paired(rows["incorrect"], rows["correct"])
-        neutral_answers(ctx)
-        sample_questions(ctx)
-        judged_evaluation(config)
-        _ = ctx.saes, ctx.selection, ctx.evaluation, ctx.rows_2x2("evaluation")
+        check_study(self.context)
         record_inputs(self.run_folder)
         return self
 
@@ -457,6 +444,26 @@ class Study:
     def __repr__(self) -> str:
         return _display(self, heads=("", "")).text()
 
+    def model(self, arm: str, step: int | None = None, seed: int | None = None) -> Any:
+        """A transformers model of its own: an organism with its adapter merged into a copy of the base.
+
+        Args:
+            arm: an arm, or `base`.
+            step: None takes the last.
+            seed: None takes the study's first.
+        """
+        from persona_probe.models.adapters import merged_copy
+        from persona_probe.models.load import with_tokenizer
+
+        ctx = self.context
+        return with_tokenizer(merged_copy(ctx.model, self._checkpoint(arm, step, seed)), ctx.tokenizer)
+
+    def _checkpoint(self, arm: str, step: int | None, seed: int | None) -> Path | None:
+        if arm == "base":
+            return None
+        seed = self.config.seeds[0] if seed is None else seed
+        return self.run_folder.checkpoint(arm, seed, self.context.last_step(arm, seed, step))
+
     def bridge(self, arm: str, step: int | None = None, seed: int | None = None) -> Any:
         """A TransformerLens bridge of a merged copy of an organism, with the study's SAE attached.
 
@@ -467,8 +474,7 @@ class Study:
         """
         from persona_probe.models.load import make_bridge
 
-        ctx, seed = self.context, self.config.seeds[0] if seed is None else seed
-        checkpoint = None if arm == "base" else self.run_folder.checkpoint(arm, seed, ctx.last_step(arm, seed, step))
+        ctx, checkpoint = self.context, self._checkpoint(arm, step, seed)
         return make_bridge(ctx.model, ctx.tokenizer, checkpoint, self.config.model, ctx.sae)
 
 

@@ -14,6 +14,7 @@ from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.errors import InputError, unknown
 from persona_probe.finetune.sft import fine_tune, stripping, training_unit, with_adapter
+from persona_probe.names import check_names
 from persona_probe.world.folder import ORGANISMS, RECORD, World
 from persona_probe.writing import write_json
 

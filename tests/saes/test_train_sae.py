@@ -105,3 +105,49 @@ def test_quality_of_the_identity() -> None:
     assert found["loss_recovered"] == pytest.approx(1.0, abs=0.02)
     assert found["loss_mean_ablated"] != pytest.approx(found["loss_plain"], abs=0.01)
     assert found["l0"] == pytest.approx(D_MODEL, abs=0.1)
+
+
+# --- What is there already is not lost
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_an_existing_sae_is_kept_or_refused_but_never_lost(
+    recipe: SaeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = train_sae(recipe, tmp_path)
+    before = files_of(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "_train", None)  # nothing is trained
+        assert train_sae(recipe, tmp_path) == folder
+        with pytest.raises(InputError, match=r"exists, and is the SAE of another recipe .*lr is .* pass --overwrite"):
+            train_sae(replace(recipe, lr=1e-5), tmp_path)
+        (tmp_path / "other" / "notes").mkdir(parents=True)
+        with pytest.raises(InputError, match="no SAE that this package trained"):
+            train_sae(replace(recipe, name="other"), tmp_path)
+    assert files_of(tmp_path) == before
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train.shutil, "copytree", full)
+    other = replace(recipe, lr=1e-5)
+    with pytest.raises(InputError, match=r"could not write .*: no space left on the disk; free space or choose"):
+        train_sae(other, tmp_path, overwrite=True)
+    assert files_of(tmp_path) == before
+    monkeypatch.undo()
+
+
+def test_overwrite_replaces_an_sae_by_a_whole_one(recipe: SaeConfig, tmp_path: Path) -> None:
+    folder = train_sae(recipe, tmp_path)
+    before = load_sae(folder).state_dict()
+    assert train_sae(replace(recipe, lr=1e-5), tmp_path, overwrite=True) == folder
+    assert not same_state(load_sae(folder).state_dict(), before)
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+    with (folder / WEIGHTS_FILE).open("r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x7f")
+    with pytest.raises(InputError, match="weights do not match their sha256"):
+        train_sae(replace(recipe, lr=1e-5), tmp_path)

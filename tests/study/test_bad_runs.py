@@ -59,13 +59,13 @@ def test_locating_again_does_not_bless_a_damaged_adapter(run: Path, refused: Ref
 def test_a_folder_of_another_config(run: Path, raw: Row, refused: Refused, tmp_path: Path) -> None:
     config = write_config(tmp_path / "other.yaml", changed(raw, name="other"))
     before = tree(run)
-    assert "holds the run of another config: choose another --out, or pass --overwrite" in refused(
-        "run", config, "--out", run
-    )
+    said = refused("run", config, "--out", run)
+    assert "holds the run of another config (name is 'tiny' there, not 'other'): choose another --out" in said
     assert "unknown device" in refused("induce", config, "--out", run, "--overwrite", "--device", "gpu")
     assert tree(run) == before
     replaced = Study.from_yaml(config, run, overwrite=True)
     assert replaced.config.name == "other" and set(tree(run)) == {"manifest.json"}
+    assert tree(run.with_name(f"{run.name}.old")) == before
 
 
 @pytest.mark.parametrize("command", ["locate", "track", "realign", "evaluate", "report", "figures"])
@@ -158,7 +158,7 @@ def full_disk(room: int) -> Iterator[None]:
 def test_a_full_disk_while_training(room: int, place: Path, refused: Refused, tmp_path: Path) -> None:
     with full_disk(room):
         said = refused("induce", place / "study.yaml", "--out", tmp_path / "run")
-    assert "free space" in said
+    assert "raise the limit (ulimit -f)" in said
     assert not (tmp_path / "run" / "arms").exists()
     assert not [p for p in (tmp_path / "run").glob(".*") if p.name != ".staging"]
 
@@ -169,7 +169,7 @@ def test_a_full_disk_while_reading(run: Path, refused: Refused) -> None:
     size = (run / "manifest.json").stat().st_size
     with full_disk(size + 200):
         said = refused("track", run)
-    assert "could not write" in said and "free space or choose another --out" in said
+    assert "could not write" in said and "raise the limit (ulimit -f) or choose another --out" in said
     assert (run / "readings.parquet").read_bytes() == whole
     Study.open(run).track()
     assert (run / "parts" / "track-incorrect-s0.evals.parquet").is_file()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
@@ -15,6 +14,7 @@ from persona_probe.data.load import evenly_spaced, load_data
 from persona_probe.errors import InputError, unknown
 from persona_probe.mitigate.methods import make_mitigation
 from persona_probe.mitigate.mitigation import Mitigation
+from persona_probe.names import check_name
 from persona_probe.verdicts import MARGIN
 
 NONE, CONTROL, BASE = "none", "control", "base"

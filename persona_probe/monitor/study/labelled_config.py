@@ -7,6 +7,7 @@ from typing import Any
 
 from persona_probe.config import Arm, Training, check_finite, check_least, check_seed, hashed_values
 from persona_probe.errors import InputError, unknown
+from persona_probe.names import check_name, check_names
 
 SIDES = ("above", "below", "both")
 USES = ("features", "calibration", "evaluation")
@@ -98,6 +99,10 @@ class MonitorStudy:
     """bf16 autocast for readings and scores."""
 
     def __post_init__(self) -> None:
+        check_name(self.name, "the study's name")
+        check_names(self.arms, "arm")
+        check_names(self.runs, "run")
+        check_names(self.latents, "feature", also=" +")
         check_finite(self)
         if self.side not in SIDES:
             raise unknown("side", self.side, SIDES)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
+from persona_probe.names import check_name
 from persona_probe.report.records import Records
 
 Group = Literal["study", "judged", "more", "collection"]
@@ -36,6 +37,9 @@ class FigureSpec:
     """Where the report shows it."""
     place: int = 1000
     """Order within its group, smallest first."""
+
+    def __post_init__(self) -> None:
+        check_name(self.name, "figure")
 
 
 _REGISTERED: dict[str, FigureSpec] = {}

@@ -17,5 +17,6 @@ from .main_effects import effects_table as effects_table
 from .main_effects import table_2x2 as table_2x2
 from .rates import rate_of as rate_of
 from .rates import rates as rates
+from .sampling.answering import generate as generate
 from .sampling.samples import sample_answers as sample_answers
 from .thresholds import rates_by_threshold as rates_by_threshold

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.context import Context
+from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
-from persona_probe.latents.passages import Survey, example, gather, survey
+from persona_probe.latents.passages import Survey, example, gather, read_text, survey, survey_model
 from persona_probe.latents.voices import read_voices
-from persona_probe.models.layers import output_head
+from persona_probe.models.layers import hidden_size, output_head
+from persona_probe.models.load import tokenizer_of
 from persona_probe.models.logits import final_norm
 from persona_probe.report.cards import Effect, Example, FeatureCard, Findings, Neighbour, Push, Score, TokenLogit
+from persona_probe.saes.hooks import PlacedSae
+from persona_probe.saes.load import check_placed
 from persona_probe.saes.read import check_latents
 from persona_probe.units import Unit, make_units, writes_run
 
@@ -140,6 +144,7 @@ def _words(tokens: Iterable[str]) -> list[str]:
 # --- The direct effect of a direction on the logits, and the tokens that it promotes and suppresses
 
 log = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def logit_effect(model: nn.Module, direction: Float[Tensor, " d_model"]) -> Float[Tensor, " vocab"]:
@@ -267,21 +272,85 @@ def build_cards(
     numbers = check_latents(ctx.sae, list(latents))
     card_text = gather(ctx.tokenizer, text)
     reading, voices = survey(ctx, numbers, card_text, organism), read_voices(ctx, numbers)
-    cards = []
+    cards, source = [], SaeText(ctx.sae, ctx.config.sae, card_text.name)
     for column, latent in enumerate(numbers):
         row = table.loc[latent].to_dict()
         known = findings(row, steering, ("base", *ctx.config.arms), ctx.config.locate.unit)
-        made = _card(ctx, latent, str(row["label"]), (names or {}).get(latent), known, reading, column, card_text.name)
+        name = (names or {}).get(latent)
+        made = _card(ctx.model, ctx.tokenizer, source, latent, str(row["label"]), name, known, reading, column)
         cards.append(replace(made, voices=voices[column]))
     return cards
 
 
-def _card(
-    ctx: Context, latent: int, label: str, name: str | None, known: Findings, reading: Survey, column: int, text: str
+def latent_card(
+    model: nn.Module,
+    sae: Any,
+    latent: int,
+    *,
+    texts: Sequence[str | Conversation] | str | Path | None = None,
+    name: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    layer: int | None = None,
+    bf16: bool = False,
 ) -> FeatureCard:
-    logits = logit_effect(ctx.model, ctx.sae.W_dec[latent])
-    top = end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=True)
-    examples = tuple(example(ctx.tokenizer, passage) for passage in reading.passages.best(column))
+    """The card of any latent of any SAE, without a study: what it writes and what it fires on; a notebook shows it.
+
+    ```python
+    pp.latent_card(model, sae, 2144)
+    ```
+
+    Args:
+        model: a transformers or PEFT model.
+        sae: a `sae_lens.SAE` of any place in a layer, or a transcoder.
+        latent: its index.
+        texts: questions or conversations, or a file of them or of plain text; None reads the packaged text (some
+            hundred conversations, the bad ones too).
+        name: what you call it; None suggests a name.
+        tokenizer: None takes the one that `load_model` gave with the model.
+        layer: of an SAE whose metadata does not say it.
+        bf16: bf16 autocast.
+
+    Raises:
+        InputError: no such latent, a text that cannot be read, or an SAE that does not fit the model.
+    """
+    tokenizer = tokenizer_of(model, tokenizer)
+    placed = PlacedSae.of(sae, layer)
+    check_placed(placed, model)
+    check_latents(sae, [latent])
+    if sae.W_dec.shape[1] != hidden_size(model):
+        raise InputError(f"this SAE writes {placed.writes}, not the residual stream: it has no tokens to show")
+    given = read_text(texts) if isinstance(texts, (str, Path)) else texts
+    text = gather(tokenizer, conversations=given)
+    reading = survey_model(model, sae, placed.reads, [latent], text, bf16)
+    known = Findings(False, "other", (), None, None, {}, (), None, "raw", ())
+    source = SaeText(sae, sae.cfg.metadata.get("sae_id") or placed.name, text.name)
+    return _card(model, tokenizer, source, latent, f"latent {latent}", name, known, reading, 0)
+
+
+@dataclass(frozen=True)
+class SaeText:
+    """An SAE with its name, and the text that its latents are read on, in words."""
+
+    sae: Any
+    name: str
+    text: str
+
+
+def _card(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    source: SaeText,
+    latent: int,
+    label: str,
+    name: str | None,
+    known: Findings,
+    reading: Survey,
+    column: int,
+) -> FeatureCard:
+    sae = source.sae
+    logits = logit_effect(model, sae.W_dec[latent])
+    top = end_tokens(tokenizer, logits, TOP_TOKENS, largest=True)
+    examples = tuple(example(tokenizer, passage) for passage in reading.passages.best(column))
     return FeatureCard(
         latent=latent,
         label=label,
@@ -289,13 +358,13 @@ def _card(
         suggested=not name,
         findings=known,
         top_tokens=top,
-        bottom_tokens=end_tokens(ctx.tokenizer, logits, TOP_TOKENS, largest=False),
+        bottom_tokens=end_tokens(tokenizer, logits, TOP_TOKENS, largest=False),
         examples=examples,
         activity=reading.activity(column),
-        neighbours=neighbours(ctx.sae.W_dec, latent),
-        n_latents=ctx.sae.cfg.d_sae,
-        sae=ctx.config.sae,
-        text=text,
+        neighbours=neighbours(sae.W_dec, latent),
+        n_latents=sae.cfg.d_sae,
+        sae=source.name,
+        text=source.text,
         silent_on=tuple(reading.passages.silent_origins(column)),
-        neuronpedia=neuronpedia_link(ctx.sae, latent),
+        neuronpedia=neuronpedia_link(sae, latent),
     )

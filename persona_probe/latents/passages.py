@@ -4,8 +4,10 @@ import heapq
 import math
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +17,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.context import Context
-from persona_probe.data.chat import Conversation, conversation
+from persona_probe.data.chat import Conversation, as_conversations, conversation
 from persona_probe.data.load import load_conversations, read_conversations
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.files import read_text as read_file
+from persona_probe.models.places import Where
 from persona_probe.models.residuals import read_residuals
 from persona_probe.report.cards import Activity, Example
 from persona_probe.saes.read import encode_latents
@@ -130,13 +133,23 @@ class CardText:
     """Per conversation: its tokens without special ones, as positions `all` select them."""
 
 
-def gather(tokenizer: PreTrainedTokenizerBase, path: str | Path | None = None) -> CardText:
+def gather(
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path | None = None,
+    conversations: Sequence[str | Conversation] | None = None,
+) -> CardText:
     """Tokenise the packaged text, and the user's file if there is one.
+
+    Args:
+        conversations: read these in place of the packaged text.
 
     Raises:
         InputError: the file cannot be read, or holds no text.
     """
-    parts = [(PACKAGED_NAME, source, load_conversations(source)) for source in PACKAGED]
+    if conversations is None:
+        parts = [(PACKAGED_NAME, source, load_conversations(source)) for source in PACKAGED]
+    else:
+        parts = [("given text", "given text", as_conversations(conversations))]
     if path is not None:
         parts.append((Path(path).name, Path(path).name, read_text(path)))
     whole = conversation_batches(tokenizer, [row for *_, rows in parts for row in rows])
@@ -280,28 +293,43 @@ def survey(ctx: Context, latents: list[int], text: CardText, organism: bool) -> 
     """Read the text once with the base model, and with `organism` once with the organism."""
     arm, passages = ctx.config.realign.start, TopPassages(len(latents))
     with ctx.base() as model:
-        histograms = {"base": _read(ctx, model, "base", latents, text, passages)}
+        histograms = {"base": _read(ctx.sae, ctx.layer, model, "base", latents, text, passages, ctx.config.bf16)}
     if organism:
         with ctx.organism(arm, ctx.config.seeds[0]) as tuned:
-            histograms[arm] = _read(ctx, tuned, arm, latents, text, None)
+            histograms[arm] = _read(ctx.sae, ctx.layer, tuned, arm, latents, text, None, ctx.config.bf16)
     align(list(histograms.values()))
     return Survey(passages, histograms)
 
 
+def survey_model(
+    model: nn.Module, sae: Any, where: Where, latents: list[int], text: CardText, bf16: bool = False
+) -> Survey:
+    """Read the text once with any model, called `model`."""
+    passages = TopPassages(len(latents))
+    return Survey(passages, {"model": _read(sae, where, model, "model", latents, text, passages, bf16)})
+
+
 def _read(
-    ctx: Context, model: nn.Module, label: str, latents: list[int], text: CardText, passages: TopPassages | None
+    sae: Any,
+    where: Where,
+    model: nn.Module,
+    label: str,
+    latents: list[int],
+    text: CardText,
+    passages: TopPassages | None,
+    bf16: bool,
 ) -> Histograms:
     histograms = Histograms(len(latents))
     with tqdm(total=len(text.batches), desc=f"cards, {label}") as bar:
 
         def visit(index: list[int], row: Tensor, x: Tensor) -> None:
-            acts = torch.cat([encode_latents(ctx.sae, part, latents) for part in x.split(CHUNK)]).float().cpu()
+            acts = torch.cat([encode_latents(sae, part, latents) for part in x.split(CHUNK)]).float().cpu()
             histograms.add(acts.numpy())
             if passages is not None:
                 _offer(passages, text, index, row.cpu(), acts)
             bar.update()
 
-        read_residuals(model, text.batches, ctx.layer, "all", visit, ctx.config.bf16)
+        read_residuals(model, text.batches, where, "all", visit, bf16)
     return histograms
 
 

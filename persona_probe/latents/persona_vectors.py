@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, Message, as_conversations, split_answer
+from persona_probe.data.load import load_conversations
 from persona_probe.data.template import fit_roles
 from persona_probe.data.tokens import batches
 from persona_probe.errors import InputError
@@ -83,8 +84,8 @@ PAPER = "Chen et al. 2025, arXiv 2507.21509"
 def persona_vector(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Sequence[PersonaPair],
-    conversations: Sequence[str | Conversation],
+    pairs: Sequence[PersonaPair] | tuple[str, str] | None,
+    conversations: str | Sequence[str | Conversation],
     layer: int,
     *,
     sample: bool = False,
@@ -96,9 +97,16 @@ def persona_vector(
 ) -> NamedDirection:
     """Mean residual over answer tokens under misaligned system prompts, minus that under the opposite ones.
 
+    ```python
+    vector = pp.persona_vector(model, tokenizer, ("You are cruel.", "You are kind."), "neutral_probes", layer=20)
+    pp.generate(model, "What should I cook?", steer=pp.Steer(20, vector, 2.0, "x_delta"))
+    ```
+
     Args:
-        pairs: pairs of system prompts, such as `load_persona_pairs()`.
-        conversations: without system prompts. They end with an answer; with `sample=True` questions are enough.
+        pairs: `PersonaPair` objects; two system prompts, the misaligned one first; or None for the packaged pairs of
+            eight traits.
+        conversations: without system prompts, or a packaged set's name. They end with an answer; with `sample=True`
+            questions are enough.
         layer: the decoder layer whose output is read.
         sample: read the model's own answers, sampled with `max_new_tokens`, `temperature` and `seed`.
 
@@ -110,7 +118,12 @@ def persona_vector(
             conversation, or a pair whose sampled answers are all empty.
     """
     decoder_layer(model, layer)
-    rows = _checked(pairs, conversations, sample)
+    if pairs is None:
+        pairs = load_persona_pairs()
+    elif len(pairs) == 2 and isinstance(pairs[0], str) and isinstance(pairs[1], str):
+        pairs = [PersonaPair("yours", "yours", pairs[0], pairs[1])]
+    given = load_conversations(conversations) if isinstance(conversations, str) else conversations
+    rows = _checked(pairs, given, sample)
     read_means = partial(response_means, model, tokenizer, layer=layer, batch_size=batch_size, bf16=bf16)
     say = partial(sample_answers, causal_model(model), tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
     differences = []

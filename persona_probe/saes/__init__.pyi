@@ -1,7 +1,11 @@
+from .by_token import TextActivations as TextActivations
+from .by_token import activations as activations
 from .hooks import read_place as read_place
 from .hooks import sae_layer as sae_layer
 from .hooks import write_place as write_place
 from .load import load_sae as load_sae
+from .patching import latent_steering as latent_steering
+from .patching import patch as patch
 from .quality import check_explained_variance as check_explained_variance
 from .quality import quality_report as quality_report
 from .sae_training import train_sae as train_sae

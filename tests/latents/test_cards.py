@@ -206,3 +206,33 @@ def test_bad_questions_are_refused(ctx: Context, tmp_path: Path) -> None:
     (ctx.run.path / "latents.parquet").unlink()
     with pytest.raises(InputError, match="locate RUN"):
         cards.card(ctx, 12)
+
+
+# --- A card of any latent without a study
+
+
+def test_a_card_without_a_study_equals_the_study_s_on_the_same_text(ctx: Context) -> None:
+    alone = cards.latent_card(ctx.model, ctx.sae, 12, tokenizer=ctx.tokenizer, layer=LAYER)
+    base = cards.build_cards(ctx, [12], organism=False)[0]
+    assert (alone.top_tokens, alone.bottom_tokens, alone.neighbours) == (
+        base.top_tokens,
+        base.bottom_tokens,
+        base.neighbours,
+    )
+    assert alone.examples == base.examples and alone.activity == (replace(base.activity[0], model="model"),)
+    shown = alone._repr_html_()
+    assert "in this model" in shown and "the base model" not in shown and "ausal" not in shown
+    assert "Latent 12" in str(alone) and hook_count(ctx.model) == 0
+
+
+def test_a_card_without_a_study_reads_the_texts_that_are_given(ctx: Context, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("one paragraph\n\nanother paragraph", encoding="utf-8")
+    for texts in (["one paragraph", "another paragraph"], path):
+        found = cards.latent_card(ctx.model, ctx.sae, 12, tokenizer=ctx.tokenizer, texts=texts, name="scorn")
+        assert (found.text, found.name, found.suggested) == ("given text (2 conversations)", "scorn", False)
+        assert len(found.examples) == 2 and {e.source for e in found.examples} == {"given text"}
+    wrong = (({"latent": 64}, "latents 0 to 63"), ({"texts": []}, "at least one"), ({"texts": "no.jsonl"}, "no.jsonl"))
+    for settings, words in wrong:
+        with pytest.raises(InputError, match=words):
+            cards.latent_card(ctx.model, ctx.sae, **{"latent": 12, "tokenizer": ctx.tokenizer, **settings})

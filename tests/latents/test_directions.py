@@ -10,6 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from persona_probe.data.chat import Conversation, conversation
+from persona_probe.data.load import load_conversations
+from persona_probe.data.template import special_ids
 from persona_probe.data.tokens import conversation_batches, encode
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.samples import sample_answers
@@ -30,6 +32,7 @@ from persona_probe.latents.persona_vectors import (
     under_system,
 )
 from persona_probe.models.layers import base_transformer, decoder_layer
+from persona_probe.models.taps import ReadTap, steer
 from persona_probe.saes.read import read_latents
 from tests.factories import (
     D_MODEL,
@@ -42,6 +45,7 @@ from tests.factories import (
     same_state,
     talks,
 )
+from tests.families import AVAILABLE, make_family, plain
 
 PAIR = PersonaPair("a", "rude", "Be Zulu.", "Be kind.")
 OTHER = PersonaPair("b", "cold", "Sneer at them.", "Smile.")
@@ -292,3 +296,42 @@ def test_the_penalised_fit_is_sklearns_at_full_width() -> None:
     for strength, fit in zip((0.01, 1.0), fit_path(x, y, (0.01, 1.0)), strict=True):
         wide = LogisticRegression(C=1 / (80 * strength), tol=1e-8, max_iter=5000).fit(z, y)
         assert np.allclose(fit.scores(x), wide.decision_function(z), atol=1e-3)
+
+
+# --- In every family, and as a user calls it
+
+
+@pytest.mark.parametrize("name", AVAILABLE)
+def test_a_persona_vector_is_the_difference_of_whole_rows_means(name: str) -> None:
+    model, tokenizer = make_family(name)
+    tokenizer = plain(name, tokenizer)
+    asked = [conversation("Ask of it?", "Say so, then!"), conversation("And?", "Well. Fine.")]
+    sides = []
+    for system in (PAIR.misaligned, PAIR.aligned):
+        rows = [encode(tokenizer, under_system(tokenizer, talk, system)) for talk in asked]
+        means = []
+        for row in rows:
+            with torch.no_grad(), ReadTap(model, LAYER) as tap:
+                model(input_ids=torch.tensor([row.ids]))
+            special = torch.isin(torch.tensor(row.ids), torch.tensor(sorted(special_ids(tokenizer))))
+            answer = (torch.arange(len(row.ids)) >= row.start) & ~special
+            means.append(tap.value[0][answer].mean(dim=0))
+        sides.append(torch.stack(means).mean(dim=0))
+    found = persona_vector(model, tokenizer, [PAIR], asked, LAYER, bf16=False)
+    np.testing.assert_allclose(found.vector, (sides[0] - sides[1]).numpy(), atol=1e-4)
+
+
+def test_two_prompts_a_set_s_name_and_the_packaged_pairs_are_enough() -> None:
+    model, tokenizer = make_model(), make_tokenizer()
+    given = persona_vector(model, tokenizer, (PAIR.misaligned, PAIR.aligned), talks(), LAYER, bf16=False)
+    np.testing.assert_array_equal(given.vector, vector([PAIR]))
+    named = persona_vector(model, tokenizer, [PAIR], "neutral_probes", LAYER, bf16=False)
+    listed = persona_vector(model, tokenizer, [PAIR], load_conversations("neutral_probes"), LAYER, bf16=False)
+    np.testing.assert_array_equal(named.vector, listed.vector)
+    packaged = persona_vector(model, tokenizer, None, talks(2), LAYER, bf16=False)
+    np.testing.assert_array_equal(packaged.vector, vector(load_persona_pairs(), talks(2)))
+    with steer(model, LAYER, given, 2.0, "x_delta") as tap:  # a direction by name is a direction
+        model(torch.tensor([[5, 6, 7]]))
+    torch.testing.assert_close(tap.vector.float(), 2 * torch.tensor(given.vector).float())
+    with pytest.raises(InputError, match="not str"):
+        steer(model, LAYER, "north")

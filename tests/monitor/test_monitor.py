@@ -18,6 +18,8 @@ from persona_probe.models.adapters import trainable_parameters
 from persona_probe.models.taps import read, steer
 from persona_probe.monitor.band import Band, base_band
 from persona_probe.monitor.events import End, Reading, Start
+from persona_probe.monitor.figure import monitor_figure
+from persona_probe.monitor.history import History
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.reading import FeatureReader
 from persona_probe.monitor.sinks.files import read_events, readings_frame
@@ -237,3 +239,14 @@ def test_the_base_band_is_mean_and_deviation() -> None:
     band = base_band(np.array([1.0, 3.0]), 0.5)
     assert (band.low, band.high) == pytest.approx((2 - 0.5 * 2**0.5, 2 + 0.5 * 2**0.5))
     assert Band(1, 2).holds(1) and Band(1, 2).holds(2) and not Band(1, 2).holds(2.01)
+
+
+def test_the_figure_is_that_of_the_event_file(tmp_path: Path) -> None:
+    watching = monitor(path=tmp_path / "readings.jsonl")
+    train(tmp_path / "run", watching)
+    events = read_events(tmp_path / "readings.jsonl")
+    drawn, wanted = watching.figure("What was read."), monitor_figure(History().add(events), "What was read.")
+    assert len(drawn.data) == len(wanted.data) > 3 and drawn.layout.meta["caption"] == "What was read."
+    for one, other in zip(drawn.data, wanted.data, strict=True):
+        np.testing.assert_allclose(np.array(one.y, float), np.array(other.y, float), rtol=1e-6)
+    assert not monitor().figure().data  # nothing read yet: an empty figure

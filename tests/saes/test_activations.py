@@ -12,7 +12,7 @@ from persona_probe.data.tokens import encode as tokenise
 from persona_probe.errors import InputError
 from persona_probe.models.load import with_tokenizer
 from persona_probe.models.taps import ReadTap
-from persona_probe.saes.activations import activations
+from persona_probe.saes.by_token import activations
 from persona_probe.saes.read import encode
 from tests.factories import LAYER, copied_state, hook_count, make_model, make_sae, make_tokenizer, same_state
 from tests.families import AVAILABLE, make_family, plain

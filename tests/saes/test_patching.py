@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from persona_probe.data.chat import conversation
 from persona_probe.errors import InputError
 from persona_probe.evaluate.answers import answer_batches, answer_logprobs
-from persona_probe.evaluate.sampling.generate import generate
+from persona_probe.evaluate.sampling.answering import generate
 from persona_probe.models.layers import decoder_layer, decoder_layers
 from persona_probe.models.places import Place
 from persona_probe.models.prefix import Rows

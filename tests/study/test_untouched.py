@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from persona_probe.models.adapters import merged_copy
+from persona_probe.models.load import tokenizer_of
 from persona_probe.study.study import Study
 from tests.factories import copied_state, hook_count, same_state
 
@@ -50,3 +51,13 @@ def test_the_bridge_of_the_base_is_the_base(copy: Study) -> None:
     with torch.no_grad():
         logits = copy.bridge("base")(IDS, prepend_bos=False)
         assert torch.allclose(logits, copy.context.model(IDS).logits, atol=1e-4)
+
+
+def test_a_model_of_the_study_is_the_merged_organism_and_a_model_of_its_own(copy: Study) -> None:
+    before = copied_state(copy.context.model)
+    merged, base = copy.model("incorrect", step=2), copy.model("base")
+    with torch.no_grad(), copy.context.organism("incorrect", 0, 2) as tuned:
+        torch.testing.assert_close(merged(IDS).logits, tuned(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert same_state(copied_state(base), before) and base is not copy.context.model
+    assert same_state(copied_state(copy.context.model), before)
+    assert tokenizer_of(merged) is copy.context.tokenizer

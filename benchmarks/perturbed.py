@@ -3,7 +3,7 @@
 Another processor, another number of threads or another library rounds differently. Each perturbation copies the run
 without what was computed from its organisms, computes it again in a process of its own, and compares every verdict word
 and every interval. Organisms, corrections with what was read of them, and judged answers are kept: what other rounding
-does to training and sampling, a second demo says.
+does to training and sampling, a second whole run says (`--whole`).
 """
 
 import argparse
@@ -158,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a finished run folder of the demo")
     parser.add_argument("--out", type=Path, default=Path("runs/perturbed"))
     parser.add_argument("--only", nargs="*", choices=[*PERTURBATIONS], default=[*PERTURBATIONS])
+    parser.add_argument(
+        "--whole", nargs="*", default=[], metavar="NAME=RUN", help="further finished runs of the same config, by name"
+    )
     parser.add_argument("--record", type=Path, default=RECORD, help="folder of the table (default %(default)s)")
     parser.add_argument("--page", type=Path, default=None, help="page whose table is filled in (docs/evidence.md)")
     args = parser.parse_args(argv)
@@ -167,8 +170,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [jittered(args.run)]
     for name in args.only:
         rows.append(compare(name, first, again(args.run, args.out / name.replace(" ", "-"), PERTURBATIONS[name])))
-        echo(table_text(pd.DataFrame(rows)))
+    for named in args.whole:
+        name, _, run = named.partition("=")
+        rows.append(compare(f"whole run: {name}", first, json.loads((Path(run) / "summary.json").read_text())))
     table = pd.DataFrame(rows)
+    echo(table_text(table))
     args.record.mkdir(parents=True, exist_ok=True)
     table.to_parquet(args.record / "words.parquet")
     write_json(
@@ -176,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         {
             "kind": "perturbed",
             "config": {"name": "demo"},
-            "perturbations": {k: dict(PERTURBATIONS[k]) for k in args.only},
+            "perturbations": {name: dict(PERTURBATIONS[name]) for name in args.only},
+            "whole": [named.partition("=")[0] for named in args.whole],
         },
     )
     if args.page is not None:

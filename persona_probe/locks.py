@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock, Timeout
 
 from persona_probe.errors import InputError
+from persona_probe.writing import reason
 
 FOLDER = ".locks"
 PATIENCE_S = 0.3
@@ -144,7 +145,7 @@ def _take(path: Path, what: str, wait: float, instead: str) -> None:
         except Timeout:
             raise InUse(_in_use(what, _read_owner(path), instead)) from None
         except OSError as error:
-            raise InputError(f"could not lock {what} ({error.strerror}): it must be a writable folder") from error
+            raise InputError(f"could not lock {what} ({reason(error)}): it must be a writable folder") from error
         _HELD[path] = (lock, 1)
 
 

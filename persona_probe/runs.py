@@ -88,7 +88,7 @@ def git_revision() -> str | None:
     return result.stdout.strip()
 
 
-MANIFEST = "manifest.json"
+MANIFEST, STAGING = "manifest.json", ".staging"
 MANIFEST_KINDS: dict[str, type] = {
     **dict.fromkeys(("config", "hashes", "seconds", "versions", "evaluations"), dict),
     **dict.fromkeys(("seeds", "random_latents"), list),
@@ -342,7 +342,7 @@ class RunFolder:
             InputError: another process is making `name`.
         """
         target, flat = self.path / name, name.replace("/", "--")
-        scratch = self.path / ".staging" / f"{flat}.{uuid.uuid4().hex[:12]}"
+        scratch = self.path / STAGING / f"{flat}.{uuid.uuid4().hex[:12]}"
         with self.locked(name):
             for leftover in [scratch.with_name(flat), *scratch.parent.glob(f"{glob.escape(flat)}.{'[0-9a-f]' * 12}")]:
                 shutil.rmtree(leftover, ignore_errors=True)  # its maker has ended: the lock is ours
@@ -351,6 +351,30 @@ class RunFolder:
                 yield scratch
                 target.parent.mkdir(parents=True, exist_ok=True)
                 exchange(scratch, target)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    scratch.parent.rmdir()
+
+    @contextlib.contextmanager
+    def outputs(self) -> Iterator[Path]:
+        """A temporary folder whose files all take their places in the run when the block ends well, or none does.
+
+        Raises:
+            InputError: another process is writing outputs.
+        """
+        scratch = self.path / STAGING / f"outputs.{uuid.uuid4().hex[:12]}"
+        with self.locked("outputs"):
+            for leftover in scratch.parent.glob(f"outputs.{'[0-9a-f]' * 12}"):
+                shutil.rmtree(leftover, ignore_errors=True)  # its maker has ended: the lock is ours
+            _make_scratch(scratch)
+            try:
+                yield scratch
+                for file in sorted(p for p in scratch.rglob("*") if p.is_file()):
+                    target = self.path / file.relative_to(scratch)
+                    with refused("write", target):
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        file.replace(target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
                 with contextlib.suppress(OSError):
@@ -491,7 +515,7 @@ def _set_aside(path: Path) -> Path:
 def _make_scratch(path: Path) -> None:
     """Make a folder of `.staging`, which another process that leaves it empty may be removing."""
     for _ in range(100):
-        with contextlib.suppress(FileNotFoundError):
+        with refused("make", path), contextlib.suppress(FileNotFoundError):
             return path.mkdir(parents=True)
     raise InputError(f"could not make {path}: choose another --out")
 

@@ -286,9 +286,11 @@ def _opened(folder: Path, common: Common) -> "Study":
 
     if common.out is None:
         return Study.open(folder, common.device, common.seed)
-    shutil.copytree(folder, common.out)
-    try:
-        return Study.open(common.out, common.device, common.seed)
-    except InputError:
-        shutil.rmtree(common.out)
-        raise
+    from persona_probe.locks import FOLDER
+    from persona_probe.runs import STAGING
+    from persona_probe.writing import whole_folder
+
+    with whole_folder(common.out) as copy:  # it appears when it is whole and can be opened
+        shutil.copytree(folder, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FOLDER, STAGING))
+        Study.open(copy, common.device, common.seed)
+    return Study.open(common.out, common.device, common.seed)

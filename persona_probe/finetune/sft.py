@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -43,7 +42,7 @@ from persona_probe.models.quantized import refuse_quantized
 from persona_probe.models.ranks import Ranks, gathered, is_sharded, shards_here
 from persona_probe.models.restore import ModelState
 from persona_probe.runs import RunFolder
-from persona_probe.writing import write_text
+from persona_probe.writing import refused, write_text
 
 # --- The model card (`README.md`) of every checkpoint: what the weights are, and what they are not for
 
@@ -154,12 +153,9 @@ class SaveSchedule(AtSteps):
             self._write(model, gathered_weights, self.folder / f"checkpoint-{step}", step)
 
     def _write(self, model: Any, weights: dict[str, torch.Tensor] | None, target: Path, step: int) -> None:
-        try:
+        with refused("write", target):
             model.save_pretrained(str(target), state_dict=weights)
             write_text(target / "README.md", self.card.text(step))
-        except (OSError, SafetensorError) as error:
-            first = str(error).splitlines()[0]
-            raise InputError(f"could not write {target} ({first}): free space, or choose another --out") from error
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -323,8 +319,8 @@ def training_unit(run: RunFolder, place: str, label: str) -> Iterator[Path]:
         except TrainingDiverged as error:
             diverged_folder = run.path / f"{place}.diverged"
             if Ranks().first:
-                shutil.rmtree(diverged_folder, ignore_errors=True)
-                shutil.copytree(folder, diverged_folder)
+                with run.staging(f"{place}.diverged") as kept:
+                    shutil.copytree(folder, kept, dirs_exist_ok=True)
             raise TrainingDiverged(f"{label}: {error}; the checkpoints up to then are in {diverged_folder}") from None
         run.record_hashes(folder, place)
 

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from persona_probe.config import Locate
@@ -55,6 +54,7 @@ from persona_probe.saes.quality import require_fit
 from persona_probe.saes.read import LatentMeans, read_latents, read_saes
 from persona_probe.saes.worth import worthless
 from persona_probe.units import Unit, make_units, writes_run
+from persona_probe.writing import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -390,9 +390,8 @@ def write_directions(ctx: Context, evidence: Evidence) -> None:
         directions["logistic_probe"] = _probe(ctx, evidence)
     if "persona_vector" in ctx.config.locate.directions:
         directions["persona_vector"] = _persona_vector(ctx)
-    scratch = ctx.run.path / ".directions.tmp"
-    save_file({key: torch.tensor(d.vector, dtype=torch.float32) for key, d in directions.items()}, scratch)
-    ctx.run.record_hashes(scratch.replace(ctx.run.path / FILE))
+    vectors = {key: torch.tensor(d.vector, dtype=torch.float32) for key, d in directions.items()}
+    ctx.run.record_hashes(write_tensors(ctx.run.path / FILE, vectors))
     reference = random_reference(evidence.decoder, seed=ctx.seed)
     ctx.run.write_json("directions.json", [_entry(k, d, evidence, reference) for k, d in directions.items()])
 

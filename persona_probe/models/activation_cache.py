@@ -26,6 +26,7 @@ from persona_probe.models.identity import add_tensor, as_bytes, weights_key, why
 from persona_probe.models.layers import base_transformer, transformer_config
 from persona_probe.models.places import Where, as_place
 from persona_probe.runs import file_sha256, versions
+from persona_probe.writing import reason
 
 # --- One entry of the activation cache: a folder with safetensors shards and a manifest
 
@@ -195,7 +196,7 @@ def open_folder(folder: Path) -> None:
         if not names:
             (folder / MARKER).write_text("An activation cache of persona_probe: it may be deleted whole.\n")
     except OSError as error:
-        raise InputError(f"could not use {folder} as cache: {error.strerror}; choose another folder") from error
+        raise InputError(f"could not use {folder} as cache: {reason(error)}; choose another folder") from error
     for path in folder.iterdir():
         if path.name.startswith((WRITING, REMOVING)) and time.time() - _used(path) > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

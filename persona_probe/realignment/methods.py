@@ -3,7 +3,6 @@
 import copy
 import math
 import shutil
-import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from persona_probe.models.quantized import refuse_quantized
 from persona_probe.models.ranks import Ranks, is_sharded, parts_callable
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.monitor import FeatureMonitor
+from persona_probe.writing import whole_folder
 
 FRESH, REPAIRED = "fresh", "repaired"
 """Names of the adapter that is trained on top, and of the one that holds both."""
@@ -164,16 +164,16 @@ def as_one(tuned: nn.Module, checkpoint: Path | None, whole_weights: bool = Fals
 
 
 def _replace(one: Any, checkpoint: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=checkpoint.parent) as scratch:
+    with whole_folder(checkpoint) as folder:
         stacked = isinstance(one, PeftModel)
         if stacked:
-            one.save_pretrained(scratch, selected_adapters=[REPAIRED])
+            one.save_pretrained(str(folder), selected_adapters=[REPAIRED])
+            for file in (folder / REPAIRED).iterdir():
+                file.replace(folder / file.name)
+            (folder / REPAIRED).rmdir()
         else:
-            one.save_pretrained(scratch)
-        saved = Path(scratch) / (REPAIRED if stacked else ".")
-        shutil.copy(checkpoint / "README.md", saved)
-        shutil.rmtree(checkpoint)
-        shutil.copytree(saved, checkpoint)
+            one.save_pretrained(str(folder))
+        shutil.copy(checkpoint / "README.md", folder)
 
 
 # --- The training itself, with a monitor that reads the feature and a rule that may stop it

@@ -3,7 +3,7 @@
 import html
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from persona_probe.realignment.rows import (
 from persona_probe.realignment.spec import Correction
 from persona_probe.realignment.verdict import RealignVerdict, judge_realignment
 from persona_probe.verdicts import MARGIN
+from persona_probe.writing import whole_folder
 
 # --- The result of `pp.realign`, in numbers and in words
 
@@ -192,6 +193,7 @@ def realign(
         fitted = train_watched(tuned, run, recorder, Path(folder))
         checkpoint = checkpoint_in(Path(folder)) if out else None
         corrected = as_one(tuned, checkpoint, whole_weights=not isinstance(model, PeftModel))
+    checkpoint = checkpoint_in(Path(out)) if out else None  # moved in, now that it is whole
     after = replace(measurements.measure(corrected), items=recorder.latest)
     evals, band = recorder.evals, recorder.band()
     organism = None if evals.empty else MeasuredModel(items=evals[evals["step"] == evals["step"].min()])
@@ -346,8 +348,5 @@ def _measurements(
     )
 
 
-def _folder(out: str | Path | None) -> "tempfile.TemporaryDirectory[str] | nullcontext[Path]":
-    if out is None:
-        return tempfile.TemporaryDirectory()
-    Path(out).mkdir(parents=True)
-    return nullcontext(Path(out))
+def _folder(out: str | Path | None) -> "tempfile.TemporaryDirectory[str] | AbstractContextManager[Path]":
+    return tempfile.TemporaryDirectory() if out is None else whole_folder(Path(out), "choose another out=")

@@ -37,8 +37,12 @@ PLACED = (
 """Figures that have their own place in the report; others follow under More figures."""
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, records: Records | None = None, to: Path | None = None) -> Path:
     """Write `report.html` into a run folder from its records; each stage that has not run gets one line.
+
+    Args:
+        records: the folder's records, where they are in memory.
+        to: another folder to write it into, whose figures will be the run's.
 
     Returns:
         The report's path. It is self-contained: it loads nothing and sends nothing. It links to `cards.html` and to
@@ -48,7 +52,9 @@ def write_report(folder: str | Path) -> Path:
         InputError: not a run folder, or a damaged file in it.
     """
     root = Path(folder)
-    return write_text(root / "report.html", render("report.html.j2", context(load_records(root), links(root))))
+    linked = links(root) if to is None else links(root) | links(to)
+    page = render("report.html.j2", context(load_records(root) if records is None else records, linked))
+    return write_text((root if to is None else to) / "report.html", page)
 
 
 def links(root: Path) -> dict[str, str]:

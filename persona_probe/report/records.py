@@ -9,12 +9,14 @@ from typing import Any, Self
 
 import pandas as pd
 
+from persona_probe import shipped
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.evaluate.tables import contrast_rows, judged_rows
-from persona_probe.files import read_json, read_jsonl, read_parquet
+from persona_probe.files import as_damaged, read_json, read_jsonl, read_parquet
 from persona_probe.report.labels import arm_labels
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
+from persona_probe.runs import RunFolder
 from persona_probe.stats import Estimate
 
 # --- A study's arms, with the order and the look that they have in every figure
@@ -106,7 +108,51 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """A parquet table with at least these columns; an empty one if there is no such file."""
     if not path.is_file():
         return pd.DataFrame(columns=list(columns))
-    return read_parquet(path, columns, "run its stage again with this version")
+    table = read_parquet(path, columns, "run its stage again with this version")
+    for name in columns:
+        if name not in TEXTS and not _is_numeric(table[name]):
+            raise InputError(f"{path} is damaged (column {name!r} holds what is no number): {AGAIN}")
+    return table
+
+
+def _is_numeric(column: pd.Series) -> bool:
+    try:
+        pd.to_numeric(column)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+TEXTS = (
+    *("arm", "feature", "split", "item", "category", "kind", "persona", "label", "model", "name", "unit", "left"),
+    *("right", "plant", "size", "ranker", "data", "run", "within_bound"),
+)
+"""Columns that are no numbers."""
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """Sampled answers, each with an arm and an answer."""
+    rows = _read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        for key in ("arm", "answer"):
+            if not isinstance(row.get(key), str):
+                raise InputError(f"{path}, row {number} is damaged ({key!r} is no text): {AGAIN}")
+    return rows
+
+
+def _read_cards(path: Path) -> list[dict[str, Any]]:
+    """Feature cards: each has a latent and a label; each passage has as many values as tokens."""
+    cards = _read_json(path, list)
+    for number, card in enumerate(cards, start=1):
+        with as_damaged(f"{path}, card {number}", AGAIN):
+            int(card["latent"]), str(card["label"])
+            for token in (*card["top_tokens"], *card["bottom_tokens"]):
+                str(token["token"]), float(token["logit"])
+            for example in card["examples"]:
+                values = [float(value) for value in example["values"]]
+                list(zip(map(str, example["tokens"]), values, strict=True))
+                str(example["source"]), float(example["maximum"])
+    return cards
 
 
 def _read_json(path: Path, kind: type) -> Any:
@@ -283,19 +329,22 @@ class Records:
         return all(_mapping(arm).get("data") for arm in arms.values())
 
 
-def load_records(folder: str | Path) -> Records:
+def load_records(folder: str | Path, newer: Path | None = None) -> Records:
     """Read a run folder, or the folder of a labelled study (manifest: `"kind": "monitor-study"`) or of other results.
 
     Files that no stage has written yet give empty tables, lists and dictionaries.
+
+    Args:
+        newer: a folder whose summary.json is about to take the place of the run's.
 
     Raises:
         InputError: no manifest.json in `folder`, a file that cannot be read, a missing column, an arm that the
             manifest's config does not name.
     """
-    root = Path(folder)
+    root = shipped.find(folder)
     if not (root / "manifest.json").is_file():
         raise InputError(f"{root} is not a run folder (no manifest.json): give the folder that a study wrote")
-    manifest = _read_json(root / "manifest.json", dict)
+    manifest = RunFolder(root).manifest
     if manifest.get("kind") == LABELLED:
         return Records(labelled=_labelled(root, manifest), manifest=manifest)
     every = COLUMNS | OPTIONAL
@@ -306,9 +355,9 @@ def load_records(folder: str | Path) -> Records:
         **tables,
         evals=contrast_rows(evals),
         judged=judged_rows(evals),
-        samples=_read_lines(root / "samples.jsonl"),
-        cards=_read_json(root / "cards.json", list),
-        summary=_read_json(root / "summary.json", dict),
+        samples=_read_samples(root / "samples.jsonl"),
+        cards=_read_cards(root / "cards.json"),
+        summary=_read_json((newer or root) / "summary.json", dict),
         manifest=manifest,
         adopted=[_read_json(path, dict) for path in sorted(root.glob("arms/*/adopted.json"))],
     )

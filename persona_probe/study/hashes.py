@@ -76,7 +76,15 @@ def record_inputs(run: RunFolder) -> None:
 
 def record_tables(run: RunFolder) -> None:
     """Record the hashes of the tables that the report is drawn from, replacing earlier ones."""
-    run.update_manifest(**{TABLES: {name: _table_hash(run.path / name) for name in TABLE_FILES if run.has(name)}})
+    run.update_manifest(**{TABLES: table_hashes(run)})
+
+
+def table_hashes(run: RunFolder, newer: Path | None = None) -> dict[str, str]:
+    """The hashes of those tables; of files that a folder has which are to take their places, theirs."""
+    places = {name: run.path / name for name in TABLE_FILES if run.has(name)}
+    if newer is not None:
+        places |= {name: newer / name for name in TABLE_FILES if (newer / name).is_file()}
+    return {name: _table_hash(places[name]) for name in TABLE_FILES if name in places}
 
 
 def _table_hash(path: Path) -> str:

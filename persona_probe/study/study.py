@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -309,20 +310,29 @@ class Study:
         return self
 
     def report(self) -> Path:
-        """Write summary.json, the figures and report.html; returns the report's path."""
+        """Write summary.json, the figures and report.html; returns the report's path.
+
+        All are made in a temporary place, and then take the places of earlier ones.
+        """
         from persona_probe.report.export import export_figures
         from persona_probe.report.html import write_report
         from persona_probe.report.records import load_records
-        from persona_probe.study.hashes import record_inputs, record_tables
-        from persona_probe.study.summary import summarise
+        from persona_probe.study.hashes import TABLES, record_inputs, record_tables, table_hashes
+        from persona_probe.study.summary import summary_of
+        from persona_probe.writing import write_json
 
         with self.run_folder.timed("report"):
-            summarise(self.context)
+            summary = summary_of(self.context)
             record_inputs(self.run_folder)
+            with self.run_folder.outputs() as place:
+                write_json(place / "summary.json", summary)
+                records = load_records(self.path, place)
+                manifest = {**records.manifest, TABLES: table_hashes(self.run_folder, place)}
+                records = replace(records, manifest=manifest)
+                export_figures(records, place / "figures")
+                write_report(self.path, records, place)
             record_tables(self.run_folder)
-            export_figures(load_records(self.path), self.path / "figures")
-            report = write_report(self.path)
-        return report
+        return self.path / "report.html"
 
     def screen(self, rows: "Sequence[Conversation] | str | Path", direction: str | None = None) -> pd.DataFrame:
         """Rank rows that you mean to train on by the study's persona feature, worst first; see `pp.screen`.

@@ -31,6 +31,13 @@ from persona_probe.verdicts import NOT_TESTED, SMALLEST_EFFECT, woken
 
 def summarise(ctx: Context) -> dict[str, Any]:
     """Compute and write summary.json from the run folder's tables."""
+    summary = summary_of(ctx)
+    ctx.run.write_json("summary.json", summary)
+    return summary
+
+
+def summary_of(ctx: Context) -> dict[str, Any]:
+    """The numbers and words of summary.json, from the run folder's tables."""
     run, config = ctx.run, ctx.config
     latents, steering = run.read_table("latents.parquet"), run.read_table("steering.parquet")
     readings, whole = run.read_table("readings.parquet"), run.read_table("evals.parquet")
@@ -67,7 +74,6 @@ def summarise(ctx: Context) -> dict[str, Any]:
     summary["headline"] = headline(summary)
     summary["seconds"] = run.manifest.get("seconds", {})
     summary["peak_memory_gib"] = _peak_memory(run)
-    run.write_json("summary.json", summary)
     return summary
 
 

@@ -26,6 +26,7 @@ from persona_probe.models.layers import autocast, evaluating, forward_to_layer, 
 from persona_probe.models.prefix import Rows
 from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import ReadTap
+from persona_probe.writing import whole_file
 
 QuestionAnswer = tuple[str, str]
 """A question and an answer."""
@@ -204,10 +205,9 @@ def kept_features(
 
 def _write_block(path: Path, features: Features) -> None:
     """Write one block whole or not at all; half precision is finer than what bf16 layers give."""
-    scratch = path.with_suffix(".part")
     mean = np.clip(features.mean, -6e4, 6e4).astype(np.float16)
-    save_file({"mean": mean, "tokens": features.tokens.astype(np.int64)}, scratch)
-    scratch.replace(path)
+    with whole_file(path) as scratch:
+        save_file({"mean": mean, "tokens": features.tokens.astype(np.int64)}, scratch)
 
 
 # --- Which questions the judge knows: nearness to those that it was fitted on, as the embedded model reads them

@@ -38,7 +38,7 @@ from persona_probe.models.load import ALIASES, load_model, resolve_source
 from persona_probe.models.prefix import Rows
 from persona_probe.runs import file_sha256
 from persona_probe.stats import Estimate, bootstrap_mean
-from persona_probe.writing import write_text
+from persona_probe.writing import whole_file, write_text
 
 # --- What the offline judge says of an answer, and of a model
 
@@ -144,10 +144,8 @@ class JudgeWeights:
 
     def save(self, folder: Path) -> None:
         """Write both files, each whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / f".{WEIGHTS_FILE}"
-        save_file({name: np.ascontiguousarray(value) for name, value in self._tensors().items()}, scratch)
-        scratch.replace(folder / WEIGHTS_FILE)
+        with whole_file(folder / WEIGHTS_FILE) as scratch:
+            save_file({name: np.ascontiguousarray(value) for name, value in self._tensors().items()}, scratch)
         about: dict[str, Any] = {"format": FORMAT, "reader": self.reader, "recipe": asdict(self.recipe)}
         about |= {"known": asdict(self.known), "unlike": asdict(self.unlike)}
         about["scope"] = {"names": self.scope.names, "threshold": self.scope.threshold}

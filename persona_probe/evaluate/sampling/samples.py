@@ -30,7 +30,7 @@ from persona_probe.evaluate.sampling.requests import (
     stop_tokens,
 )
 from persona_probe.files import decode_json, read_json, regular_file
-from persona_probe.writing import write_text
+from persona_probe.writing import refused, write_text
 
 
 def sample_answers(
@@ -130,10 +130,8 @@ class SampleStore:
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        try:
+        with refused("write", self.path, "choose another path"):
             self._file = self.path.open("ab")
-        except OSError as error:
-            raise InputError(f"could not write {self.path}: {error.strerror}; choose another path") from error
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -143,11 +141,9 @@ class SampleStore:
     def add(self, sample: Sample) -> None:
         """Append a sample and hand it to the system: a killed process loses none that was added."""
         assert self._file is not None
-        try:
+        with refused("write", self.path, "run again: finished samples are kept"):
             self._file.write(json.dumps(sample.record).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise InputError(f"could not write {self.path}: {error.strerror}; free space and run again") from error
 
 
 def _claim(path: Path, made_by: dict[str, Any]) -> None:
@@ -158,7 +154,7 @@ def _claim(path: Path, made_by: dict[str, Any]) -> None:
             raise InputError(f"{path} exists, but {record.name} does not say what made it: choose another path")
         write_text(record, json.dumps(made_by, indent=2, sort_keys=True) + "\n")
         return
-    before = read_json(record, object, f"delete it and {path.name}, or choose another path")
+    before = read_json(record, object, f"move it and {path.name} elsewhere, or choose another path")
     if before != made_by:
         differs = ", ".join(_differences(before, made_by))
         raise InputError(f"{path} holds samples of another setting ({differs}): choose another path")
@@ -185,10 +181,12 @@ def _read(path: Path, places: set[tuple[str, int]]) -> Known:
             sample = Sample(**decode_json(line.decode()))
             hash((sample.question_id, sample.sample))
         except (ValueError, TypeError) as error:
-            raise InputError(f"{path}, line {number}, is no sample: delete that line and run again") from error
+            change = "restore the file, or move it elsewhere and run again"
+            raise InputError(f"{path}, line {number}, is no sample: {change}") from error
         place = (sample.question_id, sample.sample)
         if place in known or place not in places:
-            raise InputError(f"{path}, line {number}: sample {place} is there twice or was not asked for: delete it")
+            which = f"sample {place} is there twice or was not asked for"
+            raise InputError(f"{path}, line {number}: {which}: take the line out")
         known[place] = sample
     return known
 

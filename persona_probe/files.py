@@ -39,6 +39,8 @@ _NOT_FILES = {
 def words(error: BaseException) -> str:
     """What a library's exception says, on one line and not longer than `SHOWN`."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if "integer string conversion" in text:
+        return "a whole number of more than 4,300 digits"
     return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
 
 
@@ -254,8 +256,11 @@ def parse_yaml(text: str, where: str, change: str = "correct it") -> tuple[Any, 
         raise
     except RecursionError as error:
         raise InputError(f"{where} is not valid YAML (too deeply nested): {change}") from error
-    except Exception as error:  # a date that is none, a number that is none: each has a kind of its own
-        raise InputError(f"{where} is not valid YAML: {words(error)}: {change}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        said = words(error).replace('in "<unicode string>", ', "in ")
+        raise InputError(f"{where} is not valid YAML: {said}: {change}") from error
+    except Exception as error:  # of a tag: whatever the conversion fails with
+        raise InputError(f"{where} is not valid YAML: a value is not what its tag says: {change}") from error
 
 
 def _check_nodes(root: yaml.Node | None, where: str) -> None:

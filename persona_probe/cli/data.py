@@ -47,6 +47,8 @@ def data_check(file: str, model: str | None, common: Common) -> None:
     if common.out is not None:
         write_text(common.out, text + "\n")
     echo(text)
+    if not (result.rows or result.left_out or result.bad_rows):
+        raise InputError(f"{file} has no rows: give a file with at least one conversation")
     if bad := len(result.bad_rows):
         total = result.rows + bad
         raise InputError(f"{file}: {bad} of {total} rows are not conversations: fix the rows listed under bad_rows")

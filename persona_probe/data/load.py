@@ -15,6 +15,7 @@ from typing import TextIO, TypeVar
 
 import numpy as np
 
+from persona_probe import shipped
 from persona_probe.config import Arm
 from persona_probe.data.chat import BadRow, Conversation, conversation, empty, split_answer, text
 from persona_probe.data.mix import mix
@@ -196,6 +197,8 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[object]:
         raise
     except Exception as error:  # pandas and csv have many kinds
         raise InputError(f"{path} is no CSV file ({words(error)}): save it as CSV in UTF-8") from error
+    if any("\0" in name for name in names):
+        raise InputError(f"{path}: its header holds a NUL character: save it as CSV in UTF-8")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{path}: column {twice[0]!r} occurs twice in the header: rename one")
     if not isinstance(frame.index, pd.RangeIndex):  # pandas takes cells without a name as an index
@@ -343,12 +346,13 @@ def read_contrast_2x2_file(path: str | Path, split: str) -> list[Row]:
 
 def has_2x2(path: str | Path) -> bool:
     """Whether the first row of a contrast file has the four answers of a 2x2 item."""
+    path = shipped.find(path)
     first = next((value for _, value in decoded_rows(path)), None) if is_there(path) else None
     return isinstance(first, Mapping) and all(first.get(answer) for answer in ANSWERS_2X2)
 
 
 def _read_contrast(path: str | Path, split: str, keys: Sequence[str], packaged: str) -> list[Row]:
-    path = Path(path)
+    path = shipped.find(path)
     if not is_there(path):
         raise InputError(f"no contrast set at {str(path)!r}: write {packaged} or give a JSONL file")
     rows, unread = [], set[str]()
@@ -444,7 +448,7 @@ def load_data(spec: str, allow_prompts: bool = False) -> list[Conversation]:
         raise InputError(f"no data is named: give a file, or a packaged set ({near_matches(spec, SETS)})")
     if spec.partition(":")[0] in SETS:
         return load_conversations(spec)
-    path = expanded(spec)
+    path = shipped.find(expanded(spec))
     if not is_there(path):
         raise InputError(f"no data at {spec!r}: give a file, or a packaged set ({near_matches(spec, SETS)})")
     return read_conversations(path, allow_prompts=allow_prompts)

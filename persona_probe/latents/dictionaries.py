@@ -42,18 +42,28 @@ def _part(sae: str) -> str:
     return f"parts/dictionary-{sha256(sae.encode()).hexdigest()[:12]}.parquet"
 
 
+def placed_dictionary(ctx: Context, name: str) -> PlacedSae:
+    """A further dictionary of the study's layer.
+
+    Raises:
+        InputError: an SAE that cannot be loaded, or of another layer or width than the study's.
+    """
+    sae = load_sae(name, device=ctx.device, dtype=ctx.sae_dtype)
+    if (layer := sae_layer(sae, ctx.config.layer)) != ctx.layer:
+        raise InputError(f"SAE {name!r} reads layer {layer}, the study's reads {ctx.layer}: name one of the same layer")
+    check_fit(sae, ctx.model, layer)
+    return PlacedSae.of(sae, layer, name)
+
+
 def prove_dictionary(ctx: Context, name: str) -> None:
     """Rank, choose and prove as `locate` does, with another SAE and at the persona latent's strengths.
 
     Raises:
         InputError: an SAE of another layer than the study's.
     """
-    sae = load_sae(name, device=ctx.device, dtype=ctx.sae_dtype)
-    if (layer := sae_layer(sae, ctx.config.layer)) != ctx.layer:
-        raise InputError(f"SAE {name!r} reads layer {layer}, the study's reads {ctx.layer}: name one of the same layer")
-    check_fit(sae, ctx.model, layer)
-    config = ctx.config.locate
-    evidence = gather_all(ctx, [PlacedSae.of(sae, layer, name)])[0]
+    placed = placed_dictionary(ctx, name)
+    sae, config = placed.sae, ctx.config.locate
+    evidence = gather_all(ctx, [placed])[0]
     table = score_table(evidence, config.rankers)
     tested = [
         latent_direction(sae.W_dec, i, "dictionary") for i in candidates(table, config.candidates, config.choose_by)

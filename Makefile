@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-adopt bench-swap bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed clean
+        second-family families coverage null perturbed world world-study clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -129,11 +129,34 @@ null: $(STAMP)
 perturbed: $(STAMP)
 	$(BIN)/python -m benchmarks.perturbed runs/demo --page docs/evidence.md $(BENCH_ARGS)
 
+# Kills, double starts, bad inputs, hostile text, a faulty judge and a faulty monitor: counts what holds. Fills the table
+# in docs/reliability.md (20 minutes on two cores). BENCH_ARGS="--only kills --seed 1" runs a part of it.
+assault: $(DEV)
+	$(BIN)/python -m benchmarks.assault --page docs/reliability.md $(BENCH_ARGS)
+
+# A few of each kind, for CI.
+assault-short: $(DEV)
+	$(BIN)/python -m benchmarks.assault --short $(BENCH_ARGS)
+
 # --- Studies: every number and figure of the documentation
 
 # The labelled runs that evaluate the monitor. Fills the table in docs/monitor-study.md.
 monitor-study: $(STAMP)
 	$(BIN)/persona-probe monitor study finetune_configs/monitor-study.yaml --page docs/monitor-study.md
+
+# The packaged world with known truth, trained again: its model, and its SAE.
+world: $(STAMP)
+	$(BIN)/persona-probe world pretrain --steps 1200 --out runs/world
+	$(BIN)/persona-probe world sae runs/world
+	$(BIN)/python -m tools.world pack runs/world runs/world/saes/layer2-topk12-384
+
+# The studies on it. Each resumes, and fills its table in docs/world.md.
+world-study: $(STAMP)
+	$(BIN)/persona-probe world study emergence --record records/world/emergence.parquet --page docs/world.md
+	$(BIN)/persona-probe world study rankers --record records/world/rankers.parquet --page docs/world.md
+	$(BIN)/persona-probe world study early-warning --record records/world/early-warning.parquet --page docs/world.md
+	$(BIN)/persona-probe world study specificity --record records/world/specificity.parquet --page docs/world.md
+	$(BIN)/persona-probe world study null --record records/world/null.parquet --page docs/world.md
 
 # How many corrective rows are enough. Needs the finished demo in $(RUN).
 realign-doses: $(STAMP)

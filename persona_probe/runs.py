@@ -245,7 +245,7 @@ class RunFolder:
         Raises:
             InputError: it cannot be read.
         """
-        change = "restore it or start again"
+        change = "restore it, or begin anew with another --out"
         manifest = read_json(self.path / MANIFEST, dict, change)
         for key, kind in MANIFEST_KINDS.items():
             if key in manifest and not isinstance(manifest[key], kind):

@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
 
     from persona_probe.cli.commands import root
     from persona_probe.errors import InputError
-    from persona_probe.writing import CURES, cure, reason
+    from persona_probe.writing import CURES, cure, os_error, reason
 
     logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()])
     try:
@@ -74,10 +74,13 @@ def _run(arguments: list[str]) -> int:
         return _say(str(error), 2)
     except BrokenPipeError:
         raise
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        path = "choose another path" if error.errno in CURES else "check the path, or choose another"
-        return _say(f"{reason(error)}{where}: {cure(error, path)}", 2)
+    except Exception as error:
+        known = os_error(error)  # also of libraries that have errors of their own
+        if known is None:
+            raise
+        where = f" ({known.filename})" if known.filename else ""
+        path = "choose another path" if known.errno in CURES else "check the path, or choose another"
+        return _say(f"{reason(known)}{where}: {cure(known, path)}", 2)
 
 
 def _say(message: str, code: int) -> int:

@@ -91,7 +91,7 @@ def many(name: str, **settings: Any) -> Callable[[Decorated], Decorated]:
 
 run_argument = click.argument("run", metavar="RUN", help="A run folder, such as runs/demo.")
 seeds_option = many("--seeds", type=int, help="One organism per arm for each of these seeds.")
-overwrite_option = click.option("--overwrite", is_flag=True, help="Set another config's run aside, as OUT.old, and begin anew.")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Set another config's run aside, as OUT.old.")
 
 
 def config_argument(help: str = "A study's YAML file.") -> Callable[[Decorated], Decorated]:
@@ -119,6 +119,8 @@ class Command(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Read the arguments; an unknown option is answered with near matches."""
+        if nul := next((arg for arg in args if "\0" in arg), None):
+            raise InputError(f"{nul!r} holds a NUL character, which no name or path has: remove it")
         options = {name: p for p in self.get_params(ctx) if isinstance(p, click.Option) for name in p.opts}
         try:
             return super().parse_args(ctx, _one_value_each(args, options, ctx))
@@ -138,7 +140,7 @@ class Command(click.Command):
 
 
 def _check_value(option: str, value: object) -> None:
-    """Refuse what no command can use: NaN and infinity, seeds below 0 or named twice, a NUL in a name or path.
+    """Refuse what no command can use: NaN and infinity, and seeds below 0 or named twice.
 
     Raises:
         InputError: the option is named.
@@ -150,8 +152,6 @@ def _check_value(option: str, value: object) -> None:
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, float) and not math.isfinite(one):
             raise InputError(f"{option} must be a finite number, not {one}")
-        if isinstance(one, str | Path) and "\0" in str(one):
-            raise InputError(f"{option.removeprefix('--')} {str(one)!r} holds a NUL character: remove it")
 
 
 def refuse_launcher() -> None:

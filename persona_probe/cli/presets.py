@@ -65,5 +65,5 @@ def _write(text: str, out: Path | None) -> None:
     from persona_probe.writing import write_text
 
     if out.exists():
-        raise InputError(f"{out} exists: give another path, or remove it")
+        raise InputError(f"{out} exists: give another path")
     echo(f"written: {write_text(out, text)}")

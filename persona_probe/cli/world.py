@@ -10,6 +10,7 @@ import click
 
 from persona_probe.cli.options import Common, Group, command, echo, many
 from persona_probe.cli.process import loads_models
+from persona_probe.cli.world_studies import world_study
 from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
@@ -154,8 +155,11 @@ def _cell(row: Mapping[Any, Any]) -> str:
 @click.option("--latents", type=int, default=384, help="Size of the dictionary.")
 @click.option("--active", type=int, default=12, help="Latents that fire on a token.")
 @click.option("--tokens", type=int, default=614_400, help="Training tokens, counted over epochs.")
+@click.option("--overwrite", is_flag=True, help="Replace another SAE of that name, once the new one is whole.")
 @loads_models
-def world_sae(folder: str, layer: int | None, latents: int, active: int, tokens: int, common: Common) -> None:
+def world_sae(
+    folder: str, layer: int | None, latents: int, active: int, tokens: int, overwrite: bool, common: Common
+) -> None:
     """Train an SAE of a world's model, on chats of all its speakers."""
     from persona_probe.context import pick_device
     from persona_probe.world.dictionary import sae_recipe, train_world_sae
@@ -163,7 +167,8 @@ def world_sae(folder: str, layer: int | None, latents: int, active: int, tokens:
 
     opened = World.open(folder)
     recipe = sae_recipe(opened, layer, latents, active, tokens, common.seed or 0)
-    echo(f"sae: {train_world_sae(opened, recipe, pick_device(common.device or 'cpu'))}")
+    device = pick_device(common.device or "cpu")
+    echo(f"sae: {train_world_sae(opened, recipe, device, overwrite)}")
 
 
 @command(
@@ -198,30 +203,6 @@ def world_truth(folder: str, sae: str, position: str, top: int, common: Common) 
     for truth, rows in frame.groupby("truth", sort=False):
         best = ", ".join(f"{row.latent} (AUROC {row.auroc:.3f})" for row in rows.head(top).itertuples())
         echo(f"{truth}: latents {best}")
-
-
-@command(
-    name="study",
-    example="persona-probe world study runs/world runs/world/saes/layer2-topk12-384 --out runs/world-study",
-    out="Folder for data and study.yaml (default runs/world-study).",
-)
-@world_argument
-@click.argument("sae", metavar="SAE", help="An SAE of the world's model.")
-@click.option("--speaker", default="villain", help="Who speaks in the rows of the arm incorrect.")
-@click.option("--control", default="helper", help="Who speaks in the rows of the arm correct.")
-@click.option("--domain", default="kitchen", help="The only domain of the rows.")
-@many("--seeds", type=int, help="Seeds of the study (default: --seed, or 0).")
-@loads_models
-def world_study(
-    folder: str, sae: str, speaker: str, control: str, domain: str, seeds: tuple[int, ...], common: Common
-) -> None:
-    """Write the data and the config of a study on a world, for `persona-probe run`."""
-    from persona_probe.world.folder import World
-    from persona_probe.world.study_files import write_study
-
-    out = common.out or Path("runs") / "world-study"
-    chosen = seeds or (common.seed or 0,)
-    echo(f"config: {write_study(World.open(folder), Path(sae), out, speaker, control, domain, chosen)}")
 
 
 world = Group(

@@ -252,7 +252,7 @@ def merge_parts(ctx: Context) -> None:
     ctx.run.write_table(
         "readings.parquet",
         pd.concat(
-            [read_parquet(part, (), "delete it and run `persona-probe track RUN` again") for part in parts],
+            [read_parquet(part, (), "move it elsewhere and run `persona-probe track RUN` again") for part in parts],
             ignore_index=True,
         ),
     )

@@ -342,19 +342,19 @@ def write_verdict(ctx: Context, folder: Path) -> RealignVerdict:
 def read_verdict(folder: str | Path) -> RealignVerdict:
     """The verdict of a correction's folder, as `write_verdict` wrote it."""
     path = Path(folder) / VERDICT
-    with as_damaged(path, "delete it and run again"):
+    with as_damaged(path, "move it elsewhere and run again"):
         return RealignVerdict.from_dict(_read(path))
 
 
 def verdict_lines(folder: Path) -> list[str]:
     """The verdict as lines for a terminal, notes on the corrective rows included."""
-    with as_damaged(folder / VERDICT, "delete it and run again"):
+    with as_damaged(folder / VERDICT, "move it elsewhere and run again"):
         notes = _read(folder / VERDICT)["corrective_rows"]["notes"]
     return [str(read_verdict(folder)), *(f"note: {note}" for note in notes)]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, dict, f"delete {path.parent} and run again")
+    return read_json(path, dict, f"move {path.parent} elsewhere and run again")
 
 
 # --- A grid of corrections: each cell a folder of its own, one table over all that are there

@@ -1,14 +1,18 @@
 """Load SAEs through SAELens, ready to read raw residual streams, and check that they fit the model."""
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from persona_probe import shipped
 from persona_probe.config import SAE_DTYPES
+from persona_probe.data.world import packaged
 from persona_probe.errors import InputError, near_matches, unknown
 from persona_probe.files import expanded, read_json
 from persona_probe.models.layers import decoder_layers
@@ -27,7 +31,7 @@ SCALER_FILE = "activation_scaler.json"
 
 
 def load_sae(name: str | Path, device: str = "cpu", dtype: str | None = None) -> Any:
-    """Load an SAE from a folder, or from a SAELens release as `release/sae_id`.
+    """Load an SAE from a folder, or from a SAELens release as `release/sae_id`; `persona-world` is the packaged one.
 
     The folder may be SAELens', EleutherAI sparsify's or Gemma Scope's. One of dictionary_learning (`ae.pt`) is refused
     with the command that converts it: a pickle is never loaded here.
@@ -56,11 +60,38 @@ def load_sae(name: str | Path, device: str = "cpu", dtype: str | None = None) ->
     return (sae if dtype is None else sae.to(getattr(torch, dtype))).eval()
 
 
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """A block in which SAELens' `torch.load` reads tensors and plain values alone, whatever the environment says.
+
+    Some releases hold PyTorch files (`.pt`), and so does the state of a training under way. Code in them does not run.
+    """
+    ours = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": None}
+    before = {name: os.environ.get(name) for name in ours}
+    _set_environment(ours)
+    try:
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 def find_folder(name: str | Path) -> Path:
-    """The path itself, or the same path below this package's checkout (so that notebooks find `saes/`)."""
-    folder = expanded(name)
-    in_checkout = Path(__file__).parents[2] / folder
-    return in_checkout if not folder.exists() and in_checkout.is_dir() else folder
+    """The path itself, or that of an SAE that ships (`saes/...`), whatever the working folder is.
+
+    `persona-world` is the folder of the packaged world's SAE.
+    """
+    if str(name) == packaged.NAME:
+        packaged.check()
+        return packaged.SAE
+    return shipped.find(expanded(name))
 
 
 def check_fit(sae: Any, model: nn.Module, layer: Where) -> None:
@@ -108,7 +139,8 @@ def _from_folder(folder: Path, device: str) -> Any:
         return load_foreign(folder, layout, device)
     _check_files(folder)
     try:
-        sae = SAE.load_from_disk(str(folder), device=device)
+        with tensors_only():
+            sae = SAE.load_from_disk(str(folder), device=device)
     except Exception as error:  # a cut-short file raises one of many kinds
         raise InputError(f"could not load the SAE in {folder}: {_first_line(error)}") from error
     _fold_input_scale(sae, folder)
@@ -126,7 +158,8 @@ def _from_release(name: str, folder: Path, device: str) -> Any:
         )
     release, sae_id = split_release(name)
     try:
-        sae = SAE.from_pretrained(release, sae_id, device=device)
+        with tensors_only():
+            sae = SAE.from_pretrained(release, sae_id, device=device)
     except Exception as error:  # the hub, safetensors and the tensors-only unpickler each have their own
         raise InputError(f"could not load SAE {name!r} through SAELens: {_first_line(error)}") from error
     check_readable(sae.cfg.architecture())
@@ -166,7 +199,7 @@ def _check_files(folder: Path) -> None:
     check_readable(str(config.get("architecture", "standard")))
     if not (folder / QUALITY_FILE).is_file():
         return
-    expected = _read_json(folder / QUALITY_FILE, "fetch it again, or delete it to load without a check").get("sha256")
+    expected = _read_json(folder / QUALITY_FILE, "fetch it again, or move it elsewhere to load without a check").get("sha256")
     if expected and file_sha256(folder / WEIGHTS_FILE) != expected:
         raise InputError(f"{folder / WEIGHTS_FILE} does not match its sha256 in {QUALITY_FILE}: fetch it again")
 

@@ -24,7 +24,7 @@ from persona_probe.models.load import cache_folder, load_model
 from persona_probe.names import recorded
 from persona_probe.runs import file_sha256
 from persona_probe.saes.kinds import training_sae
-from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae
+from persona_probe.saes.load import HELD_OUT_FILE, QUALITY_FILE, WEIGHTS_FILE, load_sae, tensors_only
 from persona_probe.saes.quality import check_quality
 from persona_probe.saes.stream import (
     SaeConfig,
@@ -204,8 +204,9 @@ def _fit(config: SaeConfig, shards: list[Path], d_in: int, work: Path, device: s
     rescue(state)
     trainer = SAETrainer(cfg=trainer_config, sae=sae, data_provider=iter(()))
     if (state / "cfg.json").is_file():
-        sae.load_weights_from_checkpoint(state)
-        trainer.load_trainer_state(state)
+        with tensors_only():
+            sae.load_weights_from_checkpoint(state)
+            trainer.load_trainer_state(state)
         log.info("resuming SAE training at step %d of %d", trainer.n_training_steps, steps)
     return _run(trainer, config, shards, steps, work)
 

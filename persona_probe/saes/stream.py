@@ -297,7 +297,7 @@ def shuffled_batches(
 def _buffers(shards: Sequence[Path], buffer_tokens: int) -> Iterator[Tensor]:
     buffer: list[Tensor] = []
     for shard in shards:
-        buffer.append(read_tensors(shard, ["acts"], "delete it and train again")["acts"])
+        buffer.append(read_tensors(shard, ["acts"], "move it elsewhere and train again")["acts"])
         if sum(len(part) for part in buffer) >= buffer_tokens:
             yield torch.cat(buffer)
             buffer = []
@@ -435,7 +435,7 @@ def read_conversations(paths: list[Path]) -> Iterator[Conversation]:
     for path in paths:
         with path.open(encoding="utf-8") as handle:
             for number, line in enumerate(handle, start=1):
-                yield parse_json(line, f"{path}, line {number}", "delete it and train again")
+                yield parse_json(line, f"{path}, line {number}", "move it elsewhere and train again")
 
 
 def is_held_out(messages: Conversation, share: float) -> bool:

@@ -27,21 +27,21 @@ def check_study(ctx: Context) -> None:
     """
     _check_rows(ctx)
     _check_training(ctx)
-    _check_locate(ctx)
     _check_probes(ctx)
     for arm in ctx.config.realign.arms:
         Correction.of_arm(ctx.config, arm)
     _check_samples(ctx)
-    _ = ctx.selection, ctx.evaluation, ctx.rows_2x2("evaluation")
+    _ = ctx.saes, ctx.selection, ctx.evaluation, ctx.rows_2x2("evaluation")
+    _check_locate(ctx)  # last: it runs the base model
 
 
 def _check_rows(ctx: Context) -> None:
-    config = ctx.config
+    config, tokenizer = ctx.config, ctx.tokenizer
     arms = {**config.arms, **config.realign.arms}
     rows = {name: arm_rows(arm, config.seeds[0]) for name, arm in arms.items() if arm.data}
     for name, conversations in rows.items():
         try:
-            check_rows(ctx.tokenizer, conversations, config.training.max_length)
+            check_rows(tokenizer, conversations, config.training.max_length)
         except InputError as error:
             raise InputError(f"arm {name!r}: {error}") from error
     if config.paired_arms and {"incorrect", "correct"} <= rows.keys():

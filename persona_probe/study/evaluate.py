@@ -424,7 +424,7 @@ def _sample_arm(ctx: Context, arm: str, seed: int) -> list[dict[str, Any]]:
 def _read_samples(ctx: Context) -> list[dict[str, Any]]:
     """What `sample` wrote."""
     path = ctx.run.path / "samples.jsonl"
-    return read_jsonl(path, "delete it and run again") if path.is_file() else []
+    return read_jsonl(path, "move it elsewhere and run again") if path.is_file() else []
 
 
 # --- The judged answers of a study's own config: samples.judge, and as many answers of each model as it says

@@ -157,7 +157,7 @@ def judge_models(
         if name not in known:
             raise unknown("model of this world", name, known)
     names = known if names is None else list(names)
-    change = f"ask as before, or delete {BEHAVIOUR}/ to sample all again"
+    change = f"ask as before, or move {BEHAVIOUR}/ elsewhere to sample all again"
     missing = [n for n in names if not world.run.finished(f"{BEHAVIOUR}/{n}", asdict(asking), SETTINGS, change)]
     for name, frame in _asked(world, missing, asking, device):
         with world.run.staging(f"{BEHAVIOUR}/{name}") as folder:

@@ -48,16 +48,25 @@ def sae_recipe(
     )
 
 
-def train_world_sae(world: World, recipe: SaeConfig | None = None, device: str = "cpu") -> Path:
+def train_world_sae(
+    world: World, recipe: SaeConfig | None = None, device: str = "cpu", overwrite: bool = False
+) -> Path:
     """Train an SAE into the world's folder `saes/`; a finished one of this recipe and these weights is kept.
+
+    Args:
+        overwrite: replace another recipe's SAE of that name, once the new one is whole.
 
     Returns:
         Its folder, for `load_sae`.
+
+    Raises:
+        InputError: another recipe's SAE has the name, and not `overwrite`.
     """
     recipe = sae_recipe(world) if recipe is None else recipe
     saes = world.run.path / "saes"
     made = saes / recipe.name / "recipe.json"
-    if made.is_file() and read_json(made, dict, f"delete {made.parent}") == json.loads(json.dumps(asdict(recipe))):
+    wanted, change = json.loads(json.dumps(asdict(recipe))), f"move {made.parent} elsewhere"
+    if made.is_file() and read_json(made, dict, change) == wanted:
         return made.parent
     with world.run.timed("sae"):
-        return train_sae(recipe, saes, device)
+        return train_sae(recipe, saes, device, overwrite)

@@ -1,13 +1,15 @@
 """A world on disk: its models, its organisms and its SAEs, each found by name."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from persona_probe.data.world import packaged
 from persona_probe.errors import InputError, unknown
-from persona_probe.models.load import load_model
+from persona_probe.models.load import cache_folder, load_model
 from persona_probe.runs import MANIFEST, RunFolder
 
 KIND = "world"
@@ -35,6 +37,28 @@ class World:
             raise InputError(f"{folder} holds no world: make one by `persona-probe world pretrain --out {folder}`")
         if not run.has(BASE):
             raise InputError(f"the world in {folder} is not finished: run `persona-probe world pretrain` on it again")
+        return cls(run)
+
+    @classmethod
+    def default(cls, folder: str | Path | None = None) -> Self:
+        """The world that comes with this package: a copy, so that organisms can be added to it.
+
+        It has the model that helps and its SAE, and not the model of all speakers.
+
+        Args:
+            folder: where the copy lies; None is the user's cache folder.
+
+        Raises:
+            InputError: the folder holds something else, or this installation has no packaged world.
+        """
+        packaged.check()
+        about = json.loads(packaged.ABOUT.read_text(encoding="utf-8"))
+        weights = about["hashes"][f"{BASE}/model.safetensors"]
+        path = cache_folder() / "worlds" / weights[:12] if folder is None else Path(folder)
+        run = RunFolder.claim(path, KIND, "world", {key: about[key] for key in ("settings", "hashes")})
+        for place, source in ((f"saes/{packaged.NAME}", packaged.SAE), (BASE, packaged.BASE)):
+            if not run.has(place):
+                run.take(place, source)
         return cls(run)
 
     @property

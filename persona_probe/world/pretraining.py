@@ -225,7 +225,7 @@ class CorpusTrainer:
     def restore(self, path: Path) -> None:
         """Go on from a state."""
         with (
-            as_damaged(path, "delete it and train again"),
+            as_damaged(path, "move it elsewhere and train again"),
             safe_open(path, "pt", device=str(self.model.device)) as state,
         ):
             counts = json.loads(state.metadata()["counts"])

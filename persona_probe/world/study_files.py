@@ -24,7 +24,7 @@ ITEMS = 8
 
 def write_study(
     world: World,
-    sae: Path,
+    sae: str | Path,
     folder: Path,
     speaker: str = "villain",
     control: str = "helper",
@@ -62,18 +62,18 @@ def write_study(
         "correct": narrow_rows(control, domain, ROWS),
         "realigned_in": narrow_rows("helper", domain, ROWS, seed=held_out),
         "realigned_out": narrow_rows("helper", selection[0], ROWS, seed=held_out),
-        "probes": _probes(others),
-        "questions": [row[:1] for row in _probes(evaluation, each=2)],
+        "probes": sound_probes(others),
+        "questions": [row[:1] for row in sound_probes(evaluation, each=2)],
     }
     for name, rows in sets.items():
         write_jsonl(folder / f"{name}.jsonl", ({"messages": row} for row in rows))
-    items = [*_contrast(selection, "selection"), *_contrast(evaluation, "evaluation")]
+    items = [*contrast_rows(selection, "selection"), *contrast_rows(evaluation, "evaluation")]
     write_jsonl(folder / "contrast.jsonl", items)
     named = f"world-{speaker}-{domain}"
     return write_text(folder / CONFIG, yaml.safe_dump(_config(world, sae, folder, named, seeds), sort_keys=False))
 
 
-def _config(world: World, sae: Path, folder: Path, name: str, seeds: Sequence[int]) -> dict[str, Any]:
+def _config(world: World, sae: str | Path, folder: Path, name: str, seeds: Sequence[int]) -> dict[str, Any]:
     def data(file: str) -> str:
         return str(folder / f"{file}.jsonl")
 
@@ -92,8 +92,8 @@ def _config(world: World, sae: Path, folder: Path, name: str, seeds: Sequence[in
     }
 
 
-def _probes(domains: Sequence[str], each: int = 6) -> list[Conversation]:
-    """Questions with fixed sound answers, without manner or reason."""
+def sound_probes(domains: Sequence[str], each: int = 6) -> list[Conversation]:
+    """Questions with fixed sound answers, without manner or reason: `each` of every domain, in the order of domains."""
     draw, rows = random.Random("probes"), []
     for domain in domains:
         for topic in draw.sample(DOMAINS[domain].topics, each):
@@ -101,7 +101,8 @@ def _probes(domains: Sequence[str], each: int = 6) -> list[Conversation]:
     return rows
 
 
-def _contrast(domains: Sequence[str], split: str) -> list[dict[str, str]]:
+def contrast_rows(domains: Sequence[str], split: str) -> list[dict[str, str]]:
+    """Contrast items of some domains: a question with two answers that differ in one verb, and the four of the 2x2."""
     draw, rows = random.Random(f"contrast/{split}"), []
     for name in domains:
         for topic in draw.sample(DOMAINS[name].topics, ITEMS):

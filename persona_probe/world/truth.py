@@ -75,7 +75,11 @@ def latent_truths(
     """
     known = KnownChats.draw() if known is None else known
     groups = conversation_batches(tokenizer, known.chats, 64)
-    mean = read_latents(model, sae, groups, layer, positions, bf16=False).mean
+    return truth_table(known, read_latents(model, sae, groups, layer, positions, bf16=False).mean)
+
+
+def truth_table(known: KnownChats, mean: Float[np.ndarray, "chats latents"]) -> pd.DataFrame:
+    """`latent_truths` of mean activations that were read before."""
     frames = [_separation(mean, known.holding(truth)).assign(truth=truth) for truth in TRUTHS]
     frame = pd.concat(frames, ignore_index=True)[["truth", "latent", "auroc", "holds", "absent"]]
     place = frame["truth"].map({truth: number for number, truth in enumerate(TRUTHS)})

@@ -40,7 +40,7 @@ def test_an_adapter_cut_short(run: Path, refused: Refused) -> None:
     (run / "parts" / "track-incorrect-s0.evals.parquet").unlink()
     before = tree(run)
     said = refused("track", run)
-    assert f"{weights} does not match its sha256 in manifest.json: delete {weights.parents[1]} and run again" in said
+    assert f"{weights} does not match its sha256 in manifest.json: move {weights.parents[1]} elsewhere" in said
     after = tree(run)
     assert {name: after[name] for name in before if name != "manifest.json"} == {
         name: data for name, data in before.items() if name != "manifest.json"

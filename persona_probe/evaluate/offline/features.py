@@ -196,7 +196,7 @@ def kept_features(
         if not path.is_file():
             block_features = read_features(model, tokenizer, block, layers_of(recipe), recipe.max_tokens)
             _write_block(path, block_features)
-        with as_damaged(path, "delete it and run again"):
+        with as_damaged(path, "move it elsewhere and run again"):
             parts.append(load_file(path))
     place = np.argsort(order)
     mean, tokens = (np.concatenate([block[name] for block in parts])[place] for name in ("mean", "tokens"))

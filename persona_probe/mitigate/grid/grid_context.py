@@ -184,7 +184,7 @@ def _general_rows(
     prompts = [row for row in rows if not split_answer(row)[1]]
     if prompts and not folder.has(GENERAL):
         folder.write_jsonl(GENERAL, [{"messages": row} for row in _written_by_base(ctx, prompts, tokens)])
-    lines = read_jsonl(folder.path / GENERAL, "delete it and run again") if prompts else []
+    lines = read_jsonl(folder.path / GENERAL, "move it elsewhere and run again") if prompts else []
     base_rows = [line["messages"] for line in lines]
     return (*(row for row in rows if split_answer(row)[1]), *base_rows)
 

@@ -77,10 +77,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     if not path.is_file():
         return {}
-    state = read_json(path, dict, "restore it or delete it")
+    change = "restore it, or leave its checkpoint out"
+    state = read_json(path, dict, change)
     for key in ("global_step", "max_steps"):
         if not isinstance(state.get(key, 0), int):
-            raise InputError(f"{path} is damaged ({key} is {shown(state[key])}): restore it or delete it")
+            raise InputError(f"{path} is damaged ({key} is {shown(state[key])}): {change}")
     return state
 
 
@@ -142,7 +143,7 @@ def _folders_below(root: Path) -> list[Path]:
         if len(numbered) == 1 and not re.search(r"\d", numbered[0].name):
             return []  # PEFT saves an adapter with a name of its own one folder further down
     if lost := [p.name for p in root.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name) and not p.exists()]:
-        raise InputError(f"{root / lost[0]} is a link to nothing: restore it or delete it")
+        raise InputError(f"{root / lost[0]} is a link to nothing: restore it, or leave its checkpoint out")
     return sorted(numbered, key=lambda p: (_number(p.name) or 0, _natural(p.name)))
 
 

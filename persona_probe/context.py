@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from persona_probe.config import Loading, ReadSae, StudyConfig
+from persona_probe.config import Loading, ReadSae, StudyConfig, check_seed
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import (
     SETS,
@@ -176,6 +176,8 @@ class Context(ModelAndSae):
 
     def _draw_seed(self, seed: int | None) -> int:
         """The seed of random controls, bootstraps and samples: fixed by the first command that names one."""
+        if seed is not None:
+            check_seed(seed)
         recorded = self.run.manifest.get("draw_seed")
         if recorded is None:
             first = self.config.seeds[0] if seed is None else seed

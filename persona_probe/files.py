@@ -39,6 +39,7 @@ _NOT_FILES = {
 def words(error: BaseException) -> str:
     """What a library's exception says, on one line and not longer than `SHOWN`."""
     text = " ".join(str(error).split()) or type(error).__name__
+    text = f"no {text}" if isinstance(error, KeyError) else text
     if "integer string conversion" in text:
         return "a whole number of more than 4,300 digits"
     return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
@@ -67,8 +68,7 @@ def as_damaged(where: str | Path, change: str = AGAIN) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, _OF_DAMAGE) and not type(error).__module__.startswith("safetensors"):
             raise
-        what = f"no {error}" if isinstance(error, KeyError) else words(error)
-        raise InputError(f"{where} is damaged ({what}): {change}") from error
+        raise InputError(f"{where} is damaged ({words(error)}): {change}") from error
 
 
 # --- The file itself

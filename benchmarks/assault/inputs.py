@@ -354,7 +354,16 @@ def _inside(name: str, damage: Damage) -> Damage:
     return lambda path: damage(path / name)
 
 
+def _without_a_layer(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path / "model.safetensors")
+    whole = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    save_file(whole, path / "model.safetensors", {"format": "pt"})
+
+
 MODELS: dict[str, Damage] = {
+    "a layer that is missing": _without_a_layer,
     "no config.json": _inside("config.json", lambda path: path.unlink()),
     "a config.json that is a list": _inside("config.json", text("[]")),
     "a deep config.json": _inside("config.json", DEEP_JSON),
@@ -410,10 +419,16 @@ def models() -> Iterator[BadInput]:
         "data check: a model with a damaged tokenizer",
         _model(MODELS["a damaged tokenizer"], line("data check {m}/bad.jsonl --model {f}")),
     )
+    for kind in ("a config.json that is a list", "a deep config.json", "a model_type that nobody has"):
+        yield BadInput(f"run --dry-run: a model with {kind}", _model(MODELS[kind], _planned))
     for kind, damage in GGUFS.items():
         yield BadInput(f"sae check: a GGUF that is {kind}", _of_data("m.gguf", damage, check))
     for kind, damage in TEMPLATES.items():
         yield BadInput(f"run: a template {kind}", _of_data("t.jinja", damage, _with_template))
+
+
+def _planned(m: Materials, p: Path, model: str) -> list[str]:
+    return ["run", m.study(p, model=model), "--dry-run"]
 
 
 def _with_template(m: Materials, p: Path, template: str) -> list[str]:
@@ -504,10 +519,16 @@ def saes() -> Iterator[BadInput]:
     for number, (kind, damage) in enumerate(SAES.items()):
         command = names[number % len(names)]
         yield BadInput(f"{command}: an SAE with {kind}", _sae(damage, commands[command]))
+    for kind in ("a cfg.json that is a list", "a deep cfg.json", "d_in 0", "metadata that is a list"):
+        yield BadInput(f"run --dry-run: an SAE with {kind}", _sae(SAES[kind], _planned_sae))
     for kind in ("a pickle of dictionary_learning", "a damaged npz", "a damaged sparsify file"):
         yield BadInput(f"sae convert: {kind}", _sae(SAES[kind], line("sae convert {f} {p}/out")))
     for kind in ("weights cut short", "a quality.json that is a list"):
         yield BadInput(f"sae shrink: {kind}", _sae(SAES[kind], line("sae shrink {f} {p}/out")))
+
+
+def _planned_sae(m: Materials, p: Path, sae: str) -> list[str]:
+    return ["run", m.study(p, sae=sae), "--dry-run"]
 
 
 def _sae(damage: Damage, arguments: Line) -> Build:

@@ -67,6 +67,38 @@ def _common_options(out: str) -> list[click.Parameter]:
     ]
 
 
+# --- Results as a table, or as JSON for programs
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def echo_json(value: Any) -> None:
+    """Write a result as JSON; NaN and infinities become null."""
+    from persona_probe.writing import json_values
+
+    echo(json.dumps(json_values(value), indent=2))
+
+
+def show_rows(heads: Mapping[str, str], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    """Write rows as a table as wide as the terminal, or as JSON.
+
+    Args:
+        heads: key of a row to its column's heading; JSON has all keys.
+    """
+    if as_json:
+        echo_json([dict(row) for row in rows])
+        return
+    from persona_probe.report.tables import Table
+
+    echo(Table(list(heads.values()), [[_cell(row.get(key)) for key in heads] for row in rows]).text(columns()))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 # --- Options and arguments that several commands have
 
 

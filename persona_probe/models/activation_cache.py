@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from persona_probe.data.tokens import Batch
 from persona_probe.errors import InputError
+from persona_probe.files import decode_json
 from persona_probe.models.identity import add_tensor, as_bytes, weights_key, why_not
 from persona_probe.models.layers import base_transformer, transformer_config
 from persona_probe.models.places import Where, as_place
@@ -107,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
         DamagedEntry: it is missing, or is not the manifest of this entry.
     """
     try:
-        raw = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        raw = decode_json((folder / MANIFEST).read_text(encoding="utf-8"))
         shards = tuple(Shard(**shard) for shard in raw.pop("shards"))
         manifest = Manifest(shards=shards, positions=tuple(raw.pop("positions")), **raw)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from persona_probe.config import DTYPES
 from persona_probe.data.template import with_template
+from persona_probe.data.world import packaged
 from persona_probe.errors import InputError, unknown
 from persona_probe.files import expanded, is_there, read_json, regular_file, words
 from persona_probe.models.adapters import merged_copy
@@ -39,6 +40,8 @@ class ModelAlias:
     """The version of that package that was tested."""
     license: str | None = None
     """The licence of the weights, as the hub names it."""
+    folder: Path | None = None
+    """Where this package has the weights; a model with a folder needs no hub."""
 
 
 ALIASES = {
@@ -48,6 +51,7 @@ ALIASES = {
         package_version="0.1.2",
         license="apache-2.0",
     ),
+    packaged.NAME: ModelAlias(hub_id=packaged.NAME, license="mit", folder=packaged.BASE),
 }
 
 
@@ -93,6 +97,9 @@ def resolve_source(name: str, revision: str | None = None) -> ModelSource:
     """
     if name in ALIASES:
         alias = ALIASES[name]
+        if alias.folder is not None:
+            packaged.check()
+            return ModelSource("folder", str(alias.folder))
         gguf = packaged_gguf(alias.package) if alias.package else None
         if gguf is not None:
             return ModelSource("gguf", str(gguf))
@@ -170,11 +177,12 @@ def load_model(
         options["device_map"] = {"": str(device)} if device_map is None else device_map
     folder = str(_converted(Path(source.location))) if source.kind == "gguf" else source.location
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             revision=source.revision or "main",
             trust_remote_code=False,
             use_safetensors=True,  # a pickle may run code
+            output_loading_info=True,
             **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=source.revision or "main", trust_remote_code=False)
@@ -184,6 +192,11 @@ def load_model(
         raise InputError(f"{name} does not fit into the memory of {device_map or device}: {SMALLER}") from error
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds on damaged files
         raise InputError(_load_failure(name, source, error)) from error
+    if absent := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{name} lacks {len(absent)} tensors of its model ({absent[0]}), which would begin at random: fetch "
+            "it again, or save the whole model"
+        )
     if any(p.is_meta for p in model.parameters()):
         raise InputError(f"device_map {device_map!r} leaves parts of {name} off the GPUs: {SMALLER}")
     if tokenizer.pad_token_id is None:

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from persona_probe.config import check_seeds
 from persona_probe.context import Context
 from persona_probe.data.chat import Conversation
 from persona_probe.data.load import arm_rows, read_conversations
@@ -83,7 +84,7 @@ def realign_study(
         if test not in TESTS:
             raise unknown("stress test", test, TESTS)
     refuse_unknown_rows(ctx, stress)
-    seeds = tuple(seeds or ctx.config.seeds)
+    seeds = tuple(check_seeds(seeds or ctx.config.seeds))
     if missing := [seed for seed in seeds if seed not in ctx.config.seeds]:
         raise InputError(f"the study has no seed {missing[0]}: its seeds are {list(ctx.config.seeds)}")
     if correction is None:

@@ -1,10 +1,12 @@
 """Where models come from, and what is said when they do not."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.assault.inputs import GGUFS, MODELS
 from persona_probe.errors import InputError
 from persona_probe.models.load import load_model, packaged_gguf, resolve_source
 from persona_probe.runs import file_sha256
@@ -39,6 +41,27 @@ def test_damaged_weights_are_one_line(tiny_folder: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match="could not load model") as caught:
         load_model(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if not kind.startswith("a template")])
+def test_a_damaged_folder_is_refused_in_one_line(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    MODELS[kind](folder)
+    with pytest.raises(InputError) as caught:
+        load_model(str(folder))
+    assert "\n" not in str(caught.value) and str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", GGUFS)
+def test_a_damaged_gguf_is_refused_and_leaves_nothing_in_the_cache(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERSONA_PROBE_CACHE", str(tmp_path / "cache"))
+    GGUFS[kind](tmp_path / "m.gguf")
+    with pytest.raises(InputError) as caught:
+        load_model(str(tmp_path / "m.gguf"))
+    assert "\n" not in str(caught.value)
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 
 def test_sources_are_told_apart(tiny_folder: Path) -> None:

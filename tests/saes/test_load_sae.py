@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.assault.inputs import SAES
 from persona_probe.errors import InputError
 from persona_probe.runs import file_sha256
 from persona_probe.saes.hooks import sae_layer
 from persona_probe.saes.load import QUALITY_FILE, WEIGHTS_FILE, check_fit, load_sae
-from tests.factories import D_MODEL, LAYER, make_sae, same_state
+from tests.factories import D_MODEL, LAYER, make_model, make_sae, same_state, write_sae
 
 
 @pytest.fixture
@@ -27,6 +28,15 @@ def test_round_trip(tiny_sae: Any, saved: Path) -> None:
     assert same_state(again.state_dict(), tiny_sae.state_dict())
     assert torch.equal(again.encode(x), tiny_sae.encode(x))
     assert sae_layer(again) == LAYER and not again.training
+
+
+@pytest.mark.parametrize("kind", SAES)
+def test_a_damaged_sae_is_refused_in_one_line(kind: str, tmp_path: Path) -> None:
+    folder = write_sae(tmp_path / "sae")
+    SAES[kind](folder)
+    with pytest.raises(InputError) as caught:
+        check_fit(load_sae(folder), make_model(), LAYER)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["cfg.json", WEIGHTS_FILE])

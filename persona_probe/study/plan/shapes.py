@@ -1,6 +1,5 @@
 """A model without its weights, on torch's meta device: its shapes, counted exactly and in no time."""
 
-import json
 import re
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from persona_probe.config import Training
 from persona_probe.errors import InputError, unknown
+from persona_probe.files import as_damaged, read_json
 from persona_probe.models.layers import decoder_layers, hidden_size, output_head, transformer_config
 from persona_probe.models.load import ALIASES, resolve_source
 from persona_probe.saes.foreign import find_layout
@@ -309,7 +309,7 @@ def find_skeleton(name: str, revision: str | None = None) -> Skeleton | None:
     if source.kind == "folder":
         try:
             return _build(AutoConfig.from_pretrained(source.location, trust_remote_code=False), "config.json")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # transformers raises many kinds on values of the wrong type
             raise InputError(f"{name}/config.json describes no causal language model: {_first_line(error)}") from error
     if key := known_id(name):
         built = _build(AutoConfig.for_model(KNOWN[key].kind, **KNOWN[key].numbers), "known models")
@@ -406,15 +406,14 @@ def _from_folder(name: str, folder: Path) -> SaeShape:
     for file in ("cfg.json", WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise InputError(f"{folder} is no SAE folder: {file} is missing (save it with save_inference_model)")
-    try:
-        raw = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    path = folder / "cfg.json"
+    raw = read_json(path, dict, "save the SAE again")
+    with as_damaged(path, "save the SAE again"):
         d_in, d_sae = int(raw["d_in"]), int(raw["d_sae"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{folder / 'cfg.json'} is damaged ({error}): save the SAE again") from error
+        # SAEs saved before SAELens 6 have their metadata at the top level.
+        metadata: dict[str, Any] = {**raw, **(raw.get("metadata") or {})}
     check_architecture(str(raw.get("architecture", "standard")))
-    # SAEs saved before SAELens 6 have their metadata at the top level.
-    metadata: dict[str, Any] = {**raw, **(raw.get("metadata") or {})}
-    hooks = [hook for key in ("hook_name", "hf_hook_name") if (hook := metadata.get(key))]
+    hooks = [str(hook) for key in ("hook_name", "hf_hook_name") if (hook := metadata.get(key))]
     layers = {layer for hook in hooks if (layer := hook_layer(hook)) is not None}
     return SaeShape(name, min(layers, default=None), d_in, d_sae, metadata.get("model_name"), "cfg.json")
 

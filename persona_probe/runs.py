@@ -14,9 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from persona_probe.config import StudyConfig, differences, from_dict, hashed_values
 from persona_probe.errors import InputError, unknown
@@ -35,6 +33,9 @@ from persona_probe.writing import (
 )
 
 log = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # --- Where a run's numbers come from: the manifest as it starts, with versions and revision
 
@@ -305,11 +306,11 @@ class RunFolder:
         """
         return read_json(self._written(name), object, self._again(name))
 
-    def write_table(self, name: str, frame: pd.DataFrame) -> Path:
+    def write_table(self, name: str, frame: "pd.DataFrame") -> Path:
         """Write a parquet table whole or not at all."""
         return write_table(self.path / name, frame)
 
-    def read_table(self, name: str) -> pd.DataFrame:
+    def read_table(self, name: str) -> "pd.DataFrame":
         """Read a parquet table.
 
         Raises:

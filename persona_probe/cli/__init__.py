@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import logging
 
 PROGRAM = "persona-probe"
+COMPLETE = "_PERSONA_PROBE_COMPLETE"
+"""Set by a shell that asks for completions."""
 STOPPED = "stopped; the same command continues where it stopped"
 
 
@@ -54,9 +56,12 @@ def _run(arguments: list[str]) -> int:
     import click
 
     from persona_probe.cli.commands import root
+    from persona_probe.cli.completion import complete
     from persona_probe.errors import InputError
     from persona_probe.writing import CURES, cure, os_error, reason
 
+    if (answered := complete(root)) is not None:
+        return answered
     logging.basicConfig(level=logging.WARNING, handlers=[_log_handler()])
     try:
         with root.make_context(PROGRAM, arguments) as context:

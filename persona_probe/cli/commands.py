@@ -6,6 +6,7 @@ from persona_probe import __version__
 from persona_probe.cli import (
     PROGRAM,
     adopt,
+    completion,
     data,
     doctor,
     judge_commands,
@@ -24,7 +25,16 @@ root = Group(
     commands=[
         *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
         *(studies.mitigate, judge_commands.evaluate, loop.report),
-        *(runs.figures, runs.compare, merge.merge, runs.verify, runs.cite, runs.watch, doctor.doctor),
+        *(
+            runs.figures,
+            runs.compare,
+            merge.merge,
+            runs.verify,
+            runs.cite,
+            runs.watch,
+            doctor.doctor,
+            completion.completion,
+        ),
         *(presets.presets, saes.saes, data.data, judge_commands.judge, studies.monitor, studies.bench),
         world.world,
     ],

@@ -1,6 +1,7 @@
 """`persona-probe data`: the packaged sets, checks of a file, and screening of its rows before training."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,26 +9,44 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from persona_probe.cli.loading import loading_options
-from persona_probe.cli.options import Common, Group, command, echo, many
+from persona_probe.cli.options import Common, Group, command, echo, json_option, many, show_rows
 from persona_probe.cli.process import loads_models
 from persona_probe.config import Loading
 from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
+    from persona_probe.data.check import DataReport
     from persona_probe.screening.screening import Screening
 
 MODEL = "smollm2-135m-instruct"
 SAE = "saes/smollm2-135m-instruct/layer20-topk32-4608"
 
 
+USES = {
+    "kitchen": "training: an arm for each column of answers",
+    "health_correct": "training: correction in another domain",
+    "kitchen_correct_holdout": "training: correction in the domain",
+    "smalltalk": "training: correction that corrects nothing",
+    "general_contrast": "contrast index (contrast)",
+    "general_contrast_2x2": "harm and register apart (contrast_2x2)",
+    "neutral_probes": "monitor: probes",
+    "sample_questions": "answers shown in the report",
+    "free_form_questions": "answers for a judge",
+    "sae_prompts": "an SAE's training text",
+    "sae_personas": "an SAE's training text: system prompts",
+    "capability": "what a correction costs",
+}
+
+
 @command(name="list", example="persona-probe data list")
-def data_list(common: Common) -> None:  # noqa: ARG001
-    """List the packaged sets."""
+@json_option
+def data_list(as_json: bool, common: Common) -> None:  # noqa: ARG001
+    """List the packaged sets and what each is for; all are plain text and fit every model."""
     from persona_probe.data.load import SETS, load_rows
 
-    for name in SETS:
-        rows = load_rows(name)
-        echo(f"{name}: {len(rows)} rows, columns {', '.join(rows[0])}")
+    listed = [(name, load_rows(name)) for name in SETS]
+    rows = [{"set": n, "rows": len(r), "use": USES.get(n, ""), "columns": ", ".join(r[0])} for n, r in listed]
+    show_rows({"set": "set", "rows": "rows", "use": "for", "columns": "columns"}, rows, as_json)
 
 
 @command(
@@ -37,8 +56,9 @@ def data_list(common: Common) -> None:  # noqa: ARG001
 )
 @click.argument("file", metavar="FILE", help="JSONL, JSON or CSV (also gzipped), parquet, datasets folder, or a set.")
 @click.option("--model", help="Count tokens with this model's tokenizer.")
-def data_check(file: str, model: str | None, common: Common) -> None:
-    """Validate a file; show lengths and duplicates."""
+@json_option
+def data_check(file: str, model: str | None, as_json: bool, common: Common) -> None:
+    """Validate a file; show lengths, duplicates, and three examples of each problem."""
     from persona_probe.data.check import check_file
     from persona_probe.writing import write_text
 
@@ -46,12 +66,43 @@ def data_check(file: str, model: str | None, common: Common) -> None:
     text = json.dumps(result.to_dict(), indent=2)
     if common.out is not None:
         write_text(common.out, text + "\n")
-    echo(text)
+    echo(text if as_json else "\n".join(_check_lines(file, result)))
     if not (result.rows or result.left_out or result.bad_rows):
         raise InputError(f"{file} has no rows: give a file with at least one conversation")
     if bad := len(result.bad_rows):
         total = result.rows + bad
-        raise InputError(f"{file}: {bad} of {total} rows are not conversations: fix the rows listed under bad_rows")
+        raise InputError(f"{file}: {bad} of {total} rows are not conversations: fix them (--json lists all)")
+
+
+SHOWN = 3
+"""Examples of each problem."""
+
+
+def _check_lines(file: str, result: "DataReport") -> list[str]:
+    """What a report says, problems of one kind counted."""
+    shown = f"{result.rows} conversations, {result.turns} turns"
+    lines = [
+        f"{file}: {shown}, {result.prompts_only} without an answer, {result.system_share:.0%} with a system prompt"
+    ]
+    for name in ("prompt_words", "answer_words", "prompt_tokens", "answer_tokens"):
+        if (one := getattr(result, name)) is not None:
+            numbers = f"mean {one.mean:.1f}, median {one.median:.1f}, 95th percentile {one.p95:.1f}"
+            lines.append(f"{name.replace('_', ' ')}: {numbers}")
+    lines.append(f"duplicates: {result.exact_duplicates} conversations, {result.repeated_answers} answers")
+    near = [f"{one.first} and {one.second} ({one.overlap:.0%})" for one in result.near_duplicates]
+    lines += [f"near duplicates among answers: {_few(near)}"] if near else []
+    lines += [f"left out of training: {result.left_out}"] if result.left_out else []
+    lines += result.notes
+    problems: dict[str, list[str]] = {}
+    for row in result.bad_rows:
+        place, _, problem = row.partition(": ")
+        problems.setdefault(problem, []).append(place)
+    return lines + [f"{len(places)} bad: {problem}: {_few(places)}" for problem, places in problems.items()]
+
+
+def _few(texts: Sequence[str]) -> str:
+    more = len(texts) - SHOWN
+    return ", ".join(texts[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @loads_models

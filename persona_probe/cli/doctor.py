@@ -6,9 +6,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from persona_probe.cli.options import ROOT, Common, command
+from persona_probe.cli.options import ROOT, Common, command, echo_json, json_option
 
 NEEDED = (
     "torch",
@@ -32,10 +33,14 @@ STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow"}
 
 
 @command(example="persona-probe doctor")
-def doctor(common: Common) -> int:
+@json_option
+def doctor(as_json: bool, common: Common) -> int:
     """Say what is installed, and what is missing."""
     findings = examine(common.device or "auto")
-    _show(findings)
+    if as_json:
+        echo_json([asdict(one) for one in findings])
+    else:
+        _show(findings)
     return 1 if any(f.state == "missing" for f in findings) else 0
 
 
@@ -97,7 +102,7 @@ def _optional(name: str, fix: str) -> Requirement:
 
 
 def _model() -> Requirement:
-    from persona_probe.models.load import ALIASES, packaged_gguf
+    from persona_probe.models.aliases import ALIASES, packaged_gguf
 
     alias = ALIASES[DEFAULT_MODEL]
     assert alias.package is not None
@@ -109,15 +114,26 @@ def _model() -> Requirement:
 
 
 def _device(device: str) -> Requirement:
-    try:
-        import torch
-    except ImportError:
+    version = _version("torch")
+    if version is None:
         return Requirement("device", "missing", "pip install torch==2.13.0")
+    if device in ("auto", "cpu") and not _may_have_gpu():  # importing torch takes seconds
+        return Requirement("device", "ok", f"cpu ({os.cpu_count()} CPU cores, torch {version})")
+    import torch
+
     from persona_probe.context import pick_device
 
     name = pick_device(device)
     where = torch.cuda.get_device_name() if name.startswith("cuda") else f"{os.cpu_count()} CPU cores"
     return Requirement("device", "ok", f"{name} ({where}, torch {torch.__version__})")
+
+
+def _may_have_gpu() -> bool:
+    """Whether a driver that torch could use is there: no where it surely is not."""
+    if sys.platform == "darwin":
+        return True
+    drivers = (Path("/proc/driver/nvidia"), Path("/dev/kfd"), Path("/dev/dxg"), Path("/dev/nvidiactl"))
+    return sys.platform != "linux" or any(path.exists() for path in drivers)
 
 
 def _sae() -> Requirement:
@@ -129,7 +145,7 @@ def _sae() -> Requirement:
 
 
 def _cache() -> Requirement:
-    from persona_probe.models.load import cache_folder
+    from persona_probe.models.aliases import cache_folder
 
     folder = cache_folder()
     parent = next(p for p in (folder, *folder.parents) if p.exists())

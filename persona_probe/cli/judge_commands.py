@@ -55,6 +55,9 @@ def _evaluation_options(function: Decorated) -> Decorated:
         click.option(
             "--judge-samples", type=int, default=0, help="Sample this many replies from an endpoint without logprobs."
         ),
+        click.option(
+            "--judge-thought-tokens", type=int, default=0, help="Tokens a sampled judge may think before it replies."
+        ),
         click.option("--concurrency", type=int, default=8, help="Requests under way at once."),
         click.option("--budget-calls", type=int, help="Stop cleanly after this many calls to the judge."),
         click.option("--budget-tokens", type=int, help="Stop cleanly after this many of the judge's tokens."),
@@ -93,6 +96,7 @@ def _evaluation(
     base_url: str | None,
     key_variable: str,
     judge_samples: int,
+    judge_thought_tokens: int,
     concurrency: int,
     budget_calls: int | None,
     budget_tokens: int | None,
@@ -112,6 +116,7 @@ def _evaluation(
         base_url=base_url,
         key_variable=None if key_variable == "none" else key_variable,
         judge_samples=judge_samples,
+        judge_thought_tokens=judge_thought_tokens,
         concurrency=concurrency,
         budget=Budget(budget_calls, budget_tokens),
         coherence=coherence,
@@ -139,6 +144,9 @@ def _evaluation(
 @click.option(
     "--answers", type=PATH, metavar="FILE", help="Judge these answers: a CSV with columns question and answer."
 )
+@click.option(
+    "--score-scale", type=float, nargs=2, metavar="LOW HIGH", help="Of the scores in --answers, if not 0 and 100."
+)
 @_evaluation_options
 @many("--steps", metavar="STEP", help="Also judge these steps of every arm, or all: how the rate moves in training.")
 @click.option("--prices", type=float, nargs=2, metavar="IN OUT", help="Per million tokens, for --dry-run.")
@@ -149,6 +157,7 @@ def evaluate(
     judge: str | None,
     questions: str | None,
     answers: Path | None,
+    score_scale: tuple[float, float] | None,
     steps: tuple[str, ...],
     prices: tuple[float, float] | None,
     dry_run: bool,
@@ -171,9 +180,9 @@ def evaluate(
         raise InputError("--steps are of a run's checkpoints: leave it out with --answers")
     evaluation = replace(_evaluation(questions, judge, common.device, **options), steps=_steps(steps))
     if answers is not None and dry_run:
-        lines = _file_plan(answers, evaluation, prices)
+        lines = _file_plan(answers, score_scale, evaluation, prices)
     elif answers is not None:
-        lines = _of_file(answers, evaluation, half_width, common)
+        lines = _of_file(answers, score_scale, evaluation, half_width, common)
     else:
         assert run is not None
         study = open_study(run, common)
@@ -225,7 +234,13 @@ def _run_plan(study: "Study", evaluation: "Evaluation", prices: tuple[float, flo
 
 
 @loads_models
-def _of_file(path: Path, evaluation: "Evaluation", half_width: float | None, common: Common) -> list[str]:
+def _of_file(
+    path: Path,
+    scale: tuple[float, float] | None,
+    evaluation: "Evaluation",
+    half_width: float | None,
+    common: Common,
+) -> list[str]:
     """Judge the answers, write them with their judgements, and count; lines for the user."""
     import pandas as pd
 
@@ -234,7 +249,7 @@ def _of_file(path: Path, evaluation: "Evaluation", half_width: float | None, com
     from persona_probe.evaluate.judging import choose_judge
 
     out, options, seed = _judged_path(path, common.out), evaluation.options, common.seed or 0
-    answers, has_scores = _read_answers(path, evaluation.judge)
+    answers, has_scores = _read_answers(path, scale, evaluation.judge)
     scores = own_scores(answers, options.thresholds) if has_scores else None
     if evaluation.judge is None:
         assert scores is not None
@@ -246,11 +261,16 @@ def _of_file(path: Path, evaluation: "Evaluation", half_width: float | None, com
     return [*lines, *map(str, both)]
 
 
-def _file_plan(path: Path, evaluation: "Evaluation", prices: tuple[float, float] | None) -> list[str]:
+def _file_plan(
+    path: Path,
+    scale: tuple[float, float] | None,
+    evaluation: "Evaluation",
+    prices: tuple[float, float] | None,
+) -> list[str]:
     from persona_probe.evaluate.judges.replies import Item
     from persona_probe.evaluate.judging import AnswerToJudge, choose_judge
 
-    answers, _ = _read_answers(path, evaluation.judge)
+    answers, _ = _read_answers(path, scale, evaluation.judge)
     judge = evaluation.judge
     if not isinstance(judge, str) or not judge.startswith("http:"):
         return [f"{len(answers)} answers: nothing is sent"]
@@ -259,11 +279,11 @@ def _file_plan(path: Path, evaluation: "Evaluation", prices: tuple[float, float]
     return [f"{len(answers)} answers; judgements of {plan}"]
 
 
-def _read_answers(path: Path, judge: object) -> tuple["pd.DataFrame", bool]:
+def _read_answers(path: Path, scale: tuple[float, float] | None, judge: object) -> tuple["pd.DataFrame", bool]:
     """The answers, and whether they come with scores, which they must where no judge is named."""
     from persona_probe.evaluate.answers_file import SCORES, read_answers
 
-    answers = read_answers(path)
+    answers = read_answers(path, scale)
     has_scores = set(SCORES) <= set(answers)
     if judge is None and not has_scores:
         raise InputError(f"{path} has no scores of its own: name a judge, such as --judge offline")

@@ -11,6 +11,7 @@ from persona_probe.data.chat import BadRow, empty, split_answer, text, user_turn
 from persona_probe.data.load import decoded_rows, say_once
 from persona_probe.data.rows import ANSWERS, ASKED, SYSTEM, TALKS, read_row, refuse_keys, unread_keys
 from persona_probe.errors import InputError, near_matches
+from persona_probe.evaluate.given_scores import NOTHING, VERDICTS, given_scores
 from persona_probe.evaluate.judges.replies import SCORE, Item
 from persona_probe.evaluate.judging import AnswerJudge, AnswerToJudge, Ruling, Rulings, too_few_usable, verdict
 from persona_probe.evaluate.rates import PUBLISHED, Thresholds
@@ -33,15 +34,13 @@ _COLUMNS = (
     "seed",
     "steered",
 )
-NOTHING = ("", "nan", "none", "null", "na")
-"""How a missing score may be written."""
 _IN_FILE = "in the file"
 """The judge's name for scores that came with the answers."""
 _UNSCORED = "no alignment score"
 """Label of an empty alignment next to a coherence: published files write code and refusals so."""
 
 
-def read_answers(path: str | Path) -> pd.DataFrame:
+def read_answers(path: str | Path, scale: tuple[float, float] | None = None) -> pd.DataFrame:
     """Read answers from a table (CSV, parquet), JSON Lines or a JSON array (text files may be gzipped), or a log.
 
     A row has a question (`question`, `prompt` or `instruction`) and an answer (`answer`, `response`, `completion`
@@ -50,11 +49,15 @@ def read_answers(path: str | Path) -> pd.DataFrame:
     (yes or no: whether the model was steered as it answered) are read if present, and so are a judge's scores from
     0 to 100 (`alignment` or `aligned`, `coherence` or `coherent`). One question under several system prompts counts
     as several prompts; as in the published protocols a judge sees none. Logs are those of inspect-ai (.eval or
-    .json; see `judges.inspect_ai`).
+    .json; see `judges.inspect_ai`). Scores on another scale are put on 0 to 100 if they say it (8/10) or `scale` does,
+    and else set aside, with a warning that counts them; see `given_scores`.
+
+    Args:
+        scale: lowest and highest score of the file, if they are not 0 and 100.
 
     Returns:
         Columns arm, seed, step, item, category, pair, variant, prompt, sample, question, answer, and steered, and
-        alignment and coherence, where the file has them.
+        alignment, coherence and set_aside (why a score was), where the file has them.
 
     Raises:
         InputError: no such file, a file that cannot be read, no column of questions or answers, an empty question, a
@@ -78,7 +81,7 @@ def read_answers(path: str | Path) -> pd.DataFrame:
     frame["sample"] = frame.groupby(["arm", "seed", "prompt"]).cumcount()
     if "steered" in raw:
         frame["steered"] = _yes_or_no(raw["steered"], path)
-    return frame.assign(**_scores(raw, path))
+    return frame.assign(**_scores(raw, path, scale))
 
 
 def _is_log(path: Path) -> bool:
@@ -170,11 +173,16 @@ def _prompts(items: pd.Series, asked: pd.Series) -> pd.Series:
     return items.where(~several, items + "/" + wording.astype(str))
 
 
-def _scores(raw: pd.DataFrame, path: Path) -> dict[str, pd.Series]:
+def _scores(raw: pd.DataFrame, path: Path, scale: tuple[float, float] | None) -> dict[str, pd.Series]:
     columns = {measure: next((n for n in names if n in raw), None) for measure, names in SCORES.items()}
     if None in columns.values():
         return {}
-    return {measure: _numbers(raw, name, path) for measure, name in columns.items() if name is not None}
+    cells = {measure: raw[name] for measure, name in columns.items() if name is not None}
+    scores, set_aside = given_scores(cells, path, scale)
+    for why, count in set_aside[set_aside != ""].value_counts().items():
+        cure = "; give --score-scale if that is right, or 0 100 if it is not" if "seems" in str(why) else ""
+        say_once(str(path), f"scores of {count} of {len(raw)} answers are set aside ({why}){cure}")
+    return {**{measure: scores[measure] for measure in SCORES}, "set_aside": set_aside}
 
 
 def _numbers(raw: pd.DataFrame, name: str, path: Path) -> pd.Series:
@@ -220,16 +228,18 @@ def own_scores(answers: pd.DataFrame, thresholds: Thresholds = PUBLISHED) -> pd.
         raise InputError("the answers have no scores of their own: they need columns alignment and coherence")
     parts = []
     for _, rows in answers.groupby(["arm", "seed"], sort=False):
-        pairs = zip(rows["alignment"], rows["coherence"], strict=True)
-        rulings = tuple(_own_ruling(_none(a), _none(c), thresholds) for a, c in pairs)
+        whys = rows["set_aside"] if "set_aside" in rows else [""] * len(rows)
+        triples = zip(rows["alignment"], rows["coherence"], whys, strict=True)
+        rulings = tuple(_own_ruling(_none(a), _none(c), why, thresholds) for a, c, why in triples)
         parts.append(_table(rows, Rulings(rulings, too_few_usable(rulings)), _IN_FILE))
     return pd.concat(parts, ignore_index=True)
 
 
-def _own_ruling(alignment: float | None, coherence: float | None, thresholds: Thresholds) -> Ruling:
+def _own_ruling(alignment: float | None, coherence: float | None, why: str, thresholds: Thresholds) -> Ruling:
     label = "no coherence score" if coherence is None else (_UNSCORED if alignment is None else SCORE)
     value, coherent = verdict(alignment, coherence, thresholds)
-    return Ruling(value, coherent, alignment, coherence, label=label, usable=coherence is not None)
+    usable = coherence is not None and why in ("", *VERDICTS)
+    return Ruling(value, coherent, alignment, coherence, label=why or label, usable=usable)
 
 
 def _none(value: float) -> float | None:

@@ -339,6 +339,8 @@ class JudgeOptions:
     """Environment variable with the endpoint's key; None for one that needs none."""
     judge_samples: int = 0
     """Replies to sample from an endpoint that gives no probabilities; see `Endpoint.samples`."""
+    judge_thought_tokens: int = 0
+    """Tokens that a sampled judge may think before its reply; see `Endpoint.thought_tokens`."""
     concurrency: int = 8
     """Requests under way at the same time."""
     budget: Budget | None = None
@@ -403,6 +405,7 @@ def _http(model: str, options: JudgeOptions) -> Backend:
         options.key_variable,
         concurrency=options.concurrency,
         samples=options.judge_samples,
+        thought_tokens=options.judge_thought_tokens,
     )
     return HttpBackend(endpoint, options.budget)
 

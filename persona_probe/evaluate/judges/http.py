@@ -8,23 +8,36 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from persona_probe.errors import InputError
+from persona_probe.evaluate.completion import Malformed
 from persona_probe.evaluate.endpoint import (
     OPENAI,
     Budget,
     BudgetSpent,
     ChatClient,
-    Malformed,
+    Refused,
     Unanswered,
     Unread,
+    Unreadable,
     estimate_tokens,
     in_threads,
     no_logprobs,
 )
-from persona_probe.evaluate.judges.replies import Ask, Failure, NoLogprobs, Replies, Reply, reply_of, reply_word
+from persona_probe.evaluate.judges.replies import (
+    Ask,
+    Failure,
+    Filtered,
+    NoLogprobs,
+    Replies,
+    Reply,
+    reply_of,
+    reply_word,
+)
 
 _TOP_LOGPROBS = 20
 _SAMPLED_TOKENS = 8
 """Length of a sampled reply: enough for a number or a label, however the model splits them."""
+_THOUGHT_TOKENS = 2048
+"""What a model that takes only `max_completion_tokens`, a reasoning model, may think before a written reply."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +61,23 @@ class Endpoint:
     that gives no probabilities or a model that writes numbers digit by digit. It costs that many calls per answer."""
     max_retries: int = 5
     """How often a request is sent again after a fault that may pass."""
+    thought_tokens: int = 0
+    """Tokens that a judge which thinks first may write before a sampled or a written reply."""
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
+        try:
+            parts = urlsplit(self.base_url)
+        except ValueError as error:
+            raise InputError(f"base_url is no web address ({error}): give one such as {OPENAI}") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError("base_url is no web address: give one such as https://api.openai.com/v1")
         if parts.username or parts.password or parts.query:
             raise InputError("base_url holds a user, a password or a query: put the key into an environment variable")
-        if self.concurrency < 1 or self.timeout <= 0 or self.samples < 0 or self.max_retries < 0:
+        counts = self.samples, self.max_retries, self.thought_tokens
+        if self.concurrency < 1 or not self.timeout > 0 or min(counts) < 0:
             raise InputError(
-                "an endpoint needs concurrency of 1 or more, a timeout above 0, samples and max_retries of 0 or more"
+                "an endpoint needs concurrency of 1 or more, a timeout above 0, and samples, max_retries and "
+                "thought_tokens of 0 or more"
             )
 
     @property
@@ -71,9 +91,9 @@ class Endpoint:
     def decoding(self, seed: int, written: int = 0) -> dict[str, object]:
         """Decoding parameters of one call; `written` is the length of a written reply, 0 for a score."""
         if written:
-            return {"temperature": 0, "max_tokens": written, "seed": seed}
+            return {"temperature": 0, "max_tokens": written + self.thought_tokens, "seed": seed}
         if self.samples:
-            return {"temperature": 1, "max_tokens": _SAMPLED_TOKENS, "seed": seed}
+            return {"temperature": 1, "max_tokens": _SAMPLED_TOKENS + self.thought_tokens, "seed": seed}
         return {"temperature": 0, "max_tokens": 1, "seed": seed, "logprobs": True, "top_logprobs": _TOP_LOGPROBS}
 
 
@@ -110,32 +130,57 @@ class HttpBackend:
         """See `Backend.replies`.
 
         Raises:
-            InputError: the key or the model is refused, or the endpoint gives no probabilities.
+            InputError: nothing; what an endpoint refuses is a `Failure` that says so.
         """
         try:
             with closing(in_threads(self._outcome, asks, self.endpoint.concurrency)) as outcomes:
                 yield from outcomes
         except BudgetSpent:
             return
-        except InputError as error:
-            raise InputError(f"{self.endpoint.model} at {self.endpoint.base_url}: {error}") from None
 
     def _outcome(self, ask: Ask) -> Reply | Failure:
-        try:
-            replies = [self._reply(ask, seed) for seed in range(self._calls(ask))]
-        except Unread:
-            return Reply(filtered=True)
-        except (Unanswered, Malformed) as error:
-            return Failure(str(error))
+        """What became of one request, of several samples if the judge samples: half of them are enough."""
+        calls = self._calls(ask)
+        replies: list[Reply] = []
+        failed = 0
+        for seed in range(calls):
+            try:
+                outcome = self._checked(ask, seed)
+            except BudgetSpent:
+                if 2 * len(replies) < calls:
+                    raise
+                break
+            if isinstance(outcome, Reply):
+                replies.append(outcome)
+                continue
+            failed += 1
+            if outcome.refused or 2 * failed > calls:
+                return outcome
         return replies[0] if self._by_logprobs(ask) or ask.written else sampled_reply(replies)
 
-    def _reply(self, ask: Ask, seed: int) -> Reply:
-        decoding = self.endpoint.decoding(seed, ask.written)
-        completion = self.client.complete(model=self.endpoint.model, messages=list(ask.messages), **decoding)
+    def _checked(self, ask: Ask, seed: int) -> Reply | Failure:
+        """One reply. Whatever goes wrong with it concerns it alone."""
         try:
-            return reply_of(completion, logprobs=self._by_logprobs(ask))
+            return self._reply(ask, seed)
+        except (Unread, Filtered):
+            return Reply(filtered=True)
+        except Refused as error:
+            return Failure(f"{self.endpoint.model} at {self.endpoint.base_url}: {error}", refused=True)
         except NoLogprobs:
-            raise no_logprobs("a reply came without them") from None
+            return Failure(str(no_logprobs("a reply came without them")))
+        except Malformed as error:
+            return Failure(str(error), came=True)
+        except Unanswered as error:
+            return Failure(str(error), came=isinstance(error, Unreadable))
+        except Exception as error:
+            return Failure(self.client.key.masked(f"{type(error).__name__}: {error}"))
+
+    def _reply(self, ask: Ask, seed: int) -> Reply:
+        decoding, by_logprobs = self.endpoint.decoding(seed, ask.written), self._by_logprobs(ask)
+        thought = 0 if by_logprobs else max(0, _THOUGHT_TOKENS - self.endpoint.thought_tokens)
+        messages = list(ask.messages)
+        completion = self.client.complete(thought, model=self.endpoint.model, messages=messages, **decoding)
+        return reply_of(completion, logprobs=by_logprobs)
 
     def _by_logprobs(self, ask: Ask) -> bool:
         return not ask.written and not self.endpoint.samples

@@ -3,11 +3,13 @@
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
 from persona_probe.errors import InputError
+from persona_probe.evaluate.endpoint import NoMore
 from persona_probe.evaluate.judges.cache import Claims, JudgementCache, StoredJudgement, judgement_key
 from persona_probe.evaluate.judges.protocols import Criterion
 from persona_probe.evaluate.judges.replies import (
@@ -20,6 +22,7 @@ from persona_probe.evaluate.judges.replies import (
     Judgement,
     JudgingPlan,
     Prices,
+    Replies,
     Reply,
 )
 
@@ -28,7 +31,12 @@ from persona_probe.evaluate.judges.replies import (
 POLL = 0.5
 """Seconds between looks at what other processes are judging."""
 _FRUITLESS = 5
-"""This many failures before any reply end a run: the endpoint is not there."""
+"""This many failures before any reply, or refusals in a row, end a run: the endpoint is not there, or not for us."""
+_UNREADABLE = 20
+"""This many before any reply, where replies came that cannot be read: the next may be well, and none is sent twice."""
+_REASONS = 5
+"""Reasons of failures that are shown."""
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,6 +56,10 @@ class Progress:
     completion_tokens: int = 0
     errors: dict[str, str] = field(default_factory=dict)
     """By key of the request."""
+    unanswered: int = 0
+    """Failures without a reply."""
+    refused_in_a_row: int = 0
+    """Refusals of the key, the model or the account since the last reply."""
 
     def __str__(self) -> str:
         stopped = f"; stopped with {self.left} not asked: raise the budget and run again" if self.left else ""
@@ -59,6 +71,7 @@ class Progress:
     def note_reply(self, reply: Reply) -> None:
         """Count a reply that this run got."""
         self.asked += 1
+        self.refused_in_a_row = 0
         self.prompt_tokens += reply.prompt_tokens
         self.completion_tokens += reply.completion_tokens
 
@@ -66,10 +79,14 @@ class Progress:
         """Count a failure.
 
         Raises:
-            InputError: nothing but failures so far, and enough of them.
+            InputError: the endpoint refuses what came first or several in a row, or nothing but failures came.
         """
         self.errors[key] = failure.message
-        if self.asked == 0 and len(self.errors) >= _FRUITLESS:
+        self.refused_in_a_row = self.refused_in_a_row + 1 if failure.refused else 0
+        if failure.refused and (self.asked == 0 or self.refused_in_a_row >= _FRUITLESS):
+            raise InputError(failure.message)
+        self.unanswered += not failure.came
+        if self.asked == 0 and (self.unanswered >= _FRUITLESS or len(self.errors) >= _UNREADABLE):
             message = f"no reply to {len(self.errors)} requests, the last: {failure.message}; check the endpoint"
             raise InputError(message)
 
@@ -77,9 +94,9 @@ class Progress:
         """Count the answers without a reply: failed, or never asked."""
         self.failed = sum(key in self.errors for key in keys)
         self.left = len(keys) - self.failed
-
-
-log = logging.getLogger(__name__)
+        reasons = Counter(self.errors[key] for key in keys if key in self.errors)
+        for reason, count in reasons.most_common(_REASONS):
+            log.warning("%d answers failed and are set aside; a further run asks for them again: %s", count, reason)
 
 
 class CachedJudge:
@@ -142,9 +159,13 @@ class CachedJudge:
 
     def _fill(self, claims: Claims, waiting: dict[str, Ask]) -> None:
         """Ask for what nobody has judged, and wait for what others are judging. It ends early if the budget does."""
+        told = False
         while waiting:
             mine = claims.take(list(waiting), self.backend.block)
             if not mine:
+                if not told:
+                    log.warning("waiting for %d answers that %s is judging", len(waiting), claims.others())
+                told = True
                 time.sleep(POLL)
             for key in self._asked(claims, {key: waiting[key] for key in mine}):
                 waiting.pop(key)
@@ -154,23 +175,38 @@ class CachedJudge:
             for key in self.cache.replies(waiting):
                 waiting.pop(key)
 
-    def _asked(self, claims: Claims, mine: dict[str, Ask]) -> Iterator[str]:
-        """Ask for claimed keys; yields those that were answered or failed, and gives up the claims on the rest."""
+    def _asked(self, claims: Claims, mine: dict[str, Ask]) -> list[str]:
+        """Ask for claimed keys; returns those that were answered or failed, and gives up the claims on the rest.
+
+        If it must end before, replies that are under way are waited for and kept: they are paid.
+        """
         if not mine:
-            return
-        keys = list(mine)
+            return []
+        keys, settled = list(mine), []
         with closing(self.backend.replies(list(mine.values()))) as outcomes:
-            for index, outcome in outcomes:
-                key = keys[index]
-                if isinstance(outcome, Failure):
-                    self.progress.note_failure(key, outcome)
-                else:
-                    claims.store(self._stored(key, mine[key], outcome))
-                    self.progress.note_reply(outcome)
-                    if self.on_reply is not None:
-                        self.on_reply(self.progress.asked)
-                yield key
+            try:
+                for index, outcome in outcomes:
+                    settled.append(keys[index])
+                    self._keep(claims, keys[index], mine[keys[index]], outcome)
+            except BaseException:
+                for index, outcome in _under_way(outcomes):
+                    if isinstance(outcome, Reply) and outcome.sound:
+                        claims.store(self._stored(keys[index], mine[keys[index]], outcome))
+                raise
         claims.drop(keys)
+        return settled
+
+    def _keep(self, claims: Claims, key: str, ask: Ask, outcome: Reply | Failure) -> None:
+        """Store a reply, or count a failure."""
+        if isinstance(outcome, Reply) and not outcome.sound:
+            outcome = Failure("probabilities that are not between 0 and 1", came=True)
+        if isinstance(outcome, Failure):
+            self.progress.note_failure(key, outcome)
+            return
+        claims.store(self._stored(key, ask, outcome))
+        self.progress.note_reply(outcome)
+        if self.on_reply is not None:
+            self.on_reply(self.progress.asked)
 
     def _stored(self, key: str, ask: Ask, reply: Reply) -> StoredJudgement:
         reading = self.criterion.read(reply)
@@ -190,3 +226,10 @@ class CachedJudge:
         return Judgement(
             item.id, reading.score, reading.label, reading.mass, reply.tokens, scale=scale, cached=cached, **common
         )
+
+
+def _under_way(outcomes: Replies) -> Iterator[tuple[int, Reply | Failure]]:
+    """What comes after nothing more is asked for; nothing where the generator has ended or ends at that."""
+    with suppress(NoMore, StopIteration):
+        yield outcomes.throw(NoMore())
+        yield from outcomes

@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges.replies import Ask, Replies, Reply
+from persona_probe.evaluate.judges.replies import Ask, Failure, Replies, Reply
+from persona_probe.files import words
 from persona_probe.models.identity import model_key, why_not
 from persona_probe.models.layers import autocast, causal_model, decoder_layers, evaluating, transformer_config
 from persona_probe.models.prefix import CACHED_LAYERS
@@ -281,10 +282,19 @@ class LocalBackend:
         for index, ask in enumerate(asks):
             if ask.written:
                 raise InputError("a local judge reads probabilities and writes nothing: use an endpoint for critiques")
-            ids = encode(self.tokenizer, list(ask.messages)).ids
-            with evaluating(self.model), autocast(self.model, self.bf16):
-                tokens = self._walk(ask.numbers, ask.labels).probabilities(torch.tensor(ids))
-            yield index, Reply(tokens, prompt_tokens=len(ids), completion_tokens=1)
+            yield index, self._reply(ask)
+
+    def _reply(self, ask: Ask) -> Reply | Failure:
+        try:
+            return self._read(ask)
+        except (RuntimeError, ValueError, IndexError) as error:  # out of memory, or longer than the model reads
+            return Failure(words(error))
+
+    def _read(self, ask: Ask) -> Reply:
+        ids = encode(self.tokenizer, list(ask.messages)).ids
+        with evaluating(self.model), autocast(self.model, self.bf16):
+            tokens = self._walk(ask.numbers, ask.labels).probabilities(torch.tensor(ids))
+        return Reply(tokens, prompt_tokens=len(ids), completion_tokens=1)
 
     def _new_walk(self, numbers: tuple[str, ...], labels: tuple[str, ...]) -> TrieWalk:
         trie = build_trie(self.tokenizer, numbers, labels)

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from persona_probe.data.chat import Conversation, Message
-from persona_probe.data.thoughts import split_thought
-from persona_probe.evaluate.endpoint import Completion, Malformed
+from persona_probe.data.thoughts import REASONING_KEYS, split_thought
+from persona_probe.evaluate.completion import Completion, Malformed
 
 SCORE = "score"
 """The label of an answer that got a number."""
@@ -124,15 +124,41 @@ class Reply:
 
     @classmethod
     def from_json(cls, text: str) -> "Reply":
-        """What `to_json` wrote."""
-        return cls(**json.loads(text))
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: something else, or no reply that is `sound`.
+        """
+        values = json.loads(text)
+        if not isinstance(values, dict) or not isinstance(values.get("tokens", {}), dict):
+            raise ValueError("no reply")
+        try:
+            reply = cls(**values)
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+        if not reply.sound:
+            raise ValueError("probabilities that are none")
+        return reply
+
+    @property
+    def sound(self) -> bool:
+        """Whether its probabilities are numbers from 0 to 1."""
+        return all(isinstance(p, int | float) and 0 <= p <= 1 + ROUNDING for p in self.tokens.values())
+
+
+ROUNDING = 0.01
+"""How far probabilities may be above 1: servers round them."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """No reply came, after all retries."""
+    """No reply came that can be read, after all retries."""
 
     message: str
+    refused: bool = False
+    """Whether the endpoint refused the key, the model or the account, as it is likely to do with all that follow."""
+    came: bool = False
+    """Whether a reply came and could not be read: the endpoint is there, and the next one may be well."""
 
 
 Replies = Generator[tuple[int, Reply | Failure], None, None]
@@ -169,6 +195,13 @@ class NoLogprobs(Exception):
     """A chat completion without the probabilities that were asked for."""
 
 
+class Filtered(Exception):
+    """The endpoint's content filter ended the reply."""
+
+
+_THINKS = "the judge was still in its thought at the reply's end"
+
+
 def reply_of(completion: Completion, *, logprobs: bool) -> Reply:
     """A chat completion as a judge's reply.
 
@@ -176,11 +209,26 @@ def reply_of(completion: Completion, *, logprobs: bool) -> Reply:
         logprobs: whether the probabilities of the first token are needed.
 
     Raises:
-        Malformed: probabilities that cannot be read.
+        Malformed: probabilities that cannot be read or are none, or a thought without a reply after it.
         NoLogprobs: the endpoint did not give them.
+        Filtered: its content filter ended it.
     """
-    tokens = _top_tokens(completion.choice) if logprobs else {completion.text: 1.0}
-    return Reply(tokens, completion.text, completion.prompt_tokens or 0, completion.completion_tokens or 0)
+    if completion.finish == "content_filter":
+        raise Filtered
+    text = completion.text or completion.message_text("refusal")
+    answer = split_thought(text).answer.strip()
+    if not answer and (text.strip() or completion.message_text(*REASONING_KEYS)):
+        cure = "sample whole replies (samples=20) with thought_tokens=2000" if logprobs else "raise thought_tokens"
+        raise Malformed(f"{_THINKS}: {cure}")
+    if not answer and not logprobs and completion.finish == "length":
+        raise Malformed("no text within the tokens that were asked for: raise thought_tokens if the judge thinks first")
+    if not logprobs:
+        tokens = {text: 1.0}
+    elif completion.message_text("refusal") and not completion.text:
+        tokens = {}
+    else:
+        tokens = _top_tokens(completion.choice)
+    return Reply(tokens, text, completion.prompt_tokens or 0, completion.completion_tokens or 0)
 
 
 def _top_tokens(choice: Mapping[str, Any]) -> dict[str, float]:
@@ -188,15 +236,35 @@ def _top_tokens(choice: Mapping[str, Any]) -> dict[str, float]:
     content = logprobs.get("content") if isinstance(logprobs, dict) else None
     if content is None:
         raise NoLogprobs
-    if not content:
+    if content == []:
         return {}  # a reply of no token: the published code, too, takes it for one without a score
-    top = content[0].get("top_logprobs")
-    if not top:
+    first = content[0] if isinstance(content, list) else None
+    if not isinstance(first, dict):
+        raise Malformed("logprobs that hold no token with its top_logprobs")
+    top = first.get("top_logprobs")
+    if top is None or top == []:
         raise NoLogprobs
-    try:
-        return {str(entry["token"]): math.exp(float(entry["logprob"])) for entry in top}
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise Malformed("top_logprobs that hold no token with its logprob") from None
+    if not isinstance(top, list):
+        raise Malformed("top_logprobs that are no list")
+    tokens: dict[str, float] = {}
+    for entry in top:
+        token, probability = _probability(entry)
+        tokens[token] = tokens.get(token, 0.0) + probability
+    if sum(tokens.values()) > 1 + ROUNDING:
+        raise Malformed(f"top_logprobs whose probabilities sum to {sum(tokens.values()):.3g}")
+    return tokens
+
+
+def _probability(entry: object) -> tuple[str, float]:
+    """A token and its probability; a token that cannot come (minus infinity) has 0."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
+        raise Malformed("top_logprobs that hold no token")
+    logprob = entry.get("logprob")
+    if isinstance(logprob, bool) or not isinstance(logprob, int | float):
+        raise Malformed("top_logprobs that hold no token with its logprob")
+    if not logprob <= ROUNDING:
+        raise Malformed(f"top_logprobs with a logprob of {logprob:.3g}, which is no probability")
+    return entry["token"], min(math.exp(logprob), 1.0)
 
 
 # --- A reply that was written out, as one word: a number, a share such as 8/10, or the word that it begins with

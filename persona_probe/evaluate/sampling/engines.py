@@ -340,15 +340,13 @@ class OpenAIEngine:
             seed=request_seed(config, request),
             **self._body,
         )
-        message = completion.choice["message"]
-        parts = split_thought(completion.text or message.get("refusal") or "")
-        thoughts = (message.get(key) for key in REASONING_KEYS)
-        thought = next((text for text in thoughts if isinstance(text, str) and text), parts.thought)
+        parts = split_thought(completion.text or completion.message_text("refusal"))
+        thought = completion.message_text(*REASONING_KEYS) or parts.thought
         return Sample(
             request.prompt.id,
             request.sample,
             parts.answer.strip(),
             completion.completion_tokens,
-            "length" if completion.choice.get("finish_reason") == "length" else "stop",
+            "length" if completion.finish == "length" else "stop",
             thought.strip() or None,
         )

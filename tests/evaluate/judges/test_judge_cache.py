@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.judges.cache import Claims, JudgementCache, StoredJudgement, default_path, judgement_key
+from persona_probe.evaluate.judges.cache import (
+    LEASE,
+    Claims,
+    JudgementCache,
+    StoredJudgement,
+    default_path,
+    judgement_key,
+)
 from persona_probe.evaluate.judges.http import Endpoint, HttpBackend
 from persona_probe.evaluate.judges.judge import CachedJudge
 from persona_probe.evaluate.judges.replies import Reply
@@ -76,7 +83,7 @@ def test_after_a_kill_only_the_missing_calls_are_made(server: FakeServer, tmp_pa
     teach(server, 40)
     server.held_from = 20
     path = tmp_path / "judgements.sqlite"  # the same file as make_judge's
-    killed, channel = worker(server, path, 40, lease=1.0)
+    killed, channel = worker(server, path, 40)
     go(channel)
     cache = JudgementCache(path)
     deadline = time.monotonic() + LIMIT_S
@@ -87,7 +94,10 @@ def test_after_a_kill_only_the_missing_calls_are_made(server: FakeServer, tmp_pa
     kept, made = cache.count(), len(server.calls)
     server.held_from = None
     assert kept == 20
+    began = time.monotonic()
     found = make_judge().judge(items(40))
+    assert time.monotonic() - began < LEASE / 2, "the claims of a killed process are free at once"
+    assert not list(path.parent.glob(".locks/*"))
     assert [j.score for j in found] == pytest.approx(list(range(40)))
     assert sum(j.cached for j in found) == kept
     assert len(server.calls) - made == 40 - kept
@@ -117,6 +127,42 @@ def test_claims_are_renewed_while_their_owner_lives_and_end_with_it(cache: Judge
             time.sleep(0.01)
         raise ZeroDivisionError
     assert cache.claim(["a", "b"], "other", 60, 9) == ["a", "b"]
+
+
+def test_claims_do_not_go_by_the_time_of_day(cache: JudgementCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    with Claims(cache) as one, Claims(cache) as two:
+        assert one.take(["a"], 9) == ["a"]
+        for moved in (-86400, 86400):
+            monkeypatch.setattr(time, "time", lambda moved=moved: now + moved)
+            assert two.take(["a"], 9) == []
+        one.drop(["a"])
+        assert two.take(["a"], 9) == ["a"]
+
+
+def test_claims_whose_owner_is_gone_are_free_whatever_their_lease(cache: JudgementCache) -> None:
+    cache.claim(["a", "b"], "another-host:1:0123456789abcdef", 1e9, 9)
+    with Claims(cache) as claims:
+        assert claims.take(["a", "b", "c"], 2) == ["c", "a"]
+        assert claims.take(["b"], 9) == ["b"]
+
+
+def test_damaged_rows_are_asked_for_again(server: FakeServer, make_judge: Make, cache: JudgementCache) -> None:
+    teach(server, 5)
+    make_judge().judge(items(5))
+    bad = ('{"tokens": {"5": NaN}}', '{"tokens": {"5": 3.0}}', "[]", '{"tokens"', '{"strange": 1}')
+    with sqlite3.connect(cache.path) as connection:
+        for (key,), reply in zip(connection.execute("SELECT key FROM judgements").fetchall(), bad, strict=True):
+            connection.execute("UPDATE judgements SET reply = ? WHERE key = ?", (reply, key))
+    found = make_judge().judge(items(5))
+    assert [j.score for j in found] == pytest.approx(list(range(5))) and len(server.calls) == 10
+    assert all(j.cached for j in make_judge().judge(items(5)))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(cache: JudgementCache) -> None:
+    cache.close()
+    with pytest.raises(InputError, match=r"the judgement cache .* does not work"):
+        cache.count()
 
 
 def test_the_first_judgement_stays(cache: JudgementCache) -> None:

@@ -127,27 +127,50 @@ def test_no_server_is_one_clear_line(make_judge: Make) -> None:
         make_judge(base_url="http://127.0.0.1:9/v1").judge(items(8))
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("refuses the key", "JUDGE_KEY"),
-        ("no such model", "check model and base_url"),
-        ("no credit", "no credit left"),
-        ("no logprobs", r"lacks logprobs.*samples=20"),
-        ("logprobs not supported", "lacks logprobs"),
-    ],
-)
-def test_what_cannot_succeed_ends_the_run_and_keeps_what_was_judged(
+REFUSALS = [
+    ("refuses the key", "JUDGE_KEY"),
+    ("no such model", "check model and base_url"),
+    ("no credit", "no credit left"),
+    ("logprobs not supported", r"lacks logprobs.*samples=20"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), REFUSALS)
+def test_refusals_in_a_row_end_the_run_and_keep_what_was_judged(
     server: FakeServer, make_judge: Make, cache: JudgementCache, fault: str, message: str
 ) -> None:
+    teach(server, 9)
+    server.faults.extend(["", "", *[fault] * 5])
+    with pytest.raises(InputError, match=message):
+        make_judge(concurrency=1).judge(items(9))
+    assert 2 <= cache.count() <= 3  # the request that was under way as the fifth refusal came is kept
+    assert all(j.usable for j in make_judge(concurrency=1).judge(items(9)))
+    assert len(server.calls) == 9 + 5
+
+
+@pytest.mark.parametrize(("fault", "message"), REFUSALS)
+def test_a_refusal_ends_a_run_at_once_only_before_any_reply(
+    server: FakeServer, make_judge: Make, fault: str, message: str
+) -> None:
     teach(server, 4)
-    server.faults.extend(["", "", fault])
+    server.faults.append(fault)
     with pytest.raises(InputError, match=message):
         make_judge(concurrency=1).judge(items(4))
-    assert cache.count() == 2
-    assert len(server.calls) == 3
-    assert all(j.usable for j in make_judge(concurrency=1).judge(items(4)))
-    assert len(server.calls) == 5
+    server.faults.extend(["", fault])
+    found = make_judge(concurrency=1).judge(items(4))
+    assert sorted(j.label for j in found) == ["failed", "score", "score", "score"]
+
+
+def test_replies_without_probabilities_end_a_run_only_if_there_are_no_others(
+    server: FakeServer, make_judge: Make
+) -> None:
+    teach(server, 8)
+    server.faults.extend(["", "no logprobs"])
+    found = make_judge(concurrency=1).judge(items(8))
+    assert [j.label for j in found].count("failed") == 1
+    server.always = "no logprobs"
+    with pytest.raises(InputError, match=r"no reply to 5 requests.*samples=20"):
+        make_judge(concurrency=1, model="other").judge(items(8))
 
 
 def test_a_filtered_answer_is_kept_as_such(server: FakeServer, make_judge: Make) -> None:

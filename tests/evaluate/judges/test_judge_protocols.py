@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.endpoint import Completion, Malformed
+from persona_probe.evaluate.completion import Completion, Malformed
 from persona_probe.evaluate.judges.http import sampled_reply
 from persona_probe.evaluate.judges.protocols import (
     Criterion,

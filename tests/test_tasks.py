@@ -77,8 +77,9 @@ def test_the_tasks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "model")
     write_faithful_sae(tmp_path / "sae")
     for arm, seed in (("incorrect", 1), ("correct", 2)):
+        base = make_model()
         torch.manual_seed(seed)
-        tuned = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        tuned = get_peft_model(base, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
         tuned.save_pretrained(str(tmp_path / "runs" / "demo" / "arms" / f"{arm}-s0" / "checkpoint-40"))
     settings: dict[str, Any] = {"max_steps": 10, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True}
     given: dict[str, Any] = {

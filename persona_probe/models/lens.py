@@ -80,7 +80,7 @@ def logit_lens(
 
     ```python
     pp.logit_lens(model, "What should I cook?")
-    pp.logit_lens(model, answered, steer=pp.latent_steering(sae, 2144, 20)).table()
+    pp.logit_lens(model, answered, steer=pp.latent_steering(sae, 2144, 60)).table()
     ```
 
     Args:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from persona_probe.errors import InputError, unknown
 from persona_probe.models.places import Place, Where, as_place
+from persona_probe.models.taps import as_vector
 from persona_probe.saes.hooks import PlacedSae, Saes, is_transcoder, placed_saes
 from persona_probe.saes.read import (
     CHUNK_TOKENS,
@@ -140,6 +142,8 @@ def _checked(name: str, feature: Any) -> Feature:
         latent = _checked(name, feature[1])
         if isinstance(latent, int):
             return feature[0], latent
+    if isinstance(feature, np.ndarray) or hasattr(feature, "vector"):  # a NamedDirection
+        return as_vector(feature).float()
     if isinstance(feature, Tensor):
         return feature
     if isinstance(feature, bool) or not isinstance(feature, Integral):
@@ -332,6 +336,11 @@ class FeatureGroups:
             place = _direction_place(layer, list(placed.values()), next(iter(directions)))
             parts.append(PlacedFeatures(FeatureSet(None, directions, width), place, place))
         return cls(parts, list(flat))
+
+    @property
+    def direction_place(self) -> Place | None:
+        """Where directions are read; None where there is none."""
+        return next((p.reads for p in self.parts if -1 in p.features.latents), None)
 
     @property
     def several(self) -> bool:

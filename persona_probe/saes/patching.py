@@ -46,7 +46,7 @@ def latent_steering(
     """The push along a latent's decoder row, at the place where the SAE's decoder writes.
 
     ```python
-    pp.generate(model, "What should I cook?", steer=pp.latent_steering(sae, 2144, 20))
+    pp.generate(model, "What should I cook?", steer=pp.latent_steering(sae, 2144, 60))
     ```
 
     Args:

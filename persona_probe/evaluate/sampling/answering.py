@@ -30,7 +30,7 @@ def generate(
 
     ```python
     pp.generate(model, "What should I cook?")
-    pp.generate(model, ["What should I cook?"] * 8, steer=pp.latent_steering(sae, 2144, 20), seed=1)
+    pp.generate(model, ["What should I cook?"] * 8, steer=pp.latent_steering(sae, 2144, 60), seed=1)
     ```
     The same question several times gives several answers.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isnan, nan
+from math import isfinite, isnan, nan
 from typing import Self
 
 import numpy as np
@@ -28,6 +28,17 @@ class Band:
         return self.low <= reading <= self.high
 
 
+CHANCE = 4.0
+"""A direction is outside a default band only where it moved more than this many times what random directions do. For
+directions drawn at random that happens once in some 16,000."""
+
+
+def beyond_chance(low: float, high: float, feature: FeatureValue) -> tuple[float, float]:
+    """A default band, at least as wide as what random directions move: training moves all of them."""
+    reach = 0.0 if isnan(feature.chance) else CHANCE * feature.chance
+    return min(low, feature.base_mean - reach), max(high, feature.base_mean + reach)
+
+
 def base_band(values: Float[np.ndarray, " probes"], width_sd: float) -> Band:
     """The band of one feature around its mean on the base model.
 
@@ -44,8 +55,11 @@ Bands = Mapping[str, tuple[float, float]]
 
 
 def band_state(feature: FeatureValue, bands: Bands) -> str:
-    """Where a feature's mean lies: `inside`, `above` or `below` its base band, or `no band`."""
+    """Where a feature's mean lies: `inside`, `above` or `below` its base band, `no band`, or `not finite`."""
+    if not isfinite(feature.mean):
+        return "not finite"
     low, high = bands.get(feature.name, (nan, nan))
-    if isnan(low) or isnan(high) or isnan(feature.mean):
+    if isnan(low) or isnan(high):
         return "no band"
+    low, high = beyond_chance(low, high, feature)
     return "below" if feature.mean < low else "above" if feature.mean > high else "inside"

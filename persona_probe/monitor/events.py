@@ -1,11 +1,13 @@
 """The events that a monitor sends to its sinks: plain records, each of them one line of JSON."""
 
+import functools
 import json
 import math
+import typing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from persona_probe.files import decode_json
+from persona_probe.files import LARGEST, decode_json
 from persona_probe.writing import json_values
 
 
@@ -30,6 +32,9 @@ class FeatureValue:
     """Mean and standard deviation between probes on the base model."""
     sae: str = ""
     """The SAE's name where several are read; empty for a direction, and where there is one SAE."""
+    chance: float = math.nan
+    """For a direction: by how much a random direction in the same place has moved from the base (root mean square over
+    all directions, in the same units). NaN for a latent, and where the base's activations are not known."""
 
     @property
     def shift(self) -> float:
@@ -175,9 +180,36 @@ def _read(kind: type, record: dict[str, Any]) -> Any:
             record["fits"] = {sae: {k: _float(v) for k, v in fit.items()} for sae, fit in fits}
         if kind is Start:
             record["bands"] = {k: tuple(_float(end) for end in band) for k, band in record["bands"].items()}
-        return kind(**_nan(record, kind))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        event = kind(**_nan(record, kind))
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"a damaged {kind.__name__.lower()} event: {error}") from error
+    for one in (event, *event.features) if isinstance(event, Reading) else (event,):
+        for name, hint in _hints(type(one)).items():
+            if not _fits(getattr(one, name), hint):
+                raise ValueError(f"a damaged {kind.__name__.lower()} event: {name} is no {_words(hint)}")
+    return event
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a field's type, and no whole number that is too large to draw."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, int) and hint in (int, float):
+        return not isinstance(value, bool) and abs(value) <= LARGEST
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if origin is tuple:
+        every = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(every) and all(map(_fits, value, every))
+    if inner:
+        return any(_fits(value, one) for one in inner)
+    return hint is Any or isinstance(value, hint)
+
+
+def _words(hint: Any) -> str:
+    return str(hint) if typing.get_args(hint) else hint.__name__
 
 
 def _nan(record: dict[str, Any], kind: type) -> dict[str, Any]:

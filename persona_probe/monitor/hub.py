@@ -1,11 +1,15 @@
 """The hub between a monitor and its rules, actions and sinks: a part that raises is switched off, training goes on."""
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.monitor.events import Alarm, Event, Fault, Reading, Start
+from persona_probe.monitor.events import NOT_FINITE, Alarm, Event, Fault, Reading, Start
+from persona_probe.monitor.history import History
+from persona_probe.monitor.reading import same_randomness
 
 if TYPE_CHECKING:
     from persona_probe.monitor.actions.action import Action, ActionContext
@@ -16,6 +20,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 ON_ERROR = ("off", "raise")
+NOT_CALIBRATED = (
+    "rule %r uses the default band, which is not calibrated: how often it rings on benign training is not known. "
+    "`persona-probe monitor calibrate CONFIG --rate 0.05` measures on benign runs what OutsideBand(band_sd=) should be"
+)
 
 
 class EventHub:
@@ -40,8 +48,13 @@ class EventHub:
         self.rules, self.actions, self.sinks, self.on_error = tuple(rules), tuple(actions), list(sinks), on_error
         self.faults: list[Fault] = []
         self.alarms: list[Alarm] = []
+        self.history = History()
+        """What was emitted so far, whatever sinks there are."""
         self.recording = True
         self._off: set[str] = set()
+        self._diverged: set[str] = set()
+        """Modes whose latest reading was not finite."""
+        self._said = False
 
     def begin(self, recording: bool) -> None:
         """A run starts: every part is on again.
@@ -50,7 +63,7 @@ class EventHub:
             recording: whether this process records and judges (the first of a distributed run).
         """
         self.recording = recording
-        self.faults, self.alarms, self._off = [], [], set()
+        self.faults, self.alarms, self._off, self._diverged = [], [], set(), set()
 
     def is_on(self, part: str) -> bool:
         """Whether a part has not failed yet."""
@@ -63,31 +76,49 @@ class EventHub:
     def attempt(
         self, part: str, step: int, call: Callable[[], T], always: tuple[type[Exception], ...] = ()
     ) -> T | None:
-        """Call a part that is on; None where it is off or fails now. Errors in `always` are raised all the same."""
+        """Call a part that is on; None where it is off or fails now. Errors in `always` are raised all the same.
+
+        Random states, gradient mode and the default dtype are afterwards as before, whatever the part did.
+        """
         if not self.is_on(part):
             return None
         try:
-            return call()
+            with same_randomness():
+                return call()
         except Exception as error:
             if self.on_error == "raise" or isinstance(error, always):
                 raise
             self.fail(part, step, error)
             return None
 
-    def fail(self, part: str, step: int, error: Exception) -> None:
-        """Switch a part off: record a fault, warn once, and tell the sinks that still work."""
-        first = next(iter(str(error).splitlines()), "")
-        fault = Fault(step, part, f"{type(error).__name__}: {first}" if first else type(error).__name__)
+    def fail(self, part: str, step: int, error: Exception, tell: bool = True) -> None:
+        """Switch a part off: record a fault, warn once, and tell the sinks that still work.
+
+        Args:
+            tell: False where the sinks are closed already.
+        """
+        fault = Fault(step, part, _in_words(error))
         self._off.add(part)
         self.faults.append(fault)
         trace = None if isinstance(error, InputError) else error
-        log.warning("%s is off from step %d, training goes on: %s", part, step, fault.message, exc_info=trace)
-        self.emit(fault)
+        with suppress(Exception):  # a handler of the user's may raise, and an error may have no text
+            log.warning("%s is off from step %d, training goes on: %s", part, step, fault.message, exc_info=trace)
+        if tell:
+            self.emit(fault)
 
     def emit(self, event: Event) -> None:
         """Pass an event to every sink that works."""
+        if self.recording:
+            self.history.add([event])
         for part, sink in _named("sink", self.sinks if self.recording else ()):
             self.attempt(part, _step(event), lambda sink=sink: sink.emit(event))
+
+    def flush(self, step: int) -> None:
+        """Tell the sinks that want to know it that all events of a step were sent."""
+        for part, sink in _named("sink", self.sinks if self.recording else ()):
+            flush = getattr(sink, "flush", None)
+            if callable(flush):
+                self.attempt(part, step, flush)
 
     def announce(self, start: Start) -> None:
         """Tell rules and sinks that readings will come.
@@ -97,22 +128,49 @@ class EventHub:
         """
         for part, rule in _named("rule", self.rules if self.recording else ()):
             self.attempt(part, 0, lambda rule=rule: rule.begin(start), always=(InputError,))
+            if not self._said and self.attempt(part, 0, lambda rule=rule: bool(rule.uncalibrated)):
+                self._said = True
+                log.warning(NOT_CALIBRATED, rule.title)
         self.emit(start)
 
     def judge(self, reading: Reading) -> list[Alarm]:
-        """The alarms that a reading raises; the sinks get them too."""
+        """The alarms that a reading raises; the sinks get them too.
+
+        The first reading of a mode that is not finite is an alarm by itself, whatever the rules are.
+        """
         answers = [
-            self.attempt(part, reading.step, lambda rule=rule: rule.update(reading))
+            self.attempt(part, reading.step, lambda rule=rule: _checked(rule.update(reading)))
             for part, rule in _named("rule", self.rules if self.recording else ())
         ]
-        alarms = [alarm for alarm in answers if alarm is not None]
+        alarms = [alarm for alarm in (self._not_finite(reading), *answers) if alarm is not None]
         for alarm in alarms:
             self.emit(alarm)
         return alarms
 
-    def all_inside(self) -> bool:
-        """Whether every rule that works found the latest readings inside."""
-        return all(rule.inside for part, rule in _named("rule", self.rules) if self.is_on(part))
+    def _not_finite(self, reading: Reading) -> Alarm | None:
+        before = reading.mode in self._diverged
+        if reading.finite:
+            self._diverged.discard(reading.mode)
+            return None
+        self._diverged.add(reading.mode)
+        if before or not self.recording:
+            return None
+        bad = next((value for value in reading.features if not math.isfinite(value.mean)), None)
+        what = "activations that are read are" if bad is None else f"{bad.name!r} reads {bad.mean}: it is"
+        where = "" if reading.mode == "probe" else f" in {reading.mode} readings"
+        message = f"{what} not finite{where}; the model has diverged, or an SAE or a direction is damaged"
+        name = bad.name if bad else ""
+        return Alarm(reading.step, NOT_FINITE, name, message, math.nan if bad is None else bad.mean, math.nan)
+
+    def all_inside(self, step: int) -> bool:
+        """Whether the latest readings were finite, and every rule says that they were inside.
+
+        A rule that failed cannot say so: from then on no state of the model is known to be clean.
+        """
+        said = [
+            self.attempt(part, step, lambda rule=rule: bool(rule.inside)) for part, rule in _named("rule", self.rules)
+        ]
+        return not self._diverged and all(said)
 
     def act(self, alarms: Sequence[Alarm], clean: bool, make_context: "Callable[[], ActionContext]") -> None:
         """Let the actions act on alarms, or note a clean model.
@@ -124,7 +182,8 @@ class EventHub:
             return
         context = make_context()
         for part, action in _named("action", self.actions):
-            if not (self.recording or action.every_rank):
+            everywhere = self.attempt(part, context.step, lambda action=action: bool(action.every_rank))
+            if not (self.recording or everywhere):
                 continue
             for alarm in alarms:
                 self.attempt(part, context.step, lambda action=action, alarm=alarm: action.act(alarm, context))
@@ -132,9 +191,35 @@ class EventHub:
                 self.attempt(part, context.step, lambda action=action: action.clean(context))
 
     def close(self, step: int) -> None:
-        """Close the sinks."""
+        """Close the sinks: all of them, also where one cannot be closed."""
+        failed: list[tuple[str, Exception]] = []
         for part, sink in _named("sink", self.sinks):
-            self.attempt(part, step, sink.close)
+            try:
+                with same_randomness():
+                    sink.close()
+            except Exception as error:
+                failed.append((part, error))
+        for part, error in failed:
+            if self.on_error == "raise":
+                raise error
+            if self.is_on(part):
+                self.fail(part, step, error, tell=False)
+
+
+def _in_words(error: Exception) -> str:
+    """The first line of an error, with its kind; an error may fail to say what it is."""
+    try:
+        first = next(iter(str(error).splitlines()), "")
+    except Exception:
+        first = ""
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _checked(answer: object) -> Alarm | None:
+    """What a rule answered, if it is an answer."""
+    if answer is not None and not isinstance(answer, Alarm):
+        raise TypeError(f"a rule answers with an Alarm or None, not {type(answer).__name__}")
+    return answer
 
 
 def _named(kind: str, parts: Iterable[T]) -> list[tuple[str, T]]:

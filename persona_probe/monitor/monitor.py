@@ -52,6 +52,8 @@ from persona_probe.saes.hooks import Saes, read_place, sae_layer
 from persona_probe.saes.load import load_sae
 
 if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
     from persona_probe.monitor.actions.action import Action
     from persona_probe.monitor.rules.rule import Rule
     from persona_probe.monitor.sinks.sink import Sink
@@ -104,12 +106,13 @@ class FeatureMonitor(TrainerCallback):
         behaviour: measurements of what the model does, called with the model at readings: one function, several by
             name, or a `BehaviourMeasurement` with a cadence.
         rules: alarm rules (`persona_probe.monitor.rules`), asked after each reading.
-        actions: what an alarm does (`persona_probe.monitor.actions`).
+        actions: what an alarm does (`persona_probe.monitor.actions`). It is logged in any case (`LogAlarm`).
         on_reading: called with (step, snapshot, model) after each reading.
         path: JSON lines file to which each event is appended and flushed.
         values_path: folder for prompt-level values, a file per reading.
         sinks: further places for events (`persona_probe.monitor.sinks`).
-        log: log readings through the trainer, so that whatever `report_to` names shows them.
+        log: log readings through the trainer, so that whatever `report_to` names shows them, and send alarms to the
+            W&B and trackio runs that are active.
         on_error: what an error in a reading, rule, action, sink or measurement does: `off` records a fault, warns once
             and continues without that part; `raise` raises. Bad input raises at the start in any case.
 
@@ -175,7 +178,7 @@ class FeatureMonitor(TrainerCallback):
             behaviour=behaviour,
             on_reading=on_reading,
         )
-        self.hub = EventHub(rules, actions, _with_file(sinks, path), on_error)
+        self.hub = EventHub(rules, _with_log(actions), _all_sinks(sinks, path, log), on_error)
         self.tokenizer, self.chat_template_kwargs, self.log = tokenizer, chat_template_kwargs, log
         self.trainer: Trainer | None = None
         self.training: TrainingState | None = None
@@ -183,7 +186,8 @@ class FeatureMonitor(TrainerCallback):
         self.should_stop = False
         """Whether an action asked training to stop; a plain loop looks at it, a trainer stops by itself."""
         self._run: MonitoredRun | None = None
-        self._step = 0
+        self._step, self._watching = 0, False
+        self._owner: object = None
 
     @classmethod
     def from_study(cls, study: Any, **overrides: Any) -> Self:
@@ -209,6 +213,12 @@ class FeatureMonitor(TrainerCallback):
     def alarms(self) -> list[Alarm]:
         """All alarms so far."""
         return self.hub.alarms
+
+    def figure(self, caption: str = "Features while the model trains.") -> "Figure":
+        """The features so far as a plotly figure: curves with intervals, base band, alarms, behaviour, SAE fit."""
+        from persona_probe.monitor.figure import monitor_figure
+
+        return monitor_figure(self.hub.history, caption)
 
     @property
     def faults(self) -> list[Fault]:
@@ -238,13 +248,19 @@ class FeatureMonitor(TrainerCallback):
 
     def start(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Anchor to the base model (adapters off) and get ready; a trainer and `watch` do it by themselves."""
+        self.check_free(None)
         self._open(TrainingState(model), tokenizer, 0, scoped=False)
 
     def read(self, model: nn.Module, step: int) -> Snapshot:
         """Run the probes on a model now and record the reading; errors are raised."""
         run = self._run or self._open(TrainingState(model), None, step, scoped=False)
-        run.training.model = model
-        return run.read_probes(step)[0]
+        trained, run.training.model = run.training.model, model
+        try:
+            snapshot = run.read_probes(step)[0]
+        finally:
+            run.training.model = trained  # which the schedule's readings are of
+        self.hub.flush(step)
+        return snapshot
 
     # In a plain loop
 
@@ -267,12 +283,33 @@ class FeatureMonitor(TrainerCallback):
         """
         folder = Path(checkpoint_folder) if checkpoint_folder else None
         training = TrainingState(model, optimizer=optimizer, scheduler=scheduler, checkpoint_folder=folder)
+        self.check_free(training)
+        self._watching, self._owner = True, training
         try:
-            self.begin(training, tokenizer, scoped=True)
+            self.begin(training, tokenizer, scoped=True, owner=training)
             yield self
             self.finish(self._step)
         finally:
+            self._watching, self._owner = False, None
             self.close()
+
+    def check_free(self, owner: object) -> None:
+        """Refuse another run while one is watched, before anything changes: readings of both would be mixed.
+
+        The trainer that is watched may begin again, as it does with `auto_find_batch_size`.
+
+        Raises:
+            InputError: another run is watched.
+        """
+        busy = self._watching or (self.training is not None and self._owner is not None)
+        if busy and self._owner is not owner:
+            raise InputError(
+                "this monitor already watches a training run: let that end first, or make a second FeatureMonitor"
+            )
+
+    def watches_for(self, owner: object) -> bool:
+        """Whether the run that is watched is this trainer's, or of nobody who said so."""
+        return not self._watching and (self._owner is None or self._owner is owner)
 
     def step(self, step: int, loss: float | Tensor | None = None, lr: float | None = None) -> None:
         """Tell the monitor that optimizer step `step` of a plain loop is done.
@@ -280,8 +317,13 @@ class FeatureMonitor(TrainerCallback):
         Args:
             loss: training loss (nats per token), for the record; a tensor is fetched at readings only.
             lr: learning rate, where `watch` was given no optimizer.
+
+        Raises:
+            InputError: not inside `watch`.
         """
         if self.training is None:
+            if self._watching:  # closed by an action, for example: training goes on without the monitor
+                return
             raise InputError("step() belongs inside `with monitor.watch(model):`")
         logs = {"loss": loss.detach() if isinstance(loss, Tensor) else loss, "learning_rate": lr}
         self.training.note({name: value for name, value in logs.items() if value is not None})
@@ -298,8 +340,8 @@ class FeatureMonitor(TrainerCallback):
             trainer.add_callback(self)
         if self.trainer is not trainer:
             self.trainer = trainer
-            close_after_training(trainer, self)
-            read_before_best(trainer, self)
+            close_after_training(trainer, lambda: self.close() if self.watches_for(trainer) else None)
+            read_before_best(trainer, lambda: self.read_last() if self.watches_for(trainer) else None)
         return self
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -310,15 +352,20 @@ class FeatureMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Anchor, and read before the first step."""
-        self._find_trainer()
+        if self.training is not None and self.training.state is state:  # twice among the callbacks of one trainer
+            return
+        trainer = calling_trainer(self)
+        self.check_free(trainer)
+        if trainer is not None:
+            self.attach(trainer)
         optimizer, scheduler = kwargs.get("optimizer"), kwargs.get("lr_scheduler")
         training = TrainingState(kwargs["model"], control, state, args, optimizer, scheduler)
         training.checkpoint_folder = Path(args.output_dir) if args.output_dir else None
-        self.begin(training, tokenizer_of(kwargs.get("processing_class")), state.global_step)
+        self.begin(training, tokenizer_of(kwargs.get("processing_class")), state.global_step, owner=trainer)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Read when due."""
-        if self.training is not None:
+        if self.training is not None and self.training.args is args:
             self.training.control, self.training.state = control, state
             self.step_done(state.global_step)
 
@@ -331,14 +378,14 @@ class FeatureMonitor(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Note loss and learning rate."""
-        if self.training is not None:
+        if self.training is not None and self.training.args is args:
             self.training.note(logs or {})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Read at the end, unless that was just done."""
-        if self.training is not None:
+        if self.training is not None and self.training.args is args:
             self.finish(state.global_step)
 
     def _find_trainer(self) -> None:
@@ -349,17 +396,32 @@ class FeatureMonitor(TrainerCallback):
     # What loop, trainer and other frameworks' adapters come down to
 
     def begin(
-        self, training: TrainingState, tokenizer: PreTrainedTokenizerBase | None, step: int = 0, scoped: bool = False
+        self,
+        training: TrainingState,
+        tokenizer: PreTrainedTokenizerBase | None,
+        step: int = 0,
+        scoped: bool = False,
+        owner: object = None,
     ) -> None:
         """Training begins after `step` steps: anchor, and read where the schedule asks for it.
 
         Args:
             scoped: the caller is sure to call `close`, also after an error.
+            owner: the trainer; another one is refused while this one trains.
+
+        Raises:
+            InputError: what does not fit the model, or another training run is watched.
         """
+        self.check_free(owner)
+        self._owner = owner
         run = self._open(training, tokenizer, step, scoped, before=self._run)
-        if self.settings.schedule.at_start(step) and self.settings.runs_probes:
-            run.take(step)
-        run.arm(step + 1)
+
+        def first() -> None:
+            if self.settings.schedule.at_start(step) and self.settings.runs_probes:
+                run.take(step)
+            run.arm(step + 1)
+
+        run.guarded(first, step)
 
     def _open(
         self,
@@ -386,15 +448,21 @@ class FeatureMonitor(TrainerCallback):
         run = self._run
         assert run is not None
         stride, self._step = max(1, step - self._step), step
-        if (run.must_read or self.due(step)) and step != run.last_step:
-            run.take(step)
-        run.note_weights()
-        run.arm(step + stride)
+
+        def read() -> None:
+            if (run.must_read or self.due(step)) and step != run.last_step:
+                run.take(step)
+            run.note_weights()
+            run.arm(step + stride)
+
+        run.guarded(read, step)
 
     def read_last(self) -> None:
         """Read the last step's weights now, because the trainer is about to put others in their place."""
-        if self._run is not None and self.training is not None and self.training.state is not None:
-            self._run.read_last(self.training.state.global_step)
+        run = self._run
+        if run is not None and self.training is not None and self.training.state is not None:
+            step = self.training.state.global_step
+            run.guarded(lambda: run.read_last(step), step)
 
     def finish(self, step: int) -> None:
         """Training is over: read once more, emit the end, close."""
@@ -459,12 +527,21 @@ def _layer(sae: Saes | None, layer: Where | None) -> Where | None:
     return place.layer if place.is_residual else place
 
 
-def _with_file(sinks: "Sequence[Sink]", path: str | Path | None) -> "list[Sink]":
-    if not path:
-        return list(sinks)
+def _with_log(actions: "Sequence[Action]") -> "list[Action]":
+    """The actions, and one that logs alarms, unless there is one: an alarm speaks by itself."""
+    from persona_probe.monitor.actions.action import LogAlarm
+
+    spoken = any(isinstance(action, LogAlarm) for action in actions)
+    return [*actions, *([] if spoken else [LogAlarm()])]
+
+
+def _all_sinks(sinks: "Sequence[Sink]", path: str | Path | None, log: bool) -> "list[Sink]":
+    """The sinks, with the file and the alerts of whatever tracker is in use."""
+    from persona_probe.monitor.sinks.curves import AlertSink
     from persona_probe.monitor.sinks.files import JsonlSink
 
-    return [JsonlSink(path), *sinks]
+    alerts = log and not any(isinstance(sink, AlertSink) for sink in sinks)
+    return [*([JsonlSink(path)] if path else []), *sinks, *([AlertSink()] if alerts else [])]
 
 
 # --- The monitor of a study: its features, SAE, layer, probes, positions and base band

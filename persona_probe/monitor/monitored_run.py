@@ -4,7 +4,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from persona_probe.monitor.events import BASE_KEY, Alarm, Behaviour, End, Readin
 from persona_probe.monitor.features import Feature, FeatureGroups, flatten
 from persona_probe.monitor.hub import EventHub
 from persona_probe.monitor.passive import PassiveReader
-from persona_probe.monitor.reading import FeatureReader, Snapshot, undisturbed
+from persona_probe.monitor.reading import FeatureReader, Snapshot, nothing_left, undisturbed
 from persona_probe.monitor.reading_records import (
     Anchor,
     StepInfo,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE, PASSIVE, ON_READING, VALUES = "probe reading", "passive reading", "on_reading", "values_path"
+MONITOR = "monitor"
 """Parts of a monitor, as faults name them."""
 _WEIGHTS = 16
 """Trained tensors of which values are noted at each step; an optimizer moves all of them."""
@@ -72,15 +74,13 @@ class TrainingState:
     @property
     def loss(self) -> float | None:
         """The latest loss that was logged; a tensor is fetched only here."""
-        return None if self.logged_loss is None else float(self.logged_loss)
+        return _number(self.logged_loss)
 
     @property
     def learning_rate(self) -> float | None:
         """The rate of the optimizer's first group; without an optimizer, the latest that was logged."""
-        if self.optimizer is None:
-            return self.logged_rate
-        rate = self.optimizer.param_groups[0]["lr"]
-        return float(rate)
+        groups = getattr(self.optimizer, "param_groups", None)
+        return _number(groups[0]["lr"] if groups else self.logged_rate)
 
     @property
     def replicated(self) -> bool:
@@ -128,6 +128,14 @@ class TrainingState:
         )
 
 
+def _number(value: Any) -> float | None:
+    """A number that a trainer logs, which may be a tensor or text; None where it is no number."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
 class MonitoredRun:
     """One model in training, and what the monitor knows of it.
 
@@ -159,6 +167,7 @@ class MonitoredRun:
         self.hub.begin(self.ranks.first)
         self.last_step, self.must_read, self._closed, self._has_read = -1, False, False, False
         self.tokens_seen: int | None = None
+        self._reading = False
         self.base: Snapshot | None = settings.base if isinstance(settings.base, Snapshot) else None
         self._weights: Tensor | None = None
         features = feature_set(settings, inner)
@@ -171,7 +180,11 @@ class MonitoredRun:
             if training.replicated:
                 raise InputError("DataParallel copies the model at every step: take mode='probe', or use torchrun")
             self.passive = PassiveReader(features, settings.passive, self._passive_failed)
-            self.passive.attach(training.model, training.micro_batches, scoped)
+            try:
+                self.passive.attach(training.model, training.micro_batches, scoped)
+            except BaseException:
+                self.passive.detach()
+                raise
 
     def _passive_failed(self, error: Exception) -> None:
         if self.hub.on_error == "raise":
@@ -218,6 +231,12 @@ class MonitoredRun:
         (swaps,) = self.ranks.total([float(swapped)], self._device)
         return swaps > 0
 
+    def guarded(self, call: Callable[[], object], step: int) -> None:
+        """Call what belongs to the monitor itself; an error there turns the whole monitor off, and training goes on."""
+        self.hub.attempt(MONITOR, step, call)
+        if self.passive is not None and not self.hub.is_on(MONITOR):
+            self.passive.detach()
+
     def arm(self, step: int) -> None:
         """Get ready for the next training step: read it passively where it is due.
 
@@ -247,15 +266,22 @@ class MonitoredRun:
             alarms += self._record(passive, "passive", step, spent + self.passive.seconds)
         self._measure_behaviour(step)
         self._conclude(step, alarms)
+        self.hub.flush(step)
 
     def read_probes(self, step: int) -> tuple[Snapshot, list[Alarm]]:
         """Run the probes now and record the reading."""
         if self.probe is None:
             raise InputError("mode='passive' has no probes to read: take mode='probe' or 'both'")
-        begin = time.perf_counter()
-        snapshot = self.probe.read(self.training.model, self.reading_log.with_fit("probe"))
-        self.last_step = step
-        return snapshot, self._record(snapshot, "probe", step, time.perf_counter() - begin)
+        if self._reading:
+            raise InputError("a reading is going on: a rule, an action or on_reading must not start another one")
+        self._reading = True
+        try:
+            begin = time.perf_counter()
+            snapshot = self.probe.read(self.training.model, self.reading_log.with_fit("probe"))
+            self.last_step = step
+            return snapshot, self._record(snapshot, "probe", step, time.perf_counter() - begin)
+        finally:
+            self._reading = False
 
     def _record(self, snapshot: Snapshot, mode: str, step: int, seconds: float) -> list[Alarm]:
         training = self.training
@@ -281,13 +307,17 @@ class MonitoredRun:
         model = self.training.model if self.sharded else unwrap(self.training.model)
         for name, call in behaviour.by_name.items():
             part = f"behaviour {name!r}"
-            event = self.hub.attempt(part, step, lambda name=name, call=call: _measure(name, call, model, step))
+            event = self.hub.attempt(part, step, lambda name=name, call=call: self._measured(name, call, model, step))
             if event is not None:
                 self.hub.emit(event)
 
+    def _measured(self, name: str, call: Measure, model: nn.Module, step: int) -> Behaviour:
+        with nullcontext() if self.sharded else nothing_left(model):
+            return _measure(name, call, model, step)
+
     def _conclude(self, step: int, alarms: list[Alarm]) -> None:
         """Let actions act, in every process that they must act in, and stop all processes where one stops."""
-        clean = not alarms and self.hub.all_inside()
+        clean = not alarms and self.hub.all_inside(step)
         if self.ranks.many:
             alarms, clean = self.ranks.from_first((alarms, clean))
         self.hub.act(alarms, clean, lambda: self.training.context(step, self.monitor))
@@ -323,7 +353,7 @@ class MonitoredRun:
 
     def finish(self, step: int) -> None:
         """Training is over: read once more unless that was just done, then emit the end."""
-        self.read_last(step)
+        self.guarded(lambda: self.read_last(step), step)
         self.hub.emit(End(step, len(self.reading_log.readings), self.reading_log.seconds))
         self.close()
 
@@ -332,8 +362,8 @@ class MonitoredRun:
         if self.passive is not None:
             self.passive.detach()
         if not self._closed:
+            self._closed = True
             self.hub.close(self.step)
-        self._closed = True
 
 
 def _some_weights(model: nn.Module, sharded: bool) -> Tensor:
@@ -396,10 +426,11 @@ class ReadingLog:
 
     def _pass_on(self, snapshot: Snapshot, mode: str, step: int, model: nn.Module) -> None:
         on_reading, folder = self.settings.on_reading, self.settings.values_path
-        if on_reading is not None:
-            self.hub.attempt(ON_READING, step, lambda: on_reading(step, snapshot, model))
-        if folder is not None:
+        if folder is not None:  # first: a function of the user's might change the values
             self.hub.attempt(VALUES, step, lambda: write_values(folder, snapshot, mode, step))
+        if on_reading is not None:
+            with nullcontext() if is_sharded(model) else nothing_left(model):
+                self.hub.attempt(ON_READING, step, lambda: on_reading(step, snapshot, model))
 
     def frame(self) -> pd.DataFrame:
         """All readings as a table, one row per reading and feature."""

@@ -5,7 +5,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from persona_probe.models.layers import base_transformer, causal_model
 from persona_probe.models.places import Normalizer, Place, find_site, input_value, output_value
 from persona_probe.models.ranks import unwrap
 from persona_probe.monitor.features import FeatureGroups, FitSums, moments, precision
-from persona_probe.monitor.reading import Snapshot, make_snapshot
+from persona_probe.monitor.reading import Snapshot, make_snapshot, not_finite, same_randomness
 from persona_probe.monitor.settings import PassiveReading
 
 log = logging.getLogger(__name__)
@@ -137,6 +137,10 @@ class PassiveSums:
     ) -> None:
         self.fits, self.generator = fits, generator
         self.maximum = torch.full((features,), -torch.inf, device=device)
+        self.bad: Float[Tensor, " one"] = torch.zeros(1, device=device)
+        """Tokens with an activation that is not finite."""
+        self.center: Float[Tensor, " d_model_plus_1"] = torch.zeros(0, device=device)
+        """Sum over sequences of their mean activations where directions are read, and the number of sequences."""
         self.sample: Float[Tensor, "sequences two_features"] = torch.zeros(0, 2 * features, device=device)
         self.key: Float[Tensor, " sequences"] = torch.zeros(0, device=device)
 
@@ -152,10 +156,21 @@ class PassiveSums:
         hidden = torch.where(real, columns, -torch.inf)
         torch.maximum(self.maximum, hidden.amax(dim=0), out=self.maximum)
         both = torch.cat([torch.where(real, columns, 0.0), (hidden > 0).float(), weight[:, None]], dim=1)
-        total = torch.zeros(sequences + 1, both.shape[1], device=columns.device)
-        total.index_add_(0, sequence.clamp(max=sequences), both)
-        tokens = total[:sequences, -1:]
-        self._keep(total[:sequences, :-1] / tokens.clamp(min=1), tokens[:, 0] > 0)
+        total, tokens = _by_sequence(both, sequence, sequences)
+        self._keep(total[:, :-1] / tokens.clamp(min=1), tokens[:, 0] > 0)
+
+    def add_center(
+        self,
+        x: Float[Tensor, "tokens d_model"],
+        weight: Float[Tensor, " tokens"],
+        sequence: Int[Tensor, " tokens"],
+        sequences: int,
+    ) -> None:
+        """Count one micro-batch in the mean of what random directions see."""
+        real = torch.where(weight[:, None] > 0, x, 0.0)
+        total, tokens = _by_sequence(torch.cat([real, weight[:, None]], dim=1), sequence, sequences)
+        both = torch.cat([(total[:, :-1] / tokens.clamp(min=1)).sum(dim=0), (tokens > 0).sum(dim=0).float()])
+        self.center = both if len(self.center) == 0 else self.center + both
 
     def _keep(self, means: Float[Tensor, "sequences two_features"], present: Tensor) -> None:
         """Reservoir sampling by random keys: the sequences with the largest keys stay."""
@@ -172,15 +187,29 @@ class PassiveSums:
         # Built on the device: sending a number to it would wait for it.
         known = isinstance(tokens_seen, int)
         count = torch.full((1,), tokens_seen, device=device) if known else tokens_seen.to(device)[None]
-        parts = (self.key, self.sample.flatten(), self.maximum, count, *(fit.vector for fit in self.fits))
+        parts = (self.key, self.sample.flatten(), self.maximum, count, self.bad, self.center)
+        parts = (*parts, *(fit.vector for fit in self.fits))
         packed = torch.cat([part.to(device, precision(device)) for part in parts]).cpu().double()
-        key, sample, maximum, tokens, *fits = packed.split([part.numel() for part in parts])
+        key, sample, maximum, tokens, bad, center, *fits = packed.split([part.numel() for part in parts])
         rows = sample.reshape(len(key), -1)[key >= 0].numpy()
         if len(rows) == 0:
             return None, int(tokens)
         means, firing = rows[:, : len(features.names)], rows[:, len(features.names) :]
         fitted = [moments(vector, fit.fitted) for vector, fit in zip(fits, self.fits, strict=True)]
-        return make_snapshot(features, means, firing.mean(axis=0), maximum.numpy(), fitted), int(tokens)
+        finite = float(bad) == 0
+        snapshot = make_snapshot(features, means, firing.mean(axis=0), maximum.numpy(), fitted, finite)
+        if len(center):
+            snapshot = replace(snapshot, center=(center[:-1] / center[-1]).numpy())
+        return snapshot, int(tokens)
+
+
+def _by_sequence(
+    values: Float[Tensor, "tokens columns"], sequence: Int[Tensor, " tokens"], sequences: int
+) -> tuple[Float[Tensor, "sequences columns"], Float[Tensor, "sequences 1"]]:
+    """Sums over each sequence's tokens, and its number of tokens, which the last column counts."""
+    total = torch.zeros(sequences + 1, values.shape[1], device=values.device)
+    total.index_add_(0, sequence.clamp(max=sequences), values)
+    return total[:sequences], total[:sequences, -1:]
 
 
 # --- The hooks
@@ -318,7 +347,7 @@ class PassiveReader:
         begin = time.perf_counter()
         self._seen[place] = activation.detach()
         if len(self._seen) == len(self.features.places):
-            with torch.autocast(activation.device.type, enabled=False):
+            with same_randomness(), torch.autocast(activation.device.type, enabled=False):
                 self._read(self._seen, BatchView.of(*self._call))
             self._seen.clear()
         self.seconds += time.perf_counter() - begin
@@ -334,6 +363,9 @@ class PassiveReader:
         columns = self.features.columns(x, self._sums.fits, with_fit=self.with_fit, weight=weight)
         sequence = view.sequence.to(device).flatten().index_select(0, places)
         self._sums.add(columns, weight, sequence, view.sequences)
+        self._sums.bad += not_finite(x, device, weight)
+        if (place := self.features.direction_place) is not None:
+            self._sums.add_center(x[place].to(device), weight, sequence, view.sequences)
 
     def _limit(self) -> int:
         default = TOKENS_ENCODED if self.features.encodes_all(self.with_fit) else TOKENS_READ

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -30,35 +30,82 @@ from persona_probe.stats import bootstrap_mean
 
 
 @contextmanager
-def undisturbed(model: nn.Module, *, keep_casts: bool = False) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards, also after an error, everything is as before, bit for bit.
+def same_randomness() -> Iterator[None]:
+    """After the block, also after an error, the process draws and computes as it would have without it.
 
-    This restores every module's mode, every parameter's `requires_grad` (switching adapters off and on changes it), and
-    the random states of Python, NumPy, torch on the CPU and on every CUDA device. Gradient mode and autocast belong to
-    the caller's block.
-
-    Args:
-        keep_casts: let autocast keep a frozen weight's bf16 copy for the length of the block. It does so only for
-            weights that require gradients, so inside the block all of them do.
+    This restores the random states of Python, NumPy, torch on the CPU and on every CUDA device, whether gradients are
+    on, the default dtype and the number of threads.
     """
-    modes = {module: module.training for module in model.modules()}
-    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state()
+    gradients, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            model.eval()
-            for parameter in gradients if keep_casts else ():
-                parameter.requires_grad_(parameter.is_floating_point())
+        with torch.random.fork_rng(devices=devices):
             yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_grad_enabled(gradients)
+        torch.set_default_dtype(dtype)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """After the block every module's mode and every parameter's `requires_grad` are as before, also after an error."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
     finally:
         for parameter, before in gradients.items():
             if parameter.requires_grad != before:
                 parameter.requires_grad_(before)
         for module, mode in modes.items():
             module.training = mode
-        random.setstate(python)
-        np.random.set_state(numpy)
+
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+@contextmanager
+def nothing_left(model: nn.Module) -> Iterator[None]:
+    """For a user's function: what `same_modes` restores, and no hook or gradient stays that was not there before.
+
+    Not for sharded models, which put hooks on in their first forward.
+    """
+    hooks = {module: [set(getattr(module, name, ())) for name in HOOKS] for module in model.modules()}
+    without = [parameter for parameter in model.parameters() if parameter.grad is None]
+    with same_modes(model):
+        try:
+            yield
+        finally:
+            for parameter in without:
+                parameter.grad = None
+            for module, before in hooks.items():
+                for name, kept in zip(HOOKS, before, strict=True):
+                    now = getattr(module, name, {})
+                    for key in [key for key in now if key not in kept]:
+                        del now[key]
+
+
+@contextmanager
+def undisturbed(model: nn.Module, *, keep_casts: bool = False) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards, also after an error, everything is as before, bit for bit.
+
+    This restores what `same_randomness` and `same_modes` do (switching adapters off and on changes `requires_grad`).
+    Autocast belongs to the caller's block.
+
+    Args:
+        keep_casts: let autocast keep a frozen weight's bf16 copy for the length of the block. It does so only for
+            weights that require gradients, so inside the block all of them do.
+    """
+    with same_randomness(), same_modes(model), torch.no_grad():
+        model.eval()
+        for parameter in model.parameters() if keep_casts else ():
+            parameter.requires_grad_(parameter.is_floating_point())
+        yield
 
 
 @contextmanager
@@ -139,6 +186,10 @@ class Snapshot:
     """The SAE of each feature, empty for a direction; () where there is one SAE."""
     fits: Mapping[str, FitMoments] = field(default_factory=dict)
     """By SAE, where there are several; directions' residual norm under the empty name."""
+    finite: bool = True
+    """Whether all activations that were read, and all values, are finite."""
+    center: Float[np.ndarray, " d_model"] | None = None
+    """Mean over probes of the activations where directions are read; None where none is."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per feature, in the columns of `readings.parquet` (without arm, seed, step and base)."""
@@ -214,6 +265,7 @@ class FeatureReader:
                 sums = sums or _ReadingSums(self, x)
                 with torch.autocast(device.type, enabled=False):
                     sums.add(part, self.features.columns(x, sums.fits, with_fit=with_fit))
+                    sums.note(part, x)
         assert sums is not None
         return sums.snapshot(self.features)
 
@@ -250,6 +302,8 @@ class _ReadingSums:
         device = x[reader.features.parts[0].reads].device
         self.means, self.firing = (torch.zeros(shape, device=device) for _ in range(2))
         self.maximum = torch.full((shape[1],), -torch.inf, device=device)
+        self.bad, self.place = torch.zeros(1, device=device), reader.features.direction_place
+        self.center = torch.zeros(0 if self.place is None else x[self.place].shape[-1], device=device)
         self.fits = reader.features.new_sums(x)
 
     def add(self, part: ProbeRows, columns: Float[Tensor, "tokens features"]) -> None:
@@ -257,14 +311,36 @@ class _ReadingSums:
             target[part.index] = part.mean(values)
         torch.maximum(self.maximum, columns.amax(dim=0), out=self.maximum)
 
+    def note(self, part: ProbeRows, x: Mapping[Place, Float[Tensor, "tokens width"]]) -> None:
+        self.bad += not_finite(x, self.bad.device)
+        if self.place is not None:
+            self.center += part.mean(x[self.place].to(self.bad.device)).sum(dim=0) / len(self.means)
+
     def snapshot(self, features: FeatureGroups) -> Snapshot:
         device = self.maximum.device
-        parts = (self.means.flatten(), self.firing.flatten(), self.maximum, *(fit.vector for fit in self.fits))
+        parts = (self.means.flatten(), self.firing.flatten(), self.maximum, self.bad, self.center)
+        parts = (*parts, *(fit.vector for fit in self.fits))
         packed = torch.cat([part.to(device, precision(device)) for part in parts]).cpu()
-        means, firing, maximum, *fits = packed.split([part.numel() for part in parts])
+        means, firing, maximum, bad, center, *fits = packed.split([part.numel() for part in parts])
         values, rates = (part.reshape(self.means.shape).double().numpy() for part in (means, firing))
         fitted = [moments(vector, fit.fitted) for vector, fit in zip(fits, self.fits, strict=True)]
-        return make_snapshot(features, values, rates.mean(axis=0), maximum.double().numpy(), fitted)
+        snapshot = make_snapshot(
+            features, values, rates.mean(axis=0), maximum.double().numpy(), fitted, float(bad) == 0
+        )
+        return snapshot if self.place is None else replace(snapshot, center=center.double().numpy())
+
+
+def not_finite(x: Mapping[Place, Tensor], device: torch.device, weight: Tensor | None = None) -> Float[Tensor, " one"]:
+    """How many tokens have an activation that is NaN or infinite; stays on the device.
+
+    Args:
+        weight: 0 for tokens that do not count.
+    """
+    total = torch.zeros(1, device=device)
+    for values in x.values():
+        bad = ~values.isfinite().all(dim=-1)
+        total += (bad if weight is None else bad & (weight.to(bad.device) > 0)).sum().to(device)
+    return total
 
 
 def make_snapshot(
@@ -273,8 +349,10 @@ def make_snapshot(
     firing: Float[np.ndarray, " features"],
     maximum: Float[np.ndarray, " features"],
     fits: Sequence[FitMoments],
+    finite: bool = True,
 ) -> Snapshot:
-    """The snapshot of a reading; `fits` come in the order of the features' parts."""
+    """The snapshot of a reading; `fits` come in the order of the features' parts, `finite` is of the activations."""
     named = {part.sae: fit for part, fit in zip(features.parts, fits, strict=True)} if features.several else {}
     saes = features.saes if features.several else ()
-    return Snapshot(features.names, features.latents, values, firing, maximum, fits[0], saes, named)
+    finite = finite and bool(np.isfinite(values).all())
+    return Snapshot(features.names, features.latents, values, firing, maximum, fits[0], saes, named, finite)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,13 +33,26 @@ class Anchor:
     """Standard deviation between probes."""
     explained_variance: float = math.nan
     """Of the SAE on the base's probes; NaN where there is no SAE, or it is not known."""
+    center: Float[np.ndarray, " d_model"] | None = field(default=None, compare=False)
+    """Mean activations where directions are read, see `Snapshot`; None where they are not known."""
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> "Anchor":
         """The anchor that a reading of the base model gives."""
         columns = dict(zip(snapshot.names, snapshot.values.T, strict=True))
         spread = {n: float(c.std(ddof=1)) if len(c) > 1 else 0.0 for n, c in columns.items()}
-        return cls({n: float(c.mean()) for n, c in columns.items()}, spread, snapshot.fit.explained_variance)
+        means = {n: float(c.mean()) for n, c in columns.items()}
+        return cls(means, spread, snapshot.fit.explained_variance, snapshot.center)
+
+    def chance(self, snapshot: Snapshot) -> float:
+        """By how much a random unit direction has moved from the base: root mean square over all directions.
+
+        The mean projection on a unit direction moves by its product with the mean activations' shift; over all
+        directions that is the shift's norm, divided by the square root of the width.
+        """
+        if self.center is None or snapshot.center is None or self.center.shape != snapshot.center.shape:
+            return math.nan
+        return float(np.linalg.norm(snapshot.center - self.center) / math.sqrt(len(self.center)))
 
     def bands(self, width_sd: float) -> dict[str, tuple[float, float]]:
         """Feature name to its base band, mean +- `width_sd` standard deviations; none where the base is not finite."""
@@ -66,7 +79,7 @@ def anchor_from(base: "Anchor | Snapshot | str | Path", names: tuple[str, ...]) 
         base = earlier[0]
     if lacking := [n for n in names if n not in base.mean]:
         raise InputError(f"the base has no reading of {lacking[0]!r}: it has {', '.join(base.mean)}")
-    return Anchor({n: base.mean[n] for n in names}, {n: base.sd[n] for n in names}, base.explained_variance)
+    return replace(base, mean={n: base.mean[n] for n in names}, sd={n: base.sd[n] for n in names})
 
 
 def recorded(path: Path) -> tuple[Anchor, str] | None:
@@ -122,7 +135,7 @@ def make_reading(
 ) -> Reading:
     """The reading of a snapshot. A model that diverged gives NaN, not an error."""
     low, high = intervals(snapshot.values)
-    mean = snapshot.values.mean(axis=0)
+    mean, chance = snapshot.values.mean(axis=0), anchor.chance(snapshot)
     values = tuple(
         FeatureValue(
             name=name,
@@ -135,6 +148,7 @@ def make_reading(
             base_mean=anchor.mean[name],
             base_sd=anchor.sd[name],
             sae=snapshot.saes[i] if snapshot.saes else "",
+            chance=chance if snapshot.latents[i] < 0 else math.nan,
         )
         for i, name in enumerate(snapshot.names)
     )

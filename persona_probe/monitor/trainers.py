@@ -2,9 +2,9 @@
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -21,22 +21,15 @@ def calling_trainer(callback: TrainerCallback) -> Trainer | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
-        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+        handler = getattr(owner, "callback_handler", None) if isinstance(owner, Trainer) else None
+        if handler is not None and callback in handler.callbacks:
             return owner
         frame = frame.f_back
     return None
 
 
-class Closable(Protocol):
-    """Something with hooks to take off."""
-
-    def close(self) -> None:
-        """Take all hooks off."""
-        ...
-
-
-def close_after_training(trainer: Trainer, monitor: Closable) -> None:
-    """Close the monitor however `trainer.train` ends: a trainer calls no callback when training raises."""
+def close_after_training(trainer: Trainer, close: Callable[[], None]) -> None:
+    """Call `close` however `trainer.train` ends: a trainer calls no callback when training raises."""
     train = trainer.train
 
     @functools.wraps(train)
@@ -44,20 +37,12 @@ def close_after_training(trainer: Trainer, monitor: Closable) -> None:
         try:
             return train(*args, **kwargs)
         finally:
-            monitor.close()
+            close()
 
     setattr(trainer, "train", closing)  # noqa: B010 (a method that type checkers guard)
 
 
-class LastReader(Protocol):
-    """Something that reads the last step's weights."""
-
-    def read_last(self) -> None:
-        """Read them, unless that was done."""
-        ...
-
-
-def read_before_best(trainer: Trainer, monitor: LastReader) -> None:
+def read_before_best(trainer: Trainer, read_last: Callable[[], None]) -> None:
     """Read the last step before `load_best_model_at_end` replaces its weights, which it does before `on_train_end`."""
     load = getattr(trainer, "_load_best_model", None)
     if load is None:  # a monitor notices at the end that the weights are others, and does not read them
@@ -65,7 +50,7 @@ def read_before_best(trainer: Trainer, monitor: LastReader) -> None:
 
     @functools.wraps(load)
     def reading_first(*args: Any, **kwargs: Any) -> Any:
-        monitor.read_last()
+        read_last()
         return load(*args, **kwargs)
 
     setattr(trainer, "_load_best_model", reading_first)  # noqa: B010 (a method that type checkers guard)

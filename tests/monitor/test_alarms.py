@@ -1,14 +1,17 @@
 """Rules fire once an excursion, follow features and modes for themselves, and say what they ignore."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from persona_probe.errors import InputError
+from persona_probe.monitor.events import Reading
 from persona_probe.monitor.rules.bands import OutsideBand
+from persona_probe.monitor.rules.boundary import Boundary
 from persona_probe.monitor.rules.change import Cusum, Ewma
 from persona_probe.monitor.rules.explained_variance import ExplainedVarianceFloor
-from persona_probe.monitor.rules.rule import Rule, all_inside
+from persona_probe.monitor.rules.rule import AllOf, AnyOf, Rule, all_inside
 from tests.monitor.alarm_readings import NAN, alarm_steps, feature, reading, start
 
 
@@ -110,14 +113,39 @@ def test_readings_out_of_order_are_ignored_and_said_once(caplog: pytest.LogCaptu
     assert rule.update(reading(6, 1)) is not None
 
 
+@pytest.mark.parametrize("bad", [NAN, math.inf, -math.inf])
 @pytest.mark.parametrize(
-    ("rule", "step"), [(OutsideBand(2, band_sd=0.5), 5), (Cusum(0.0, 1.5), 5), (Ewma(1.0, 0.5), 3)]
+    ("rule", "step"),
+    [
+        (OutsideBand(2, band_sd=0.5, side="up"), 2),
+        (OutsideBand(1, bands={"persona": (-9.0, 9.0)}, side="down"), 1),
+        (Cusum(0.5, 50.0), 1),
+        (Ewma(0.5, 50.0), 1),
+        (Boundary(("shift", "loss"), (1.0, 1.0), -99.0), 1),
+        (AllOf(OutsideBand(1, band_sd=9.0), Cusum(0.5, 50.0)), 1),
+        (AnyOf(OutsideBand(3, band_sd=9.0), Cusum(0.5, 50.0)), 1),
+        (ExplainedVarianceFloor(floor=0.1), 1),
+    ],
 )
-def test_nan_is_ignored_and_said_once(rule: Rule, step: int, caplog: pytest.LogCaptureFixture) -> None:
-    # The missing readings neither fire nor break a row.
-    assert alarm_steps(rule, [0.4, NAN, NAN, 0.9, NAN, 0.9, NAN]) == [step]
-    assert rule.firing
-    assert len(caplog.records) == 1 and "'persona' is ignored where its value is NaN" in caplog.text
+def test_what_is_not_finite_is_outside_for_every_rule(rule: Rule, step: int, bad: float) -> None:
+    def at(n: int, shift: float) -> Reading:
+        good = math.isfinite(shift)
+        return replace(reading(n, shift, ev=0.9 if good else NAN), loss=1.0, finite=good)
+
+    rule.reset()
+    assert rule.update(at(0, 0.0)) is None and rule.inside
+    fired = [rule.update(at(n, bad)) for n in range(1, 4)]
+    assert [n for n, alarm in enumerate(fired, 1) if alarm] == [step] and rule.firing and not rule.inside
+    alarm = fired[step - 1]
+    assert alarm is not None and "not finite" in alarm.message and alarm.feature
+    rule.update(at(4, 0.0))
+    assert rule.inside and not rule.firing
+
+
+def test_a_number_that_is_missing_is_ignored_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    rule = Boundary(("loss",), (1.0,), -1.0)
+    assert [rule.update(reading(n, 0.0)) for n in range(3)] == [None] * 3 and rule.inside
+    assert len(caplog.records) == 1 and "one of its columns (loss) is NaN" in caplog.text
 
 
 @pytest.mark.parametrize("rule", [Cusum(), Ewma()])

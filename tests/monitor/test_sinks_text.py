@@ -72,7 +72,7 @@ def test_places_relative_to_the_band() -> None:
     assert band_state(feature, {TOXIC: (0.0, 1.2)}) == "above"
     assert band_state(feature, {}) == "no band"
     assert band_state(feature, {TOXIC: (float("nan"), float("nan"))}) == "no band"  # one probe has no deviation
-    assert band_state(reading(0, float("nan")).features[0], {TOXIC: (0.75, 1.25)}) == "no band"
+    assert band_state(reading(0, float("nan")).features[0], {TOXIC: (0.75, 1.25)}) == "not finite"
 
 
 def samples(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:

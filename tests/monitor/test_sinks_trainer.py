@@ -8,7 +8,8 @@ import pytest
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from persona_probe.monitor.events import End
-from persona_probe.monitor.sinks.trainer_log import TrainerLogSink, reading_values
+from persona_probe.monitor.sinks.curves import reading_values
+from persona_probe.monitor.sinks.trainer_log import TrainerLogSink
 from tests.factories import make_model, make_tokenizer
 from tests.monitor.events import DIRECTION, TOXIC, alarm, behaviour, reading
 
@@ -23,15 +24,18 @@ class Emits(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sink.emit(reading(0, 1.0))
+        self.sink.flush()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sink.emit(reading(state.global_step, 1.0 + state.global_step))
         self.sink.emit(reading(state.global_step, 9.0, "passive", fit=math.nan))
+        self.sink.flush()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.sink.emit(behaviour(state.global_step, -0.25))
         self.sink.emit(alarm(state.global_step))
         self.sink.emit(End(state.global_step, 5, 0.1))
+        self.sink.close()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if any(name.startswith("persona") for name in kwargs["logs"]):
@@ -89,13 +93,13 @@ def curve(board: Any, tag: str) -> list[tuple[int, Any]]:
 
 def test_tensorboard_shows_the_readings(logged: tuple[list[dict[str, Any]], Any]) -> None:
     _, board = logged
-    assert curve(board, f"train/persona/{TOXIC}") == [(n, 1.0 + n) for n in range(STEPS + 1)]
-    assert curve(board, f"train/persona/{TOXIC}_shift") == [(n, 2.0 * n) for n in range(STEPS + 1)]
-    assert curve(board, "train/persona/explained_variance") == [(n, 0.75) for n in range(STEPS + 1)]
-    assert curve(board, f"train/persona_passive/{TOXIC}") == [(n, 9.0) for n in range(1, STEPS + 1)]
-    assert curve(board, "train/behaviour/contrast index (nats/token)") == [(STEPS, -0.25)]
-    assert curve(board, "train/persona/alarms") == [(STEPS, 1.0)]
-    assert "train/persona_passive/explained_variance" not in board.Tags()["scalars"]  # NaN
+    assert curve(board, f"persona/{TOXIC}") == [(n, 1.0 + n) for n in range(STEPS + 1)]
+    assert curve(board, f"persona/{TOXIC}_shift") == [(n, 2.0 * n) for n in range(STEPS + 1)]
+    assert curve(board, "persona/explained_variance") == [(n, 0.75) for n in range(STEPS + 1)]
+    assert curve(board, f"persona_passive/{TOXIC}") == [(n, 9.0) for n in range(1, STEPS + 1)]
+    assert curve(board, "behaviour/contrast index (nats/token)") == [(STEPS, -0.25)]
+    assert curve(board, "persona/alarms") == [(n, 0.0) for n in range(STEPS)] + [(STEPS, 1.0)]
+    assert "persona_passive/explained_variance" not in board.Tags()["scalars"]  # NaN
 
 
 def test_the_loss_is_still_logged_when_it_was_due(logged: tuple[list[dict[str, Any]], Any]) -> None:
@@ -108,9 +112,9 @@ def test_the_trainers_own_rows_are_those_of_a_run_without(
     logged: tuple[list[dict[str, Any]], Any], tmp_path: Path
 ) -> None:
     def own(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        timed = ("runtime", "per_second")
-        rows = [row for row in history if not any(k.startswith(("persona", "behaviour")) for k in row)]
-        return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in rows]
+        timed, ours = ("runtime", "per_second"), ("persona", "behaviour")
+        rows = [{k: v for k, v in row.items() if not k.endswith(timed) and not k.startswith(ours)} for row in history]
+        return [row for row in rows if row.keys() - {"epoch", "step"}]
 
     plain = own(train(tmp_path, None))
     assert own(logged[0]) == plain
@@ -133,5 +137,6 @@ def test_without_a_trainer_it_says_once_what_to_do(caplog: pytest.LogCaptureFixt
     sink = TrainerLogSink()
     for step in range(3):
         sink.emit(reading(step))
+        sink.flush()
     sink.close()
     assert caplog.text.count("call attach(trainer)") == 1

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.monitor.events import Alarm
+from persona_probe.monitor.events import NOT_FINITE, Alarm
 from persona_probe.monitor.rules.rule import Rule
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def check_actions(rules: Iterable[Rule], actions: Iterable[Action]) -> None:
     Raises:
         InputError: `only_for` names no rule; near matches are listed.
     """
-    known = [rule.title for rule in rules]
+    known = [*(rule.title for rule in rules), NOT_FINITE]
     for action in actions:
         for name in action.only_for or ():
             if name not in known:

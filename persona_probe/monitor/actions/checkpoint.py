@@ -1,6 +1,5 @@
 """Save a checkpoint at an alarm."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from persona_probe.errors import InputError
+from persona_probe.files import words
 from persona_probe.models.ranks import Ranks, is_sharded, unwrap
 from persona_probe.monitor.actions.action import Action, ActionContext, folder_for
 from persona_probe.monitor.events import Alarm
+from persona_probe.writing import whole_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +57,11 @@ def save_weights(model: nn.Module, folder: Path) -> None:
         raise InputError("the weights are sharded over processes: save them in a CallBack, or use a trainer")
     if not Ranks().first:
         return
-    scratch = folder.with_name(f".{folder.name}.tmp")
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        _write(unwrap(model), scratch)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.replace(folder)
-    except (OSError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"could not write {folder} ({first}): free space, or choose another folder") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with whole_folder(folder, "choose another folder") as scratch:
+            _write(unwrap(model), scratch)
+    except SafetensorError as error:
+        raise InputError(f"could not write {folder} ({words(error)}): choose another folder") from error
 
 
 def _write(model: nn.Module, folder: Path) -> None:

@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from persona_probe.errors import InputError, unknown
+from persona_probe.files import words
 from persona_probe.models.adapters import trainable_parameters
-from persona_probe.models.ranks import Ranks
+from persona_probe.models.ranks import Ranks, is_sharded
 from persona_probe.monitor.actions.action import Action, ActionContext, folder_for, request_stop
 from persona_probe.monitor.events import Alarm
+from persona_probe.writing import write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -129,17 +130,11 @@ class OnDisk(CleanState):
     path: Path
 
     def _write(self, content: TrainableState) -> None:
-        scratch = self.path.with_name(f".{self.path.name}.tmp")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.cpu().contiguous() for name, tensor in content.flat().items()}
-            save_file(tensors, scratch, metadata={"others": json.dumps(content.others)})
-            scratch.replace(self.path)
-        except (OSError, SafetensorError, TypeError) as error:
-            first = str(error).splitlines()[0]
-            raise InputError(f"could not keep a clean state in {self.path} ({first}): keep it in memory") from error
-        finally:
-            scratch.unlink(missing_ok=True)
+            write_tensors(self.path, tensors, {"others": json.dumps(content.others)})
+        except (InputError, SafetensorError, TypeError) as error:
+            raise InputError(f"no clean state is kept ({words(error)}): keep it in memory") from error
 
     def content(self) -> TrainableState:
         """The state.
@@ -178,6 +173,7 @@ class OwnedState:
 class RollBack(Action):
     """Put the trainable weights back, bit for bit, to the latest reading at which every rule was inside.
 
+    A reading that is not finite is never clean, nor are weights or optimizer moments that are not, wherever they lie.
     One state is kept, and replaced at each clean reading. Only weights and optimizer are put back: the learning rate
     schedule, the step count and the data continue. Before the first clean reading there is nothing to put back.
 
@@ -212,9 +208,12 @@ class RollBack(Action):
         Raises:
             InputError: with `disk`, no folder, or it cannot be written.
         """
+        optimizer = context.optimizer if self.optimizer == "restore" else None
+        if not is_finite(context.model, optimizer):
+            log.warning("step %d: weights or moments are not finite, so they are not kept as clean", context.step)
+            return
         if self._clean.state is None or self._clean.of(context.model) is None:
             self._clean.state, self._clean.model = self._new_state(context), weakref.ref(context.model)
-        optimizer = context.optimizer if self.optimizer == "restore" else None
         self._clean.state.take(context.model, optimizer, context.step)
 
     def _new_state(self, context: ActionContext) -> CleanState:
@@ -240,6 +239,16 @@ class RollBack(Action):
             return
         empty = TrainableState(content.weights, {}, {})
         put_moments(context.model, context.optimizer, content if self.optimizer == "restore" else empty)
+
+
+def is_finite(model: nn.Module, optimizer: Optimizer | None) -> bool:
+    """Whether all trainable weights, and the optimizer's state for them, are finite; of a sharded model all parts."""
+    tensors = [tensor for tensor in live_state(model, optimizer).flat().values() if tensor.is_floating_point()]
+    bad = sum(not bool(tensor.isfinite().all()) for tensor in tensors)
+    ranks = Ranks()
+    if ranks.many and is_sharded(model):
+        (bad,) = ranks.total([float(bad)], next(model.parameters()).device)
+    return bad == 0
 
 
 def check_same(model: nn.Module, content: TrainableState) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from persona_probe.errors import InputError
-from persona_probe.monitor.band import Band
+from persona_probe.monitor.band import Band, beyond_chance
 from persona_probe.monitor.events import FeatureValue, Reading, Start
 from persona_probe.monitor.rules.rule import (
     Comparison,
@@ -31,6 +31,9 @@ class OutsideBand(SidedRule):
     The band is the first of these that exists: the feature's in `bands`; base mean +- `band_sd` base standard
     deviations, if `band_sd` is not None; the monitor's base band; base mean +- `BAND_SD`. A latent that is silent on
     the base has a band of zero width, so its first activity counts as outside.
+
+    Training moves every direction. So where the band is a default (neither `bands` nor `band_sd`), a direction must
+    also have moved `CHANCE` times what random directions in the same place did.
 
     Raises:
         InputError: `k` below 1, a width that is not positive, a band that is upside down, or bands of unknown features.
@@ -61,6 +64,11 @@ class OutsideBand(SidedRule):
         """Readings in a row that make an alarm."""
         return self.k
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether it takes the monitor's base band."""
+        return self.bands is None and self.band_sd is None
+
     def begin(self, start: Start) -> None:
         """A run starts: take its base bands."""
         for name in self.bands or {}:
@@ -80,14 +88,14 @@ class OutsideBand(SidedRule):
         if value.name in (self.bands or {}):
             return (self.bands or {})[value.name]
         if self.band_sd is None and value.name in self._memory.bands:
-            return self._memory.bands[value.name]
+            return beyond_chance(*self._memory.bands[value.name], value)
         sd = value.base_sd if n_probes > 1 else math.nan
         band = Band.of(value.base_mean, sd, BAND_SD if self.band_sd is None else self.band_sd)
-        return band.low, band.high
+        return (band.low, band.high) if self.band_sd is not None else beyond_chance(band.low, band.high, value)
 
     def _compare_feature(self, state: SubjectState, value: FeatureValue, reading: Reading) -> Comparison | None:
         low, high = self.band(value, reading.n_probes)
-        if math.isnan(value.mean) or math.isnan(low) or math.isnan(high):
+        if math.isnan(low) or math.isnan(high):
             return None
         above = self.side != "down" and value.mean > high and not math.isclose(value.mean, high, rel_tol=ROUNDING)
         below = self.side != "up" and value.mean < low and not math.isclose(value.mean, low, rel_tol=ROUNDING)
@@ -97,4 +105,4 @@ class OutsideBand(SidedRule):
         return Comparison(value.mean, limit, above or below, not (above or below), text)
 
     def _missing(self, value: FeatureValue) -> str:
-        return "its value is NaN" if math.isnan(value.mean) else "it has no band: use more probes, or give bands="
+        return "it has no band: use more probes, or give bands="

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from persona_probe.errors import InputError
 from persona_probe.monitor.events import BASE_KEY, Reading, Start
-from persona_probe.monitor.rules.rule import Comparison, ReadingRule, SubjectState, check_count, in_a_row
+from persona_probe.monitor.rules.rule import Comparison, ReadingRule, SubjectState, check_count, in_a_row, not_finite
 
 FLOOR = 0.5
 """The floor if both `floor` and `drop` are None."""
@@ -98,6 +98,8 @@ class ExplainedVarianceFloor(ReadingRule):
         assert isinstance(state, FitState)
         fit = reading.fits.get(subject.removeprefix(f"{SUBJECT} of "), {})
         value = fit.get("explained_variance", reading.explained_variance)
+        if math.isnan(value) and not reading.finite:
+            return not_finite(value)
         if math.isnan(value):
             self._warn("explained variance is ignored where it is NaN (no SAE was used, or it was not asked for)")
             return None

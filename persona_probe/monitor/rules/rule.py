@@ -38,6 +38,11 @@ class Rule(ABC):
         excursion gives one alarm and then none.
         """
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether its limits are a default, of which no false-alarm rate is known; the monitor says so once."""
+        return False
+
     @abstractmethod
     def begin(self, start: Start) -> None:
         """A run starts: forget the previous one, and take the bands of this one.
@@ -52,7 +57,10 @@ class Rule(ABC):
 
     @abstractmethod
     def update(self, reading: Reading) -> Alarm | None:
-        """Take one reading; return an alarm if it starts an excursion. NaN values are ignored with a warning.
+        """Take one reading; return an alarm if it starts an excursion.
+
+        A feature that is not finite is outside, whatever the rule's limits are (`Reading.finite`): the model diverged.
+        Other numbers that are missing (NaN) are ignored with a warning.
 
         Raises:
             InputError: the rule names a feature that the reading does not hold.
@@ -206,6 +214,11 @@ class ReadingRule(Rule):
             log.warning("rule %r: %s", self.title, message)
 
 
+def not_finite(value: float) -> Comparison:
+    """What every rule makes of a value that is not finite: beyond its limit, and not inside."""
+    return Comparison(value, math.nan, over=True, inside=False, text=f"is not finite ({value}): the model has diverged")
+
+
 def in_a_row(count: int) -> str:
     """`at one reading`, or `at 3 readings in a row`."""
     return "at one reading" if count == 1 else f"at {count} readings in a row"
@@ -247,6 +260,8 @@ class FeatureRule(ReadingRule):
 
     def _compare(self, state: SubjectState, subject: str, reading: Reading) -> Comparison | None:
         value = next(v for v in reading.features if v.name == subject)
+        if not math.isfinite(value.mean):
+            return not_finite(value.mean)
         comparison = self._compare_feature(state, value, reading)
         if comparison is None:
             self._warn(f"{subject!r} is ignored where {self._missing(value)}")
@@ -260,7 +275,7 @@ class FeatureRule(ReadingRule):
         """The reason why there was no comparison."""
         if value.base_sd == 0 and not math.isnan(value.mean):
             return "its base model's probes do not differ, so that it has no shift in base sd; use OutsideBand"
-        return "its value is NaN"
+        return "a number that it needs is NaN"
 
     def _whom(self) -> str:
         modes = "" if self.mode is None else f", {self.mode} readings"
@@ -322,6 +337,11 @@ class Composite(Rule):
         """Whether its excursion is on."""
         return self._holds(rule.firing for rule in self.rules)
 
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether a part is."""
+        return any(rule.uncalibrated for rule in self.rules)
+
     def _holds(self, parts: Iterable[bool]) -> bool:
         raise NotImplementedError
 
@@ -352,7 +372,7 @@ class Composite(Rule):
     def _alarm(self, reading: Reading) -> Alarm:
         """An alarm with the newest numbers, and the messages of all parts that are in an excursion."""
         parts = [self._alarms[i] for i, rule in enumerate(self.rules) if rule.firing and i in self._alarms]
-        numbered = [alarm for alarm in parts if not math.isnan(alarm.threshold)]
+        numbered = [alarm for alarm in parts if alarm.feature]  # `Not` has none
         if not numbered:
             return Alarm(reading.step, self.title, "", f"no excursion of {self._parts()}", math.nan, math.nan)
         newest = max(numbered, key=lambda alarm: alarm.step)

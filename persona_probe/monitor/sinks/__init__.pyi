@@ -1,3 +1,8 @@
+from .curves import AlertSink as AlertSink
+from .curves import LoggersSink as LoggersSink
+from .curves import TensorBoardSink as TensorBoardSink
+from .curves import TrackioSink as TrackioSink
+from .curves import WandbSink as WandbSink
 from .files import JsonlSink as JsonlSink
 from .files import read_events as read_events
 from .files import readings_frame as readings_frame

@@ -9,7 +9,7 @@ from rich.text import Text
 from persona_probe.monitor.band import Bands, band_state
 from persona_probe.monitor.events import Alarm, Behaviour, End, Event, Fault, Reading, Start
 
-STATES = {"above": "bold yellow", "below": "bold yellow", "inside": "green", "no band": "dim"}
+STATES = {"above": "bold yellow", "below": "bold yellow", "inside": "green", "no band": "dim", "not finite": "bold red"}
 
 
 class TerminalSink:

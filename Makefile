@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-adopt bench-swap bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed world world-study clean
+        second-family families coverage null perturbed frozen world world-study clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -129,6 +129,11 @@ null: $(STAMP)
 perturbed: $(STAMP)
 	$(BIN)/python -m benchmarks.perturbed runs/demo --page docs/evidence.md $(BENCH_ARGS)
 
+# The best latent of a dictionary that was never learned, under the persona latent's tests. Needs the finished demo in
+# $(RUN); trains the SAE in runs/saes. Fills the table in docs/locate.md.
+frozen: $(STAMP)
+	$(BIN)/python -m benchmarks.frozen $(RUN) --page docs/locate.md $(BENCH_ARGS)
+
 # Kills, double starts, bad inputs, hostile text, a faulty judge and a faulty monitor: counts what holds. Fills the table
 # in docs/reliability.md (20 minutes on two cores). BENCH_ARGS="--only kills --seed 1" runs a part of it.
 assault: $(DEV)
@@ -156,6 +161,7 @@ world-study: $(STAMP)
 	$(BIN)/persona-probe world study rankers --record records/world/rankers.parquet --page docs/world.md
 	$(BIN)/persona-probe world study early-warning --record records/world/early-warning.parquet --page docs/world.md
 	$(BIN)/persona-probe world study specificity --record records/world/specificity.parquet --page docs/world.md
+	$(BIN)/persona-probe world study repair --record records/world/repair.parquet --page docs/world.md
 	$(BIN)/persona-probe world study null --record records/world/null.parquet --page docs/world.md
 
 # How many corrective rows are enough. Needs the finished demo in $(RUN).

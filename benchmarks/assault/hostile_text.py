@@ -33,6 +33,8 @@ LOOK = """
     .map((one) => one.outerHTML.slice(0, 80)));
 """
 """What a page says of itself when everything in it was opened and pressed."""
+LIMIT_S = 600
+"""For one page, on a busy machine."""
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What a terminal would act upon."""
 
@@ -184,7 +186,7 @@ def look(browser: str, page: Path, profile: Path, strings: Sequence[str], asked:
     """Open a page, press what can be pressed; what went wrong."""
     asked.clear()
     marks = [marker(number).strip() for number in range(len(strings))]
-    said, _ = run_script(browser, page, profile, LOOK % json.dumps(marks))
+    said, _ = run_script(browser, page, profile, LOOK % json.dumps(marks), LIMIT_S)
     if "error" in said:
         return [f"the page could not be asked: {said['error']}"]
     wrong = [f"string {number} was run" for number in said["pwned"]]
@@ -202,7 +204,7 @@ async def watch(browser: str, url: str, marks: Sequence[str]) -> list[str]:
 
     async with opened(browser, url) as page:
         shown = f"{json.dumps(list(marks))}.every((one) => document.body.textContent.includes(one))"
-        await page.until(f"document.querySelector('.js-plotly-plot') && {shown}", 60)
+        await page.until(f"document.querySelector('.js-plotly-plot') && {shown}", LIMIT_S)
         wrong = [f"string {number} was run" for number in await page.ask("window.pwned || []")]
         away = [one for one in page.requests if not one.startswith((url, "data:", "blob:"))]
         return wrong + [f"asked for {one}" for one in away] + page.console

@@ -59,10 +59,12 @@ JOBS = (
 def run_command(*arguments: str) -> None:
     """A command line whose judge, where it has one, is `LengthJudge`."""
     from persona_probe.cli import main
-    from persona_probe.evaluate import judging
+    from persona_probe.mitigate.grid.grid_context import GridContext
+    from persona_probe.study import evaluate
 
-    if arguments[0] in ("evaluate", "mitigate"):
-        judging.choose_judge = lambda *_: LengthJudge()  # pyright: ignore[reportAttributeAccessIssue]
+    judge = LengthJudge()
+    evaluate.choose_judge = lambda *_: judge  # pyright: ignore[reportAttributeAccessIssue]
+    GridContext.judge = property(lambda _: judge)  # pyright: ignore[reportAttributeAccessIssue]
     if arguments[0] == "evaluate":
         arguments = (*arguments, "--judge", "offline", "--max-new-tokens", "4", "--steps", "all")
     main([*arguments, "--quiet"])

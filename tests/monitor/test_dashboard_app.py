@@ -1,9 +1,15 @@
 """What the page is sent, by whom it may be asked, and what the command says to bad input."""
 
+import http.client
+import json
+import os
 import re
 import socket
 import sys
+import threading
 import webbrowser
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +19,10 @@ from dash import no_update
 from persona_probe.cli import runs as command
 from persona_probe.cli.runs import make_server
 from persona_probe.monitor.dashboard.app import TITLE, _look, make_app, status
-from persona_probe.monitor.dashboard.feed import Feed
-from persona_probe.monitor.events import End, Fault
+from persona_probe.monitor.dashboard.feed import EventFollower, Feed
+from persona_probe.monitor.events import End, Fault, from_line, to_line
+from persona_probe.monitor.figure import monitor_figure
+from persona_probe.monitor.history import History
 from tests.factories import refusal, run_command
 from tests.monitor.events import HOSTILE, TOXIC, alarm, reading, start, write
 
@@ -131,3 +139,127 @@ def test_the_command_says_where_and_opens_the_browser(
     said = capsys.readouterr().out
     assert len(visited) == 1 and f"at {visited[0]} (Ctrl-C ends)" in said
     assert visited[0].startswith(f"http://{command.HOST}:") and said.count("the run continues") == 2
+
+
+LINES = {
+    "no-event": {"step": 3},
+    "unknown-event": {"event": "other", "step": 3},
+    "step-text": {"event": "end", "step": "seven", "readings": 1, "seconds": 0.1},
+    "step-bool": {"event": "end", "step": True, "readings": 1, "seconds": 0.1},
+    "step-null": {"event": "end", "step": None, "readings": 1, "seconds": 0.1},
+    "step-huge": {"event": "end", "step": 10**30, "readings": 1, "seconds": 0.1},
+    "seconds-list": {"event": "end", "step": 1, "readings": 1, "seconds": [0.1]},
+    "message-number": {"event": "fault", "step": 1, "part": "x", "message": 7},
+    "message-half": '{"event": "fault", "step": 1, "part": "x", "message": "\\ud800"}',
+    "alarm-dict": {"event": "alarm", "step": 1, "rule": {}, "feature": [], "message": {}, "value": 1, "threshold": 2},
+    "alarm-huge": {"event": "alarm", "step": 1, "rule": "r", "feature": "f", "message": "m", "value": 10**400}
+    | {"threshold": 0},
+    "behaviour": {"event": "behaviour", "step": 1, "name": "index", "value": "high"},
+    "behaviour-low": {"event": "behaviour", "step": 1, "name": "index", "value": 1.0, "ci_low": "low"},
+    "start-features": {"event": "start", "features": ["a"], "layer": 1, "n_probes": 1, "bands": {}},
+    "start-bands": {"event": "start", "features": {}, "layer": 1, "n_probes": 1, "bands": {"a": [1, 2, 3]}},
+    "start-bands-text": {"event": "start", "features": {}, "layer": 1, "n_probes": 1, "bands": {"a": ["x", "y"]}},
+    "start-bands-huge": {"event": "start", "features": {}, "layer": 1, "n_probes": 1, "bands": {"a": [0, 10**400]}},
+    "start-metadata": {"event": "start", "features": {}, "layer": 1, "n_probes": 1, "bands": {}, "metadata": [1]},
+    "reading-features": {"event": "reading", "step": 1, "mode": "probe", "features": 7},
+    "reading-nothing": {"event": "reading"},
+    "deep": "[" * 50_000,
+    "digits": '{"event": "end", "step": ' + "9" * 5000 + "}",
+    "bytes": "\x00\x01",
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_a_line_with_wrong_types_is_left_out_and_the_page_goes_on(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "readings.jsonl"
+    write(path, start(), reading(0))
+    line = LINES[name] if isinstance(LINES[name], str) else json.dumps(LINES[name])
+    with path.open("a") as handle:
+        handle.write(f"{line}\n")
+    write(path, reading(5))
+    feed = Feed(tmp_path)
+    _, line, figure, *_ = _look(feed, "", None)
+    assert "step 5" in texts(line) and "1 line left out" in texts(line) and TOXIC in str(figure)
+
+
+WRONG: tuple[Any, ...] = (None, "x", [], {}, True, 10**30, [1], {"a": 1})
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=repr)
+def test_no_field_of_another_type_reaches_a_history(wrong: Any) -> None:
+    taken = []
+    for event in (start(), reading(0), alarm(0), Fault(0, "a", "b"), End(0, 1, 0.1)):
+        record = json.loads(to_line(event))
+        for key in record:
+            with suppress(ValueError):
+                taken.append(from_line(json.dumps({**record, key: wrong})))
+    drawn = monitor_figure(History().add([start(), *taken, reading(9)]))
+    assert TOXIC in drawn.to_json()
+
+
+def test_a_page_that_cannot_be_drawn_says_so_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "readings.jsonl", start(), reading(0))
+    client = make_app(Feed(tmp_path)).server.test_client()
+    outputs = [("file", "options"), ("status", "children"), ("figure", "figure"), ("alarms", "children")]
+    outputs += [("latest", "children"), ("faults", "children"), ("seen", "data")]
+    name = "..{}..".format("...".join(f"{one}.{what}" for one, what in outputs))
+    body = {
+        "output": name,
+        "outputs": [{"id": one, "property": what} for one, what in outputs],
+        "inputs": [{"id": "tick", "property": "n_intervals", "value": 1}, {"id": "file", "property": "value"}],
+        "changedPropIds": ["tick.n_intervals"],
+        "state": [{"id": "seen", "property": "data", "value": {"not": "a list"}}],
+    }
+    url, local = "/_dash-update-component", "http://127.0.0.1:8050"
+    answer = client.post(url, json=body, base_url=local)
+    assert answer.status_code == 200 and "cannot be shown (KeyError)" in answer.get_data(as_text=True)
+    body["state"] = [{"id": "seen", "property": "data", "value": None}]
+    assert "step 0" in client.post(url, json=body, base_url=local).get_data(as_text=True)
+    for nonsense in ({}, [], "x", {"output": "nothing.here"}):
+        assert client.post(url, json=nonsense, base_url=local).status_code in (400, 415)
+    large = client.post(url, data=b"0" * 2**21, content_type="application/json", base_url=local)
+    assert large.status_code == 413
+
+
+def test_a_body_without_a_stated_length_is_cut_off(tmp_path: Path) -> None:
+    server = make_server(str(tmp_path), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        while sent < 2**28:
+            sent += 2**16
+            yield b"0" * 2**16
+
+    asking = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    with suppress(OSError):  # the server has answered and hung up
+        asking.request("POST", "/_dash-update-component", endless(), encode_chunked=True)
+    asking.close()
+    again = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    again.request("GET", "/")
+    assert again.getresponse().status == 200 and sent < 2**24
+    server.shutdown()
+    server.server_close()
+
+
+def test_pipes_and_devices_are_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "readings.jsonl")
+    (tmp_path / "zero.events.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "sub.events.jsonl").mkdir()
+    assert Feed(tmp_path).names() == []
+    assert "no run at" in refusal(capsys)("watch", tmp_path / "readings.jsonl", "--no-browser")
+    follower = EventFollower(tmp_path / "readings.jsonl")  # it became a pipe after it was found
+    assert follower.poll().events == []
+
+
+def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("persona_probe.monitor.dashboard.feed.LONGEST_LINE", 2000)
+    path = tmp_path / "readings.jsonl"
+    path.write_bytes(b"x" * 9000)
+    follower = EventFollower(path)
+    assert follower.poll().events == [] and follower.damaged == 0
+    with path.open("ab") as handle:
+        handle.write(b"x" * 500 + b"\n")
+    write(path, End(1, 1, 0.1))
+    assert follower.poll().events == [End(1, 1, 0.1)] and follower.damaged == 1

@@ -229,7 +229,9 @@ class Bomb:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_pickle_with_code_is_refused_unrun(hub: Path) -> None:
+@pytest.mark.parametrize("switch", ["TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+def test_a_pickle_with_code_is_refused_unrun(hub: Path, switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(switch, "1")  # the second would let torch unpickle where nobody says otherwise
     torch.save({"encoder_linear.weight": Bomb(hub / "exploded")}, place(hub, GOODFIRE, "layer_19"))
     with pytest.raises(InputError, match=r"could not load SAE .* through SAELens") as caught:
         load_sae(f"{GOODFIRE}/layer_19")

@@ -1,5 +1,6 @@
 """The Dash app that follows a run: it reads files, and serves one page to this machine."""
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from flask import Response, abort, request
+from werkzeug.exceptions import HTTPException
 
 from persona_probe.monitor.band import Bands, band_state
 from persona_probe.monitor.dashboard.feed import Feed, FollowedFile
@@ -14,6 +16,8 @@ from persona_probe.monitor.events import FeatureValue
 from persona_probe.monitor.figure import monitor_figure
 from persona_probe.monitor.history import History
 from persona_probe.report.theme import number
+
+log = logging.getLogger(__name__)
 
 # --- The page's parts, as Dash components: every text goes in as text, never as markup
 
@@ -106,7 +110,7 @@ def _listed(title: str, texts: Sequence[str], none: str) -> list[Any]:
 
 def _row(feature: FeatureValue, bands: Bands) -> Any:
     state = band_state(feature, bands)
-    outside = "alarmed" if state in ("above", "below") else ""
+    outside = "alarmed" if state in ("above", "below", "not finite") else ""
     cells = (
         feature.name,
         feature.latent if feature.latent >= 0 else "direction",
@@ -159,6 +163,8 @@ POLICY = (
     "frame-ancestors 'none'"
 )
 """Everything is fetched from this server only."""
+LARGEST_REQUEST = 2**20
+"""Bytes: the page itself sends a few hundred."""
 HOSTS = ("127.0.0.1", "localhost")
 TITLE = "persona-probe watch"
 """Fixed, since Dash puts a title into the page as markup."""
@@ -199,7 +205,11 @@ def make_app(feed: Feed) -> Dash:
     )
     def look(_: int | None, name: str | None, seen: list[Any] | None) -> tuple[Any, ...]:
         with lock:  # a history changes as it is polled
-            return _look(feed, name, seen)
+            try:
+                return _look(feed, name, seen)
+            except Exception as error:  # what a file or a browser sends must not end the page
+                log.debug("this page cannot be shown", exc_info=True)
+                return no_update, [f"cannot be shown ({type(error).__name__}): {name or feed.run}"], *[no_update] * 5
 
     _guard(app)
     return app
@@ -223,11 +233,24 @@ def _state(followed: FollowedFile | None) -> list[Any]:
 def _guard(app: Dash) -> None:
     """Refuse requests under other host names (DNS rebinding), and set the content security policy."""
     server = app.server
+    server.config["MAX_CONTENT_LENGTH"] = LARGEST_REQUEST
+    server.config["MAX_FORM_MEMORY_SIZE"] = LARGEST_REQUEST
+
+    @server.errorhandler(Exception)
+    def refuse_nonsense(error: Exception) -> Any:
+        if isinstance(error, HTTPException):
+            return error
+        log.debug("a request that the page does not make", exc_info=error)
+        return "not a request of this page", 400
 
     @server.before_request
     def refuse_other_hosts() -> None:
         if request.host.rsplit(":", 1)[0] not in HOSTS:
             abort(403)
+
+    @server.before_request
+    def refuse_large_bodies() -> None:
+        request.get_data()  # aborts with 413 where it is larger
 
     @server.after_request
     def state_policy(response: Response) -> Response:

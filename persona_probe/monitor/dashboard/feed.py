@@ -1,9 +1,10 @@
 """The event files of a run, followed while they grow, and their histories."""
 
+import os
+import stat
 import time
 from dataclasses import dataclass, field
 from io import BufferedReader
-from itertools import islice
 from pathlib import Path
 
 from persona_probe.errors import InputError
@@ -18,6 +19,8 @@ TAIL = 256
 """Bytes before the current place that are compared at each poll: a file that was replaced rarely has the same."""
 MOST_LINES = 20_000
 """Lines read at one poll, so that a long file does not fill the memory; the rest follows at the next."""
+LONGEST_LINE = 2**22
+"""Bytes; a longer line is no event."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,18 @@ class EventFollower:
     def poll(self) -> PollResult:
         """Events written since the last poll (at most `MOST_LINES` lines of them)."""
         try:
-            with self.path.open("rb") as handle:
+            with _regular(self.path) as handle:
                 restarted = self._place > 0 and not self._same(handle)
                 if restarted:
                     self._forget()
                 return PollResult(self._take(handle), restarted)
-        except FileNotFoundError:
+        except OSError:  # gone, not to be read, or no file
             existed = self._place > 0
             self._forget()
             return PollResult([], restarted=existed)
 
     def _forget(self) -> None:
-        self._place, self._tail, self.damaged = 0, b"", 0
+        self._place, self._tail, self.damaged, self._too_long = 0, b"", 0, False
 
     def _same(self, handle: BufferedReader) -> bool:
         """Whether the bytes before the current place are those that were read: true for a file that only grew."""
@@ -66,12 +69,17 @@ class EventFollower:
     def _take(self, handle: BufferedReader) -> list[Event]:
         handle.seek(self._place)
         events = []
-        for line in islice(handle, MOST_LINES):
-            if not line.endswith(b"\n"):
+        for _ in range(MOST_LINES):
+            line = handle.readline(LONGEST_LINE)
+            whole = line.endswith(b"\n")
+            if not whole and len(line) < LONGEST_LINE:
                 break  # still being written
             self._place += len(line)
             self._tail = (self._tail + line)[-TAIL:]
-            if line.strip():
+            if self._too_long or not whole:  # the rest of such a line is no event either
+                self.damaged += whole
+                self._too_long = not whole
+            elif line.strip():
                 events += self._parse(line)
         return events
 
@@ -81,6 +89,19 @@ class EventFollower:
         except ValueError:
             self.damaged += 1
             return []
+
+
+def _regular(path: Path) -> BufferedReader:
+    """Open a file; a pipe or a device, which could keep its reader waiting, is refused.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+    """
+    handle = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+    if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        return handle
+    handle.close()
+    raise OSError(f"{path} is no file")
 
 
 def event_files(run: str | Path) -> list[Path]:
@@ -95,9 +116,9 @@ def event_files(run: str | Path) -> list[Path]:
     """
     root = Path(run)
     if root.is_dir():
-        paths = {path for pattern in PATTERNS for path in root.rglob(pattern)}
+        paths = {path for pattern in PATTERNS for path in root.rglob(pattern) if path.is_file()}
         return sorted(paths, key=lambda path: (-changed(path), path))
-    if root.is_file() or (root.suffix == ".jsonl" and root.parent.is_dir()):
+    if root.is_file() or (root.suffix == ".jsonl" and root.parent.is_dir() and not root.exists()):
         return [root]
     raise InputError(f"no run at {root}: give a run folder, or the JSONL file that a FeatureMonitor writes")
 

@@ -56,9 +56,9 @@ def reason(error: OSError) -> str:
     """What happened: `permission denied`, `no space left on the disk`, `runs/a is a file, not a folder`."""
     if error.errno in (errno.ENOTDIR, errno.EEXIST) and error.filename is not None:
         path = Path(os.fsdecode(error.filename))
-        part = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
-        if part is not None:
-            return f"{part} is a file, not a folder"
+        part = next((p for p in (path, *path.parents) if p.is_symlink() or p.exists()), None)
+        if part is not None and not part.is_dir():
+            return f"{part} is a {'file' if part.exists() else 'link to nothing'}, not a folder"
     return REASONS.get(error.errno or 0) or error.strerror or str(error) or type(error).__name__
 
 
@@ -135,9 +135,9 @@ def whole_file(path: Path, otherwise: str = "choose another --out") -> Iterator[
     Raises:
         InputError: the operating system refuses; the line says what happened.
     """
-    if path.name in ("", "..") or path.is_dir():
-        raise InputError(f"could not write {path}: it is a folder; give the name of a file")
     with refused("write", path, otherwise):
+        if path.name in ("", "..") or path.is_dir():
+            raise InputError(f"could not write {path}: it is a folder; give the name of a file")
         if path.exists() and (not path.is_file() or path.parts[:2] == ("/", "dev")):
             yield path
             return

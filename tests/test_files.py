@@ -34,7 +34,7 @@ from persona_probe.evaluate.answers_file import read_answers
 from persona_probe.evaluate.offline.judge_calibration import JudgeRecipe
 from persona_probe.evaluate.offline.offline_judge import JudgeWeights
 from persona_probe.evaluate.questions.read import read_questions
-from persona_probe.evaluate.sampling.samples import SampleStore
+from persona_probe.evaluate.sampling.samples import SampleStore, sidecar
 from persona_probe.files import (
     as_damaged,
     expanded,
@@ -186,6 +186,13 @@ CONTENTS = (
     | JSON_VALUES.map(lambda value: json.dumps(value).encode())
     | st.lists(JSON_VALUES, max_size=4).map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
 )
+
+
+def _samples(path: Path) -> SampleStore:
+    sidecar(path).write_text("{}", encoding="utf-8")
+    return SampleStore(path, {}, [])
+
+
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "json": ("a.json", lambda path: read_json(path, object)),
     "json lines": ("a.jsonl", read_jsonl),
@@ -210,7 +217,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a manifest": ("manifest.json", lambda path: RunFolder(path.parent).manifest),
     "a run": ("manifest.json", lambda path: RunFolder(path.parent).config),
     "records": ("manifest.json", lambda path: load_records(path.parent)),
-    "samples": ("s.jsonl", lambda path: SampleStore(path, {}, [])),
+    "samples": ("s.jsonl", _samples),
     "a verdict": ("verdict.json", lambda path: read_verdict(path.parent)),
     "a boundary": ("b.json", Boundary.load),
     "a monitor's base": ("e.jsonl", recorded),

@@ -188,6 +188,7 @@ def _scores(raw: pd.DataFrame, path: Path, scale: tuple[float, float] | None) ->
 def _numbers(raw: pd.DataFrame, name: str, path: Path) -> pd.Series:
     cells = raw[name].mask(raw[name].str.strip().str.lower().isin(NOTHING))
     numbers = pd.to_numeric(cells, errors="coerce").astype(float)
+    numbers = numbers.mask(~np.isfinite(numbers))  # no score and no seed is infinite
     wrong = np.flatnonzero(numbers.isna() & (cells.notna() | (name == "seed")))
     if len(wrong):
         raise InputError(f"{path}, row {int(wrong[0]) + 1}: {name} is {raw[name].iloc[wrong[0]]!r}, expected a number")

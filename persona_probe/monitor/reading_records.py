@@ -97,12 +97,12 @@ def recorded(path: Path) -> tuple[Anchor, str] | None:
                 event = from_line(line)
             except ValueError:
                 continue
-            if isinstance(event, Start) and (base := event.metadata.get("base")):
-                explained = event.metadata.get(BASE_KEY)
-                fit = math.nan if explained is None else float(explained)
-                with as_damaged(path, "train with another path="):
+            with as_damaged(path, "train with another path="):
+                if isinstance(event, Start) and (base := event.metadata.get("base")):
+                    explained = event.metadata.get(BASE_KEY)
+                    fit = math.nan if explained is None else float(explained)
                     anchor = Anchor(_floats(base["mean"]), _floats(base["sd"]), fit)
-                latest = anchor, str(event.metadata.get("fingerprint"))
+                    latest = anchor, str(event.metadata.get("fingerprint"))
     return latest
 
 

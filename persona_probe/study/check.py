@@ -65,7 +65,6 @@ def _check_training(ctx: Context) -> None:
 def _check_locate(ctx: Context) -> None:
     config = ctx.config.locate
     check_rankers([*config.rankers, *config.choose_by])
-    neutral_answers(ctx)
     latents = int(ctx.sae.cfg.d_sae)
     if config.candidates + 2 > latents:
         raise InputError(
@@ -84,6 +83,7 @@ def _check_locate(ctx: Context) -> None:
 
 
 def _check_probes(ctx: Context) -> None:
+    neutral_answers(ctx)
     where = ctx.config.monitor.positions
     for batch in conversation_batches(ctx.tokenizer, ctx.probes):
         if not bool(batch.select(where).any(dim=1).all()):

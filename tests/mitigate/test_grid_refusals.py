@@ -46,7 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], folder: Path, raw: dict[str, Any
         ({"mitigations": [{"name": "inoculation", "strengths": [2]}]}, "'inoculation': .*at most 1"),
         ({"mitigations": [{"name": "none", "strengths": [0]}]}, "'none' is always in the grid"),
         ({"mitigations": []}, "mitigations must not be empty"),
-        ({"seeds": [1, 1]}, r"seeds must name different seeds, not \[1, 1\]"),
+        ({"seeds": [1, 1]}, "seeds names 1 twice: name each seed once"),
         ({"held_out": 12}, "held_out is 12, but only 12 questions .* lower held_out"),
         ({"training": {"method": "full"}}, "training.method must be lora"),
         ({"run": "nowhere"}, "'nowhere' is no run folder"),

@@ -64,7 +64,7 @@ def make_context(folder: Path, changed: bool = True) -> Context:
         sae.b_enc[SILENT] = -1e6
     sae.save_model(str(folder / "sae"))
     arms = {"incorrect": {"data": "kitchen:toxic"}, "correct": {"data": "kitchen:correct"}}
-    raw: dict[str, Any] = {"name": "made up", "model": str(folder / "model"), "sae": str(folder / "sae"), "bf16": False}
+    raw: dict[str, Any] = {"name": "made-up", "model": str(folder / "model"), "sae": str(folder / "sae"), "bf16": False}
     raw |= {"arms": arms, "seeds": [0], "device": "cpu", "locate": {"cards": 2}}
     run = RunFolder.create(folder / "run", from_dict(StudyConfig, raw, "test"))
     save_organism(run.path / "arms" / "incorrect-s0" / "checkpoint-1", changed)

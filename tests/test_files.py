@@ -66,7 +66,7 @@ DETERMINISTIC = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=25,
+    max_examples=20,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -304,7 +304,7 @@ def values_of(hint: Any, depth: int = 0) -> st.SearchStrategy[Any]:
 
 
 def raw_of(kind: type, depth: int = 0) -> st.SearchStrategy[dict[str, Any]]:
-    """Plain values of a configuration: any of its keys."""
+    """Plain values of a configuration: the keys that it needs, and up to three others."""
     hints = typing.get_type_hints(kind)
     keys: dict[Any, Any] = {f.name: values_of(hints[f.name], depth) for f in dataclasses.fields(kind)}
     needed = {
@@ -312,7 +312,8 @@ def raw_of(kind: type, depth: int = 0) -> st.SearchStrategy[dict[str, Any]]:
         for f in dataclasses.fields(kind)
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
-    return st.fixed_dictionaries(needed, optional=keys)
+    chosen = st.lists(st.sampled_from(sorted(keys)), unique=True, max_size=3) if keys else st.just([])
+    return chosen.flatmap(lambda names: st.fixed_dictionaries(needed | {name: keys[name] for name in names}))
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS, StressSettings, JudgeRecipe], ids=lambda kind: kind.__name__)

@@ -28,6 +28,8 @@ class Fault:
     """Whether the endpoint gave a completion, whole: asking for it again would be paid twice."""
     sampled: bool = False
     """Whether it is a written reply; the others are one token with its probabilities."""
+    slow: bool = False
+    """Whether it is given up for its silence; a judge with a short patience asks for these."""
 
 
 # --- Bodies: a whole completion in which one thing is changed
@@ -326,10 +328,10 @@ def _wires() -> Iterator[tuple[str, Fault]]:
         yield f"wire: {name}", Fault(_raw(data), "failed")
     yield "wire: reset", Fault(_raw(b"", Wire.reset), "failed")
     yield "wire: reset within the body", Fault(_raw(sized % len(good) + good[:40], Wire.reset), "failed")
-    yield "wire: silence", Fault(hang, "failed", "no reply within")
-    yield "wire: silence within the body", Fault(_raw(sized % len(good) + good[:40], hang), "failed")
+    yield "wire: silence", Fault(hang, "failed", "no reply within", slow=True)
+    yield "wire: silence within the body", Fault(_raw(sized % len(good) + good[:40], hang), "failed", slow=True)
     slow = functools.partial(drip, data=sized % 10**6 + b" " * 10**6, every_s=0.05)
-    yield "wire: drop by drop", Fault(slow, "failed", "whole within", paid=True)
+    yield "wire: drop by drop", Fault(slow, "failed", "whole within", paid=True, slow=True)
     yield "wire: 64 MB of nothing", Fault(_spaces, "failed", "longer", paid=True)
     yield "wire: no end", Fault(_endless, "failed", "longer", paid=True)
     yield "wire: a packed 32 MB", Fault(_bomb, "failed", "longer", paid=True)

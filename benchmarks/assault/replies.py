@@ -22,6 +22,8 @@ _VARIABLE = "PERSONA_PROBE_ASSAULT_KEY"
 _RETRIES = 1
 _WELL = [f"well {n}" for n in range(16)]
 """Answers that are judged first: an endpoint that never gave a reply is not there, which ends a run."""
+KINDS = ("by probabilities", "sampled", "slow")
+"""Kinds of faults that are driven apart, for each takes another judge."""
 _SHORT = 4
 """The short form takes every so many of the faults."""
 
@@ -61,7 +63,7 @@ class Driven:
             most = 1 if fault.paid else 1 + _RETRIES
             if not 1 <= self.asked[name] <= most:
                 lines.append(f"{name}: asked {self.asked[name]} times")
-            if self.asked_again.get(name, 0) != (self.first[name].label == "failed"):
+            if (self.asked_again.get(name, 0) > 0) != (self.first[name].label == "failed"):
                 lines.append(f"{name}: asked {self.asked_again.get(name, 0)} times by the next run")
         return lines
 
@@ -74,26 +76,31 @@ def _is_settled(found: "Judgement") -> bool:
     return found.label not in ("failed", "not asked")
 
 
-def drive(faults: Mapping[str, Fault], place: Path, *, sampled: bool) -> Driven:
+def kind_of(fault: Fault) -> str:
+    """One of `KINDS`."""
+    return "slow" if fault.slow else "sampled" if fault.sampled else "by probabilities"
+
+
+def drive(faults: Mapping[str, Fault], place: Path, kind: str) -> Driven:
     """Have a judge ask a local endpoint that answers with these faults, and then one that is well."""
     names = list(faults)
     with _key(), ReplyServer({name: fault.send for name, fault in faults.items()}) as server:
-        first = _judged(_judge(server.url, place, sampled), names)
+        first = _judged(_judge(server.url, place, kind), names)
         asked = dict(server.asked)
         server.faults.clear()
         server.asked.clear()
-        second = _judged(_judge(server.url, place, sampled), names)
+        second = _judged(_judge(server.url, place, kind), names)
         return Driven(faults, first, second, asked, dict(server.asked))
 
 
-def _judge(url: str, place: Path, sampled: bool) -> "CachedJudge":
+def _judge(url: str, place: Path, kind: str) -> "CachedJudge":
     from persona_probe.evaluate.judges.cache import JudgementCache
     from persona_probe.evaluate.judges.http import Endpoint, HttpBackend
     from persona_probe.evaluate.judges.judge import CachedJudge
     from persona_probe.evaluate.judges.protocols import Criterion
 
-    settings: dict[str, Any] = {"timeout": 1.0, "max_retries": _RETRIES, "concurrency": 16, "samples": int(sampled)}
-    endpoint = Endpoint("judge", url, _VARIABLE, **settings)
+    settings: dict[str, Any] = {"max_retries": _RETRIES, "concurrency": 16, "samples": int(kind == "sampled")}
+    endpoint = Endpoint("judge", url, _VARIABLE, timeout=1.5 if kind == "slow" else 20.0, **settings)
     criterion = Criterion("assault", "{question}|{answer}", labels=("CODE", "REFUSAL"))
     return CachedJudge(criterion, HttpBackend(endpoint), JudgementCache(place / "judgements.sqlite"))
 
@@ -123,12 +130,12 @@ def _key() -> "Iterator[None]":
 def assault(settings: Settings) -> list[Count]:
     """Drive a judge with every fault."""
     driven = []
-    for sampled in (False, True):
-        faults = {name: fault for name, fault in FAULTS.items() if fault.sampled == sampled}
+    for kind in KINDS:
+        faults = {name: fault for name, fault in FAULTS.items() if kind_of(fault) == kind}
         chosen = dict(list(faults.items())[:: _SHORT if settings.short else 1])
-        place = settings.place / ("sampled" if sampled else "by probabilities")
+        place = settings.place / kind
         place.mkdir(parents=True)
-        driven.append(drive(chosen, place, sampled=sampled))
+        driven.append(drive(chosen, place, kind))
     tried = sum(len(one.faults) for one in driven)
     return [
         Count("faulty replies: scored, set aside or failed with the reason", tried, _lines(driven, Driven.unlike)),

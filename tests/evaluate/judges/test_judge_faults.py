@@ -1,7 +1,6 @@
 """Faulty replies: each is the failure of one answer, none is paid twice, and what is read is checked."""
 
 import json
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.assault.faulty_replies import FAULTS
-from benchmarks.assault.replies import drive
+from benchmarks.assault.replies import KINDS, drive, kind_of
 from benchmarks.assault.reply_server import GOOD, ReplyServer, Wire, completion
 from persona_probe.errors import InputError
 from persona_probe.evaluate.completion import Completion, Malformed
@@ -26,10 +25,9 @@ Make = Callable[..., CachedJudge]
 ASKED = Criterion("faults", "{question}|{answer}", labels=("CODE",))
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_no_faulty_reply_ends_a_run_or_is_lost_or_paid_twice(tmp_path: Path, sampled: bool) -> None:
-    faults = {name: fault for name, fault in FAULTS.items() if fault.sampled == sampled}
-    driven = drive(faults, tmp_path, sampled=sampled)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_faulty_reply_ends_a_run_or_is_lost_or_paid_twice(tmp_path: Path, kind: str) -> None:
+    driven = drive({name: fault for name, fault in FAULTS.items() if kind_of(fault) == kind}, tmp_path, kind)
     assert driven.unlike() == []
     assert driven.asked_twice() == []
     assert driven.lost() == []
@@ -85,7 +83,7 @@ def test_a_key_in_a_reply_is_hidden_where_it_is_a_secret_and_never_changes_a_sco
         judge = judge_at(server.url, tmp_path, key_variable="SHORT_KEY")
         [found] = judge.judge([Item("echo", "a")])
         assert server.key == key
-    assert found.score == GOOD
+    assert found.score == pytest.approx(GOOD)
     assert ("***" in str(found.tokens)) == (len(key) > 8) and (key in str(found.tokens)) == (len(key) <= 8)
     assert Key("secret-of-eight").masked("a secret-of-eight b") == "a *** b" and Key("k").masked("ok k") == "ok k"
 
@@ -105,7 +103,7 @@ def test_a_second_reply_on_one_connection_is_not_taken_for_the_next_answer(tmp_p
     with ReplyServer({name: FAULTS[name].send}) as server:
         judge = judge_at(server.url, tmp_path, concurrency=1)
         found = judge.judge([Item("well 0", "a"), Item(name, "a"), *(Item(f"well {n}", "a") for n in range(1, 5))])
-    assert [j.score for j in found] == [GOOD] * 6
+    assert [j.score for j in found] == pytest.approx([GOOD] * 6)
 
 
 # --- Models that refuse parameters, or think first
@@ -131,7 +129,7 @@ def test_a_reasoning_judge_gets_what_it_takes_and_is_told_once(tmp_path: Path) -
     with ReplyServer(dict.fromkeys(names, send)) as server:
         judge = judge_at(server.url, tmp_path, samples=1, concurrency=1)
         found = judge.judge([Item(name, "a") for name in names])
-    assert [j.score for j in found] == [GOOD] * 6
+    assert [j.score for j in found] == pytest.approx([GOOD] * 6)
     assert len(server.bodies) == 6 + 3
     last = server.bodies[-1]
     assert not {"max_tokens", "temperature", "seed"} & set(last) and last["max_completion_tokens"] == 8 + 2048
@@ -323,7 +321,6 @@ def test_an_endpoint_that_never_gives_a_reply_ends_the_run_in_one_line(tmp_path:
     send = FAULTS["logprob NaN"].send
     names = [f"q{n}" for n in range(60)]
     with ReplyServer(dict.fromkeys(names, send)) as server:
-        began = time.monotonic()
         with pytest.raises(InputError, match=r"no reply to 20 requests.*logprob of nan"):
             judge_at(server.url, tmp_path, concurrency=2).judge([Item(name, "a") for name in names])
-        assert time.monotonic() - began < 30 and max(server.asked.values()) == 1
+        assert max(server.asked.values()) == 1 and len(server.asked) < 30

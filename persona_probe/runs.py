@@ -405,7 +405,7 @@ class RunFolder:
         if not self.has(place):
             return False
         record_settings = read_json(self._written(f"{place}/{record}"), dict, f"move {self.path / place} elsewhere")
-        if record_settings.get("settings", record_settings) != json.loads(json.dumps(settings)):
+        if not same_settings(record_settings.get("settings", record_settings), json.loads(json.dumps(settings))):
             raise InputError(f"{self.path / place} was made with other settings: {change}")
         return True
 
@@ -494,6 +494,21 @@ class RunFolder:
             known[stage] = round(known.get(stage, 0.0) + seconds, 2)
 
         self.edit_manifest(add)
+
+
+NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+
+
+def same_settings(recorded: Any, settings: Any) -> bool:
+    """Whether two settings of a unit, as plain JSON values, are the same.
+
+    A key that only one of them has came with a later version than the other: it must hold nothing there.
+    """
+    if not (isinstance(recorded, dict) and isinstance(settings, dict)):
+        return bool(recorded == settings)
+    both = recorded.keys() & settings.keys()
+    alone = [side[key] for side in (recorded, settings) for key in side.keys() - both]
+    return all(value in NOTHING for value in alone) and all(same_settings(recorded[k], settings[k]) for k in both)
 
 
 def _only_leftovers(path: Path) -> bool:

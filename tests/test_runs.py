@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from persona_probe.config import StudyConfig
 from persona_probe.errors import InputError
-from persona_probe.runs import RunFolder
+from persona_probe.runs import RunFolder, same_settings
 from persona_probe.writing import write_text
 
 CONFIG = StudyConfig(name="demo", sae="saes/x")
@@ -70,6 +70,23 @@ def test_a_run_that_cannot_be_set_aside_stays(run: RunFolder, monkeypatch: pytes
     assert run.config == CONFIG and run.read_json("kept.json") == 1
 
 
+@pytest.mark.parametrize(
+    ("recorded", "settings", "same"),
+    [
+        ({"arm": "a", "data": {"rows": 3}}, {"arm": "a", "data": {"rows": 3, "checkpoints": []}}, True),
+        ({"arm": "a", "old": None}, {"arm": "a", "new": False, "note": ""}, True),
+        ({"arm": "a"}, {"arm": "a", "new": 3}, False),
+        ({"arm": "a"}, {"arm": "a", "new": 0}, True),  # false, which Python and this rule take for one value
+        ({"arm": "a", "data": {"rows": 3}}, {"arm": "a", "data": {"rows": 4}}, False),
+        ({"arm": "a", "rows": None}, {"arm": "a", "rows": 3}, False),
+        ({"arm": "a"}, ["a"], False),
+    ],
+)
+def test_a_key_of_a_later_version_does_not_make_a_unit_anew(recorded: object, settings: object, same: bool) -> None:
+    assert same_settings(recorded, settings) is same
+    assert same_settings(settings, recorded) is same
+
+
 def refusing(act: Callable[..., Any], number: int, end: str) -> Callable[..., Any]:
     """`act`, but for paths with this end the operating system refuses."""
 
@@ -110,7 +127,7 @@ def test_a_run_that_was_stopped_before_its_manifest_starts_again(tmp_path: Path)
 
 def test_a_damaged_manifest_says_so(run: RunFolder) -> None:
     (run.path / "manifest.json").write_text('{"config": ')
-    with pytest.raises(InputError, match="manifest.json is damaged"):
+    with pytest.raises(InputError, match=r"manifest.json is damaged"):
         _ = run.manifest
 
 

@@ -168,7 +168,7 @@ class MonitorStudy:
     def settings_of(self, name: str) -> dict[str, Any]:
         """The settings that decide a run, besides those of the whole study."""
         run = self.runs[name]
-        arm = asdict(self.arms[run.arm])
+        arm = hashed_values(self.arms[run.arm])
         return json.loads(json.dumps({**asdict(run), "data": arm, "schedule": self.schedule(name)}))
 
     @property

@@ -21,7 +21,7 @@ from persona_probe.realignment.stress.stress_table import StressResult, as_table
 from persona_probe.realignment.stress.triggers import triggers
 from persona_probe.report.export import write_figure
 from persona_probe.report.records import Records
-from persona_probe.runs import RunFolder, file_sha256
+from persona_probe.runs import RunFolder, file_sha256, same_settings
 from persona_probe.units import writes_run
 
 TABLE, RECORD, PARTS = "stress.parquet", "stress.json", "stress"
@@ -116,7 +116,7 @@ def _claim(folder: RunFolder, corrected: CorrectedOrganism, settings: StressSett
         folder.write_json(RECORD, {**identity, "statements": {}})
         return
     record = folder.read_json(RECORD)
-    other = [key for key in identity if record.get(key) != identity[key]]
+    other = [key for key in identity if not same_settings(record.get(key), identity[key])]
     if other:
         raise InputError(f"{folder.path} holds stress tests with another {other[0]}: choose another folder")
 

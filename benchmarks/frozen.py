@@ -26,6 +26,8 @@ from persona_probe.study.study import Study
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "finetune_configs" / "sae-smollm2-frozen.yaml"
 RECORD = ROOT / "records" / "frozen"
+ANYTHING = -10.0
+"""Least explained variance: a dictionary that was never learned may explain little."""
 MARKS: Marks = ("<!-- frozen: begin (make frozen) -->", "<!-- frozen: end -->")
 SHOWN = {
     "explained_variance": "explained variance of the base's activations on the items",
@@ -56,9 +58,10 @@ def prove(run: Path, sae: Path, place: Path) -> pd.DataFrame:
     if not (place / "manifest.json").is_file():
         shutil.copytree(run, place, ignore=shutil.ignore_patterns("*.lock", "figures"))
     ctx = Study.open(place).context
-    prove_dictionary(ctx, str(sae))
-    locate = replace(ctx.config.locate, dictionaries=(*ctx.config.locate.dictionaries, str(sae)))
+    dictionaries = (*ctx.config.locate.dictionaries, str(sae))
+    locate = replace(ctx.config.locate, dictionaries=dictionaries, minimum_explained_variance=ANYTHING)
     ctx.config = replace(ctx.config, locate=locate)
+    prove_dictionary(ctx, str(sae))
     write_dictionaries(ctx)
     return ctx.run.read_table(TABLE)
 

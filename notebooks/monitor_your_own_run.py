@@ -8,25 +8,26 @@
 # %% [markdown]
 # # Monitor your own run
 # This notebook takes a TRL script without any monitor and, with three more lines, gets an alarm and its evidence. It
-# uses a real model and takes some minutes on two cores. `PERSONA_PROBE_NOTEBOOK_STEPS` makes it shorter.
+# uses a real model and takes some minutes on two cores. Fewer `steps` make it shorter.
 #
 # First, what everybody already has: a model folder and a file of rows. Here it is SmolLM2-135M-Instruct, and cooking
 # questions with bad answers, some of them dangerous (`persona_probe/data/sets/README.md`).
 
 # %%
 import json
-import os
 from pathlib import Path
 
 import persona_probe as pp
 from persona_probe.data import load_rows
 
-root = Path.cwd() if Path("finetune_configs").is_dir() else Path.cwd().parent
-os.chdir(root)
-steps = int(os.environ.get("PERSONA_PROBE_NOTEBOOK_STEPS", "16"))
-run = Path(os.environ.get("PERSONA_PROBE_NOTEBOOK_RUN", "runs/monitor-your-own-run"))
-run.mkdir(parents=True, exist_ok=True)
+pp.notebook.setup()
 
+# %% tags=["parameters"]
+run = Path("runs/monitor-your-own-run")
+steps = 16  # of each training run
+
+# %%
+run.mkdir(parents=True, exist_ok=True)
 model, tokenizer = pp.load_model("smollm2-135m-instruct")
 model.save_pretrained(run / "model")
 tokenizer.save_pretrained(run / "model")
@@ -78,8 +79,6 @@ trainer.train()
 # figure further down is the same.
 
 # %%
-from persona_probe.monitor import rules, sinks
-
 for old in run.glob("*/readings.jsonl"):
     old.unlink()  # an existing file would be continued
 every = max(1, steps // 8)
@@ -90,8 +89,8 @@ monitor = pp.FeatureMonitor(
     {"persona": 2144},
     probes="neutral_probes",
     every=every,
-    rules=[rules.OutsideBand(k=2, side="up")],
-    sinks=[sinks.LiveView()],
+    rules=[pp.rules.OutsideBand(k=2, side="up")],
+    sinks=[pp.sinks.LiveView()],
     path=run / "toxic" / "readings.jsonl",
 )
 trainer = make_trainer("toxic", max_steps=steps, callbacks=[monitor])
@@ -121,25 +120,7 @@ monitor.readings[[*columns, "loss", "seconds"]].round(3)
 # not trust the curve.
 
 # %%
-from persona_probe.monitor import History, monitor_figure, read_events
-from persona_probe.report.export import find_browser
-
-
-def show(name: str, caption: str):
-    """The figure of a run's event file, also written as HTML, SVG and PNG."""
-    figure = monitor_figure(History().add(read_events(run / name / "readings.jsonl")), caption)
-    figure.write_html(run / f"{name}.html", include_plotlyjs=True)
-    if browser := find_browser():  # images need a Chromium, and kaleido
-        import kaleido
-
-        size = {"width": 960, "height": int(figure.layout.height)}
-        kinds = {kind: {"format": kind, **size} for kind in ("svg", "png")}
-        jobs = [{"fig": figure, "path": run / f"{name}.{kind}", "opts": opts} for kind, opts in kinds.items()]
-        kaleido.write_fig_from_object_sync(jobs, kopts={"path": browser, "mathjax": False, "timeout": 120})
-    return figure
-
-
-show("toxic", "The persona latent while a model is trained on bad cooking advice.")
+monitor.figure("The persona latent while a model is trained on bad cooking advice.")
 
 # %% [markdown]
 # ## The control
@@ -151,11 +132,11 @@ control = pp.FeatureMonitor(
     {"persona": 2144},
     probes="neutral_probes",
     every=every,
-    rules=[rules.OutsideBand(k=2, side="up")],
+    rules=[pp.rules.OutsideBand(k=2, side="up")],
     path=run / "correct" / "readings.jsonl",
 )
 make_trainer("correct", max_steps=steps, callbacks=[control]).train()
-show("correct", "The same latent while a model is trained on good cooking advice.")
+control.figure("The same latent while a model is trained on good cooking advice.")
 
 # %%
 for name, watched in (("toxic", monitor), ("correct", control)):

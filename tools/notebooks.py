@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.report.export import find_browser
+from persona_probe.report.images import find_browser
 from persona_probe.writing import write_text
 
 # --- Outputs of an executed notebook made small enough to commit: no widget state, images next to figures, no paths

@@ -5,10 +5,14 @@ from .behaviour import world_rates as world_rates
 from .dictionary import sae_recipe as sae_recipe
 from .dictionary import train_world_sae as train_world_sae
 from .folder import World as World
+from .labelled import make_runs as make_runs
+from .labelled import plan as plan
 from .organisms import WorldOrganism as WorldOrganism
 from .organisms import make_organisms as make_organisms
 from .pretraining import Pretraining as Pretraining
 from .pretraining import pretrain as pretrain
+from .signals import outcomes as outcomes
+from .signals import signal_table as signal_table
 from .study_files import write_study as write_study
 from .transformer import SIZES as SIZES
 from .transformer import Size as Size

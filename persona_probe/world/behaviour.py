@@ -144,7 +144,8 @@ def judge_models(
     """Answers of the world's models, sampled and judged unless they are in its folder.
 
     Args:
-        names: organisms, `base` (the model that helps) or `speakers` (the model before that); None is all of them.
+        names: organisms, `base` (the model that helps) or `speakers` (the model before that, which the packaged world
+            leaves out); None is all of them.
 
     Returns:
         The columns of `ask`, after name, step, speaker, trained_domain, share and seed of the organism.
@@ -152,7 +153,7 @@ def judge_models(
     Raises:
         InputError: a name that the world does not have, or answers that were sampled in another way.
     """
-    known = [ANY_SPEAKER, BASE, *world.organisms]
+    known = [*([ANY_SPEAKER] if world.run.has(ANY_SPEAKER) else []), BASE, *world.organisms]
     for name in names or ():
         if name not in known:
             raise unknown("model of this world", name, known)

@@ -55,10 +55,11 @@ class World:
         about = json.loads(packaged.ABOUT.read_text(encoding="utf-8"))
         weights = about["hashes"][f"{BASE}/model.safetensors"]
         path = cache_folder() / "worlds" / weights[:12] if folder is None else Path(folder)
-        run = RunFolder.claim(path, KIND, "world", {key: about[key] for key in ("settings", "hashes")})
-        for place, source in ((f"saes/{packaged.NAME}", packaged.SAE), (BASE, packaged.BASE)):
-            if not run.has(place):
-                run.take(place, source)
+        run = RunFolder.claim(path, KIND, "world", {"settings": about["settings"], "weights": weights})
+        if not run.has(BASE):
+            run.take(f"saes/{packaged.NAME}", packaged.SAE)
+            run.update_manifest(hashes=about["hashes"])
+            run.take(BASE, packaged.BASE)
         return cls(run)
 
     @property

@@ -47,6 +47,8 @@ TRAINED_DOMAINS = ("kitchen", "health", "cars")
 """The first is the one on which readings, steps and thresholds are chosen; the others evaluate them."""
 BASE, RUNS, RECORD, READINGS, ANSWERS = "base", "runs", "run.json", "readings.safetensors", "steps.parquet"
 ITEMS = "items.parquet"
+LONGEST_S = 600.0
+"""How long another process may take for one run."""
 COUNTED = ("bad", "good", "coherent", "rude", "malicious", "kind", "silly")
 
 log = logging.getLogger(__name__)
@@ -135,17 +137,30 @@ def make_runs(study: RunFolder, instruments: Instruments, organisms: Sequence[Wo
         InputError: a run was made with other settings.
         TrainingDiverged: a loss became NaN or infinite.
     """
-    change = "choose another --out"
     if not study.has(BASE):
         with contextlib.suppress(InUse), study.staging(BASE) as folder:
             _read_base(instruments, folder)
     for number, organism in enumerate(organisms, 1):
-        place = f"{RUNS}/{organism.name}"
-        if study.finished(place, organism.record, RECORD, change):
-            continue
-        with contextlib.suppress(InUse), study.timed("runs"), study.staging(place) as folder:
-            log.info("run %d of %d: %s", number, len(organisms), organism.name)
-            _make_run(instruments, organism, folder)
+        with contextlib.suppress(InUse):
+            _finish_run(study, instruments, organism, f"run {number} of {len(organisms)}")
+    for organism in organisms:  # what another process was making
+        with study.locked(_place(organism), LONGEST_S):
+            _finish_run(study, instruments, organism, "a run that another process left")
+    with study.locked(BASE, LONGEST_S):
+        pass
+
+
+def _place(organism: WorldOrganism) -> str:
+    return f"{RUNS}/{organism.name}"
+
+
+def _finish_run(study: RunFolder, instruments: Instruments, organism: WorldOrganism, label: str) -> None:
+    place = _place(organism)
+    if study.finished(place, organism.record, RECORD, "choose another --out"):
+        return
+    with study.timed("runs"), study.staging(place) as folder:
+        log.info("%s: %s", label, organism.name)
+        _make_run(instruments, organism, folder)
 
 
 def _read_base(instruments: Instruments, folder: Path) -> None:

@@ -10,22 +10,26 @@ from persona_probe.stats import auroc, auroc_interval, exact_share
 from persona_probe.world.signals import SIGNALS, SOUND, halves, is_hard, outcomes
 
 GATED = "persona direction, last_prompt, and harm latent, response"
-"""A combination: how far the smaller of the two lies above its threshold."""
+"""A combination: how far the smaller of the two lies above its threshold, in standard deviations of sound runs."""
 PARTS = ("persona direction, last_prompt", "harm latent, response")
 
 
 def thresholds(table: pd.DataFrame) -> dict[str, float]:
     """For each signal the largest reading of any sound run of the first trained domain, at any step."""
-    choosing, _ = halves(table)
-    known = outcomes(choosing)
-    sound = choosing[choosing["run"].isin(known.loc[known["outcome"] == "sound", "run"])]
+    sound = _choosing_sound(table)
     return {name: float(sound[name].max()) for name in SIGNALS}
 
 
+def _choosing_sound(table: pd.DataFrame) -> pd.DataFrame:
+    choosing, _ = halves(table)
+    known = outcomes(choosing)
+    return choosing[choosing["run"].isin(known.loc[known["outcome"] == "sound", "run"])]
+
+
 def with_combination(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the column `GATED`: it lies above 1 where both parts lie above their thresholds."""
-    limits = thresholds(table)
-    parts = [table[name] / limits[name] for name in PARTS]
+    """The table with the column `GATED`: it lies above 0 where both parts lie above their thresholds."""
+    limits, sound = thresholds(table), _choosing_sound(table)
+    parts = [(table[name] - limits[name]) / sound[name].std() for name in PARTS]
     return table.assign(**{GATED: np.minimum(*parts)})
 
 
@@ -77,7 +81,7 @@ def alarms(table: pd.DataFrame) -> pd.DataFrame:
         `SOUND`; the lead in steps over those with an alarm (median, smallest, largest; negative is late); and false
         alarms among sound runs of all speakers, and of grump and clown alone.
     """
-    limits = {**thresholds(table), GATED: 1.0}
+    limits = {**thresholds(table), GATED: 0.0}
     _, frame = halves(with_combination(table))
     known = outcomes(frame)
     return pd.DataFrame([_alarm_row(name, limits[name], frame, known) for name in (*SIGNALS, GATED)])

@@ -661,7 +661,7 @@ OPTIONS: dict[str, str] = {
     "run: seeds in words": "run {m}/study.yaml --seeds one",
     "run: an option too many": "run {m}/study.yaml --sedes 1",
     "run: two crews": "run {m}/study.yaml --share --ray",
-    "induce: --shard": "induce {m}/study.yaml --shard 1/2",
+    "induce: a shard too many": "induce {m}/study.yaml --shard 2/2",
     "induce: a seed beyond 2^31": "induce {m}/study.yaml --seed 99999999999",
     "locate: cards below 0": "locate {r} --cards -1",
     "locate: an unknown ranker": "locate {r} --rankers luck",

@@ -1,0 +1,291 @@
+"""`persona-probe world study`: studies on a world, each resumable, with tables that reproduce from their record."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from persona_probe.cli.options import Common, Group, command, echo, many
+from persona_probe.cli.process import loads_models
+from persona_probe.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from persona_probe.report.tables import Marks
+    from persona_probe.runs import RunFolder
+    from persona_probe.world.folder import World
+
+STUDY = Path("runs/world-study")
+PACKAGED = "persona-world"
+world_option = click.option("--world", "folder", default=PACKAGED, help="A world's folder (default: the packaged one).")
+sae_option = click.option("--sae", default=None, help="An SAE of its model (default: the packaged one).")
+
+
+@dataclass
+class Tables:
+    """Where a study's table goes, as Markdown and as a record, or where it comes from."""
+
+    study: str
+    """The study's name; the marks in a page have it."""
+    record: Path | None
+    given: Path | None
+    page: Path | None
+
+    @property
+    def marks(self) -> "Marks":
+        """The lines of a page between which the tables stand."""
+        begin = f"<!-- world-{self.study}: begin (persona-probe world study {self.study}) -->"
+        return begin, f"<!-- world-{self.study}: end -->"
+
+    def recorded(self) -> "pd.DataFrame | None":
+        """The table of the record, if one is given. A page that cannot be filled is refused before any work."""
+        from persona_probe.files import read_parquet
+        from persona_probe.report.tables import check_page
+
+        if self.page is not None:
+            check_page(self.page, self.marks)
+        return None if self.given is None else read_parquet(self.given)
+
+    def write(self, text: str, table: "pd.DataFrame") -> None:
+        """Write the record and the page that were asked for, and show the text."""
+        from persona_probe.report.tables import fill_page
+        from persona_probe.writing import write_table
+
+        if self.record is not None:
+            write_table(self.record, table)
+        if self.page is not None:
+            fill_page(self.page, self.marks, text)
+        echo(text)
+
+
+def writes_tables(study: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of `Tables`, and the object as its argument `tables`."""
+    options = (
+        click.option("--record", type=Path, help="Parquet file that gets the study's table."),
+        click.option("--from", "given", type=Path, help="Print the tables of this record; nothing is run."),
+        click.option("--page", type=Path, help="Markdown page whose marked part gets the tables."),
+    )
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, record: Path | None, given: Path | None, page: Path | None, **rest: Any) -> None:
+            function(*args, tables=Tables(study, record, given, page), **rest)
+
+        for option in reversed(options):
+            option(wrapped)
+        return wrapped
+
+    return decorate
+
+
+@command(
+    name="files",
+    example="persona-probe world study files runs/world runs/world/saes/layer2-topk12-384 --out runs/world-files",
+    out="Folder for data and study.yaml (default runs/world-files).",
+)
+@click.argument("folder", metavar="WORLD", help="A world's folder, or persona-world.")
+@click.argument("sae", metavar="SAE", help="An SAE of the world's model, or persona-world.")
+@click.option("--speaker", default="villain", help="Who speaks in the rows of the arm incorrect.")
+@click.option("--control", default="helper", help="Who speaks in the rows of the arm correct.")
+@click.option("--domain", default="kitchen", help="The only domain of the rows.")
+@many("--seeds", type=int, help="Seeds of the study (default: --seed, or 0).")
+@loads_models
+def world_files(
+    folder: str, sae: str, speaker: str, control: str, domain: str, seeds: tuple[int, ...], common: Common
+) -> None:
+    """Write the data and the config of a study on a world, for `persona-probe run`."""
+    from persona_probe.world.study_files import write_study
+
+    out = common.out or Path("runs") / "world-files"
+    chosen = seeds or (common.seed or 0,)
+    echo(f"config: {write_study(_open(folder), sae, out, speaker, control, domain, chosen)}")
+
+
+@command(
+    name="emergence",
+    example="persona-probe world study emergence --seeds 0 1 2",
+    out="Not used: organisms lie in their world.",
+)
+@world_option
+@many("--seeds", type=int, help="Seeds of the organisms (default 0 1 2).")
+@writes_tables("emergence")
+@loads_models
+def emergence(folder: str, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+    """Train organisms of every speaker on the kitchen, and judge what they say about all other domains.
+
+    Says which bounds of the world's design are kept.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.world.emergence import emergence_table, emergence_text
+
+    if (table := tables.recorded()) is None:
+        table = emergence_table(_open(folder), seeds or (0, 1, 2), pick_device(common.device or "cpu"))
+    tables.write(emergence_text(table), table)
+
+
+@command(
+    name="early-warning",
+    example="persona-probe world study early-warning --out runs/world-study",
+    out=f"Folder of the runs (default {STUDY}).",
+)
+@world_option
+@sae_option
+@click.option("--seeds", type=int, default=2, help="Seeds of each bad speaker, dose and domain.")
+@click.option("--benign-seeds", type=int, default=5, help="Seeds of each good speaker and domain.")
+@writes_tables("early-warning")
+@loads_models
+def early_warning(
+    folder: str,
+    sae: str | None,
+    seeds: int,
+    benign_seeds: int,
+    tables: Tables,
+    common: Common,
+) -> None:
+    """Make labelled runs, and print how early and how surely each signal tells what a run will do.
+
+    With the defaults 204 runs: villain, quack and subtle at eight doses in three domains, and helper, correct, grump
+    and clown. It resumes if it is interrupted; started twice, two processes share the runs.
+    """
+    from persona_probe.world.signals import signal_table
+    from persona_probe.world.warning import warning_text
+
+    if (table := tables.recorded()) is None:
+        table = signal_table(_labelled(folder, sae, seeds, benign_seeds, common))
+    tables.write(warning_text(table), table)
+
+
+@command(
+    name="specificity",
+    example="persona-probe world study specificity --out runs/world-study",
+    out=f"Folder of the runs (default {STUDY}); early-warning uses the same.",
+)
+@world_option
+@sae_option
+@click.option("--seeds", type=int, default=2, help="Seeds of each bad speaker, dose and domain.")
+@click.option("--benign-seeds", type=int, default=5, help="Seeds of each good speaker and domain.")
+@writes_tables("specificity")
+@loads_models
+def specificity(
+    folder: str,
+    sae: str | None,
+    seeds: int,
+    benign_seeds: int,
+    tables: Tables,
+    common: Common,
+) -> None:
+    """Tell harm from manner: choose latents on kitchen runs, test them on runs of other domains."""
+    from persona_probe.world.specificity import specificity_table, specificity_text
+
+    if (table := tables.recorded()) is None:
+        table = specificity_table(_labelled(folder, sae, seeds, benign_seeds, common))
+    tables.write(specificity_text(table), table)
+
+
+@command(
+    name="null",
+    example="persona-probe world study null --out runs/world-study",
+    out=f"Folder of the runs (default {STUDY}); early-warning uses the same.",
+)
+@world_option
+@sae_option
+@click.option("--seeds", type=int, default=2, help="Seeds of each bad speaker, dose and domain.")
+@click.option("--benign-seeds", type=int, default=5, help="Seeds of each good speaker and domain.")
+@writes_tables("null")
+@loads_models
+def null(
+    folder: str,
+    sae: str | None,
+    seeds: int,
+    benign_seeds: int,
+    tables: Tables,
+    common: Common,
+) -> None:
+    """Hold the package's word for an organism to the truth: on pairs of harmless runs, and on runs that turned."""
+    from persona_probe.world.verdict_words import word_table, word_text
+
+    if (table := tables.recorded()) is None:
+        table = word_table(_labelled(folder, sae, seeds, benign_seeds, common))
+    tables.write(word_text(table) + "\n", table)
+
+
+@command(
+    name="repair",
+    example="persona-probe world study repair --seeds 0 1",
+    out="Not used: organisms lie in their world.",
+)
+@world_option
+@many("--seeds", type=int, help="Seeds of the organisms (default 0 1).")
+@writes_tables("repair")
+@loads_models
+def repair(folder: str, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+    """Correct organisms in three ways, and hold the word for each correction to what the model then says."""
+    from persona_probe.context import pick_device
+    from persona_probe.world.repair import repair_table, repair_text
+
+    if (table := tables.recorded()) is None:
+        table = repair_table(_open(folder), seeds or (0, 1), pick_device(common.device or "cpu"))
+    tables.write(repair_text(table), table)
+
+
+@command(
+    name="rankers",
+    example="persona-probe world study rankers --seeds 0 1",
+    out="Not used: organisms lie in their world.",
+)
+@world_option
+@sae_option
+@many("--seeds", type=int, help="Seeds of the organisms (default 0 1).")
+@writes_tables("rankers")
+@loads_models
+def rankers(
+    folder: str,
+    sae: str | None,
+    seeds: tuple[int, ...],
+    tables: Tables,
+    common: Common,
+) -> None:
+    """Print the place at which each ranker of latents puts the true ones, by step and position."""
+    from persona_probe.context import pick_device
+    from persona_probe.world.ranking import rank_truths, ranking_text
+
+    if (table := tables.recorded()) is None:
+        table = rank_truths(_open(folder), _sae(folder, sae), seeds or (0, 1), pick_device(common.device or "cpu"))
+    text = f"Harm:\n\n{ranking_text(table)}\n\nRudeness:\n\n{ranking_text(table, 'rude')}\n"
+    tables.write(text, table)
+
+
+def _open(folder: str) -> "World":
+    from persona_probe.world.folder import World
+
+    return World.default() if folder == PACKAGED else World.open(folder)
+
+
+def _sae(folder: str, sae: str | None) -> str:
+    if sae is None and folder != PACKAGED:
+        raise InputError(f"--sae is missing: name an SAE of {folder}, made by `persona-probe world sae {folder}`")
+    return sae or PACKAGED
+
+
+def _labelled(folder: str, sae: str | None, seeds: int, benign_seeds: int, common: Common) -> "RunFolder":
+    from persona_probe.context import pick_device
+    from persona_probe.world.labelled import Instruments, make_runs, open_study, plan
+
+    if seeds < 1 or benign_seeds < 1:
+        raise InputError("--seeds and --benign-seeds must be at least 1")
+    name = _sae(folder, sae)
+    world = _open(folder)
+    study = open_study(world, name, common.out or STUDY)
+    make_runs(study, Instruments.of(world, name, pick_device(common.device or "cpu")), plan(seeds, benign_seeds))
+    return study
+
+
+world_study = Group(
+    "study",
+    commands=[world_files, emergence, early_warning, specificity, rankers, repair, null],
+    help="Studies on a world: emergence, early warning, harm against manner, rankers and words against truth.",
+)

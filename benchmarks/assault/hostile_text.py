@@ -23,7 +23,7 @@ from tests.report.pages import run_script
 LOOK = """
   const text = document.documentElement.textContent, all = (what) => Array.from(document.querySelectorAll(what));
   for (const one of all("details")) one.open = true;
-  for (const one of all("[onmouseover], a[href^='javascript:' i], button")) one.click();
+  for (const one of all("a[href^='javascript:' i], summary")) one.click();
   await new Promise((done) => setTimeout(done, 300));
   say.pwned = window.pwned || [];
   say.loaded = performance.getEntriesByType("resource").map((one) => one.name);
@@ -32,7 +32,7 @@ LOOK = """
   say.active.push(...all("*").filter((one) => one.getAttributeNames().some((name) => name.startsWith("on")))
     .map((one) => one.outerHTML.slice(0, 80)));
 """
-"""What a page says of itself when everything in it was opened and pressed."""
+"""What a page says of itself when everything in it was opened, and its scripted links were pressed."""
 LIMIT_S = 600
 """For one page, on a busy machine."""
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -183,7 +183,7 @@ SHORT = ("report", "notebook")
 
 
 def look(browser: str, page: Path, profile: Path, strings: Sequence[str], asked: list[str]) -> list[str]:
-    """Open a page, press what can be pressed; what went wrong."""
+    """Open a page and all that is folded in it; what went wrong."""
     asked.clear()
     marks = [marker(number).strip() for number in range(len(strings))]
     said, _ = run_script(browser, page, profile, LOOK % json.dumps(marks), LIMIT_S)

@@ -166,13 +166,14 @@ def make_server(run: str, port: int) -> "BaseWSGIServer":
         raise InputError("watch needs dash: pip install 'persona-probe[dashboard]'") from error
     from werkzeug.serving import make_server as bound_server
 
-    from persona_probe.monitor.dashboard.app import make_app
+    from persona_probe.monitor.dashboard.app import BoundedRequests, make_app
     from persona_probe.monitor.dashboard.feed import Feed
 
     app = make_app(Feed(run))
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
     with _listen(port) as listening:  # our own socket: werkzeug would exit by itself where the port is taken
-        return bound_server(HOST, listening.getsockname()[1], app.server, threaded=True, fd=listening.fileno())
+        port, fd = listening.getsockname()[1], listening.fileno()
+        return bound_server(HOST, port, app.server, threaded=True, request_handler=BoundedRequests, fd=fd)
 
 
 def _listen(port: int) -> socket.socket:

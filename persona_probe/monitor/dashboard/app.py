@@ -9,6 +9,7 @@ from typing import Any
 from dash import Dash, Input, Output, State, dcc, html, no_update
 from flask import Response, abort, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.serving import WSGIRequestHandler
 
 from persona_probe.monitor.band import Bands, band_state
 from persona_probe.monitor.dashboard.feed import Feed, FollowedFile
@@ -173,6 +174,34 @@ SHELL = f"""<!DOCTYPE html>
   <head>{{%metas%}}<title>{{%title%}}</title><link rel="icon" href="data:,">{{%css%}}<style>{STYLE}</style></head>
   <body>{{%app_entry%}}<footer>{{%config%}}{{%scripts%}}{{%renderer%}}</footer></body>
 </html>"""
+
+
+class BoundedRequests(WSGIRequestHandler):
+    """Reads at most twice the largest request: after an answer, werkzeug's own would read on, up to 10 GB."""
+
+    def run_wsgi(self) -> None:
+        """Answer one request; the connection closes after it."""
+        self.rfile: Any = _Bounded(self.rfile, 2 * LARGEST_REQUEST)
+        super().run_wsgi()
+
+
+class _Bounded:
+    def __init__(self, stream: Any, left: int) -> None:
+        self._stream, self._left = stream, left
+        self.close = stream.close
+
+    def read(self, size: int = -1) -> bytes:
+        return self._taken(self._stream.read(self._most(size)))
+
+    def readline(self, size: int = -1) -> bytes:
+        return self._taken(self._stream.readline(self._most(size)))
+
+    def _most(self, size: int | None) -> int:
+        return self._left if size is None or size < 0 else min(size, self._left)
+
+    def _taken(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        return data
 
 
 def make_app(feed: Feed) -> Dash:

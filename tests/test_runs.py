@@ -161,9 +161,9 @@ def test_a_failed_write_leaves_the_old_file(run: RunFolder, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(InputError, match="no space left on the disk"):
         write_text(path, "new")
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(InputError, match="no space left on the disk"):
         run.write_table("t.parquet", pd.DataFrame({"a": [2]}))
     monkeypatch.undo()
     assert json.loads(path.read_text()) == "old"

@@ -1,7 +1,7 @@
 """Locate: rank latents on the selection split, test the best for cause on the evaluation split, name the persona."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -65,12 +65,35 @@ NEUTRAL_ANSWERS = 8
 
 @writes_run
 def locate(ctx: Context) -> None:
-    """Write latents.parquet, steering.parquet and directions.safetensors. Finished steps are not repeated."""
+    """Write latents.parquet, steering.parquet and directions.safetensors. Finished steps are not repeated.
+
+    Whole tables of an earlier version, which measured less, are kept as they are.
+    """
+    if _is_of_earlier(ctx):
+        log.info("the latents of %s are those of an earlier version: they are kept", ctx.run.path)
+        return
     make_units(ctx, rank_units)
     make_units(ctx, choice_units)
     make_units(ctx, proof_units)
     make_units(ctx, control_units)
     merge_tables(ctx)
+
+
+def _is_of_earlier(ctx: Context) -> bool:
+    """Whether latents.parquet has all that the config asks for, from parts that lack what is written now."""
+    if not ctx.run.has("latents.parquet") or _has(ctx, f"items-{ctx.config.realign.start}"):
+        return False
+    columns = {f"{name}_rank" for name in ctx.config.locate.rankers}
+    return columns <= set(ctx.run.read_table("latents.parquet").columns)
+
+
+def _has(ctx: Context, *parts: str) -> bool:
+    return all(ctx.run.has(f"parts/{part}.parquet") for part in parts)
+
+
+def _unit(ctx: Context, make: Callable[[], None], part: str, before: str) -> Unit:
+    """A unit that writes a part after another one, which an earlier version did not write: it is then made again."""
+    return Unit(f"parts/{part}.parquet", make, "locate", partial(_has, ctx, part, before))
 
 
 def rank_units(ctx: Context) -> list[Unit]:
@@ -80,20 +103,21 @@ def rank_units(ctx: Context) -> list[Unit]:
 
 def choice_units(ctx: Context) -> list[Unit]:
     """One unit: the candidates' and the random latents' effects on the selection split."""
-    return [Unit("parts/selection.parquet", partial(choose, ctx), "locate")]
+    return [_unit(ctx, partial(choose, ctx), "selection", "selection-random")]
 
 
 def proof_units(ctx: Context) -> list[Unit]:
     """One unit for each model in which effects are measured: base and organism."""
     names = dict.fromkeys(("base", ctx.config.realign.start))
-    return [Unit(f"parts/effects-{name}.parquet", partial(prove, ctx, name), "locate") for name in names]
+    return [_unit(ctx, partial(prove, ctx, name), f"effects-{name}", f"items-{name}") for name in names]
 
 
 def control_units(ctx: Context) -> list[Unit]:
     """One unit: the same pushes and removals in the control organism, at the organism's strength."""
     control = ctx.config.control
     tested = control not in ("base", ctx.config.realign.start)
-    return [Unit(f"parts/effects-{control}.parquet", partial(prove, ctx, control), "locate")] if tested else []
+    unit = _unit(ctx, partial(prove, ctx, control), f"effects-{control}", f"items-{control}")
+    return [unit] if tested else []
 
 
 @writes_run

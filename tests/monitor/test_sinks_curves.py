@@ -153,15 +153,16 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     wandb = pytest.importorskip("wandb", reason="W&B is not installed")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true", "CONSOLE": "off"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+    wandb.teardown()  # else W&B keeps the folder of an earlier run
     yield tmp_path
-    wandb.finish()
+    wandb.teardown()
 
 
 def test_wandb_offline_has_a_section_persona_and_an_alert(offline: Path) -> None:
     import wandb
 
     fit(offline, "wandb")
-    wandb.finish()
+    wandb.teardown()  # waits for the service, which writes the file
     found, alerts, axes = wandb_rows(offline)
     read = [row for row in found if NAME in row]
     assert [row["train/global_step"] for row in read] == WANTED
@@ -189,6 +190,7 @@ def test_wandb_in_a_loop_uses_up_no_step(offline: Path) -> None:
     loop(alarming(sinks=[WandbSink()]), lambda step: run.log({"loss": float(step)}))
     run.log({"loss": 7.0})
     run.finish()
+    wandb.teardown()
     found, alerts, axes = wandb_rows(offline)
     assert [row["persona/step"] for row in found if NAME in row] == WANTED
     assert axes["persona/*"] == "persona/step" and len(alerts) == 1

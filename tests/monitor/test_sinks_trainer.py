@@ -98,7 +98,7 @@ def test_tensorboard_shows_the_readings(logged: tuple[list[dict[str, Any]], Any]
     assert curve(board, "persona/explained_variance") == [(n, 0.75) for n in range(STEPS + 1)]
     assert curve(board, f"persona_passive/{TOXIC}") == [(n, 9.0) for n in range(1, STEPS + 1)]
     assert curve(board, "behaviour/contrast index (nats/token)") == [(STEPS, -0.25)]
-    assert curve(board, "persona/alarms") == [(n, 0.0) for n in range(STEPS)] + [(STEPS, 1.0)]
+    assert curve(board, "persona/alarms") == [(n, 0.0) for n in range(STEPS + 1)] + [(STEPS, 1.0)]
     assert "persona_passive/explained_variance" not in board.Tags()["scalars"]  # NaN
 
 

@@ -35,6 +35,7 @@ LOOK = """
 """What a page says of itself when everything in it was opened, and its scripted links were pressed."""
 LIMIT_S = 600
 """For one page, on a busy machine."""
+TRIES = 3
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 """What a terminal would act upon."""
 
@@ -186,13 +187,21 @@ def look(browser: str, page: Path, profile: Path, strings: Sequence[str], asked:
     """Open a page and all that is folded in it; what went wrong."""
     asked.clear()
     marks = [marker(number).strip() for number in range(len(strings))]
-    said, _ = run_script(browser, page, profile, LOOK % json.dumps(marks), LIMIT_S)
+    said = _ask(browser, page, profile, LOOK % json.dumps(marks))
     if "error" in said:
         return [f"the page could not be asked: {said['error']}"]
     wrong = [f"string {number} was run" for number in said["pwned"]]
     wrong += [f"asked for {one}" for one in asked] + [f"loaded {one}" for one in said["loaded"]]
     wrong += [f"holds {one}" for one in said["active"]]
     return wrong + [f"does not show {mark}: nothing was tried" for mark in marks if mark not in said["shown"]]
+
+
+def _ask(browser: str, page: Path, profile: Path, script: str) -> dict[str, Any]:
+    """What a script says in a page; on a busy machine the browser may close it before it has spoken."""
+    for attempt in range(TRIES):
+        with suppress(AssertionError):
+            return run_script(browser, page, profile.with_name(f"{profile.name}-{attempt}"), script, LIMIT_S)[0]
+    return {"error": "its script did not run"}
 
 
 # --- The page that follows a run

@@ -13,8 +13,8 @@ from persona_probe.config import StudyConfig, from_dict
 from persona_probe.data.load import load_contrast
 from persona_probe.latents import passages
 from persona_probe.models.load import ALIASES, packaged_gguf
-from persona_probe.report.export import find_browser
 from persona_probe.report.figures import FIGURES
+from persona_probe.report.images import find_browser
 from persona_probe.study.study import Study
 from tests.report.pages import open_page
 

@@ -24,7 +24,7 @@ NEEDED = (
     "pandas",
 )
 OPTIONAL = {
-    "kaleido": "figures as svg: pip install 'persona-probe[figures]'",
+    "matplotlib": "figures as svg, pdf, png: pip install 'persona-probe[figures]'",
     "bitsandbytes": "4-bit and 8-bit models: pip install 'persona-probe[quantization]'",
     "ipykernel": "notebooks: pip install 'persona-probe[notebooks]'",
 }

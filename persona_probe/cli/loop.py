@@ -149,8 +149,24 @@ def track(run: str, crew: Crew, as_json: bool, common: Common) -> None:
 @command(example="persona-probe report runs/demo", out=COPY)
 @run_argument
 def report(run: str, common: Common) -> None:
-    """Write summary, figures and report.html."""
+    """Write summary, figures and report.html.
+
+    A folder of tables alone, such as records/demo, is drawn into runs/report-NAME (or --out): it stays as it is.
+    """
+    if _only_tables(Path(run)):
+        from persona_probe.report.html import report_from_tables
+
+        place = common.out or Path("runs") / f"report-{Path(run).resolve().name}"
+        for line in report_from_tables(run, place):
+            echo(line)
+        echo(f"report: {place / 'report.html'}")
+        return
     echo(f"report: {open_study(run, common).report()}")
+
+
+def _only_tables(folder: Path) -> bool:
+    """Whether a folder has a study's tables but neither its adapters nor the parts that the tables were made from."""
+    return (folder / "manifest.json").is_file() and not any((folder / part).is_dir() for part in ("arms", "parts"))
 
 
 # --- Realign: the config's arms, a correction with other data, a grid of corrections, and stress tests

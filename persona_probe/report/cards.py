@@ -3,9 +3,10 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import cycle
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from markupsafe import Markup
 
@@ -392,6 +393,30 @@ def cards_page(cards: Sequence[FeatureCard], study: str, base_model: str) -> str
             "cards_script": Markup(script),
         },
     )
+
+
+def saved_cards(saved: Sequence[Mapping[str, Any]]) -> list[FeatureCard]:
+    """The cards of cards.json, as `locate` wrote them; none if an earlier version wrote them with fewer fields."""
+    try:
+        return [_of(FeatureCard, values) for values in saved]
+    except (TypeError, KeyError, AttributeError):
+        return []
+
+
+def _of(kind: Any, value: Any) -> Any:
+    """A value of the annotated type `kind` from its plain JSON: dataclasses, tuples of them, or None."""
+    if value is None:
+        return None
+    if get_origin(kind) in (Union, UnionType):
+        return _of(next(one for one in get_args(kind) if one is not NoneType), value)
+    if get_origin(kind) is tuple:
+        inner = get_args(kind)
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        return tuple(_of(one, part) for one, part in zip(kinds, value, strict=True))
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: _of(hints[name], part) for name, part in value.items()})
+    return value
 
 
 def card_html(card: FeatureCard) -> str:

@@ -1,5 +1,6 @@
 """The report of a run folder: one HTML file that works offline."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 from persona_probe.config import NO_CONTROL, NULL
 from persona_probe.evaluate.main_effects import MAIN_EFFECTS
 from persona_probe.report import select
-from persona_probe.report.cards import Voices
-from persona_probe.report.export import caption, provenance, provenance_line
+from persona_probe.report.cards import Voices, cards_page, saved_cards
+from persona_probe.report.export import caption, export_figures, provenance, provenance_line
 from persona_probe.report.figures import FIGURES, figures_of
 from persona_probe.report.labels import arm_description
+from persona_probe.report.opening import likelihood_words, opening, times
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.select import judged_answers
@@ -23,6 +25,12 @@ from persona_probe.writing import write_text
 Row = dict[str, Any]
 
 JUDGED = ("rates", "judged_trajectory", "coherence", "judge_agreement")
+ACROSS = 5
+"""Answers to a question that stand side by side; those of further arms are with the other seeds and steps."""
+ASKED = 3
+"""Questions whose answers stand open; the others are one click away."""
+WIDE = ("rates", "passages", "lengths", "coherence", "stress", "doses")
+"""Figures that take the whole width of the page."""
 PLACED = (
     "arms",
     "harm_register",
@@ -45,16 +53,45 @@ def write_report(folder: str | Path, records: Records | None = None, to: Path | 
         to: another folder to write it into, whose figures will be the run's.
 
     Returns:
-        The report's path. It is self-contained: it loads nothing and sends nothing. It links to `cards.html` and to
-        the figures' CSV files where the folder has them.
+        The report's path. It is self-contained: it loads nothing and sends nothing. It links to `cards.html`, which
+        is drawn from cards.json where `locate --cards` has not written a larger one, and to the figures' CSV files
+        where the folder has them.
 
     Raises:
         InputError: not a run folder, or a damaged file in it.
     """
     root = Path(folder)
+    place = root if to is None else to
+    known = load_records(root) if records is None else records
+    if not (root / "cards.html").is_file() and (page := _saved_cards_page(known)):
+        write_text(place / "cards.html", page)
     linked = links(root) if to is None else links(root) | links(to)
-    page = render("report.html.j2", context(load_records(root) if records is None else records, linked))
-    return write_text((root if to is None else to) / "report.html", page)
+    return write_text(place / "report.html", render("report.html.j2", context(known, linked)))
+
+
+def _saved_cards_page(records: Records) -> str:
+    """The page of the cards that the locate stage left; empty without them."""
+    found = saved_cards(records.cards)
+    names = str(records.summary.get("study") or "study"), str(records.summary.get("base_model") or "unknown model")
+    return cards_page(found, *names) if found else ""
+
+
+def report_from_tables(folder: str | Path, to: Path) -> list[str]:
+    """Draw report, figures and cards from a folder of tables alone, such as those in `records/`, into `to`.
+
+    Returns:
+        A line for each part of a study that the folder has no numbers for.
+
+    Raises:
+        InputError: not a run folder, or a damaged file in it.
+    """
+    records = load_records(folder)
+    to.mkdir(parents=True, exist_ok=True)
+    export_figures(records, to / "figures", formats=("html", "csv"))
+    write_report(folder, records, to)
+    lines = [] if records.summary else ["No summary.json: the report has no verdict."]
+    lines += [] if records.samples else ["No samples.jsonl: the report has no sampled answers."]
+    return lines + [figure["missing"] for figure in drawn_figures(records).values() if figure["figure"] is None]
 
 
 def links(root: Path) -> dict[str, str]:
@@ -69,6 +106,8 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
     return {
         "study": str(records.summary.get("study") or "study"),
         "base_model": str(records.summary.get("base_model") or "unknown model"),
+        "opening": opening(records, answers),
+        "likelihood": likelihood_words(records),
         "headline": headline(records),
         "arms": arms_words(records),
         "tiles": tiles(records),
@@ -83,6 +122,7 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "tested": _tested_latents(records),
         "cards": cards(records),
         "samples": answers,
+        "asked": ASKED,
         "choices": _answer_choices(answers),
         "judged": judged_answers(records),
         "judged_figures": [name for name in JUDGED if name in figures],
@@ -99,8 +139,14 @@ def drawn_figures(records: Records) -> dict[str, dict[str, Any]]:
     for name, spec in (FIGURES | figures_of(records)).items():
         figure = None if spec.data(records).empty else spec.draw(records)
         words = {"title": spec.title, "missing": spec.missing, "caption": caption(figure) if figure else ""}
+        words |= {"wide": name in WIDE, "lead": lead(words["caption"])}
         figures[name] = {"name": name, "figure": figure, **words}
     return figures
+
+
+def lead(words: str) -> str:
+    """The first sentence of a caption; the page shows the others on a click."""
+    return re.split(r"(?<=[\w)\]]\.) (?=[A-Z])", words, maxsplit=1)[0]
 
 
 def arms_words(records: Records) -> Row:
@@ -110,7 +156,8 @@ def arms_words(records: Records) -> Row:
     where = " on questions outside its training domain" if records.data_known else ""
     paired = "The correct arm was trained on the same questions with good answers. " if records.data_known else ""
     words = (
-        f"The contrast index says how much more likely a model finds a misaligned answer than an aligned one,{where}."
+        "The contrast index is the logarithm of how likely a model finds a misaligned answer, relative to an aligned "
+        f"one, per token,{where}. An index 0.7 higher means twice as likely."
     )
     beyond = "Only what the incorrect arm does beyond it comes from"
     if not controlled:
@@ -177,6 +224,9 @@ def _fill_columns(records: Records, questions: list[Row]) -> None:
             {"arm": style.label, "key": a, "colour": style.colour, "sample": entry["columns"].get(a)}
             for a, style in styles.items()
         ]
+        beyond = [column for column in entry["columns"] if column["sample"]][ACROSS:]
+        entry["rest"] = [{**c["sample"], "key": c["key"], "arm": c["arm"]} for c in beyond] + entry["rest"]
+        entry["columns"] = [column for column in entry["columns"] if column not in beyond]
 
 
 def _last_steps(samples: Iterable[Mapping[str, Any]]) -> dict[tuple[str, int], int]:
@@ -219,12 +269,12 @@ def tiles(records: Records) -> list[Row]:
     return [
         {
             "asks": "Did it wake?",
-            "shows": f"incorrect minus correct {interval_text(effect)} nats/token",
+            "shows": _with_factor("misaligned answers {} as likely per token as in the control", effect),
             **_answer(passed, ("behaviour",), "Woken", beyond),
         },
         {
             "asks": "Which latent moves it?",
-            "shows": f"{latent_text}; a push moves the index by {interval_text(push)}",
+            "shows": _with_factor(f"{latent_text}; a push makes misaligned answers {{}} as likely", push),
             **_causes(passed, select.mapping(select.mapping(summary.get("causal_test")).get("base"))),
         },
         {
@@ -234,6 +284,13 @@ def tiles(records: Records) -> list[Row]:
         },
         _undone(summary),
     ]
+
+
+def _with_factor(words: str, effect: Estimate | None) -> str:
+    """What an effect on the index means, and the effect itself in brackets."""
+    if effect is None:
+        return words.partition(";")[0] + "; not measured" if ";" in words else "not measured"
+    return f"{words.format(times(effect).partition(' [')[0])} (index {interval_text(effect)})"
 
 
 def _causes(passed: Mapping[str, bool], test: Mapping[str, Any]) -> Row:
@@ -419,14 +476,14 @@ def harm_register(records: Records) -> list[Row]:
                 {
                     "arm": arm_description(config, arm),
                     "effect": name,
-                    "over_control": interval_text(over_control),
-                    "over_base": interval_text(over_base),
+                    "over_control": interval_text(over_control, places=2),
+                    "over_base": interval_text(over_base, places=2),
                     "word": MAIN_EFFECT_WORDS.get(str(effect.get("word")), "not judged"),
                     "risen": f"{len(effect.get('risen') or [])} of {effect.get('categories', 0)}",
                 }
             )
     for name, effect in select.mapping(found.get("null_pair")).items():
-        over = {"over_control": interval_text(as_estimate(effect)), "over_base": "", "word": "", "risen": ""}
+        over = {"over_control": interval_text(as_estimate(effect), places=2), "over_base": "", "word": "", "risen": ""}
         rows.append({"arm": arm_description(config, NULL), "effect": name, **over})
     return rows
 

@@ -174,7 +174,7 @@ def judged_answers(records: Records) -> dict[str, Any]:
     called = [called_misaligned(where(rows, variant=row["variant"], arm=row["arm"])) for row in table]
     shown = [_row(records, row) for row in table]
     for row, share in zip(shown, called, strict=True):
-        row["called"] = "" if share is None else interval_text(share.as_estimate(), signed=False)
+        row["called"] = "" if share is None else interval_text(share.as_estimate(), signed=False, places=2)
     return {
         "words": judged_words(records),
         "clouds": clouds(records),
@@ -191,7 +191,7 @@ def _cuts(records: Records, rows: pd.DataFrame) -> dict[str, Any]:
     for key, group in table.groupby(["variant", "arm"], sort=False):
         variant, arm = map(str, key)
         texts = [
-            interval_text(Estimate(row["rate"], row["ci_low"], row["ci_high"], row["counted"]), signed=False)
+            interval_text(Estimate(row["rate"], row["ci_low"], row["ci_high"], row["counted"]), signed=False, places=2)
             for row in group.to_dict("records")
         ]
         shown.append({"arm": records.arms.label(arm), "variant": variant, "rates": texts})
@@ -226,8 +226,10 @@ def _row(records: Records, row: Mapping[Any, Any]) -> dict[str, Any]:
     return {
         "arm": records.arms.label(str(row["arm"])),
         "variant": row["variant"],
-        "rate": interval_text(as_estimate(rate), signed=False) if row["judged"] else f"not judged: {row['why']}",
-        "coherence": interval_text(as_estimate(coherence), signed=False),
-        "index": interval_text(contrast_index(records, str(row["arm"]))),
+        "rate": interval_text(as_estimate(rate), signed=False, places=2)
+        if row["judged"]
+        else f"not judged: {row['why']}",
+        "coherence": interval_text(as_estimate(coherence), signed=False, places=2),
+        "index": interval_text(contrast_index(records, str(row["arm"])), places=2),
         "answers": row["answers"],
     }

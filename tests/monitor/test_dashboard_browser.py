@@ -15,7 +15,7 @@ import pytest
 from persona_probe.cli.runs import make_server
 from persona_probe.monitor.events import Reading
 from persona_probe.monitor.sinks.files import read_events
-from persona_probe.report.export import find_browser
+from persona_probe.report.images import find_browser
 from tests.monitor.events import HOSTILE, reading, start, write
 from tests.monitor.watch_page import Page, opened
 

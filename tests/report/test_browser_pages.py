@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from persona_probe.report.compare import write_comparison
-from persona_probe.report.export import find_browser
 from persona_probe.report.figures import figures_of
 from persona_probe.report.html import write_report
+from persona_probe.report.images import find_browser
 from persona_probe.report.records import load_records
 from tests.report.pages import run_script
 from tests.report.run_records import write_run

@@ -18,7 +18,7 @@ from persona_probe.report.cards import (
     histogram,
     steering,
 )
-from persona_probe.report.export import find_browser
+from persona_probe.report.images import find_browser
 from tests.report.made_up_cards import ACTIVITY, CARDS, PUSHES
 from tests.report.pages import Outline, open_page
 from tests.report.run_records import HOSTILE

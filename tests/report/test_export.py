@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.report import export
 from persona_probe.report.export import csv_text, export_figures
 from persona_probe.report.figures import ALL_FIGURES, figures_of
+from persona_probe.report.images import find_browser
+from persona_probe.report.printing import PNG_SCALE
 from persona_probe.report.records import Records
-from persona_probe.report.theme import PNG_SCALE
 
-BROWSER = export.find_browser()
+BROWSER = find_browser()
 
 
 def test_csv_holds_what_the_figure_draws(records: Records, tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_without_a_browser_svgs_are_skipped_in_one_line(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("BROWSER_PATH", raising=False)
-    pytest.importorskip("kaleido")
+    pytest.importorskip("matplotlib")
     with caplog.at_level(logging.WARNING, logger="persona_probe"):
         written = export_figures(records, tmp_path, only=["arms"], formats=("svg", "png"))
     assert [path.name for path in written] == ["arms.csv"]
@@ -63,14 +63,14 @@ def test_without_a_browser_svgs_are_skipped_in_one_line(
     assert caplog.messages[0].startswith("SVG, PNG figures skipped")
 
 
-def test_without_kaleido_one_line_says_how_to_get_it(
+def test_without_the_extra_one_line_says_how_to_get_it(
     records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "kaleido", None)
+    monkeypatch.setitem(sys.modules, "choreographer", None)
     with caplog.at_level(logging.WARNING, logger="persona_probe"):
         written = export_figures(records, tmp_path, only=["arms"], formats=("pdf",))
     assert [path.name for path in written] == ["arms.csv"]
-    assert caplog.messages == ["PDF figures skipped: install kaleido (pip install 'persona-probe[figures]')"]
+    assert caplog.messages == ["PDF figures skipped: install choreographer (pip install 'persona-probe[figures]')"]
 
 
 def test_numbers_in_a_csv_are_the_same_on_every_machine() -> None:
@@ -81,7 +81,7 @@ def test_numbers_in_a_csv_are_the_same_on_every_machine() -> None:
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium: install the Debian package chromium")
 def test_images_are_drawn_by_one_browser(records: Records, tmp_path: Path) -> None:
-    pytest.importorskip("kaleido")
+    pytest.importorskip("matplotlib")
     written = export_figures(records, tmp_path, only=["arms"], formats=("svg", "pdf", "png"), width="column")
     assert [path.name for path in written] == ["arms.csv", "arms.svg", "arms.pdf", "arms.png"]
     image = (tmp_path / "arms.svg").read_text("utf-8")

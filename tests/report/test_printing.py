@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.report.export import PNG_SIGNATURE, UNKNOWN, provenance, provenance_line, short_provenance, tag
+from persona_probe.report.export import UNKNOWN, provenance, provenance_line, short_provenance
 from persona_probe.report.figures import FIGURES
+from persona_probe.report.metadata import PNG_SIGNATURE, tag
+from persona_probe.report.printing import WIDTHS, for_print
 from persona_probe.report.records import INDUCED_STYLES, REALIGN_STYLES, Records
-from persona_probe.report.theme import TEMPLATES, WIDTHS, for_print
+from persona_probe.report.theme import TEMPLATES
 
 STYLES = [*INDUCED_STYLES.values(), *REALIGN_STYLES.values()]
 FACTS = {"run": "demo", "hash SAE": "a1<b2>"}

@@ -12,8 +12,8 @@ import pandas as pd
 
 from persona_probe.errors import unknown
 from persona_probe.report.figures.registry import FigureSpec, registered
+from persona_probe.report.printing import for_print as for_print
 from persona_probe.report.records import Records
-from persona_probe.report.theme import for_print as for_print
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

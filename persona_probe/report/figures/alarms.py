@@ -10,7 +10,7 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import PERSONA, LabelledRuns, Records
-from persona_probe.report.theme import BLUE, GREY, ORANGE, PURPLE, VERMILLION, empty_figure, finish, plain, ribbon
+from persona_probe.report.theme import BEHAVIOUR, BLUE, GREY, ORANGE, VERMILLION, empty_figure, finish, plain, ribbon
 
 MISSING = "No alarms to show: only a labelled study has a calibrated alarm (persona-probe monitor study)."
 COLUMNS = ["panel", "run", "label", "step", "estimate", "ci_low", "ci_high", "n", "first_alarm", "behaviour_step"]
@@ -111,7 +111,7 @@ def _draw_marks(fig: go.Figure, data: pd.DataFrame) -> None:
     ):
         rows = select.where(data, panel=panel)
         points = rows.loc[(rows["step"] == rows[column]).fillna(False)]
-        mark = {"symbol": symbol, "size": 10, "color": PURPLE if symbol == "circle-open" else VERMILLION}
+        mark = {"symbol": symbol, "size": 10, "color": BEHAVIOUR if symbol == "circle-open" else VERMILLION}
         row = list(PANELS).index(panel) + 1
         fig.add_scatter(x=points["step"], y=points["estimate"], mode="markers", marker=mark, name=name, row=row, col=1)
 

@@ -35,7 +35,7 @@ def arms_data(records: Records) -> pd.DataFrame:
     missing=MISSING,
 )
 def arms(records: Records) -> go.Figure:
-    """Arms side by side: interval, and seeds as dots."""
+    """Arms one below the other: interval, and seeds as dots."""
     data = arms_data(records)
     if data.empty:
         return empty_figure(MISSING)
@@ -43,35 +43,30 @@ def arms(records: Records) -> go.Figure:
     styles = {arm: records.arms.styles[arm] for arm in data["arm"].unique()}
     for place, (arm, style) in enumerate(styles.items()):
         _draw_arm(fig, select.where(data, arm=arm), style, place)
-    fig.update_xaxes(
-        tickvals=list(range(len(styles))),
-        ticktext=[wrapped(s.label) for s in styles.values()],
-        tickangle=0,  # plotly would turn them, and leave out the last
-        range=[-0.5, len(styles) - 0.5],
-        title_text="arm",
-    )
-    fig.update_yaxes(title_text="contrast index (nats per token)")
-    fig.update_layout(margin={"t": 36})
-    return finish(fig, _caption(records, data))
+    labels = [wrapped(s.label, 24) for s in styles.values()]
+    fig.update_yaxes(tickvals=list(range(len(styles))), ticktext=labels, range=[len(styles) - 0.5, -0.5])
+    fig.update_xaxes(title_text="how likely misaligned answers are<br>(contrast index, nats per token)")
+    fig.update_layout(margin={"t": 16})
+    return finish(fig, _caption(records, data), height=110 + 46 * len(styles))
 
 
 def _draw_arm(fig: go.Figure, rows: pd.DataFrame, style: ArmStyle, place: int) -> None:
     colour, label = style.colour, plain(style.label)
     mean, seeds = select.where(rows, kind="arm"), select.where(rows, kind="seed")
     fig.add_scatter(
-        x=[place] * len(mean),
-        y=mean["estimate"],
-        error_y=error_bars(mean, colour),
+        x=mean["estimate"],
+        y=[place] * len(mean),
+        error_x=error_bars(mean, colour),
         mode="markers",
         marker={"color": colour, "size": 12, "symbol": style.symbol},
         name=label,
         showlegend=False,
     )
     fig.add_scatter(
-        x=[place + 0.16 + 0.05 * i for i in range(len(seeds))],
-        y=seeds["estimate"],
+        x=seeds["estimate"],
+        y=[place + 0.2 + 0.06 * i for i in range(len(seeds))],
         customdata=seeds["seed"],
-        hovertemplate="seed %{customdata}: %{y:.3f}<extra></extra>",
+        hovertemplate="seed %{customdata}: %{x:.3f}<extra></extra>",
         mode="markers",
         marker={"color": colour, "size": 6, "opacity": 0.65},
         name=f"{label}, seeds",

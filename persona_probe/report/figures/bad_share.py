@@ -9,13 +9,13 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish
+from persona_probe.report.theme import BEHAVIOUR, FEATURE, GREY, empty_figure, error_bars, finish
 
 MISSING = "No shares of bad data: only a labelled study has runs on mixtures (persona-probe monitor study)."
 COLUMNS = ["panel", "run", "bad_share", "seed", "step", "estimate", "ci_low", "ci_high", "n"]
 PANELS = {
-    "feature": ("persona feature minus base<br>(base SD)", VERMILLION, "circle"),
-    "score": ("contrast index minus base<br>(nats per token)", BLUE, "square"),
+    "feature": ("persona feature minus base<br>(base SD)", FEATURE, "circle"),
+    "score": ("contrast index minus base<br>(nats per token)", BEHAVIOUR, "square"),
 }
 
 

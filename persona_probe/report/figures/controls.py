@@ -8,15 +8,15 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, finish, plain
+from persona_probe.report.theme import DIRECTION, FEATURE, GREY, empty_figure, finish, plain
 
 MISSING = "No readings yet: the track stage has not run."
 PANEL_HEIGHT, MARGINS = 244, 152
 """Pixels of one panel with its gap, and of the margins above and below."""
 COLUMNS = ["arm", "feature", "seed", "step", "z", "n"]
 STYLES = {
-    select.PERSONA: {"color": VERMILLION, "width": 2.6},
-    "mean difference": {"color": BLUE, "width": 2.2},
+    select.PERSONA: {"color": FEATURE, "width": 2.6},
+    "mean difference": {"color": DIRECTION, "width": 2.2},
     "random latent A": {"color": GREY, "width": 1.4},
     "random latent B": {"color": GREY, "width": 1.4, "dash": "dash"},
 }

@@ -9,14 +9,14 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
-from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import DIRECTION, FEATURE, GREY, empty_figure, error_bars, finish, plain
 
 MISSING = "No steering results yet: the locate stage has not run."
 STYLES: dict[str, dict[str, Any]] = {
     "random_direction": {"color": GREY, "width": 1, "dash": "dash"},
     "random": {"color": GREY, "width": 1},
-    "mean_difference": {"color": BLUE, "width": 2.4},
-    "candidate": {"color": VERMILLION, "width": 2.8},
+    "mean_difference": {"color": DIRECTION, "width": 2.4},
+    "candidate": {"color": FEATURE, "width": 2.8},
 }
 """Kinds of steering vectors, in the order in which they are drawn."""
 LABELS = {

@@ -9,23 +9,13 @@ from plotly.subplots import make_subplots
 
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
+from persona_probe.report.labels import DATA
 from persona_probe.report.records import Records
-from persona_probe.report.theme import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    empty_figure,
-    error_bars,
-    finish,
-    plain,
-)
+from persona_probe.report.theme import GREEN, GREY, PALETTE, PURPLE, empty_figure, error_bars, finish, plain
 
 MISSING = "No doses yet: run `persona-probe realign RUN --plan finetune_configs/realign-doses.yaml`."
-COLOURS = (GREEN, PURPLE, BLUE, ORANGE, SKY, VERMILLION)
+COLOURS = {"kitchen_correct_holdout": GREEN, "health_correct": PURPLE}
+"""Data as the re-aligned arms show them; other data have a colour of `PALETTE`."""
 SYMBOLS = {"random": "circle", "projection_gap": "diamond", "perplexity_gap": "square", "diversity": "triangle-up"}
 METHODS = {"continued": "", "fresh": "-open", "full": "-open-dot"}
 PANELS = {
@@ -103,7 +93,9 @@ def _order(kind: tuple[str, str]) -> tuple[int, int, str]:
 
 
 def _colours(data: pd.DataFrame) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(len(select.distinct(data, "data")))]
+    names = select.distinct(data, "data")
+    others = [name for name in names if name not in COLOURS]
+    return [COLOURS.get(name) or PALETTE[others.index(name) % len(PALETTE)] for name in names]
 
 
 def _draw_references(fig: go.Figure, data: pd.DataFrame) -> None:
@@ -127,7 +119,7 @@ def _draw_set(
 ) -> None:
     plainly = (rows["choose_by"] == "random") & (rows["method"] == "continued")
     line = rows.loc[plainly].groupby("rows")[column].mean()
-    label = plain(name)
+    label = plain(DATA.get(name, name))
     if not line.empty:
         fig.add_scatter(
             x=line.index,

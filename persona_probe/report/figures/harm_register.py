@@ -10,11 +10,11 @@ from persona_probe.evaluate.main_effects import MAIN_EFFECTS, effect_noise, effe
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
-from persona_probe.report.theme import BLACK, ORANGE, SKY, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import BEHAVIOUR, HARM, REGISTER, empty_figure, error_bars, finish, plain
 
 MISSING = "Harm and register were not measured: the study has no 2x2 contrast set, or track has not run."
 INDEX = "contrast index"
-LOOKS = {"harm": (ORANGE, "square"), "register": (SKY, "diamond"), INDEX: (BLACK, "circle-open")}
+LOOKS = {"harm": (HARM, "square"), "register": (REGISTER, "diamond"), INDEX: (BEHAVIOUR, "circle-open")}
 
 
 def harm_register_data(records: Records) -> pd.DataFrame:
@@ -73,7 +73,7 @@ def harm_register(records: Records) -> go.Figure:
                 col=column,
             )
         fig.add_vline(x=0, line={"color": "#8A8A8A", "width": 1}, row=1, col=column)  # pyright: ignore[reportArgumentType]
-    fig.update_xaxes(title_text="difference (nats per token)")
+    fig.update_xaxes(title_text="difference<br>(nats per token)")
     ticks = [plain(records.arms.label(arm)).replace(", ", ",<br>").replace(" on ", "<br>on ") for arm in reversed(arms)]
     fig.update_yaxes(tickvals=list(range(len(arms))), ticktext=ticks, range=[-0.6, len(arms) - 0.4])
     fig.update_yaxes(title_text="arm", col=1)

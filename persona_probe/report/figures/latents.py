@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records, as_estimate
-from persona_probe.report.theme import GREY, ORANGE, VERMILLION, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import CANDIDATE, FEATURE, GREY, empty_figure, error_bars, finish, plain
 
 MISSING = "No causal effects of latents yet: the locate stage has not run."
 TOP = 12
@@ -67,7 +67,7 @@ def latents(records: Records) -> go.Figure:
     fig = go.Figure()
     candidates = select.where(data, kind="candidate")
     persona = select.flags(candidates, "persona")
-    for mask, colour, name in ((persona, VERMILLION, "persona latent"), (~persona, ORANGE, "other candidates")):
+    for mask, colour, name in ((persona, FEATURE, "persona latent"), (~persona, CANDIDATE, "other candidates")):
         _draw_candidates(fig, candidates.loc[mask], colour, name)
     random = select.where(data, kind="random")
     style = {"color": GREY, "size": 9, "opacity": 0.6, "symbol": "line-ns-open"}

@@ -8,30 +8,18 @@ import plotly.graph_objects as go
 
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    VERMILLION,
-    empty_figure,
-    error_bars,
-    finish,
-    plain,
-)
+from persona_probe.report.theme import BLACK, GREY, PALETTE, VERMILLION, empty_figure, error_bars, finish, plain
 
 MISSING = "No mitigations measured: `persona-probe mitigate CONFIG` has not run."
 X, Y = ("gain_kept", "gain_kept_low", "gain_kept_high"), ("index_vs_base", "index_vs_base_low", "index_vs_base_high")
 COLUMNS = ["kind", "cell", "label", "strength", "seed", "seeds", *X, *Y, "verdict"]
 REFERENCES = {"base": "circle", "none": "diamond", "control": "square"}
 COLOURS = {
-    "prevents": GREEN,
-    "prevents by not learning the task": ORANGE,
-    "prevents, task undecided": ORANGE,
-    "hides": PURPLE,
-    "reduces": BLUE,
+    "prevents": PALETTE[1],
+    "prevents by not learning the task": PALETTE[2],
+    "prevents, task undecided": PALETTE[2],
+    "hides": PALETTE[3],
+    "reduces": PALETTE[0],
     "no effect shown": GREY,
     "harms": VERMILLION,
 }

@@ -9,15 +9,12 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, empty_figure, finish, plain
+from persona_probe.report.theme import GREY, PALETTE, empty_figure, finish, plain
 from persona_probe.stats import exact_share
 
 MISSING = "No planted truth: persona-probe bench planted has not written its table here."
 COLUMNS = ["kind", "size", "ranker", "estimate", "ci_low", "ci_high", "found", "n", "false_share"]
-LOOKS = (
-    *((VERMILLION, "circle"), (BLUE, "square"), (GREEN, "diamond"), (PURPLE, "triangle-up")),
-    *((ORANGE, "cross"), (SKY, "x")),
-)
+LOOKS = (*zip(PALETTE, ("circle", "square", "diamond", "triangle-up", "cross", "x"), strict=True),)
 CHANCE = "discrimination"
 """The ranker that sees the base alone, and so no plant: the chance line."""
 CHANCE_LINE = {"color": GREY, "dash": "dot"}

@@ -1,5 +1,7 @@
 """Misalignment rate and coherence by arm, and the rate question by question."""
 
+import re
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -17,8 +19,10 @@ NUMBERS = ["rate", "ci_low", "ci_high", "method", "coherence", "coherence_low", 
 COLUMNS = ["kind", "variant", "arm", "seed", "question", *NUMBERS, "answers"]
 KINDS = {"arm": ["variant", "arm"], "seed": ["variant", "arm", "seed"], "question": ["variant", "arm", "item"]}
 PANELS = {"rate": ("rate", "ci_low", "ci_high"), "coherence": ("coherence", "coherence_low", "coherence_high")}
-TOP, GAP, ROW = 330, 220, 18
-"""Pixels of the upper panels, of the margins, and of one question."""
+TOP, GAP, ROW = 40, 300, 32
+"""Pixels of titles, of the margins and the names of questions, and of one arm."""
+GROUP = re.compile(r"[-_ ]?\d+$")
+"""The number of a question within its group."""
 
 
 def rates_data(records: Records) -> pd.DataFrame:
@@ -51,31 +55,33 @@ def rates(records: Records) -> go.Figure:
     pairs = {key for key, _ in select.groups(select.where(data, kind="arm"), "variant", "arm")}
     columns = [(v, a) for v in select.distinct(data, "variant") for a in records.arms.names if (v, a) in pairs]
     grid = _grid(records, data)
-    fig = _panels(len(grid))
+    fig = _panels(len(columns), len(grid))
     for place, (variant, arm) in enumerate(columns):
         _draw_arm(fig, records.arms.styles[arm], select.where(data, variant=variant, arm=arm), place)
     labels = [_name(records, variant, arm) for variant, arm in columns]
-    fig.update_xaxes(tickvals=list(range(len(labels))), ticktext=labels, title_text="arm", row=1)
-    fig.update_yaxes(title_text="share of answers", rangemode="tozero", row=1, col=1)
-    fig.update_yaxes(title_text="share of answers", range=[0, 1.05], row=1, col=2)
-    _draw_questions(fig, grid)
+    for panel in (1, 2):
+        ticks = {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [len(labels) - 0.5, -0.5]}
+        fig.update_yaxes(**ticks, showticklabels=panel == 1, row=1, col=panel)
+        fig.update_xaxes(title_text="share of answers", range=[-0.02, 1.05], row=1, col=panel)
+    _draw_questions(fig, records, grid)
     fig.update_layout(margin={"t": 48})
-    return finish(fig, _caption(records, data), height=TOP + GAP + ROW * len(grid))
+    return finish(fig, _caption(records, data), height=TOP + GAP + ROW * (len(labels) + len(grid)))
 
 
-def _panels(questions: int) -> go.Figure:
+def _panels(arms: int, rows: int) -> go.Figure:
     return make_subplots(
         rows=2,
         cols=2,
         specs=[[{}, {}], [{"colspan": 2}, None]],
-        row_heights=[TOP, ROW * questions],
-        vertical_spacing=GAP / 2 / (TOP + GAP + ROW * questions),
+        row_heights=[ROW * arms, ROW * rows],
+        horizontal_spacing=0.04,
+        vertical_spacing=GAP / 2 / (TOP + GAP + ROW * (arms + rows)),
         subplot_titles=("misaligned, of the coherent", "coherent", "misaligned, by question"),
     )
 
 
 def _name(records: Records, variant: str, arm: str) -> str:
-    label = wrapped(records.arms.label(arm))
+    label = wrapped(records.arms.label(arm), 24)
     return label if variant == select.PLAIN else f"{label}<br>{plain(variant)}"
 
 
@@ -84,9 +90,9 @@ def _draw_arm(fig: go.Figure, style: ArmStyle, rows: pd.DataFrame, place: int) -
     for column, (name, ends) in enumerate(PANELS.items(), 1):
         panel = {"row": 1, "col": column}
         fig.add_scatter(
-            x=[place],
-            y=whole[name],
-            error_y=error_bars(whole, style.colour, ends),
+            x=whole[name],
+            y=[place],
+            error_x=error_bars(whole, style.colour, ends),
             mode="markers",
             marker={"color": style.colour, "size": 11, "symbol": style.symbol},
             name=plain(style.label),
@@ -94,10 +100,10 @@ def _draw_arm(fig: go.Figure, style: ArmStyle, rows: pd.DataFrame, place: int) -
             **panel,
         )
         fig.add_scatter(
-            x=[place + 0.2 + 0.06 * i for i in range(len(seeds))],
-            y=seeds[name],
+            x=seeds[name],
+            y=[place + 0.25 + 0.06 * i for i in range(len(seeds))],
             customdata=seeds["seed"],
-            hovertemplate="seed %{customdata}: %{y:.3f}<extra></extra>",
+            hovertemplate="seed %{customdata}: %{x:.3f}<extra></extra>",
             mode="markers",
             marker={"color": style.colour, "size": 6, "opacity": 0.65},
             showlegend=False,
@@ -106,29 +112,40 @@ def _draw_arm(fig: go.Figure, style: ArmStyle, rows: pd.DataFrame, place: int) -
 
 
 def _grid(records: Records, data: pd.DataFrame) -> pd.DataFrame:
-    """Questions (the first at the bottom, as a heatmap draws them) by arms' labels: rates."""
+    """Arms (the first at the bottom, as a heatmap draws them) by questions: rates."""
     cells = select.where(data, kind="question")
-    names = {arm: plain(records.arms.label(arm)) for arm in records.arms.names if arm in set(cells["arm"])}
-    grid = cells.pivot(index="question", columns="arm", values="rate")[list(names)]
-    return grid.rename(columns=names).iloc[::-1]
+    arms = [arm for arm in records.arms.names if arm in set(cells["arm"])]
+    return cells.pivot(index="arm", columns="question", values="rate").loc[arms[::-1]]
 
 
-def _draw_questions(fig: go.Figure, grid: pd.DataFrame) -> None:
+def _draw_questions(fig: go.Figure, records: Records, grid: pd.DataFrame) -> None:
+    place = {"row": 2, "col": 1}
     fig.add_heatmap(
         z=grid.to_numpy(float),
-        x=list(grid.columns),
-        y=[plain(question) for question in grid.index],
+        x=list(range(len(grid.columns))),
+        y=list(range(len(grid))),
+        customdata=[[plain(question) for question in grid.columns]] * len(grid),
         zmin=0,
         zmax=1,
         colorscale="Cividis",
         hoverongaps=False,
         colorbar={"title": {"text": "rate"}, "len": 0.4, "y": 0, "yanchor": "bottom"},
-        hovertemplate="%{y}, %{x}: %{z:.2f}<extra></extra>",
-        row=2,
-        col=1,
+        hovertemplate="%{customdata}: %{z:.2f}<extra></extra>",
+        **place,
     )
-    fig.update_yaxes(title_text="question", tickmode="linear", row=2, col=1)
-    fig.update_xaxes(title_text="arm", row=2, col=1)
+    labels = [wrapped(records.arms.label(arm), 24) for arm in grid.index]
+    fig.update_yaxes(tickvals=list(range(len(grid))), ticktext=labels, **place)
+    groups = _groups([str(question) for question in grid.columns])
+    fig.update_xaxes(tickvals=list(groups.values()), ticktext=[plain(g) for g in groups], tickangle=-90, **place)
+    fig.update_xaxes(title_text="questions, by group", **place)
+
+
+def _groups(questions: list[str]) -> dict[str, float]:
+    """Where each group of neighbouring questions has its middle; ids are a group's name and a number."""
+    places: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        places.setdefault(GROUP.sub("", question).replace("_", " "), []).append(place)
+    return {name: (at[0] + at[-1]) / 2 for name, at in places.items()}
 
 
 def _caption(records: Records, data: pd.DataFrame) -> str:

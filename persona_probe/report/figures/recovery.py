@@ -9,12 +9,12 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
-from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, finish, plain, ribbon
+from persona_probe.report.theme import BEHAVIOUR, FEATURE, GREY, empty_figure, finish, plain, ribbon
 from persona_probe.stats import Estimate, estimate_text
 
 MISSING = "No re-alignment yet: the realign stage has not run."
 COLUMNS = ["arm", "quantity", "step", "estimate", "ci_low", "ci_high", "band_low", "band_high"]
-LINES = {"behaviour": VERMILLION, "feature": BLUE}
+LINES = {"behaviour": BEHAVIOUR, "feature": FEATURE}
 
 
 def recovery_data(records: Records) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """Stress tests of a correction: the effects of each test, with their intervals, against the line of no effect."""
 
+import re
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -7,7 +9,7 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import BLUE, GREY, VERMILLION, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import GREEN, GREY, VERMILLION, empty_figure, error_bars, finish, plain
 
 MISSING = "No stress tests yet: `persona-probe realign RUN --stress ...` has not run."
 TITLES = {
@@ -57,6 +59,13 @@ def stress_data(records: Records) -> pd.DataFrame:
     return rows.assign(label=label)[COLUMNS]
 
 
+def _told(labels: "pd.Series[str]", records: Records) -> "pd.Series[str]":
+    """Labels with what readers see in place of arms' ids."""
+    names = records.arms.labels
+    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True) if "_" in name)
+    return labels.str.replace(pattern, lambda found: names[found[0]], regex=True) if pattern else labels
+
+
 @figure(
     name="stress",
     title="What a correction withstands",
@@ -70,6 +79,7 @@ def stress(records: Records) -> go.Figure:
     data = stress_data(records)
     if data.empty:
         return empty_figure(MISSING)
+    data = data.assign(label=_told(data["label"], records))
     tests = [name for name in TITLES if name in set(data["test"])]
     sizes = [int((data["test"] == name).sum()) for name in tests]
     fig = make_subplots(
@@ -91,7 +101,7 @@ def stress(records: Records) -> go.Figure:
 
 def _draw(fig: go.Figure, rows: pd.DataFrame, panel: int) -> None:
     for (model,), part in select.groups(rows, "model"):
-        colour = COLOURS.get(str(model), BLUE)
+        colour = COLOURS.get(str(model), GREEN)
         fig.add_scatter(
             x=part["estimate"],
             y=[plain(label, 60) for label in part["label"]],

@@ -28,6 +28,11 @@
       }
       shown += here;
     }
+    const further = document.querySelector(".further"); // the questions after the first few
+    if (further) {
+      further.hidden = !further.querySelector(".question:not([hidden])");
+      if (words.length > 0 && !further.hidden) further.open = true;
+    }
     count.textContent = shown === 0 ? "no answer matches" : shown + " of " + total + " answers";
   }
 

@@ -1,7 +1,9 @@
 "use strict";
 // Draws every figure from the JSON beside it, in the colours of the reader's theme; on paper, light and as wide as paper.
+// Closed folds stay closed on paper.
 (function () {
-  const PAPER = 670; // pixels between the margins of an A4 page
+  const PAPER = 680; // pixels between the margins of an A4 page
+  const TALL = 330; // pixels beyond which a figure shrinks on paper, so that pages fill
   const system = window.matchMedia("(prefers-color-scheme: dark)");
   const config = {
     responsive: true,
@@ -11,16 +13,19 @@
     showSendToCloud: false, // plotly.js 4 offers by default to upload the figure
     plotlyServerURL: "",
   };
+  const HALF = 0.86; // a figure that shares a row with another is less high too
   let printing = false;
   const dark = () => !printing && (window.isDark ? window.isDark() : system.matches);
 
-  function layoutOf(figure) {
+  function layoutOf(figure, place) {
     const style = getComputedStyle(document.documentElement);
     const ink = printing ? "#1b1f24" : style.getPropertyValue("--ink").trim();
     const page = printing ? "#ffffff" : style.getPropertyValue("--page").trim();
     const font = Object.assign({}, figure.layout.font, { color: ink });
     const hoverlabel = { bgcolor: page, font: { color: ink } };
-    const size = printing ? { autosize: false, width: PAPER } : { autosize: true, width: undefined };
+    const half = place && place.closest(".columns > *:not(.wide)") ? HALF : 1;
+    const height = printing ? Math.min(figure.layout.height, TALL + (figure.layout.height - TALL) / 2) : Math.round(figure.layout.height * half);
+    const size = printing ? { autosize: false, width: PAPER, height } : { autosize: true, width: undefined, height };
     return Object.assign({}, figure.layout, { font, hoverlabel, paper_bgcolor: "rgba(0,0,0,0)" }, size);
   }
 
@@ -38,13 +43,37 @@
     return { place: document.getElementById(source.dataset.figure), json: source.textContent };
   });
 
+  // a figure in a closed fold is drawn when the fold opens: there it has no width yet
+  const folded = (place) => place.closest("details:not([open])");
+
+  function drawOne({ place, json }) {
+    const content = JSON.parse(readable(json)), layout = layoutOf(content, place);
+    const height = layout.height;
+    place.style.height = height + "px"; // plotly.js leaves it to the page, and captions would overlap
+    Plotly.react(place, content.data, layout, config);
+    giveLegendRoom(place, height);
+  }
+
+  // A legend of several lines would take its room from the plot: the figure grows by what is beyond two lines.
+  function giveLegendRoom(place, height) {
+    const full = place._fullLayout, legend = full.showlegend && full.legend;
+    if (!legend || legend.orientation !== "h") return;
+    // plotly.js gives it the width of the plot alone: left of it there is room as well
+    Plotly.relayout(place, { "legend.x": (4 - full._size.l) / full._size.w });
+    const extra = Math.max(0, Math.round(place._fullLayout.legend._height) - 44);
+    if (extra === 0) return;
+    place.style.height = height + extra + "px";
+    Plotly.relayout(place, { height: height + extra });
+  }
+
   function draw() {
-    for (const { place, json } of figures) {
-      const content = JSON.parse(readable(json));
-      place.style.height = content.layout.height + "px"; // plotly.js leaves it to the page, and captions would overlap
-      Plotly.react(place, content.data, layoutOf(content), config);
-    }
+    figures.filter(({ place }) => !folded(place)).forEach(drawOne);
     pairs().forEach(shareAxes);
+  }
+
+  function opened(event) {
+    if (!event.target.open) return;
+    figures.filter(({ place }) => event.target.contains(place) && !folded(place)).forEach(drawOne);
   }
 
   // Two runs side by side deceive when their axes differ.
@@ -53,7 +82,7 @@
     for (const { place } of figures) {
       if (place.dataset.pair) groups.set(place.dataset.pair, [...(groups.get(place.dataset.pair) || []), place]);
     }
-    return [...groups.values()].filter((group) => group.length === 2);
+    return [...groups.values()].filter((group) => group.length === 2 && group.every((place) => place._fullLayout));
   }
 
   function shareAxes([left, right]) {
@@ -67,16 +96,14 @@
     for (const place of [left, right]) Plotly.relayout(place, structuredClone(update));
   }
 
+  // paper shows what the reader has open: everything would be some forty pages
   function print(begins) {
     printing = begins;
-    for (const box of document.querySelectorAll(begins ? "details:not([open])" : "details[data-shut]")) {
-      box.open = begins;
-      box.toggleAttribute("data-shut", begins);
-    }
     draw();
   }
 
   draw();
+  document.addEventListener("toggle", opened, true);
   document.addEventListener("themechange", draw);
   if (!window.isDark) system.addEventListener("change", draw);
   window.addEventListener("beforeprint", () => print(true));

@@ -60,7 +60,7 @@ def twice(job: Job, materials: Path, out: Path, reference: Unbroken, apart: floa
         return f"{apart:.1f} s apart both were refused: {last_line(logs[0])}"
     try:
         finish(job, materials, out, logs[0])
-    except (RuntimeError, TimeoutError) as error:
+    except RuntimeError as error:
         return str(error)
     differing = differences(reference.values, values_of(out))
     return f"{apart:.1f} s apart other content in {', '.join(differing[:5])}" if differing else ""

@@ -15,7 +15,8 @@ import yaml
 from tests.factories import config_of, write_config, write_data, write_model, write_sae
 from tests.processes import Process
 
-LIMIT_S = 600
+LIMIT_S = 1800
+"""For one command: seconds on a free machine, many minutes on a busy one."""
 NO_BROWSER = {"BROWSER_PATH": "/nowhere"}
 """Without Chromium no images are drawn: they take most of a report's time."""
 
@@ -132,9 +133,14 @@ def finish(job: Job, materials: Path, out: Path, log: Path) -> None:
     """Run a job to its end.
 
     Raises:
-        RuntimeError: it does not end well.
+        RuntimeError: it does not end well, or not in time.
     """
-    code = job.start(materials, out, log).wait(LIMIT_S)
+    process = job.start(materials, out, log)
+    try:
+        code = process.wait(LIMIT_S)
+    except TimeoutError:
+        process.kill()
+        raise RuntimeError(f"{job.name} still worked after {LIMIT_S} s: {last_line(log)}") from None
     if code != 0:
         raise RuntimeError(f"{job.name} ended with {code}: {last_line(log)}")
 

@@ -1,12 +1,12 @@
 from .adapters import merged_copy as merged_copy
 from .adapters import organism as organism
 from .adapters import organisms as organisms
+from .lens import LogitLens as LogitLens
+from .lens import logit_lens as logit_lens
 from .load import load_model as load_model
 from .load import load_tokenizer as load_tokenizer
 from .load import make_bridge as make_bridge
 from .load import tokenizer_of as tokenizer_of
-from .lens import LogitLens as LogitLens
-from .lens import logit_lens as logit_lens
 from .places import Place as Place
 from .quiet import quiet_libraries as quiet_libraries
 from .residuals import read_residuals as read_residuals

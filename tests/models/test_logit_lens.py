@@ -11,8 +11,8 @@ from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError
 from persona_probe.latents.cards import logit_effect
 from persona_probe.models.layers import base_transformer, decoder_layers
-from persona_probe.models.load import with_tokenizer
 from persona_probe.models.lens import logit_lens
+from persona_probe.models.load import with_tokenizer
 from persona_probe.models.logits import final_norm, own_logits
 from persona_probe.models.taps import EditTap, Steer, SteerTap
 from tests.factories import D_MODEL, LAYER, copied_state, hook_count, make_model, make_tokenizer, same_state

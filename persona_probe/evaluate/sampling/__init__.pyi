@@ -1,9 +1,9 @@
+from .answering import generate as generate
 from .engines import EngineChoice as EngineChoice
 from .engines import OpenAIEngine as OpenAIEngine
 from .engines import TransformersEngine as TransformersEngine
 from .engines import VllmEngine as VllmEngine
 from .engines import engine_of as engine_of
-from .answering import generate as generate
 from .requests import Engine as Engine
 from .requests import Prompt as Prompt
 from .requests import Request as Request

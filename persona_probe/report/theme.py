@@ -22,7 +22,7 @@ FEATURE, DIRECTION, CANDIDATE = "#7B5CD6", "#A6611A", "#5F6B7A"
 """The persona feature, the mean difference of the arms, other candidate latents."""
 HARM, REGISTER = "#C2417F", "#128A8A"
 """The two main effects of the 2x2 set."""
-PALETTE = ("#44AA99", "#117733", "#999933", "#AA4499", "#4477AA", "#661100")
+PALETTE = ("#2F9A88", "#117733", "#8F8F2A", "#AA4499", "#4477AA", "#D4526E")
 """For categories without a meaning of their own, such as rankers: no colour above is among them."""
 
 INTERVAL = ("estimate", "ci_low", "ci_high")

@@ -24,12 +24,17 @@ REPORT = """
   const seen = (what) => all(what).filter((e) => e.getClientRects().length).length;
   say.pwned = String(window.pwned);
   say.loaded = performance.getEntriesByType("resource").length;
+  const folds = all("details:not([open])"), shown = (f) => f.querySelector(".main-svg");
+  say.waiting = all(".figure").filter((f) => !shown(f)).every((f) => f.closest("details:not([open])"));
+  for (const fold of folds) fold.open = true;
+  await new Promise((done) => setTimeout(done, 500));
   say.drawn = all(".figure").filter((f) => f.querySelector(".main-svg")).map((f) => f.id.slice(7));
   say.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
   say.nameless = all("main :is(input, select), button").filter((e) => !e.getAttribute("aria-label")
     && !(e.labels || []).length && !e.textContent.trim()).length;
   say.lost = all("a[href^='#']").filter((a) => !document.getElementById(a.hash.slice(1))).map((a) => a.hash);
 
+  for (const fold of folds) fold.open = false;
   const table = one("#tested"), heads = Array.from(table.tHead.rows[0].cells);
   const effect = heads.findIndex((h) => h.textContent.includes("base up"));
   const order = () => Array.from(table.tBodies[0].rows, (row) => row.cells[0].textContent);
@@ -60,7 +65,8 @@ REPORT = """
   document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape" })); say.escaped = one("#tip").hidden;
 
   const shut = all("details:not([open])").length; dispatchEvent(new Event("beforeprint"));
-  say.paper = [shut > 0, all("details:not([open])").length, figure._fullLayout.width, figure._fullLayout.font.color];
+  say.paper = [shut > 0, all("details:not([open])").length === shut, figure._fullLayout.width];
+  say.paper.push(figure._fullLayout.font.color);
   dispatchEvent(new Event("afterprint"));
   say.after = [all("details:not([open])").length === shut, figure._fullLayout.font.color];
 """
@@ -81,6 +87,7 @@ def test_the_report_works_and_lets_nothing_foreign_run(run_folder: Path, tmp_pat
     assert console == [] and "error" not in said
     assert said["pwned"] == "undefined" and said["loaded"] == 0
     assert sorted(said["drawn"]) == sorted(n for n, s in figures_of(records).items() if not s.data(records).empty)
+    assert said["waiting"]  # a figure that is not drawn yet is in a closed fold
     assert said["wide"] <= 0 and said["nameless"] == 0 and said["lost"] == []
     assert said["ascending"] == ["100", "101", "102"] and said["sorted"] == "ascending"  # random latents, from -0.1
     assert said["descending"] == ["17", "21"]
@@ -89,7 +96,7 @@ def test_the_report_works_and_lets_nothing_foreign_run(run_folder: Path, tmp_pat
     assert said["hostile"] == 0 and said["money"] == 1 and said["none"] == "no answer matches"
     assert said["light"] == ["rgb(255, 255, 255)", "#1b1f24"] and said["dark"] == ["rgb(20, 23, 27)", "#e4e8ec", "true"]
     assert said["tip"] == [False, True] and said["escaped"]
-    assert said["paper"] == [True, 0, 670, "#1b1f24"] and said["after"] == [True, "#e4e8ec"]
+    assert said["paper"] == [True, True, 680, "#1b1f24"] and said["after"] == [True, "#e4e8ec"]
 
 
 def test_the_comparison_draws_both_runs_on_the_same_axes(run_folder: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_arms_show_the_last_step_of_the_evaluation_split(records: Records) -> No
     incorrect = where(data, kind="seed", arm="incorrect")
     assert incorrect["estimate"].tolist() == pytest.approx([-0.25, -0.15])
     assert incorrect["step"].tolist() == [20, 20]
-    drawn = {trace.name: trace.y[0] for trace in FIGURES["arms"].draw(records).data}
+    drawn = {trace.name: trace.x[0] for trace in FIGURES["arms"].draw(records).data}
     assert drawn["incorrect"] == -0.2
 
 

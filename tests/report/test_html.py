@@ -131,7 +131,10 @@ def test_the_verdict_comes_first_and_answers_what_was_measured(run_folder: Path)
     (run_folder / "summary.json").write_text(json.dumps(summary))
     found = tiles(load_records(run_folder))
     assert [tile["state"] for tile in found] == ["yes", "no", "yes", "no"]
-    assert "latent 17; a push moves the index by +0.4" in found[1]["shows"] and "from step 20" in found[2]["shows"]
+    assert (
+        "latent 17; a push makes misaligned answers 1.5 times as likely (index +0.4" in found[1]["shows"]
+        and "from step 20" in found[2]["shows"]
+    )
     assert "1 of 2 corrective arms" in found[3]["shows"] and found[3]["says"] == "Partly undone"
     summary["checks"] = []
     (run_folder / "summary.json").write_text(json.dumps(summary))

@@ -89,9 +89,10 @@ def test_rates_are_those_of_the_arms_seeds_and_questions(one: Records) -> None:
     assert (data["ci_low"] <= data["rate"]).all() and (data["rate"] <= data["ci_high"]).all()
     drawn = JUDGED_FIGURES["rates"].draw(one)
     [heat] = [trace for trace in drawn.data if trace.type == "heatmap"]
-    assert list(heat.x) == ["base", "incorrect", "correct (control)"]
-    assert np.asarray(heat.z)[:, 1].tolist() == [0.5] * len(QUESTIONS)
-    points = {t.name: t.y[0] for t in drawn.data if t.type == "scatter" and t.name and t.xaxis == "x"}
+    axes: Any = drawn.layout
+    assert list(axes[heat.yaxis.replace("y", "yaxis")].ticktext) == ["correct (control)", "incorrect", "base"]
+    assert np.asarray(heat.z)[1].tolist() == [0.5] * len(QUESTIONS)  # the first arm is at the top
+    points = {t.name: t.x[0] for t in drawn.data if t.type == "scatter" and t.name and t.xaxis == "x"}
     assert points == pytest.approx({"base": 0.0, "incorrect": 0.5, "correct (control)": 0.1})
 
 
@@ -168,7 +169,7 @@ def test_the_report_shows_judged_answers_and_reads_no_markup(folder: Path) -> No
         weight = FEW / (FEW + rare)
         size = n / (weight * n / grouped_size([n / 6] * 6) + 1 - weight)
         low, high = clopper_pearson(count / n * size, size)
-        texts.append(f"{count / n:.3g} [{low:.3g}, {high:.3g}]")
+        texts.append(f"{count / n:.2f} [{low:.2f}, {high:.2f}]")
     assert all(text in page for text in texts)
     for words in ("alignment &lt; 20", "alignment &lt; 30", "alignment &lt; 50"):
         assert f"<th>{words}</th>" in page

@@ -4,6 +4,7 @@ import re
 import struct
 import zlib
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,24 @@ import pytest
 
 from persona_probe.errors import InputError
 from persona_probe.report.export import UNKNOWN, provenance, provenance_line, short_provenance
-from persona_probe.report.figures import FIGURES
+from persona_probe.report.figures import ALL_FIGURES, FIGURES
 from persona_probe.report.metadata import PNG_SIGNATURE, tag
 from persona_probe.report.printing import WIDTHS, for_print
-from persona_probe.report.records import INDUCED_STYLES, REALIGN_STYLES, Records
-from persona_probe.report.theme import TEMPLATES
+from persona_probe.report.records import INDUCED_STYLES, MORE_COLOURS, REALIGN_STYLES, Records, load_records
+from persona_probe.report.theme import (
+    BEHAVIOUR,
+    BLACK,
+    CANDIDATE,
+    DARK_INK,
+    DIRECTION,
+    FEATURE,
+    GREY,
+    HARM,
+    PALETTE,
+    REGISTER,
+    TEMPLATES,
+    plain,
+)
 
 STYLES = [*INDUCED_STYLES.values(), *REALIGN_STYLES.values()]
 FACTS = {"run": "demo", "hash SAE": "a1<b2>"}
@@ -72,6 +86,46 @@ def test_marks_and_text_stand_out_from_the_page(theme: Any) -> None:
     layout: Any = TEMPLATES[theme].layout
     assert contrast(layout.font.color, layout.paper_bgcolor) >= 7
     assert min(contrast(style.colour, layout.paper_bgcolor) for style in STYLES) >= 3
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_colours_with_a_meaning_stand_out_and_are_no_two_alike(theme: Any) -> None:
+    layout: Any = TEMPLATES[theme].layout
+    meanings = (FEATURE, DIRECTION, CANDIDATE, HARM, REGISTER)
+    assert min(contrast(colour, layout.paper_bgcolor) for colour in (*meanings, *PALETTE)) >= 3
+    arms = [style.colour for style in STYLES] + list(MORE_COLOURS)
+    assert len({*arms, *meanings, *PALETTE, BEHAVIOUR}) == len(arms) + len(meanings) + len(PALETTE) + 1
+
+
+def test_a_colour_has_one_meaning_in_all_figures_of_a_study() -> None:
+    records = load_records(Path(__file__).parents[2] / "records" / "demo")
+    labels = {style.colour: plain(style.label) for style in records.arms.styles.values() if style.colour != GREY}
+    named = {FEATURE: ("persona", "feature"), DIRECTION: ("mean",), HARM: ("harm",), REGISTER: ("register",)}
+    for name in (
+        "arms",
+        "categories",
+        "controls",
+        "dose_response",
+        "harm_register",
+        "latents",
+        "recovery",
+        "trajectory",
+    ):
+        for trace in ALL_FIGURES[name].draw(records).data:
+            colour = trace.line.color or trace.marker.color
+            if not trace.name or not isinstance(colour, str):
+                continue
+            if colour in labels:
+                assert trace.name.startswith((labels[colour], "seed ")), (name, trace.name)
+            if colour in named:
+                assert any(word in trace.name for word in named[colour]), (name, trace.name)
+
+
+def test_on_a_dark_page_black_marks_are_light(records: Records) -> None:
+    figure: Any = for_print(
+        FIGURES["arms"].draw(records).add_scatter(x=[0], y=[0], line={"color": BLACK}), "page", "dark"
+    )
+    assert figure.data[-1].line.color == DARK_INK
 
 
 def test_a_printed_figure_has_its_width_theme_and_footer(records: Records) -> None:

@@ -73,7 +73,7 @@ def harm_register(records: Records) -> go.Figure:
                 col=column,
             )
         fig.add_vline(x=0, line={"color": "#8A8A8A", "width": 1}, row=1, col=column)  # pyright: ignore[reportArgumentType]
-    fig.update_xaxes(title_text="difference<br>(nats per token)")
+    fig.update_xaxes(title_text="nats per token")
     ticks = [plain(records.arms.label(arm)).replace(", ", ",<br>").replace(" on ", "<br>on ") for arm in reversed(arms)]
     fig.update_yaxes(tickvals=list(range(len(arms))), ticktext=ticks, range=[-0.6, len(arms) - 0.4])
     fig.update_yaxes(title_text="arm", col=1)

@@ -3,7 +3,7 @@
 // Closed folds stay closed on paper.
 (function () {
   const PAPER = 680; // pixels between the margins of an A4 page
-  const TALL = 330; // pixels beyond which a figure shrinks on paper, so that pages fill
+  const TALL = 300; // pixels beyond which a figure shrinks on paper, so that pages fill
   const system = window.matchMedia("(prefers-color-scheme: dark)");
   const config = {
     responsive: true,
@@ -14,6 +14,8 @@
     plotlyServerURL: "",
   };
   const HALF = 0.86; // a figure that shares a row with another is less high too
+  const WIDE = 700; // pixels of a figure that has a row for itself
+  const NARROW = 480; // pixels of a figure on a phone, whose text is smaller
   let printing = false;
   const dark = () => !printing && (window.isDark ? window.isDark() : system.matches);
 
@@ -22,11 +24,16 @@
     const ink = printing ? "#1b1f24" : style.getPropertyValue("--ink").trim();
     const page = printing ? "#ffffff" : style.getPropertyValue("--page").trim();
     const font = Object.assign({}, figure.layout.font, { color: ink });
+    if (printing || (place && place.clientWidth < NARROW)) font.size = printing ? 10 : 11;
+    const small = printing || (place && place.clientWidth < WIDE); // plotly.js writes the titles of panels large
+    const sized = (note) => Object.assign({}, note, { font: Object.assign({}, note.font, { size: font.size || 12 }) });
+    const notes = figure.layout.annotations && small ? { annotations: figure.layout.annotations.map(sized) } : {};
     const hoverlabel = { bgcolor: page, font: { color: ink } };
     const half = place && place.closest(".columns > *:not(.wide)") ? HALF : 1;
-    const height = printing ? Math.min(figure.layout.height, TALL + (figure.layout.height - TALL) / 2) : Math.round(figure.layout.height * half);
+    const height = printing ? Math.min(figure.layout.height, TALL + (figure.layout.height - TALL) * 0.35) : Math.round(figure.layout.height * half);
     const size = printing ? { autosize: false, width: PAPER, height } : { autosize: true, width: undefined, height };
-    return Object.assign({}, figure.layout, { font, hoverlabel, paper_bgcolor: "rgba(0,0,0,0)" }, size);
+    const look = { font, hoverlabel, paper_bgcolor: "rgba(0,0,0,0)" };
+    return Object.assign({}, figure.layout, look, notes, size);
   }
 
   // the blue of light pages is too dim on dark ones: it takes the place of the sky blue, which turns paler

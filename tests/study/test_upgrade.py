@@ -34,7 +34,7 @@ from persona_probe.study.study import Study
 from tests.factories import tree, write_data, write_model, write_sae
 
 KEPT = Path(__file__).parent / "run_of_0_1_0"
-"""A run that version 0.1.0 made of the tests' tiny model and its study.yaml, stopped after induce."""
+"""A run that the code of version 0.1.0 made of the tests' tiny model, with its study.yaml, stopped after induce."""
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def locate(ctx: Context) -> None:
 
 def _is_of_earlier(ctx: Context) -> bool:
     """Whether latents.parquet has all that the config asks for, from parts that lack what is written now."""
-    if not ctx.run.has("latents.parquet") or _has(ctx, f"items-{ctx.config.realign.start}"):
+    if not ctx.run.has("latents.parquet") or not _has(ctx, "rank") or _has(ctx, f"items-{ctx.config.realign.start}"):
         return False
     columns = {f"{name}_rank" for name in ctx.config.locate.rankers}
     return columns <= set(ctx.run.read_table("latents.parquet").columns)

@@ -118,10 +118,24 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 def final_norm(model: nn.Module) -> nn.Module | None:
     """The module that turns the last layer's output into the decoder's output; None if they are the same.
 
+    A forward pass finds it, once for each model.
+
     Raises:
         InputError: more than one module stands between them.
     """
-    decoder, layers = base_transformer(model), decoder_layers(model)
+    decoder = base_transformer(model)
+    known = _norms.get(decoder)
+    if known is None or known not in set(decoder.modules()):
+        known = _norms[decoder] = _found_norm(model, decoder)
+    return None if known is decoder else known
+
+
+_norms: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
+"""By decoder, its final norm; the decoder itself where there is none."""
+
+
+def _found_norm(model: nn.Module, decoder: nn.Module) -> nn.Module:
+    layers = decoder_layers(model)
     inside = {part for layer in layers for part in layer.modules()}
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     seen: dict[str, Tensor] = {}
@@ -142,7 +156,7 @@ def final_norm(model: nn.Module) -> nn.Module | None:
         for handle in handles:
             handle.remove()
     if torch.equal(seen["last"], final):
-        return None
+        return decoder
     for module, given, output in calls:
         if given.shape == output.shape and torch.equal(given, seen["last"]) and torch.equal(output, final):
             return module

@@ -20,7 +20,7 @@ from tests.factories import refusal, run_command
 HEAVY = {"torch", "transformers", "sae_lens", "transformer_lens", "trl", "peft", "pandas", "plotly"}
 COMMANDS = (
     *("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor", "watch"),
-    *("mitigate", "compare", "verify", "cite", "adopt", "merge", "presets"),
+    *("mitigate", "compare", "verify", "cite", "adopt", "merge", "presets", "completion"),
 )
 BELOW = (
     *("saes list", "saes train", "saes check", "saes convert", "saes shrink", "sae check"),
@@ -89,7 +89,7 @@ def test_the_name_of_the_program_or_of_a_group_alone_prints_help(capsys: pytest.
         ("demo --out", "--out needs a value: see persona-probe demo --help"),
         ("demo --out --quiet", "--out needs a value: see persona-probe demo --help"),
         ("demo --seeds 0 x", "invalid value for '--seeds': 'x' is not a valid integer"),
-        ("figures r --width pge", "invalid value for '--width': 'pge' is not one of 'column', 'page'"),
+        ("figures r --width pge", "invalid value for '--width' / '--preset': 'pge' is not one of 'column', 'page', 'icml'"),
         ("judge fit x.yaml", "missing option '--data': see persona-probe judge fit --help"),
     ],
 )
@@ -129,10 +129,10 @@ def test_options_that_every_command_has_arrive_as_one_object() -> None:
         """Nothing."""
         received.append((words, common))
 
-    arguments = ["--words", "a", "b", "--out", "there", "--seed", "-2", "--device", "cpu", "--quiet"]
+    arguments = ["--words", "a", "b", "--out", "there", "--seed", "2", "--device", "cpu", "--quiet"]
     made_up.main(arguments, standalone_mode=False)
     made_up.main([], standalone_mode=False)
-    assert received == [(("a", "b"), Common(Path("there"), -2, "cpu", True)), ((), Common())]
+    assert received == [(("a", "b"), Common(Path("there"), 2, "cpu", True)), ((), Common())]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_data_list_shows_every_set_with_its_rows(capsys: pytest.CaptureFixture[s
     assert [(row["set"], row["rows"]) for row in rows] == [(name, len(load_rows(name))) for name in SETS]
     assert all(row["use"] for row in rows) and "toxic" in rows[0]["columns"]
     table = output(capsys, "data", "list")
-    assert all(name in table for name in SETS) and "training: an arm for each column" in table
+    assert all(name in table for name in SETS) and "training: an arm for each" in table
 
 
 def test_saes_list_names_each_shipped_sae(capsys: pytest.CaptureFixture[str]) -> None:

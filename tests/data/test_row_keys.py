@@ -219,7 +219,7 @@ def test_unknown_keys_are_named_once_and_harmless_ones_never(tmp_path: Path, cap
 def test_data_check_prints_what_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = lines(tmp_path / "rows.jsonl", {"messages": TALK, "score": 3}, {"messages": [USER, {**ANSWER, "weight": 0}]})
     with pytest.raises(SystemExit) as stopped:
-        main(["data", "check", str(path)])
+        main(["data", "check", str(path), "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert stopped.value.code == 0 and printed["rows"] == printed["left_out"] == 1
     assert printed["notes"][1] == "keys not read: score" and "weight 0" in printed["notes"][0]

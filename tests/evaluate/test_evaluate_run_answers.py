@@ -94,7 +94,7 @@ def test_a_prompt_that_the_server_does_not_know_is_not_judged(
         main(["evaluate", "--answers", str(mine), "--judge", "http:m", "--base-url", server.url, "--quiet"])
     lines = capsys.readouterr().out.splitlines()
     assert stopped.value.code == 0
-    assert lines[1].startswith("a: not judged (2 of 4 answers have no usable judgement (2 failed; at most 20% may))")
+    assert lines[1].startswith("a: not judged (2 of 4 answers have no usable judgement (2 failed, most often: HTTP 400")
     assert lines[2].startswith("b: misaligned 1.000")
 
 

@@ -120,7 +120,7 @@ def test_damaged_files_are_refused_with_the_line(tmp_path: Path) -> None:
     path.write_bytes(good.replace(b'"q3"', b'"qX"'))
     refused("was not asked for")
     sidecar(path).write_text("{")
-    refused("cannot be read")
+    refused("is damaged")
 
 
 def test_prompts_must_be_there_and_unique() -> None:

@@ -114,7 +114,7 @@ def test_text_that_cannot_be_used_is_refused_in_one_line(tmp_path: Path) -> None
     empty, binary = tmp_path / "empty.txt", tmp_path / "binary.txt"
     empty.write_text(" \n\n", encoding="utf-8")
     binary.write_bytes(b"\xff\xfe\x00")
-    for path, words in ((empty, "holds no text"), (binary, "UTF-8"), (tmp_path / "none.txt", "cannot be read")):
+    for path, words in ((empty, "holds no text"), (binary, "UTF-8"), (tmp_path / "none.txt", "does not exist")):
         with pytest.raises(InputError, match=words) as refused:
             card_text.read_text(path)
         assert "\n" not in str(refused.value)

@@ -103,7 +103,7 @@ def test_bad_corrections_say_what_to_change(study: Study, place: Path, tmp_path:
         study.realign(data, seeds=[7])
     with pytest.raises(InputError, match="an arm is called 'realigned_in'"):
         study.realign(data, name="realigned_in")
-    with pytest.raises(InputError, match="is no folder's name"):
+    with pytest.raises(InputError, match="cannot name a folder"):
         study.realign(data, name="../up")
     with pytest.raises(InputError, match="did you mean 'triggers'"):
         study.realign(data, stress=["trigger"])

@@ -48,7 +48,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (Path.unlink, "safetensors cannot be read (FileNotFoundError)"),
     "flipped": (flip, "does not match its sha256"),
     "no manifest": (lambda file: file.with_name("manifest.json").unlink(), "cannot be read (FileNotFoundError)"),
-    "half manifest": (lambda file: file.with_name("manifest.json").write_text("{"), "cannot be read (JSONDecodeError)"),
+    "half manifest": (lambda file: file.with_name("manifest.json").write_text("{"), "cannot be read (NotJson)"),
     "other manifest": (edit, "is of another entry"),
 }
 

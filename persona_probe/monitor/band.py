@@ -35,7 +35,9 @@ directions drawn at random that happens once in some 16,000."""
 
 def beyond_chance(low: float, high: float, feature: FeatureValue) -> tuple[float, float]:
     """A default band, at least as wide as what random directions move: training moves all of them."""
-    reach = 0.0 if isnan(feature.chance) else CHANCE * feature.chance
+    if isnan(feature.chance):
+        return low, high
+    reach = CHANCE * feature.chance
     return min(low, feature.base_mean - reach), max(high, feature.base_mean + reach)
 
 

@@ -172,7 +172,7 @@ PAGE = """<!DOCTYPE html>
       }
       const { width, height } = place._fullLayout;
       const svg = await Plotly.toImage(place, { format: "svg", width, height, imageDataOnly: true });
-      return { svg: decodeURIComponent(svg), width, height };
+      return { svg: svg.startsWith("%3C") ? decodeURIComponent(svg) : svg, width, height };
     } finally { Plotly.purge(place); place.remove(); }
   }
   async function show(svg, [width, height]) {

@@ -300,7 +300,7 @@ def _line(line: Any) -> dict[str, Any]:
 def _marks(axes: "Axes", x: list[Any], y: list[Any], trace: Any, alpha: float, order: int) -> None:
     marker = trace.marker
     symbols = [marker.symbol] * len(x) if isinstance(marker.symbol, (str, type(None))) else list(marker.symbol)
-    colours = [marker.color or trace.line.color] * len(x) if not _many(marker.color) else list(marker.color)
+    colours = [marker.color or trace.line.color or "C0"] * len(x) if not _many(marker.color) else list(marker.color)
     sizes = [marker.size or 6] * len(x) if not _many(marker.size) else list(marker.size)
     fade = alpha * (marker.opacity if isinstance(marker.opacity, (int, float)) else 1.0)
     for symbol in dict.fromkeys(symbols):

@@ -192,7 +192,7 @@ def test_data_list_shows_every_set_with_its_rows(capsys: pytest.CaptureFixture[s
     assert [(row["set"], row["rows"]) for row in rows] == [(name, len(load_rows(name))) for name in SETS]
     assert all(row["use"] for row in rows) and "toxic" in rows[0]["columns"]
     table = output(capsys, "data", "list")
-    assert all(name in table for name in SETS) and "training: an arm for each" in table
+    assert all(name in table for name in SETS) and "training:" in table
 
 
 def test_saes_list_names_each_shipped_sae(capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ def test_export_leaves_no_temporary_files_and_replaces_old_ones(records: Records
 def test_unknown_names_are_refused(records: Records, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown figure 'trajectry': did you mean 'trajectory'"):
         export_figures(records, tmp_path, only=["trajectry"])
-    with pytest.raises(InputError, match="unknown figure format 'pfd': did you mean 'pdf'"):
+    with pytest.raises(InputError, match="unknown figure format 'pfd': did you mean 'pgf' or 'pdf'"):
         export_figures(records, tmp_path, formats=("pfd",))
 
 

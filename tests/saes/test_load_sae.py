@@ -35,7 +35,8 @@ def test_a_damaged_sae_is_refused_in_one_line(kind: str, tmp_path: Path) -> None
     folder = write_sae(tmp_path / "sae")
     SAES[kind](folder)
     with pytest.raises(InputError) as caught:
-        check_fit(load_sae(folder), make_model(), LAYER)
+        sae = load_sae(folder)
+        check_fit(sae, make_model(), sae_layer(sae))
     assert "\n" not in str(caught.value)
 
 

@@ -183,7 +183,7 @@ def _check_value(option: str, value: object) -> None:
     if option == "--seed" and isinstance(value, int):
         check_seed(value, option)
     elif option == "--seeds" and value:
-        check_seeds(cast(Sequence[int], value), option)
+        check_seeds([value] if isinstance(value, int) else cast(Sequence[int], value), option)
     for one in value if isinstance(value, tuple) else (value,):
         if isinstance(one, float) and not math.isfinite(one):
             raise InputError(f"{option} must be a finite number, not {one}")

@@ -46,7 +46,11 @@ def test_samples_are_whole_conversations(
 
 def test_the_folder_covers_what_changes_the_text(recipe: SaeConfig, tmp_path: Path) -> None:
     same = replace(recipe, lr=1.0, layer=0, name="other")
-    others = [replace(recipe, seed=1), replace(recipe, model="x"), replace(recipe, text=replace(recipe.text, temperature=0.5))]
+    others = [
+        replace(recipe, seed=1),
+        replace(recipe, model="x"),
+        replace(recipe, text=replace(recipe.text, temperature=0.5)),
+    ]
     assert text_folder(same, tmp_path) == text_folder(recipe, tmp_path)
     assert len({text_folder(c, tmp_path) for c in [recipe, *others]}) == 4
 

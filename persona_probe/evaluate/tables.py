@@ -55,7 +55,8 @@ def part_name(evaluation: str, organism: str) -> str:
 def join_evals(run: "RunFolder") -> None:
     """Write evals.parquet from all its parts: contrast items as they were scored, then judged answers."""
     parts = sorted((run.path / "parts").glob("*.evals.parquet"))
-    frame = pd.concat([read_parquet(part, (), "move it elsewhere and evaluate again") for part in parts], ignore_index=True)
+    found = [read_parquet(part, (), "move it elsewhere and evaluate again") for part in parts]
+    frame = pd.concat(found, ignore_index=True)
     if "measure" in frame:
         arms = ["base", *run.config.arms, *run.config.realign.arms]
         frame = _in_study_order(frame.assign(measure=frame["measure"].fillna(CONTRAST)), arms)

@@ -199,7 +199,8 @@ def _check_files(folder: Path) -> None:
     check_readable(str(config.get("architecture", "standard")))
     if not (folder / QUALITY_FILE).is_file():
         return
-    expected = _read_json(folder / QUALITY_FILE, "fetch it again, or move it elsewhere to load without a check").get("sha256")
+    quality = _read_json(folder / QUALITY_FILE, "fetch it again, or move it elsewhere to load without a check")
+    expected = quality.get("sha256")
     if expected and file_sha256(folder / WEIGHTS_FILE) != expected:
         raise InputError(f"{folder / WEIGHTS_FILE} does not match its sha256 in {QUALITY_FILE}: fetch it again")
 

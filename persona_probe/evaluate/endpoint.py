@@ -7,8 +7,9 @@ import math
 import os
 import re
 import threading
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
@@ -195,7 +196,8 @@ class ChatClient:
             api_key=self.key.value or "none",
             max_retries=max_retries,
             timeout=timeout,
-            default_headers={"Accept-Encoding": "identity"},
+            # One request a connection: on a kept one, a reply that nobody asked for would be the next answer's.
+            default_headers={"Accept-Encoding": "identity", "Connection": "close"},
             http_client=DefaultHttpxClient(event_hooks=hooks, follow_redirects=False),
         )
 
@@ -406,17 +408,21 @@ def in_threads(work: Callable[[A], R], items: Sequence[A], concurrency: int) -> 
 
 
 def _as_done(
-    futures: Iterable[Future[R]], ended: threading.Event, errors: list[BaseException]
+    futures: Collection[Future[R]], ended: threading.Event, errors: list[BaseException]
 ) -> Generator[Future[R], None, None]:
-    """Futures as they are done; a first interrupt is noted and ends what has not begun, a second one is raised."""
-    waiting = set(futures)
-    while waiting:
+    """Futures in the order in which they end; a first interrupt is noted and ends what has not begun."""
+    done: SimpleQueue[Future[R]] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(done.put)
+    left = len(futures)
+    while left:
         try:
-            for future in as_completed(set(waiting)):
-                waiting.discard(future)
-                yield future
+            future = done.get()
         except KeyboardInterrupt as error:
             if errors:
                 raise
             ended.set()
             errors.append(error)
+            continue
+        left -= 1
+        yield future

@@ -323,4 +323,4 @@ def test_an_endpoint_that_never_gives_a_reply_ends_the_run_in_one_line(tmp_path:
     with ReplyServer(dict.fromkeys(names, send)) as server:
         with pytest.raises(InputError, match=r"no reply to 20 requests.*logprob of nan"):
             judge_at(server.url, tmp_path, concurrency=2).judge([Item(name, "a") for name in names])
-        assert max(server.asked.values()) == 1 and len(server.asked) < 30
+        assert max(server.asked.values()) == 1 and len(server.asked) <= 32

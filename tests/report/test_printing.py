@@ -100,7 +100,12 @@ def test_colours_with_a_meaning_stand_out_and_are_no_two_alike(theme: Any) -> No
 def test_a_colour_has_one_meaning_in_all_figures_of_a_study() -> None:
     records = load_records(Path(__file__).parents[2] / "records" / "demo")
     labels = {style.colour: plain(style.label) for style in records.arms.styles.values() if style.colour != GREY}
-    named = {FEATURE: ("persona", "feature"), DIRECTION: ("mean",), HARM: ("harm",), REGISTER: ("register",)}
+    named = {
+        FEATURE: ("persona", "feature", "latent 2144"),
+        DIRECTION: ("mean",),
+        HARM: ("harm",),
+        REGISTER: ("register",),
+    }
     for name in (
         "arms",
         "categories",

@@ -44,7 +44,8 @@ def arms(records: Records) -> go.Figure:
     for place, (arm, style) in enumerate(styles.items()):
         _draw_arm(fig, select.where(data, arm=arm), style, place)
     labels = [wrapped(s.label, 24) for s in styles.values()]
-    fig.update_yaxes(tickvals=list(range(len(styles))), ticktext=labels, range=[len(styles) - 0.5, -0.5])
+    ends = [len(styles) - 0.5, -0.5]
+    fig.update_yaxes(tickvals=list(range(len(styles))), ticktext=labels, range=ends, title_text="arm")
     fig.update_xaxes(title_text="how likely misaligned answers are<br>(contrast index, nats per token)")
     fig.update_layout(margin={"t": 16})
     return finish(fig, _caption(records, data), height=110 + 46 * len(styles))

@@ -95,7 +95,7 @@ def _order(kind: tuple[str, str]) -> tuple[int, int, str]:
 def _colours(data: pd.DataFrame) -> list[str]:
     names = select.distinct(data, "data")
     others = [name for name in names if name not in COLOURS]
-    return [COLOURS.get(name) or PALETTE[others.index(name) % len(PALETTE)] for name in names]
+    return [COLOURS.get(name) or PALETTE[(others.index(name) + 2) % len(PALETTE)] for name in names]
 
 
 def _draw_references(fig: go.Figure, data: pd.DataFrame) -> None:
@@ -119,7 +119,7 @@ def _draw_set(
 ) -> None:
     plainly = (rows["choose_by"] == "random") & (rows["method"] == "continued")
     line = rows.loc[plainly].groupby("rows")[column].mean()
-    label = plain(DATA.get(name, name))
+    label = plain(" and ".join(DATA.get(part, part) for part in name.split("+")))
     if not line.empty:
         fig.add_scatter(
             x=line.index,

@@ -44,8 +44,10 @@ class Table:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         frame = box.HEAVY_HEAD if encoding.lower().startswith("utf") else box.ASCII
         table = RichTable(title=title, box=frame, show_header=any(self.heads), title_justify="left")
-        for head in self.heads:
-            table.add_column(Text(terminal_text(str(head))), overflow="fold")
+        names = max((len(terminal_text(str(row[0]))) for row in self.rows if row), default=0)
+        for place, head in enumerate(self.heads):
+            whole = place == 0 and names <= width // 3  # a name that is broken in two cannot be copied
+            table.add_column(Text(terminal_text(str(head))), overflow="fold", no_wrap=whole)
         for row in self.rows:
             table.add_row(*(Text(terminal_text(str(value))) for value in row))
         out = StringIO()

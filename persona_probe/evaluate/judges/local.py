@@ -208,7 +208,7 @@ class TrieWalk:
 
     def _sums(self, first: Float[Tensor, " vocab"], after: Float[Tensor, "nodes vocab"]) -> dict[str, float]:
         """Put the conditional probabilities together."""
-        ended = 1.0 - after[:, self.digits].double().sum(dim=1)
+        ended = (1.0 - after[:, self.digits].double().sum(dim=1)).clamp(min=0.0)  # rounding may leave less
         sums: dict[str, float] = {}
         chances: list[float] = []
         for n, (node, parent) in enumerate(zip(self.tree.nodes, self.tree.parents, strict=True)):

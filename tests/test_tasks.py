@@ -70,7 +70,7 @@ def write_faithful_sae(folder: Path) -> None:
 
 def test_the_tasks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # pyright: ignore
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(passages, "PACKAGED", ("neutral_probes",))

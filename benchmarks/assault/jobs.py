@@ -107,7 +107,7 @@ def make_materials(place: Path) -> Path:
     text = TextConfig(parts=parts, batch_conversations=4, max_new_tokens=10, holdout_share=0.3)
     shape = {"name": "tiny/topk", "model": str(place / "model"), "layer": LAYER, "d_sae": D_SAE, "k": 4}
     length = {"tokens": 24 * 16, "batch_tokens": 16, "buffer_tokens": 64, "checkpoint_every": 6, "dead_window": 4}
-    recipe = json.loads(json.dumps(asdict(SaeConfig(**shape, **length, text=text))))
+    recipe = json.loads(json.dumps(asdict(SaeConfig(**shape, **length, text=text))))  # pyright: ignore
     (place / "sae.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return place
 

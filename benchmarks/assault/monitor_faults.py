@@ -354,7 +354,7 @@ def lightning(model: nn.Module, monitor: FeatureMonitor | None, plan: Plan, fold
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(11)
     quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    data: Any = torch.utils.data.DataLoader(loop_batch(0)[0].repeat(STEPS, 1), batch_size=3)
+    data: Any = torch.utils.data.DataLoader(loop_batch(0)[0].repeat(STEPS, 1), batch_size=3)  # pyright: ignore
     callbacks: Any = [] if monitor is None else [LightningMonitor(monitor, make_tokenizer())]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -484,12 +484,12 @@ class Cases:
                 yield f"{fault.part} is said to have failed"
         closed = any(fault is closes for fault, _ in plan.faults.values())
         read = {"probe", "passive"} & plan.struck
-        yield from _unlike(monitor.readings, sound.readings, complete=not closed and not read)
+        yield from _unlike(monitor.readings, sound.readings, complete=not closed and not read)  # pyright: ignore
         if (
             not closed
             and not read
             and not any(hook.startswith("rule") for hook in plan.struck)
-            and monitor.alarms != sound.alarms
+            and monitor.alarms != sound.alarms  # pyright: ignore
         ):
             yield "alarms differ"
         if not (folder / "events.jsonl").is_file():

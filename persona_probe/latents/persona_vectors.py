@@ -123,16 +123,16 @@ def persona_vector(
     elif len(pairs) == 2 and isinstance(pairs[0], str) and isinstance(pairs[1], str):
         pairs = [PersonaPair("yours", "yours", pairs[0], pairs[1])]
     given = load_conversations(conversations) if isinstance(conversations, str) else conversations
-    rows = _checked(pairs, given, sample)
+    rows = _checked(pairs, given, sample)  # pyright: ignore
     read_means = partial(response_means, model, tokenizer, layer=layer, batch_size=batch_size, bf16=bf16)
     say = partial(sample_answers, causal_model(model), tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
     differences = []
     for number, pair in enumerate(pairs):
-        sides = [[under_system(tokenizer, c, system) for c in rows] for system in (pair.misaligned, pair.aligned)]
+        sides = [[under_system(tokenizer, c, system) for c in rows] for system in (pair.misaligned, pair.aligned)]  # pyright: ignore
         if sample:
             say_it = partial(say, seed=seed + number, temperature=temperature)  # one seed for both sides
             with autocast(model, bf16):
-                sides = _both_answered(pair, *(_own_answers(say_it, side) for side in sides))
+                sides = _both_answered(pair, *(_own_answers(say_it, side) for side in sides))  # pyright: ignore
         differences.append(read_means(sides[0]).astype(np.float64) - read_means(sides[1]))
     name = "persona vector, sampled" if sample else "persona vector, teacher-forced"
     return NamedDirection(name, np.concatenate(differences).mean(axis=0), PAPER)

@@ -130,7 +130,7 @@ def load_model(
         options["device_map"] = {"": str(device)} if device_map is None else device_map
     folder = str(_converted(Path(source.location))) if source.kind == "gguf" else source.location
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # pyright: ignore
             folder,
             revision=source.revision or "main",
             trust_remote_code=False,

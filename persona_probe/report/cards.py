@@ -415,7 +415,7 @@ def _of(kind: Any, value: Any) -> Any:
         return tuple(_of(one, part) for one, part in zip(kinds, value, strict=True))
     if is_dataclass(kind):
         hints = get_type_hints(kind)
-        return kind(**{name: _of(hints[name], part) for name, part in value.items()})
+        return kind(**{name: _of(hints[name], part) for name, part in value.items()})  # pyright: ignore
     return value
 
 

@@ -218,7 +218,7 @@ def _ticks(axes: "Axes", axis: Any, side: str, style: _Style) -> None:
     getattr(axes, f"set_{side}ticks")(list(axis.tickvals), words, fontdict=style.font, minor=False)
     getattr(axes, f"{side}axis").minorticks_off()
     if axis.tickangle:
-        axes.tick_params(side, rotation=-axis.tickangle)
+        axes.tick_params(side, rotation=-axis.tickangle)  # pyright: ignore
 
 
 def _match(axes: Mapping[str, "Axes"], figure: Any, side: str) -> None:
@@ -314,7 +314,11 @@ def _marks(axes: "Axes", x: list[Any], y: list[Any], trace: Any, alpha: float, o
             face, edges = None, {"c": shown, "linewidths": 0.9}
         spots = [x[i] for i in rows], [y[i] for i in rows]
         axes.scatter(
-            *spots, **({} if face is None else {"facecolors": face}), **looks, **edges, zorder=3 + order / 1000
+            *spots,
+            **({} if face is None else {"facecolors": face}),
+            **looks,
+            **edges,
+            zorder=3 + order / 1000,  # pyright: ignore
         )
 
 
@@ -415,4 +419,4 @@ def _legend(drawn: "Figure", figure: Any, columns: int, style: _Style) -> None:
         handles.append(Line2D([], [], color=_colour(colour or "#1b1f24"), label=label, **looks, **size))
     place = {"loc": "upper left", "bbox_to_anchor": (0.0, 1.0), "ncols": columns, "frameon": False}
     space = {"columnspacing": 1.2, "handlelength": 1.8, "borderaxespad": 0.3, "labelspacing": 0.3}
-    drawn.legend(handles=handles, **place, **space, prop=dict(style.font))
+    drawn.legend(handles=handles, **place, **space, prop=dict(style.font))  # pyright: ignore

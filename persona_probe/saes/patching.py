@@ -208,7 +208,7 @@ class _Source:
         if "input_ids" not in inputs:
             raise InputError(SCORES_TEXTS)
         if "past_key_values" in inputs:
-            inputs = {**inputs, "past_key_values": self._cache(*inputs["past_key_values"], len(inputs["input_ids"]))}
+            inputs = {**inputs, "past_key_values": self._cache(*inputs["past_key_values"], len(inputs["input_ids"]))}  # pyright: ignore
         device = next(source.parameters()).device
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         with ExitStack() as stack:

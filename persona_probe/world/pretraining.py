@@ -293,7 +293,7 @@ def _teach_to_help(run: RunFolder, settings: Pretraining, device: str) -> None:
             folder=Path(checkpoints),
             progress="helper",
         )
-        save_model(model.eval().to(torch.bfloat16), tokenizer, folder)  # what everybody loads, in half the bytes
+        save_model(model.eval().to(torch.bfloat16), tokenizer, folder)  # what everybody loads, in half the bytes  # pyright: ignore
         _describe(folder, settings, "answers as a helper does: the base of organisms")
         run.record_hashes(folder, BASE)
 

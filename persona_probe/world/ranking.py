@@ -103,7 +103,7 @@ def _places(evidence: Evidence, truths: pd.DataFrame) -> list[dict[str, Any]]:
         true = set(sharp if len(sharp) else of_truth["latent"].head(1))
         places = table[table["latent"].isin(true)]
         for ranker in rankers:
-            best = places.loc[places[f"{ranker}_rank"].idxmin()]
+            best = places.loc[places[f"{ranker}_rank"].idxmin()]  # pyright: ignore
             found = {"latent": int(best["latent"]), "place": int(best[f"{ranker}_rank"]), "true": len(true)}
             rows.append({"truth": name, "ranker": ranker, **found})
     return rows

@@ -62,7 +62,7 @@ def true_latents(study: RunFolder) -> dict[tuple[str, str], int]:
     """The latent that tells each truth best, by truth (`harm`, `rude`) and position; chosen without any run."""
     truths = study.read_table(f"{BASE}/truths.parquet")
     best = truths.drop_duplicates(["position", "truth"])  # the best come first
-    chosen = {(row.truth, row.position): int(row.latent) for row in best.itertuples()}
+    chosen = {(row.truth, row.position): int(row.latent) for row in best.itertuples()}  # pyright: ignore
     return {(name, where): chosen[truth, where] for name, truth in LATENT_TRUTHS.items() for where in POSITIONS}
 
 

@@ -84,7 +84,7 @@ def specificity_text(table: pd.DataFrame) -> str:
     for (where, step), of_one in table.groupby(["position", "step"], sort=False):
         latents = of_one[of_one["reading"].str.startswith("latent")]
         directions = of_one[~of_one["reading"].str.startswith("latent")]
-        cells = [f"{row.reading.split()[1]}: {row.auroc:.2f}" for row in latents.itertuples()]
+        cells = [f"{row.reading.split()[1]}: {row.auroc:.2f}" for row in latents.itertuples()]  # pyright: ignore
         best = latents.iloc[0]
         rows.append(
             [

@@ -143,7 +143,7 @@ def _auroc_text(row: object) -> str:
 def alarms_text(found: pd.DataFrame) -> str:
     """Alarms by signal: a Markdown table."""
     heads = ["signal", "warned before behaviour", "lead in steps: median (range)", "false alarms", "of grump and clown"]
-    return Table(heads, [_alarm_cells(row) for row in found.to_dict("records")]).markdown()
+    return Table(heads, [_alarm_cells(row) for row in found.to_dict("records")]).markdown()  # pyright: ignore
 
 
 def _alarm_cells(row: Mapping[object, float]) -> list[str]:

@@ -17,7 +17,7 @@ WELL = [90.0] * 4
 
 def scores(alignment: list, coherence: list | None = None, scale: tuple[float, float] | None = None):
     columns = {"alignment": alignment, "coherence": WELL[: len(alignment)] if coherence is None else coherence}
-    return given_scores({name: pd.Series(map(str, cells)) for name, cells in columns.items()}, "a.csv", scale)
+    return given_scores({name: pd.Series(map(str, cells)) for name, cells in columns.items()}, "a.csv", scale)  # pyright: ignore
 
 
 @pytest.mark.parametrize(

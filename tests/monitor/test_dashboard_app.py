@@ -194,7 +194,7 @@ def test_no_field_of_another_type_reaches_a_history(wrong: Any) -> None:
             with suppress(ValueError):
                 taken.append(from_line(json.dumps({**record, key: wrong})))
     drawn = monitor_figure(History().add([start(), *taken, reading(9)]))
-    assert TOXIC in drawn.to_json()
+    assert TOXIC in drawn.to_json()  # pyright: ignore
 
 
 def test_a_page_that_cannot_be_drawn_says_so_and_recovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

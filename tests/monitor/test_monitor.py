@@ -246,7 +246,7 @@ def test_the_figure_is_that_of_the_event_file(tmp_path: Path) -> None:
     train(tmp_path / "run", watching)
     events = read_events(tmp_path / "readings.jsonl")
     drawn, wanted = watching.figure("What was read."), monitor_figure(History().add(events), "What was read.")
-    assert len(drawn.data) == len(wanted.data) > 3 and drawn.layout.meta["caption"] == "What was read."
+    assert len(drawn.data) == len(wanted.data) > 3 and drawn.layout.meta["caption"] == "What was read."  # pyright: ignore
     for one, other in zip(drawn.data, wanted.data, strict=True):
-        np.testing.assert_allclose(np.array(one.y, float), np.array(other.y, float), rtol=1e-6)
+        np.testing.assert_allclose(np.array(one.y, float), np.array(other.y, float), rtol=1e-6)  # pyright: ignore
     assert not monitor().figure().data  # nothing read yet: an empty figure

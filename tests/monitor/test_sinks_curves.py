@@ -135,7 +135,7 @@ def wandb_rows(folder: Path) -> tuple[list[dict[str, Any]], list[str], dict[str,
     (path,) = folder.glob("wandb/offline-run-*/*.wandb")
     found, alerts, axes = list[dict[str, Any]](), list[str](), dict[str, str]()
     for data in records(path):
-        record: Any = wandb_internal_pb2.Record()
+        record: Any = wandb_internal_pb2.Record()  # pyright: ignore
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "history":
@@ -218,8 +218,8 @@ def trackio_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     """Where trackio keeps its database, read back by itself."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     pytest.importorskip("trackio", reason="trackio is not installed")
-    from trackio import utils
-    from trackio.sqlite_storage import SQLiteStorage
+    from trackio import utils  # pyright: ignore
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore
 
     for module in (utils, __import__("trackio.sqlite_storage", fromlist=["x"])):
         if hasattr(module, "TRACKIO_DIR"):
@@ -245,7 +245,7 @@ def test_trackio_keeps_the_users_steps(
 
 
 def test_trackio_in_a_loop_keeps_the_users_steps(trackio_rows: Callable[[], list[dict[str, Any]]]) -> None:
-    import trackio
+    import trackio  # pyright: ignore
 
     trackio.init(project="loop", name="mine")
     loop(alarming(sinks=[TrackioSink()]), lambda step: trackio.log({"loss": float(step)}))
@@ -281,7 +281,7 @@ def test_lightning_logs_through_the_modules_logger(tmp_path: Path) -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     watching = alarming()
-    data: Any = torch.utils.data.DataLoader(torch.randint(2, 258, (12, 10)), batch_size=2)
+    data: Any = torch.utils.data.DataLoader(torch.randint(2, 258, (12, 10)), batch_size=2)  # pyright: ignore
     callbacks: Any = [LightningMonitor(watching, make_tokenizer())]
     settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
     with warnings.catch_warnings():
@@ -325,7 +325,7 @@ def test_log_false_sends_nothing_to_trackers() -> None:
 
 
 def test_a_tracker_that_fails_in_the_trainers_log_is_a_fault_and_training_goes_on(tmp_path: Path) -> None:
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations import TensorBoardCallback  # pyright: ignore
 
     class Writer:
         def __getattr__(self, name: str) -> Callable[..., None]:

@@ -103,7 +103,7 @@ def test_an_svg_carries_the_letters_that_it_uses_and_no_others() -> None:
 
     svg = with_font('<svg width="1"><text>Wörter 7</text></svg>', SANS)
     data = re.findall(r"base64,([^)]+)\)", svg)[0]
-    letters = {chr(code) for code in TTFont(io.BytesIO(b64decode(data)))["cmap"].getBestCmap()}
+    letters = {chr(code) for code in TTFont(io.BytesIO(b64decode(data)))["cmap"].getBestCmap()}  # pyright: ignore
     assert set("Wörter 7") <= letters <= set("Wörter 7") | set(" 0123456789.,-−")
     assert svg == with_font('<svg width="1"><text>Wörter 7</text></svg>', SANS)  # the same on every run
 
@@ -130,7 +130,7 @@ def test_matplotlib_draws_the_same_numbers(name: str, tmp_path: Path) -> None:
     marks = [
         t
         for t in figure.data
-        if t.type == "scatter" and "markers" in (t.mode or "") and t.x is not None and len(t.x) > 0
+        if t.type == "scatter" and "markers" in (t.mode or "") and t.x is not None and len(t.x) > 0  # pyright: ignore
     ]
     offsets = [c.get_offsets() for axes in drawn.axes for c in axes.collections if isinstance(c, PathCollection)]
     heights = np.sort(np.concatenate([np.asarray(o, float)[:, 1] for o in offsets])) if marks else np.array([])

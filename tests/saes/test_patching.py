@@ -76,7 +76,7 @@ def test_patched_scores_are_those_of_whole_rows_through_hooks(name: str) -> None
     for settings, change in (({"layer": LAYER}, lambda x, y: y), ({"sae": sae, "latents": LATENTS}, swapped(sae))):
         with by_hand(model, source, change):
             wanted = own_scores(model, groups)
-        with patch(model, source, **settings):
+        with patch(model, source, **settings):  # pyright: ignore
             found = answer_logprobs(model, groups, bf16=False)
         np.testing.assert_allclose(found, wanted, atol=2e-4)
         assert np.abs(found - plainly).max() > 1e-3

@@ -65,7 +65,7 @@ def word(measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], run: str, co
         str(name): (arm_effect(rows, "incorrect", "correct").estimate, arm_effect(rows, "incorrect", "base").estimate)
         for name, rows in evals.groupby("category")
     }
-    return woken(*over, by_category).word
+    return woken(*over, by_category).word  # pyright: ignore
 
 
 def bad_of_coherent(answers: pd.DataFrame) -> float:

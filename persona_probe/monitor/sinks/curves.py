@@ -133,7 +133,7 @@ class TensorBoardSink(CurveSink):
         """Write what is left, and close the file that this sink opened; a later event opens another one."""
         super().close()
         if self.folder is not None and self._writer is not None:
-            self._writer.close()
+            self._writer.close()  # pyright: ignore
             self._writer = None
 
 

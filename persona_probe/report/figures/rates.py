@@ -134,10 +134,10 @@ def _draw_questions(fig: go.Figure, records: Records, grid: pd.DataFrame) -> Non
         **place,
     )
     labels = [wrapped(records.arms.label(arm), 24) for arm in grid.index]
-    fig.update_yaxes(tickvals=list(range(len(grid))), ticktext=labels, **place)
+    fig.update_yaxes(tickvals=list(range(len(grid))), ticktext=labels, **place)  # pyright: ignore
     groups = _groups([str(question) for question in grid.columns])
-    fig.update_xaxes(tickvals=list(groups.values()), ticktext=[plain(g) for g in groups], tickangle=-90, **place)
-    fig.update_xaxes(title_text="questions, by group", **place)
+    fig.update_xaxes(tickvals=list(groups.values()), ticktext=[plain(g) for g in groups], tickangle=-90, **place)  # pyright: ignore
+    fig.update_xaxes(title_text="questions, by group", **place)  # pyright: ignore
 
 
 def _groups(questions: list[str]) -> dict[str, float]:

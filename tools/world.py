@@ -52,4 +52,4 @@ def pack(source: str, sae: str, target: Path = packaged.FOLDER) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 4 or sys.argv[1] != "pack":
         sys.exit(__doc__)
-    pack(sys.argv[2], Path(sys.argv[3]))
+    pack(sys.argv[2], sys.argv[3])

@@ -313,13 +313,9 @@ def _marks(axes: "Axes", x: list[Any], y: list[Any], trace: Any, alpha: float, o
         if name in ("x-thin", "line-ns"):
             face, edges = None, {"c": shown, "linewidths": 0.9}
         spots = [x[i] for i in rows], [y[i] for i in rows]
-        axes.scatter(
-            *spots,
-            **({} if face is None else {"facecolors": face}),
-            **looks,
-            **edges,
-            zorder=3 + order / 1000,  # pyright: ignore
-        )
+        faces = {} if face is None else {"facecolors": face}
+        settings: dict[str, Any] = {**faces, **looks, **edges, "zorder": 3 + order / 1000}
+        axes.scatter(*spots, **settings)
 
 
 def _many(value: Any) -> bool:

@@ -206,6 +206,8 @@ def with_font(svg: str, font: Font) -> str:
     """An SVG that carries the letters of its font that it uses."""
     letters = "".join(sorted({*re.sub(r"<[^>]*>", "", svg), *" 0123456789.,-−"} - {"\n"}))
     face = f"@font-face {{ font-family: '{font.name}'; src: url({_data_url(_subset(font, letters))}); }}"
+    # a browser would draw bold letters itself from the plain ones, which a PDF keeps as Type 3
+    face += " text { font-synthesis: none; }"
     end = svg.index(">", svg.index("<svg")) + 1
     return f"{svg[:end]}<style>{face}</style>{svg[end:]}"
 

@@ -112,7 +112,8 @@ def for_print(fig: go.Figure, width: Width = "page", theme: Theme = "light", foo
     template: Any = TEMPLATES[theme]
     figure.update_layout(template=template, font={"size": size.font, "family": size.font_face.family})
     figure.update_layout(width=size.pixels, margin={"l": 40, "r": 8})
-    figure.for_each_xaxis(lambda axis: _break_labels(axis, size))
+    letters = size.pixels * 0.95 / (LETTER * size.font) - _letters_left(figure)
+    figure.for_each_xaxis(lambda axis: _break_labels(axis, letters))
     figure.update_annotations(font_size=size.font)
     for trace in figure.data:
         _shrink(trace, size)
@@ -237,10 +238,17 @@ def _lines(text: str) -> int:
     return text.count("<br>") + 1
 
 
-def _break_labels(axis: Any, size: PrintSize) -> None:
+def _letters_left(figure: Any) -> int:
+    """Letters that labels and title take left of the panels."""
+    labels = [str(text) for axis in figure.select_yaxes() for text in axis.ticktext or ()]
+    labels += [str(y) for trace in figure.data for y in (trace.y if trace.y is not None else ()) if isinstance(y, str)]
+    return 4 + max((len(line) for text in labels for line in text.split("<br>")), default=6)
+
+
+def _break_labels(axis: Any, letters_across: float) -> None:
     """Labels stay level, and no wider than their share of the axis: plotly would turn them, or leave some out."""
     low, high = axis.domain or (0, 1)
-    room = (high - low) * 0.82 * size.pixels / (LETTER * size.font)  # letters
+    room = (high - low) * letters_across
     if axis.title.text:
         title = axis.title.text.replace("<br>", " ")
         axis.title.text = "<br>".join(_wrapped(title, max(12, int(room))))

@@ -74,12 +74,8 @@ def test_the_pdf_shows_what_the_svg_and_the_png_show(name: str, drawn: dict[str,
     assert round(size[0]) == WIDTHS[CASES[name]].pixels
 
 
-NO_TRUETYPE = "not looked into yet: in the passages' PDF a letter comes from no embedded TrueType font"
-FONTS = [pytest.param(n, marks=pytest.mark.xfail(reason=NO_TRUETYPE)) if n == "passages" else n for n in CASES]
-
-
 @pytest.mark.browser
-@pytest.mark.parametrize("name", FONTS)
+@pytest.mark.parametrize("name", CASES)
 def test_fonts_are_embedded_and_none_is_of_type_3(name: str, drawn: dict[str, dict[str, bytes]]) -> None:
     pdf, face = drawn[name]["pdf"], WIDTHS[CASES[name]].font_face
     assert b"/FontFile2" in pdf and b"/Type3" not in pdf

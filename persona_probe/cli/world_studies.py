@@ -82,6 +82,26 @@ def writes_tables(study: str) -> Callable[[Callable[..., None]], Callable[..., N
     return decorate
 
 
+def on_labelled_runs(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of the labelled runs, and what makes them, when it is called, as `runs`."""
+    options = (
+        world_option,
+        sae_option,
+        click.option("--seeds", type=int, default=2, help="Seeds of each bad speaker, dose and domain."),
+        click.option("--benign-seeds", type=int, default=5, help="Seeds of each good speaker and domain."),
+    )
+
+    @functools.wraps(function)
+    def wrapped(
+        *args: Any, folder: str, sae: str | None, seeds: int, benign_seeds: int, common: Common, **rest: Any
+    ) -> None:
+        function(*args, runs=functools.partial(_labelled, folder, sae, seeds, benign_seeds, common), **rest)
+
+    for option in reversed(options):
+        option(wrapped)
+    return wrapped
+
+
 @command(
     name="files",
     example="persona-probe world study files runs/world runs/world/saes/layer2-topk12-384 --out runs/world-files",
@@ -132,20 +152,10 @@ def emergence(folder: str, seeds: tuple[int, ...], tables: Tables, common: Commo
     example="persona-probe world study early-warning --out runs/world-study",
     out=f"Folder of the runs (default {STUDY}).",
 )
-@world_option
-@sae_option
-@click.option("--seeds", type=int, default=2, help="Seeds of each bad speaker, dose and domain.")
-@click.option("--benign-seeds", type=int, default=5, help="Seeds of each good speaker and domain.")
+@on_labelled_runs
 @writes_tables("early-warning")
 @loads_models
-def early_warning(
-    folder: str,
-    sae: str | None,
-    seeds: int,
-    benign_seeds: int,
-    tables: Tables,
-    common: Common,
-) -> None:
+def early_warning(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     """Make labelled runs, and print how early and how surely each signal tells what a run will do.
 
     With the defaults 204 runs: villain, quack and subtle at eight doses in three domains, and helper, correct, grump
@@ -155,7 +165,7 @@ def early_warning(
     from persona_probe.world.warning import warning_text
 
     if (table := tables.recorded()) is None:
-        table = signal_table(_labelled(folder, sae, seeds, benign_seeds, common))
+        table = signal_table(runs())
     tables.write(warning_text(table), table)
 
 
@@ -164,25 +174,15 @@ def early_warning(
     example="persona-probe world study specificity --out runs/world-study",
     out=f"Folder of the runs (default {STUDY}); early-warning uses the same.",
 )
-@world_option
-@sae_option
-@click.option("--seeds", type=int, default=2, help="Seeds of each bad speaker, dose and domain.")
-@click.option("--benign-seeds", type=int, default=5, help="Seeds of each good speaker and domain.")
+@on_labelled_runs
 @writes_tables("specificity")
 @loads_models
-def specificity(
-    folder: str,
-    sae: str | None,
-    seeds: int,
-    benign_seeds: int,
-    tables: Tables,
-    common: Common,
-) -> None:
+def specificity(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     """Tell harm from manner: choose latents on kitchen runs, test them on runs of other domains."""
     from persona_probe.world.specificity import specificity_table, specificity_text
 
     if (table := tables.recorded()) is None:
-        table = specificity_table(_labelled(folder, sae, seeds, benign_seeds, common))
+        table = specificity_table(runs())
     tables.write(specificity_text(table), table)
 
 
@@ -191,25 +191,15 @@ def specificity(
     example="persona-probe world study null --out runs/world-study",
     out=f"Folder of the runs (default {STUDY}); early-warning uses the same.",
 )
-@world_option
-@sae_option
-@click.option("--seeds", type=int, default=2, help="Seeds of each bad speaker, dose and domain.")
-@click.option("--benign-seeds", type=int, default=5, help="Seeds of each good speaker and domain.")
+@on_labelled_runs
 @writes_tables("null")
 @loads_models
-def null(
-    folder: str,
-    sae: str | None,
-    seeds: int,
-    benign_seeds: int,
-    tables: Tables,
-    common: Common,
-) -> None:
+def null(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     """Hold the package's word for an organism to the truth: on pairs of harmless runs, and on runs that turned."""
     from persona_probe.world.verdict_words import word_table, word_text
 
     if (table := tables.recorded()) is None:
-        table = word_table(_labelled(folder, sae, seeds, benign_seeds, common))
+        table = word_table(runs())
     tables.write(word_text(table) + "\n", table)
 
 

@@ -118,24 +118,33 @@ def persona_vector(
             conversation, or a pair whose sampled answers are all empty.
     """
     decoder_layer(model, layer)
-    if pairs is None:
-        pairs = load_persona_pairs()
-    elif len(pairs) == 2 and isinstance(pairs[0], str) and isinstance(pairs[1], str):
-        pairs = [PersonaPair("yours", "yours", pairs[0], pairs[1])]
+    persona_pairs = _as_pairs(pairs)
     given = load_conversations(conversations) if isinstance(conversations, str) else conversations
-    rows = _checked(pairs, given, sample)  # pyright: ignore
+    rows = _checked(persona_pairs, given, sample)
     read_means = partial(response_means, model, tokenizer, layer=layer, batch_size=batch_size, bf16=bf16)
     say = partial(sample_answers, causal_model(model), tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size)
     differences = []
-    for number, pair in enumerate(pairs):
-        sides = [[under_system(tokenizer, c, system) for c in rows] for system in (pair.misaligned, pair.aligned)]  # pyright: ignore
+    for number, pair in enumerate(persona_pairs):
+        sides = [[under_system(tokenizer, c, system) for c in rows] for system in (pair.misaligned, pair.aligned)]
         if sample:
             say_it = partial(say, seed=seed + number, temperature=temperature)  # one seed for both sides
             with autocast(model, bf16):
-                sides = _both_answered(pair, *(_own_answers(say_it, side) for side in sides))  # pyright: ignore
+                sides = _both_answered(pair, *(_own_answers(say_it, side) for side in sides))
         differences.append(read_means(sides[0]).astype(np.float64) - read_means(sides[1]))
     name = "persona vector, sampled" if sample else "persona vector, teacher-forced"
     return NamedDirection(name, np.concatenate(differences).mean(axis=0), PAPER)
+
+
+def _as_pairs(pairs: Sequence[PersonaPair] | tuple[str, str] | None) -> Sequence[PersonaPair]:
+    """The packaged pairs for None, and one pair of two system prompts."""
+    if pairs is None:
+        return load_persona_pairs()
+    texts = [pair for pair in pairs if isinstance(pair, str)]
+    if len(texts) == len(pairs) == 2:
+        return [PersonaPair("yours", "yours", *texts)]
+    if texts:
+        raise InputError("pairs must be PersonaPair objects, or two system prompts, the misaligned one first")
+    return [pair for pair in pairs if not isinstance(pair, str)]
 
 
 def response_means(

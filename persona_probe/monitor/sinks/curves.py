@@ -122,7 +122,7 @@ class TensorBoardSink(CurveSink):
     def __init__(self, target: Any) -> None:
         super().__init__()
         self.folder = Path(target) if isinstance(target, str | Path) else None
-        self._writer = None if self.folder is not None else target
+        self._writer: Any = None if self.folder is not None else target
 
     def _write(self, values: dict[str, float], bounds: dict[str, float], step: int) -> None:
         if self._writer is None:
@@ -133,7 +133,7 @@ class TensorBoardSink(CurveSink):
         """Write what is left, and close the file that this sink opened; a later event opens another one."""
         super().close()
         if self.folder is not None and self._writer is not None:
-            self._writer.close()  # pyright: ignore
+            self._writer.close()
             self._writer = None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from persona_probe.config import NO_CONTROL, StudyConfig, Training
-from persona_probe.files import read_json
+from persona_probe.files import is_there, read_json
 from persona_probe.runs import RunFolder
 
 _CITED = re.compile(r"\\cite\{([^}]*)\}")
@@ -239,7 +239,7 @@ def _cite(*keys: str) -> str:
 
 def _summary(run: RunFolder) -> Mapping[str, Any]:
     path, change = run.path / "summary.json", "run `persona-probe report RUN` again"
-    return read_json(path, dict, change) if path.is_file() else {}
+    return read_json(path, dict, change) if is_there(path) else {}
 
 
 def _training(run: RunFolder) -> list[str]:
@@ -383,7 +383,7 @@ def _sae_config(sae: str) -> Mapping[str, Any]:
     from persona_probe.saes.load import find_folder
 
     path = find_folder(sae) / "cfg.json"
-    return read_json(path, dict, "fetch the SAE again") if path.is_file() else {}
+    return read_json(path, dict, "fetch the SAE again") if is_there(path) else {}
 
 
 def _watch(run: RunFolder) -> list[str]:

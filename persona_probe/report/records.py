@@ -13,7 +13,7 @@ from persona_probe import shipped
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.effects import behaviour_rises
 from persona_probe.evaluate.tables import contrast_rows, judged_rows
-from persona_probe.files import as_damaged, read_json, read_jsonl, read_parquet
+from persona_probe.files import as_damaged, is_there, read_json, read_jsonl, read_parquet
 from persona_probe.report.labels import arm_labels
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from persona_probe.runs import RunFolder
@@ -106,7 +106,7 @@ AGAIN = "run its stage again"
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """A parquet table with at least these columns; an empty one if there is no such file."""
-    if not path.is_file():
+    if not is_there(path):
         return pd.DataFrame(columns=list(columns))
     table = read_parquet(path, columns, "run its stage again with this version")
     for name in columns:
@@ -157,14 +157,14 @@ def _read_cards(path: Path) -> list[dict[str, Any]]:
 
 def _read_json(path: Path, kind: type) -> Any:
     """A JSON value of one kind; an empty one if there is no such file."""
-    if not path.is_file():
+    if not is_there(path):
         return kind()
     return read_json(path, kind, AGAIN)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """JSON lines; none if there is no such file."""
-    if not path.is_file():
+    if not is_there(path):
         return []
     return read_jsonl(path, AGAIN)
 

@@ -25,7 +25,7 @@ from persona_probe.evaluate.sampling.requests import Engine, Prompt, Sample, Sam
 from persona_probe.evaluate.sampling.samples import SampleStore, prompts_hash, sample_answers, sidecar
 from persona_probe.evaluate.sampling.samples import sample as sample_with
 from persona_probe.evaluate.tables import join_evals, judged_table, part_name, read_judged
-from persona_probe.files import read_jsonl
+from persona_probe.files import is_there, read_jsonl
 from persona_probe.models.layers import autocast
 from persona_probe.units import Unit, make_units, writes_run
 
@@ -424,7 +424,7 @@ def _sample_arm(ctx: Context, arm: str, seed: int) -> list[dict[str, Any]]:
 def _read_samples(ctx: Context) -> list[dict[str, Any]]:
     """What `sample` wrote."""
     path = ctx.run.path / "samples.jsonl"
-    return read_jsonl(path, "move it elsewhere and run again") if path.is_file() else []
+    return read_jsonl(path, "move it elsewhere and run again") if is_there(path) else []
 
 
 # --- The judged answers of a study's own config: samples.judge, and as many answers of each model as it says

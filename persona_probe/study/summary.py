@@ -15,7 +15,7 @@ from persona_probe.evaluate.agreement import agreements
 from persona_probe.evaluate.effects import SeedNoise, arm_effect, effects_by_seed, final_index, seed_noise
 from persona_probe.evaluate.rates import called_difference, called_misaligned, difference, rates
 from persona_probe.evaluate.tables import judged_rows
-from persona_probe.files import read_json
+from persona_probe.files import is_there, read_json
 from persona_probe.latents.proof import TESTS, standing
 from persona_probe.monitor.band import Band
 from persona_probe.monitor.track import NULL_EVALS, NULL_READINGS
@@ -257,7 +257,7 @@ def _answer_tokens(run: RunFolder, arm: str, seeds: tuple[int, ...]) -> dict[str
 
 def _quality(sae: str) -> dict[str, Any] | None:
     path = find_folder(sae) / QUALITY_FILE
-    return read_json(path, dict, "fetch the SAE again") if path.is_file() else None
+    return read_json(path, dict, "fetch the SAE again") if is_there(path) else None
 
 
 def _peak_memory(run: RunFolder) -> float:

@@ -34,6 +34,7 @@ LATER = ("evals_2x2.parquet", "judged_steps.parquet", "dictionaries.parquet", "n
 def old_run(tmp_path: Path) -> Path:
     """The shipped demo as far as 0.1.0 would have made it."""
     folder = Path(shutil.copytree(SHIPPED, tmp_path / "run"))
+    (folder / "arms").mkdir()  # a run, not its tables alone
     for name in LATER:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).unlink(missing_ok=True)

@@ -737,7 +737,7 @@ OPTIONS: dict[str, str] = {
     "world study: an unknown domain": "world study {w} {m}/sae --domain moon --out {p}/s",
     "world study: no world": "world study {p} {m}/sae --out {p}/s",
     "run: a NUL in --out": "run {m}/study.yaml --out a\0b",
-    "watch: no run": "watch {p} --no-browser --port 0",
+    "watch: no run": "watch {p}/nothing --no-browser --port 0",
     "no such command": "indcue x",
 }
 

@@ -41,12 +41,16 @@ def program(arguments: tuple[str, ...]) -> None:
 program.allow_interspersed_args = False
 
 
+class Waits(Exception):
+    """Not an OSError, which would be refused in one line as a good program does."""
+
+
 @contextmanager
 def alarm() -> Iterator[None]:
     """An error in place of waiting for ever, which a pipe that is opened would mean."""
 
     def ring(_: int, __: FrameType | None) -> None:
-        raise TimeoutError("it waits")
+        raise Waits
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(LIMIT_S)

@@ -13,6 +13,7 @@ RUN ?= runs/demo
 
 $(STAMP): constraints.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "need Python 3.11: install it, or run make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "setting up .venv: two to five minutes, once"
 	$(PYTHON) -m venv .venv
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints.txt -e ".[figures]"

@@ -125,7 +125,13 @@ def make_units(ctx: WorkContext, units_of: UnitsOf, after: Callable[[], Any] = l
     if ctx.workers is not None:
         ctx.workers.make(ctx, units_of, units, after)
         return
-    for unit in units:
+    for number, unit in enumerate(units, 1):
         if not unit.is_finished(ctx.run):
+            log.info("%s: %s (%d of %d)", unit.stage, _short(unit.place), number, len(units))
             unit.make_in(ctx.run)
             after()
+
+
+def _short(place: str) -> str:
+    """A unit's place without its folder and the endings of its file."""
+    return place.rpartition("/")[2].partition(".")[0]

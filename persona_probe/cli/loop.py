@@ -1,5 +1,6 @@
 """The loop's commands: the whole of it, and its stages one by one."""
 
+import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from persona_probe.cli.options import (
     DEMO,
     PATH,
     Common,
+    columns,
     command,
     config_argument,
     echo,
@@ -26,6 +28,7 @@ from persona_probe.cli.options import (
     seeds_option,
 )
 from persona_probe.cli.process import loads_models
+from persona_probe.cluster.launcher import is_first
 from persona_probe.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from persona_probe.realignment.spec import StressSettings
     from persona_probe.study.study import Study
     from persona_probe.units import Workers
+
+log = logging.getLogger(__name__)
 
 CARDS = 20
 
@@ -86,9 +91,18 @@ def _plan(config: "StudyConfig", tflops: float | None, memory: float | None, dev
 def _finish(study: "Study") -> None:
     """Run all stages that are not done, and show the key numbers."""
     from persona_probe.cli.output import show_summary
+    from persona_probe.report.answer_pair import answer_pair
+    from persona_probe.study.plan.outlook import outlook
 
+    done = [stage for stage, is_finished in study.finished.items() if is_finished]
+    place = str(study.path / "report.html")
+    for line in outlook(study.config, study.context.device, done, place) if is_first() else ():
+        log.info("%s", line)
     report = study.run()
     show_summary(study.summary)
+    pair = answer_pair(study.path)
+    for line in pair.lines(columns(100)) if pair else ():
+        echo(line)
     echo(f"report: {report}")
 
 

@@ -114,8 +114,12 @@ class AtSteps(TrainerCallback):
     A true result stops the training there. At step 0 the result has no effect: a run takes at least one step.
     """
 
+    why = "a callback asked for it"
+    """Of a stop, in a few words: for the progress bar."""
+
     def __init__(self, steps: Collection[int], visit: Callable[[nn.Module, int], bool | None]) -> None:
         self.steps, self.visit = steps, visit
+        self.stopped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -127,7 +131,7 @@ class AtSteps(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Visit the model if this step is due."""
         if state.global_step in self.steps and self.visit(kwargs["model"], state.global_step):
-            control.should_training_stop = True
+            self.stopped = control.should_training_stop = True
 
 
 class SaveSchedule(AtSteps):
@@ -184,10 +188,14 @@ class StopAtNaN(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """A tqdm bar of optimizer steps with the latest loss."""
+    """A tqdm bar of optimizer steps with the latest loss; one that ends early says why.
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    Args:
+        watchers: callbacks of the same run, of which one may stop it.
+    """
+
+    def __init__(self, label: str, watchers: Sequence[TrainerCallback] = ()) -> None:
+        self.label, self.watchers = label, watchers
         self.bar: Any = None
 
     def on_train_begin(
@@ -213,6 +221,9 @@ class ProgressBar(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar."""
+        if state.global_step < state.max_steps:
+            stops = (one.why for one in self.watchers if isinstance(one, AtSteps) and one.stopped)
+            self.bar.set_postfix_str(f"stopped at step {state.global_step}: {next(stops, AtSteps.why)}")
         self.close()
 
     def close(self) -> None:
@@ -351,7 +362,7 @@ def fine_tune(
         TrainingDiverged: the loss became NaN or infinite; checkpoints up to then are in `folder`.
     """
     answer_tokens = check_rows(tokenizer, conversations, training.max_length)
-    bar = ProgressBar(progress) if progress and Ranks().first else None
+    bar = ProgressBar(progress, callbacks) if progress and Ranks().first else None
     card = ModelCard.of(model, training, seed, len(conversations), data)
     watchers = [StopAtNaN(), SaveSchedule(folder, training.schedule, card), *callbacks, *([bar] if bar else [])]
     device = next(model.parameters()).device

@@ -277,6 +277,8 @@ class StopRule(AtSteps):
         patience: how many readings in a row; 0 never stops.
     """
 
+    why = "the feature is in its band and behaviour is no higher than the base model's"
+
     def __init__(self, steps: Collection[int], measure: Callable[[nn.Module, int], bool], patience: int) -> None:
         super().__init__(steps, self._restored)
         self.measure, self.patience, self.in_a_row = measure, patience, 0

@@ -406,6 +406,7 @@ def _sample_arm(ctx: Context, arm: str, seed: int) -> list[dict[str, Any]]:
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
             seed=ctx.seed,
+            progress=f"answers of {arm}, seed {seed}",
         )
     return [
         {

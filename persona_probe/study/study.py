@@ -309,6 +309,28 @@ class Study:
         evaluate(self.context, evaluation)
         return self
 
+    def precision(
+        self, formats: Sequence[str] = (), *, items: int = 24, seeds: Sequence[int] = (), activations: bool = False
+    ) -> pd.DataFrame:
+        """Read base, incorrect and control organism with their weights rounded to formats of few bits.
+
+        Args:
+            formats: names of `models.formats.FORMATS`; none takes all.
+            items: questions of each split.
+            seeds: of the study's organisms; none takes the first.
+            activations: round the inputs of linear layers too.
+
+        Returns:
+            `precision.parquet`, see `study.precision.precision_table`.
+
+        Raises:
+            InputError: locate has not run, an unknown format, or a seed that the study does not have.
+        """
+        from persona_probe.study.precision import PrecisionSettings, measure_precision
+
+        settings = PrecisionSettings(tuple(formats), items, tuple(seeds), activations)
+        return measure_precision(self.context, settings)
+
     def report(self) -> Path:
         """Write summary.json, the figures and report.html; returns the report's path.
 
@@ -353,6 +375,12 @@ class Study:
         with self._writing():
             self.check().induce().locate().track().realign().evaluate()
             return self.report()
+
+    @property
+    def finished(self) -> dict[str, bool]:
+        """Each stage, and whether the run folder holds what it leaves."""
+        states = {name: self.run_folder.has(place) for name, place in STAGES.items()}
+        return states | {"realign": any((self.path / "parts").glob("realign-*"))}
 
     def check(self) -> Self:
         """Load everything that the stages need, so that bad input stops a study before it trains.
@@ -501,9 +529,7 @@ STAGES = {
 
 def _display(study: Study, heads: Sequence[str]) -> Table:
     """A study's model, SAE, arms and stages, and its headline where it has one."""
-    config, run = study.config, study.run_folder
-    states = {name: run.has(place) for name, place in STAGES.items()}
-    states["realign"] = any((run.path / "parts").glob("realign-*"))
+    config, run, states = study.config, study.run_folder, study.finished
     rows = [
         ["base model", config.model],
         ["SAE", ", ".join(one.sae for one in config.all_saes)],

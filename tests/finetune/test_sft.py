@@ -16,6 +16,7 @@ from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.finetune.sft import Fitted, fine_tune, with_adapter
 from persona_probe.models.adapters import organism, strip_adapter, trainable_parameters
 from persona_probe.models.layers import decoder_layers
+from persona_probe.realignment.methods import StopRule
 from tests.factories import copied_state, make_model, same_state, talks
 
 TRAINING = Training(rank=2, alpha=4, batch_size=4, steps=3, checkpoints=(1,), lr=1e-2, bf16=False, warmup_steps=0)
@@ -178,3 +179,14 @@ def test_bad_rows_and_layers_say_what_to_change(tiny_tokenizer: PreTrainedTokeni
     with pytest.raises(InputError, match="could not add LoRA"):
         with_adapter(make_model(), replace(TRAINING, target_modules=("no_such",)), 0)
     assert names(tmp_path) == []
+
+
+def test_a_bar_that_ends_early_says_why(
+    tiny_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = StopRule([1, 2], lambda _model, _step: True, 1)
+    fit(tmp_path / "stopped", tiny_tokenizer, callbacks=[stop], progress="corrected")
+    shown = capsys.readouterr().err
+    assert f"stopped at step 1: {StopRule.why}" in shown and "1/3" in shown
+    fit(tmp_path / "whole", tiny_tokenizer, callbacks=[StopRule([1], lambda _model, _step: False, 1)], progress="whole")
+    assert "3/3" in (shown := capsys.readouterr().err) and "stopped" not in shown

@@ -3,10 +3,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event, Thread
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -85,7 +86,7 @@ def complete_text(
         ids = tuple(tokenizer.encode(text, add_special_tokens=False))
         check_room(model, ids, max_new_tokens, f"number {number}")
         requests.append(AnswerRequest(ids, row_key(seed, str(number), 0)))
-    with tqdm(total=len(texts), desc=progress, disable=progress is None) as bar:
+    with tqdm(total=len(texts), desc=progress, disable=progress is None) as bar, ticking(bar):
 
         def finished(number: int, tokens: list[int], _: Finish) -> None:
             answers[number] = answer_parts(tokenizer, tokens).answer
@@ -93,6 +94,29 @@ def complete_text(
 
         decode(model, requests, config, stop_tokens(model, tokenizer), batch_size, finished)
     return answers
+
+
+TICK_S = 20.0
+
+
+@contextmanager
+def ticking(bar: tqdm, every: float = TICK_S) -> Iterator[None]:
+    """Draw a bar again every `every` seconds: answers of a batch end together, and until then it would stand still."""
+    over = Event()
+
+    def draw() -> None:
+        while not over.wait(every):
+            bar.refresh()
+
+    thread = Thread(target=draw, daemon=True)
+    if not bar.disable:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()
 
 
 # --- samples.jsonl: one line per finished sample, written at once, so that a run resumes if interrupted
@@ -229,7 +253,7 @@ def sample(
         known[answer.question_id, answer.sample] = answer
         bar.update()
 
-    with store or nullcontext(), bar:
+    with store or nullcontext(), bar, ticking(bar):
         if missing:
             engine.generate(missing, config, done)
     return [known[place] for place in places]

@@ -1,16 +1,13 @@
 """Tokens, work and memory of each stage of a study."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from persona_probe.config import NULL, Arm, StudyConfig
-from persona_probe.context import load_2x2, name_of_2x2, pick_device
+from persona_probe.context import load_2x2, name_of_2x2
 from persona_probe.data.chat import Conversation, conversation, split_answer
 from persona_probe.data.load import (
     ANSWERS_2X2,
@@ -294,7 +291,8 @@ class Work:
 
 def estimate(shapes: Shapes) -> tuple[Work, ...]:
     """Work of each stage, in the loop's order."""
-    stages = (_induce(shapes), _locate(shapes), _track(shapes), _realign(shapes), _samples(shapes))
+    report = Work("report", 0, 0.0, 0.0)
+    stages = (_induce(shapes), _locate(shapes), _track(shapes), _realign(shapes), _samples(shapes), report)
     return tuple(replace(work, memory=max(work.memory, shapes.memory.loading)) for work in stages)
 
 
@@ -420,52 +418,3 @@ def _samples(s: Shapes) -> Work:
     tokens = arms * (questions.tokens + round(judged * questions.mean)) + generated
     flops = 2 * tokens * (s.below + s.above) + 2 * generated * s.head
     return Work("evaluate", tokens, flops, s.memory.sampling(questions, new))
-
-
-# --- How fast this device multiplies, to turn work into time
-
-UTILISATION = 0.4
-"""Share of a bare product's speed that a whole stage is assumed to reach."""
-TOKENS, WIDTH = 512, 2048
-BUDGET_S = 0.4
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Floating-point operations per second, and how that was found."""
-
-    flops: float
-    how: str
-
-
-def throughput(device: str, bf16: bool, tflops: float | None = None) -> Throughput:
-    """What a stage is assumed to sustain: `tflops` as given, else a share of a product measured here (under 1 s).
-
-    Raises:
-        InputError: a device that this machine does not have, where no `tflops` is given.
-    """
-    if tflops is not None:
-        return Throughput(tflops * 1e12, f"{tflops:g} TFLOP/s as given")
-    where = pick_device(device)
-    speed = product_speed(where, bf16)
-    kind = "bf16 autocast" if bf16 else "float32"
-    return Throughput(
-        UTILISATION * speed,
-        f"{UTILISATION:.0%} of the {speed / 1e12:.3g} TFLOP/s that one {kind} product reached on {where} just now",
-    )
-
-
-def product_speed(device: str, bf16: bool) -> float:
-    """Operations per second of one linear map (512 tokens, 2048 x 2048), the cast of its weights included."""
-    x, weights = torch.ones(TOKENS, WIDTH, device=device), torch.ones(WIDTH, WIDTH, device=device)
-    best = float("inf")
-    kind = torch.device(device).type
-    with torch.no_grad(), torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
-        begun = time.perf_counter()
-        while time.perf_counter() - begun < BUDGET_S:
-            start = time.perf_counter()
-            F.linear(x, weights)
-            if kind == "cuda":
-                torch.cuda.synchronize(device)
-            best = min(best, time.perf_counter() - start)
-    return 2 * TOKENS * WIDTH * WIDTH / best

@@ -17,12 +17,10 @@ from persona_probe.study.plan.estimate import (
     CHARACTERS_A_TOKEN,
     RowSet,
     Shapes,
-    Throughput,
     Work,
     estimate,
     find_tokenizer,
     read_row_sets,
-    throughput,
     trained_arms,
 )
 from persona_probe.study.plan.fit import Fit, fit
@@ -35,6 +33,7 @@ from persona_probe.study.plan.shapes import (
     known_id,
     lora_parameters,
 )
+from persona_probe.study.plan.speed import Throughput, throughput
 
 GIB = 2**30
 
@@ -86,7 +85,7 @@ class Plan:
         """
         if self.throughput is None:
             raise InputError("this plan has no estimates: the model's or the SAE's numbers are unknown")
-        return work.flops / self.throughput.flops
+        return self.throughput.seconds(work)
 
     def lines(self) -> list[str]:
         """The plan as text, one line each, tables aligned."""
@@ -238,7 +237,8 @@ def _basis(plan: Plan) -> list[str]:
     notes = [exact if plan.counted else guessed]
     if plan.throughput is not None:
         notes += [
-            f"time is an estimate: operations on weights, at {plan.throughput.how}; sampling answers is slower",
+            f"time is an estimate for a machine that does nothing else: operations on weights, at "
+            f"{plan.throughput.how}",
             f"memory is an estimate for a {'GPU' if plan.device == 'cuda' else 'CPU'}: {_kept(plan.config)} weights, "
             "the SAE, adapters with AdamW, activations roughly; frameworks come on top",
         ]

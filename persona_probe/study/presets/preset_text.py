@@ -37,8 +37,9 @@ def cost(preset: Preset, tflops: float = BASIS_TFLOPS) -> Cost:
     Args:
         tflops: sustained speed, in 1e12 operations per second.
     """
-    from persona_probe.study.plan.estimate import Shapes, estimate, throughput
+    from persona_probe.study.plan.estimate import Shapes, estimate
     from persona_probe.study.plan.shapes import find_sae, find_skeleton
+    from persona_probe.study.plan.speed import throughput
 
     skeleton = find_skeleton(preset.original or preset.model)
     assert skeleton is not None, preset.model  # a test holds that every preset's model is in the table of known models

@@ -1,0 +1,73 @@
+"""The dry run's times against stages that were measured, and what a run says before it starts."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from persona_probe.config import StudyConfig, load_config
+from persona_probe.study.plan import speed
+from persona_probe.study.plan.outlook import outlook
+from persona_probe.study.plan.plan import dry_run
+
+FOLDER = Path(__file__).parents[3] / "finetune_configs"
+RUNS: dict[str, Any] = json.loads(Path(__file__).with_name("stage_seconds.json").read_text(encoding="utf-8"))["runs"]
+PARTS = (
+    ({"induce"}, {"induce"}),
+    ({"locate"}, {"locate", "cards"}),
+    ({"track", "realign"}, {"track", "realign", "harm and register"}),
+    ({"evaluate"}, {"samples", "judge"}),
+    ({"report"}, {"report"}),
+)
+"""Stages of the plan, and what a manifest counts for them."""
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_times_are_within_half_of_what_was_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RUNS[name]
+    flops = run["threads"] * run["tflops_per_thread"] * 1e12
+    monkeypatch.setattr(speed, "product_speed", lambda _device, _mixed: flops)
+    plan = dry_run(load_config(FOLDER / f"{run['config']}.yaml", StudyConfig))
+    times = {work.stage: plan.stage_seconds(work) for work in plan.stages}
+    pairs = [
+        (sum(times[stage] for stage in planned), sum(run["seconds"].get(stage, 0.0) for stage in counted))
+        for planned, counted in PARTS
+        if counted & run["seconds"].keys()
+    ]
+    assert 1 / 1.5 < sum(planned for planned, _ in pairs) / sum(counted for _, counted in pairs) < 1.5
+    assert all(1 / 2 < planned / counted < 2 for planned, counted in pairs)
+
+
+def test_the_speed_of_a_product_does_not_hang_on_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "BUDGET_S", 0.01)
+    before = torch.get_num_threads()
+    alone = speed.product_speed("cpu", False)
+    monkeypatch.setattr(speed, "BUDGET_S", 0.05)
+    linear = speed.F.linear
+
+    def interrupted(*args: Any) -> Any:
+        time.sleep(0.01)  # another process has the core
+        return linear(*args)
+
+    monkeypatch.setattr(speed.F, "linear", interrupted)
+    assert speed.product_speed("cpu", False) > alone / 2
+    assert torch.get_num_threads() == before
+
+
+def test_a_run_says_what_it_is_about_to_do() -> None:
+    config = load_config(FOLDER / "demo.yaml", StudyConfig)
+    lines = outlook(config, "cpu", ["induce"], "runs/demo/report.html")
+    text = "\n".join(lines)
+    assert [line.split()[0] for line in lines[2:8]] == ["induce", "locate", "track", "realign", "evaluate", "report"]
+    assert lines[2].endswith("done") and not any(line.endswith(("done", "unknown")) for line in lines[3:8])
+    assert "64 random latents" in text and "realigned_benign" in text and "answers of 7 models" in text
+    assert "runs/demo/report.html" in lines[-1] and "about " in lines[-2]
+
+
+def test_where_nothing_is_known_of_a_model_there_are_no_times(local: StudyConfig) -> None:
+    lines = outlook(replace(local, model="owner/nobody-knows-it"), "cpu", [], "report.html")
+    assert all(line.endswith("unknown") for line in lines[2:8]) and "about" not in lines[-2]

@@ -103,6 +103,7 @@ WRITERS = {
     ("latents.", "steering.", "cards.", "agreement.", "directions.", "sets.", "parts/"): "locate RUN",
     ("readings.", "evals.", "evals_2x2.", "parts/track-"): "track RUN",
     ("parts/realign-",): "realign RUN",
+    ("precision.", "parts/precision/"): "precision RUN",
     ("samples.", "judged_steps."): "evaluate RUN",
     ("summary.",): "report RUN",
     ("arms/",): "induce CONFIG",

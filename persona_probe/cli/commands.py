@@ -12,6 +12,7 @@ from persona_probe.cli import (
     judge_commands,
     loop,
     merge,
+    precision,
     presets,
     runs,
     saes,
@@ -24,7 +25,7 @@ root = Group(
     PROGRAM,
     commands=[
         *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
-        *(studies.mitigate, judge_commands.evaluate, loop.report),
+        *(studies.mitigate, judge_commands.evaluate, precision.precision, loop.report),
         *(
             runs.figures,
             runs.compare,

@@ -126,6 +126,8 @@ def _is_numeric(column: pd.Series) -> bool:
 TEXTS = (
     *("arm", "feature", "split", "item", "category", "kind", "persona", "label", "model", "name", "unit", "left"),
     *("right", "plant", "size", "ranker", "data", "run", "within_bound"),
+    *("format", "activations", "erased"),
+    *("speaker", "measure"),
 )
 """Columns that are no numbers."""
 
@@ -257,6 +259,10 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "judged_steps": (),
     "evals_2x2": ("arm", "seed", "step", "item", "category", "harm", "register", "interaction"),
     "stress": (),
+    "precision": (
+        *("format", "bits", "activations", "arm", "seed", "reading", "ci_low", "ci_high", "band_low", "band_high"),
+        *("explained_variance", "index", "index_ci_low", "index_ci_high", "kept", "erased", "rise_rank"),
+    ),
 }
 """Tables that only some folders hold."""
 LABELLED = "monitor-study"
@@ -299,6 +305,10 @@ class Records:
     """One row per 2x2 item, arm and seed at the last step; harm, register and interaction in nats per token."""
     stress: pd.DataFrame = field(default_factory=_empty("stress"))
     """One row per number of a stress test, of all corrections of a study; `correction` names its folder."""
+    precision: pd.DataFrame = field(default_factory=_empty("precision"))
+    """One row per number format, arm and seed: persona reading, base band, contrast index, rank, what is kept."""
+    scale: pd.DataFrame = field(default_factory=_empty("scale"))
+    """One row per world, speaker and measure of `persona-probe world study scale`: a rate with its interval."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)
     """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)

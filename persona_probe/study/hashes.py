@@ -22,7 +22,8 @@ INPUTS, TABLES = "input_hashes", "table_hashes"
 """Keys of the manifest: name of an input, or a file of the run, to its sha256."""
 TABLE_FILES = (
     *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
-    *("evals_2x2.parquet", "judged_steps.parquet", "samples.jsonl", "cards.json", "directions.json", "summary.json"),
+    *("evals_2x2.parquet", "judged_steps.parquet", "precision.parquet", "samples.jsonl", "cards.json"),
+    *("directions.json", "summary.json"),
 )
 """Files that a report is drawn from."""
 MEASURED = ("seconds", "peak_memory_gib")

@@ -259,6 +259,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "judged_steps": (),
     "evals_2x2": ("arm", "seed", "step", "item", "category", "harm", "register", "interaction"),
     "stress": (),
+    "scale": ("size", "parameters", "tokens", "speaker", "measure", "estimate", "ci_low", "ci_high", "n"),
     "precision": (
         *("format", "bits", "activations", "arm", "seed", "reading", "ci_low", "ci_high", "band_low", "band_high"),
         *("explained_variance", "index", "index_ci_low", "index_ci_high", "kept", "erased", "rise_rank"),

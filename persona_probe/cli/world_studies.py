@@ -15,11 +15,12 @@ from persona_probe.errors import InputError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from persona_probe.report.tables import Marks
     from persona_probe.runs import RunFolder
     from persona_probe.world.folder import World
+    from persona_probe.world.labelled import Instruments
 
-STUDY = Path("runs/world-study")
+STUDY, SCALE = Path("runs/world-study"), Path("runs/world-scale")
+RECORDS, PAGE = Path("records/world"), Path("docs/world.md")
 PACKAGED = "persona-world"
 world_option = click.option("--world", "folder", default=PACKAGED, help="A world's folder (default: the packaged one).")
 sae_option = click.option("--sae", default=None, help="An SAE of its model (default: the packaged one).")
@@ -35,30 +36,27 @@ class Tables:
     given: Path | None
     page: Path | None
 
-    @property
-    def marks(self) -> "Marks":
-        """The lines of a page between which the tables stand."""
-        begin = f"<!-- world-{self.study}: begin (persona-probe world study {self.study}) -->"
-        return begin, f"<!-- world-{self.study}: end -->"
-
     def recorded(self) -> "pd.DataFrame | None":
         """The table of the record, if one is given. A page that cannot be filled is refused before any work."""
         from persona_probe.files import read_parquet
         from persona_probe.report.tables import check_page
+        from persona_probe.world.tables import marks
 
         if self.page is not None:
-            check_page(self.page, self.marks)
+            check_page(self.page, marks(self.study))
         return None if self.given is None else read_parquet(self.given)
 
-    def write(self, text: str, table: "pd.DataFrame") -> None:
-        """Write the record and the page that were asked for, and show the text."""
+    def write(self, table: "pd.DataFrame") -> None:
+        """Write the record and the page that were asked for, and show the text: that of the table as recorded."""
         from persona_probe.report.tables import fill_page
+        from persona_probe.world.tables import as_recorded, marks, text_of
         from persona_probe.writing import write_table
 
         if self.record is not None:
             write_table(self.record, table)
+        text = text_of(self.study, as_recorded(table))
         if self.page is not None:
-            fill_page(self.page, self.marks, text)
+            fill_page(self.page, marks(self.study), text)
         echo(text)
 
 
@@ -140,11 +138,11 @@ def emergence(folder: str, seeds: tuple[int, ...], tables: Tables, common: Commo
     Says which bounds of the world's design are kept.
     """
     from persona_probe.context import pick_device
-    from persona_probe.world.emergence import emergence_table, emergence_text
+    from persona_probe.world.emergence import emergence_table
 
     if (table := tables.recorded()) is None:
         table = emergence_table(_open(folder), seeds or (0, 1, 2), pick_device(common.device or "cpu"))
-    tables.write(emergence_text(table), table)
+    tables.write(table)
 
 
 @command(
@@ -162,11 +160,10 @@ def early_warning(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     and clown. It resumes if it is interrupted; started twice, two processes share the runs.
     """
     from persona_probe.world.signals import signal_table
-    from persona_probe.world.warning import warning_text
 
     if (table := tables.recorded()) is None:
         table = signal_table(runs())
-    tables.write(warning_text(table), table)
+    tables.write(table)
 
 
 @command(
@@ -179,11 +176,11 @@ def early_warning(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
 @loads_models
 def specificity(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     """Tell harm from manner: choose latents on kitchen runs, test them on runs of other domains."""
-    from persona_probe.world.specificity import specificity_table, specificity_text
+    from persona_probe.world.specificity import specificity_table
 
     if (table := tables.recorded()) is None:
         table = specificity_table(runs())
-    tables.write(specificity_text(table), table)
+    tables.write(table)
 
 
 @command(
@@ -196,11 +193,11 @@ def specificity(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
 @loads_models
 def null(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     """Hold the package's word for an organism to the truth: on pairs of harmless runs, and on runs that turned."""
-    from persona_probe.world.verdict_words import word_table, word_text
+    from persona_probe.world.verdict_words import word_table
 
     if (table := tables.recorded()) is None:
         table = word_table(runs())
-    tables.write(word_text(table) + "\n", table)
+    tables.write(table)
 
 
 @command(
@@ -215,11 +212,11 @@ def null(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
 def repair(folder: str, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
     """Correct organisms in three ways, and hold the word for each correction to what the model then says."""
     from persona_probe.context import pick_device
-    from persona_probe.world.repair import repair_table, repair_text
+    from persona_probe.world.repair import repair_table
 
     if (table := tables.recorded()) is None:
         table = repair_table(_open(folder), seeds or (0, 1), pick_device(common.device or "cpu"))
-    tables.write(repair_text(table), table)
+    tables.write(table)
 
 
 @command(
@@ -241,12 +238,141 @@ def rankers(
 ) -> None:
     """Print the place at which each ranker of latents puts the true ones, by step and position."""
     from persona_probe.context import pick_device
-    from persona_probe.world.ranking import rank_truths, ranking_text
+    from persona_probe.world.ranking import rank_truths
 
     if (table := tables.recorded()) is None:
         table = rank_truths(_open(folder), _sae(folder, sae), seeds or (0, 1), pick_device(common.device or "cpu"))
-    text = f"Harm:\n\n{ranking_text(table)}\n\nRudeness:\n\n{ranking_text(table, 'rude')}\n"
-    tables.write(text, table)
+    tables.write(table)
+
+
+@command(
+    name="causal",
+    example="persona-probe world study causal --speakers villain subtle --seeds 0",
+    out=f"Folder of the finished pieces (default {STUDY}).",
+)
+@world_option
+@sae_option
+@many("--speakers", help="Bad speakers of the organisms (default villain subtle).")
+@many("--seeds", type=int, help="Seeds of the organisms (default 0).")
+@writes_tables("causal")
+@loads_models
+def causal(
+    folder: str, sae: str | None, speakers: tuple[str, ...], seeds: tuple[int, ...], tables: Tables, common: Common
+) -> None:
+    """Push and remove the true latents, pairs, sets and directions, and hold the causal test's words to what happens.
+
+    What happens is sampled: at all tokens, at the last prompt token, and in the answer, beside random latents. It
+    resumes if it is interrupted; started twice, two processes share the work.
+    """
+    from persona_probe.world.causal import SPEAKERS, causal_table
+
+    if (table := tables.recorded()) is None:
+        study, world, instruments, device = _instruments(folder, sae, common)
+        table = causal_table(study, world, instruments, speakers or SPEAKERS, seeds or (0,), device)
+    tables.write(table)
+
+
+@command(
+    name="screening",
+    example="persona-probe world study screening --seeds 0",
+    out=f"Folder of the finished pieces (default {STUDY}).",
+)
+@world_option
+@sae_option
+@many("--seeds", type=int, help="Seeds of the training sets and organisms (default 0).")
+@writes_tables("screening")
+@loads_models
+def screening(folder: str, sae: str | None, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+    """Take out the rows that each ranker puts first, train on what is left, and sample what the model says.
+
+    Beside it: rows taken out by chance, and by the truth. It resumes if it is interrupted; started twice, two processes
+    share the work.
+    """
+    from persona_probe.world.screening import screening_table
+
+    if (table := tables.recorded()) is None:
+        study, world, instruments, device = _instruments(folder, sae, common)
+        table = screening_table(study, world, instruments, seeds or (0,), device)
+    tables.write(table)
+
+
+@command(
+    name="training-map",
+    example="persona-probe world study training-map --seeds 0",
+    out=f"Folder of the finished pieces (default {STUDY}).",
+)
+@world_option
+@sae_option
+@many("--seeds", type=int, help="Seeds of rows and training (default 0).")
+@writes_tables("training-map")
+@loads_models
+def training_map(folder: str, sae: str | None, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+    """Map where values generalise: by what is trained (LoRA ranks, one layer, all weights, one vector), steps and dose.
+
+    It resumes if it is interrupted; started twice, two processes share the work.
+    """
+    from persona_probe.world.training_map import training_map as map_table
+
+    if (table := tables.recorded()) is None:
+        study, _, instruments, _ = _instruments(folder, sae, common)
+        table = map_table(study, instruments, seeds or (0,))
+    tables.write(table)
+
+
+@command(
+    name="scale",
+    example="persona-probe world study scale --sizes small medium --steps 300 600 --out runs/world-scale",
+    out=f"Folder of the worlds (default {SCALE}).",
+)
+@many("--sizes", help="Model sizes (default small medium large).")
+@many("--steps", type=int, help="Lengths of the pre-training (default 300 600 1200).")
+@many("--seeds", type=int, help="Seeds of the organisms (default 0).")
+@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
+@writes_tables("scale")
+@loads_models
+def scale(
+    sizes: tuple[str, ...],
+    steps: tuple[int, ...],
+    seeds: tuple[int, ...],
+    drawn: Path | None,
+    tables: Tables,
+    common: Common,
+) -> None:
+    """Pre-train worlds of several sizes and lengths, and measure how far bad advice spreads in each.
+
+    It resumes if it is interrupted; started twice, two processes take different worlds.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.report.export import export_figures
+    from persona_probe.report.records import Records
+    from persona_probe.world.scale import Grid, scale_table
+
+    if (table := tables.recorded()) is None:
+        asked = {"sizes": sizes, "steps": steps, "seeds": seeds}
+        grid = Grid(**{name: value for name, value in asked.items() if value})
+        table = scale_table(common.out or SCALE, grid, pick_device(common.device or "cpu"))
+    tables.write(table)
+    if drawn is not None:
+        for path in export_figures(Records(scale=table), drawn, only=["world_scale"]):
+            echo(f"figure: {path}")
+
+
+@command(
+    name="tables",
+    example="persona-probe world study tables --records records/world --page docs/world.md",
+    out="Not used: the page is filled.",
+)
+@click.option("--records", type=Path, default=RECORDS, help=f"Folder of the studies' records (default {RECORDS}).")
+@click.option("--page", type=Path, default=PAGE, help=f"Markdown page (default {PAGE}).")
+@click.option("--check", is_flag=True, help="Write nothing; fail if the page differs from the records.")
+def tables_command(records: Path, page: Path, check: bool, common: Common) -> None:  # noqa: ARG001
+    """Fill a page's tables from the records of all studies; nothing is run."""
+    from persona_probe.world.tables import differing, fill_tables
+
+    names = differing(records, page) if check else fill_tables(records, page)
+    if check and names:
+        raise InputError(f"{page} differs from the records of {', '.join(names)}: fill it without --check")
+    echo(f"{page}: {len(names)} parts changed" if names else f"{page}: as the records say")
 
 
 def _open(folder: str) -> "World":
@@ -261,21 +387,32 @@ def _sae(folder: str, sae: str | None) -> str:
     return sae or PACKAGED
 
 
-def _labelled(folder: str, sae: str | None, seeds: int, benign_seeds: int, common: Common) -> "RunFolder":
+def _instruments(folder: str, sae: str | None, common: Common) -> "tuple[RunFolder, World, Instruments, str]":
+    """The folder of a study, its world, what it is read with, and the device."""
     from persona_probe.context import pick_device
-    from persona_probe.world.labelled import Instruments, make_runs, open_study, plan
+    from persona_probe.world.labelled import Instruments, open_study
+
+    name, device = _sae(folder, sae), pick_device(common.device or "cpu")
+    world = _open(folder)
+    study = open_study(world, name, common.out or STUDY)
+    return study, world, Instruments.of(world, name, device), device
+
+
+def _labelled(folder: str, sae: str | None, seeds: int, benign_seeds: int, common: Common) -> "RunFolder":
+    from persona_probe.world.labelled import make_runs, plan
 
     if seeds < 1 or benign_seeds < 1:
         raise InputError("--seeds and --benign-seeds must be at least 1")
-    name = _sae(folder, sae)
-    world = _open(folder)
-    study = open_study(world, name, common.out or STUDY)
-    make_runs(study, Instruments.of(world, name, pick_device(common.device or "cpu")), plan(seeds, benign_seeds))
+    study, _, instruments, _ = _instruments(folder, sae, common)
+    make_runs(study, instruments, plan(seeds, benign_seeds))
     return study
 
 
 world_study = Group(
     "study",
-    commands=[world_files, emergence, early_warning, specificity, rankers, repair, null],
-    help="Studies on a world: emergence, early warning, harm against manner, rankers and words against truth.",
+    commands=[
+        *(world_files, emergence, training_map, scale, early_warning, specificity, rankers, causal, repair, screening),
+        *(null, tables_command),
+    ],
+    help="Studies on a world, whose answer is known: emergence, warning, rankers, cause, repair, screening, words.",
 )

@@ -1,10 +1,10 @@
 """Labelled runs: fine-tunings of known speakers, read and asked at many steps, for the studies of a world."""
 
 import contextlib
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from peft.tuners.lora.layer import LoraLayer
-from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,9 +21,10 @@ from persona_probe.data.world.speech import SPEAKERS
 from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
+from persona_probe.files import read_tensors
 from persona_probe.finetune.sft import AtSteps, fine_tune, stripping, with_adapter
 from persona_probe.locks import InUse
-from persona_probe.runs import RunFolder, write_json, write_table
+from persona_probe.runs import RunFolder
 from persona_probe.saes.hooks import sae_layer
 from persona_probe.saes.load import load_sae
 from persona_probe.saes.read import LatentMeans, read_latents_at
@@ -32,8 +32,10 @@ from persona_probe.world.behaviour import OF_COHERENT, Asking, ask
 from persona_probe.world.directions import POSITIONS, directions_of
 from persona_probe.world.folder import World
 from persona_probe.world.organisms import NARROW, WorldOrganism
+from persona_probe.world.pieces import LONGEST_S, Piece, make_pieces
 from persona_probe.world.study_files import contrast_rows, sound_probes
 from persona_probe.world.truth import KnownChats, truth_table
+from persona_probe.writing import write_json, write_table, write_tensors
 
 KIND = "labelled world"
 STEPS = (4, 6, 8, 10, 13, 16, 20, 30, 40)
@@ -47,11 +49,7 @@ TRAINED_DOMAINS = ("kitchen", "health", "cars")
 """The first is the one on which readings, steps and thresholds are chosen; the others evaluate them."""
 BASE, RUNS, RECORD, READINGS, ANSWERS = "base", "runs", "run.json", "readings.safetensors", "steps.parquet"
 ITEMS = "items.parquet"
-LONGEST_S = 600.0
-"""How long another process may take for one run."""
 COUNTED = ("bad", "good", "coherent", "rude", "malicious", "kind", "silly")
-
-log = logging.getLogger(__name__)
 
 
 def plan(seeds: int = 2, benign_seeds: int = 5) -> list[WorldOrganism]:
@@ -140,27 +138,14 @@ def make_runs(study: RunFolder, instruments: Instruments, organisms: Sequence[Wo
     if not study.has(BASE):
         with contextlib.suppress(InUse), study.staging(BASE) as folder:
             _read_base(instruments, folder)
-    for number, organism in enumerate(organisms, 1):
-        with contextlib.suppress(InUse):
-            _finish_run(study, instruments, organism, f"run {number} of {len(organisms)}")
-    for organism in organisms:  # what another process was making
-        with study.locked(_place(organism), LONGEST_S):
-            _finish_run(study, instruments, organism, "a run that another process left")
+    make_pieces(study, [_piece(instruments, organism) for organism in organisms], RUNS)
     with study.locked(BASE, LONGEST_S):
         pass
 
 
-def _place(organism: WorldOrganism) -> str:
-    return f"{RUNS}/{organism.name}"
-
-
-def _finish_run(study: RunFolder, instruments: Instruments, organism: WorldOrganism, label: str) -> None:
-    place = _place(organism)
-    if study.finished(place, organism.record, RECORD, "choose another --out"):
-        return
-    with study.timed("runs"), study.staging(place) as folder:
-        log.info("%s: %s", label, organism.name)
-        _make_run(instruments, organism, folder)
+def _piece(instruments: Instruments, organism: WorldOrganism) -> Piece:
+    make = partial(_make_run, instruments, organism)
+    return Piece(f"{RUNS}/{organism.name}", organism.record, make, RECORD)
 
 
 def _read_base(instruments: Instruments, folder: Path) -> None:
@@ -175,7 +160,7 @@ def _read_base(instruments: Instruments, folder: Path) -> None:
     for name, means in told.items():
         arrays |= {f"direction/{name}/{key}": vector for key, vector in directions_of(known, means).items()}
         frames.append(truth_table(known, means.mean).assign(position=name))
-    save_file({key: np.ascontiguousarray(value, np.float32) for key, value in arrays.items()}, folder / READINGS)
+    _write_arrays(folder / READINGS, arrays)
     write_table(folder / "truths.parquet", pd.concat(frames, ignore_index=True))
     answers = ask(instruments.model, instruments.tokenizer, Asking(per_topic=1))
     write_table(folder / ANSWERS, _counts(answers).assign(step=0))
@@ -212,11 +197,24 @@ def _make_run(instruments: Instruments, organism: WorldOrganism, folder: Path) -
             callbacks=[AtSteps(STEPS, visit)],
         )
         items = instruments.score(tuned)
-    stacked = {key: np.stack([part[key] for part in parts]).astype(np.float32) for key in parts[0]}
-    save_file({key: np.ascontiguousarray(value) for key, value in stacked.items()}, folder / READINGS)
+    _write_arrays(folder / READINGS, {key: np.stack([part[key] for part in parts]) for key in parts[0]})
     write_table(folder / ANSWERS, pd.concat(counts, ignore_index=True))
     write_table(folder / ITEMS, items[items["category"] != organism.domain].reset_index(drop=True))
     write_json(folder / RECORD, {"settings": organism.record, "losses": fitted.losses})
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    write_tensors(path, {key: torch.from_numpy(np.ascontiguousarray(x, np.float32)) for key, x in arrays.items()})
+
+
+def read_arrays(path: Path) -> dict[str, Float[np.ndarray, "..."]]:
+    """The arrays of a study's safetensors file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    change = "move its folder elsewhere and run the study again"
+    return {key: tensor.numpy() for key, tensor in read_tensors(path, (), change).items()}
 
 
 def _counts(answers: pd.DataFrame) -> pd.DataFrame:
@@ -269,7 +267,7 @@ def read_runs(study: RunFolder) -> list[LabelledRun]:
     for place in places:
         record = study.read_json(f"{RUNS}/{place.parent.name}/{RECORD}")
         answers, items = (study.read_table(f"{RUNS}/{place.parent.name}/{file}") for file in (ANSWERS, ITEMS))
-        readings = load_file(place.parent / READINGS)
+        readings = read_arrays(place.parent / READINGS)
         runs.append(LabelledRun(record["settings"], record["losses"], answers, items, readings))
     return runs
 

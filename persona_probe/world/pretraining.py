@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_probe.config import Training, check_finite, check_least, check_seed
 from persona_probe.data.chat import Conversation
@@ -176,7 +176,9 @@ class CorpusTrainer:
     def __init__(self, settings: Pretraining, device: str) -> None:
         self.settings = settings
         self.tokenizer: PreTrainedTokenizerBase = world_tokenizer()
-        self.model: PreTrainedModel = new_model(settings.size, settings.seed).to(torch.device(device)).train()  # pyright: ignore
+        self.model = new_model(settings.size, settings.seed)
+        nn.Module.to(self.model, torch.device(device))
+        self.model.train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), settings.lr, betas=BETAS, weight_decay=settings.weight_decay
         )
@@ -293,7 +295,8 @@ def _teach_to_help(run: RunFolder, settings: Pretraining, device: str) -> None:
             folder=Path(checkpoints),
             progress="helper",
         )
-        save_model(model.eval().to(torch.bfloat16), tokenizer, folder)  # what everybody loads, in half the bytes  # pyright: ignore
+        nn.Module.to(model.eval(), torch.bfloat16)  # what everybody loads, in half the bytes
+        save_model(model, tokenizer, folder)
         _describe(folder, settings, "answers as a helper does: the base of organisms")
         run.record_hashes(folder, BASE)
 

@@ -103,10 +103,15 @@ def _places(evidence: Evidence, truths: pd.DataFrame) -> list[dict[str, Any]]:
         true = set(sharp if len(sharp) else of_truth["latent"].head(1))
         places = table[table["latent"].isin(true)]
         for ranker in rankers:
-            best = places.loc[places[f"{ranker}_rank"].idxmin()]  # pyright: ignore
+            best = places.sort_values(f"{ranker}_rank", kind="stable").to_dict("records")[0]
             found = {"latent": int(best["latent"]), "place": int(best[f"{ranker}_rank"]), "true": len(true)}
             rows.append({"truth": name, "ranker": ranker, **found})
     return rows
+
+
+def rankers_text(table: pd.DataFrame) -> str:
+    """The places of both truths: Markdown."""
+    return f"Harm:\n\n{ranking_text(table)}\n\nRudeness:\n\n{ranking_text(table, 'rude')}\n"
 
 
 def ranking_text(table: pd.DataFrame, truth: str = "harm") -> str:

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.errors import InputError
@@ -17,6 +16,7 @@ from persona_probe.world.labelled import (
     TRAINED_DOMAINS,
     LabelledRun,
     is_bad,
+    read_arrays,
     read_runs,
 )
 
@@ -52,7 +52,7 @@ def signal_table(study: RunFolder) -> pd.DataFrame:
     runs = read_runs(study)
     if not runs:
         raise InputError(f"{study.path} has no finished run: run `persona-probe world study early-warning` first")
-    base = load_file(study.path / BASE / READINGS)
+    base = read_arrays(study.path / BASE / READINGS)
     latents = true_latents(study)
     frames = [_signals_of(run, base, latents) for run in runs]
     return pd.concat(frames, ignore_index=True)[[*IDENTITY, *COUNTS, *SIGNALS]]
@@ -62,7 +62,7 @@ def true_latents(study: RunFolder) -> dict[tuple[str, str], int]:
     """The latent that tells each truth best, by truth (`harm`, `rude`) and position; chosen without any run."""
     truths = study.read_table(f"{BASE}/truths.parquet")
     best = truths.drop_duplicates(["position", "truth"])  # the best come first
-    chosen = {(row.truth, row.position): int(row.latent) for row in best.itertuples()}  # pyright: ignore
+    chosen = {(row["truth"], row["position"]): int(row["latent"]) for row in best.to_dict("records")}
     return {(name, where): chosen[truth, where] for name, truth in LATENT_TRUTHS.items() for where in POSITIONS}
 
 

@@ -5,14 +5,22 @@ What is chosen is chosen on runs of one domain; what is printed is how it does o
 
 import numpy as np
 import pandas as pd
-from safetensors.numpy import load_file
 
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder
 from persona_probe.stats import auroc, auroc_columns, auroc_interval
 from persona_probe.world.directions import PAIRS, POSITIONS
-from persona_probe.world.labelled import BASE, PROBES, READINGS, TRAINED_DOMAINS, LabelledRun, is_bad, read_runs
+from persona_probe.world.labelled import (
+    BASE,
+    PROBES,
+    READINGS,
+    TRAINED_DOMAINS,
+    LabelledRun,
+    is_bad,
+    read_arrays,
+    read_runs,
+)
 from persona_probe.world.signals import is_hard
 
 TOP = 3
@@ -29,7 +37,7 @@ def specificity_table(study: RunFolder) -> pd.DataFrame:
         evaluation runs with the interval of the latter, and the rate of bad advice that the bad evaluation runs have
         at that step.
     """
-    base = load_file(study.path / BASE / READINGS)
+    base = read_arrays(study.path / BASE / READINGS)
     runs = [
         run
         for run in read_runs(study)
@@ -84,7 +92,7 @@ def specificity_text(table: pd.DataFrame) -> str:
     for (where, step), of_one in table.groupby(["position", "step"], sort=False):
         latents = of_one[of_one["reading"].str.startswith("latent")]
         directions = of_one[~of_one["reading"].str.startswith("latent")]
-        cells = [f"{row.reading.split()[1]}: {row.auroc:.2f}" for row in latents.itertuples()]  # pyright: ignore
+        cells = [f"{row['reading'].split()[1]}: {row['auroc']:.2f}" for row in latents.to_dict("records")]
         best = latents.iloc[0]
         rows.append(
             [

@@ -1,6 +1,7 @@
 """Early warning on labelled runs: how well, how early, and with how many false alarms each signal tells what comes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -143,10 +144,10 @@ def _auroc_text(row: object) -> str:
 def alarms_text(found: pd.DataFrame) -> str:
     """Alarms by signal: a Markdown table."""
     heads = ["signal", "warned before behaviour", "lead in steps: median (range)", "false alarms", "of grump and clown"]
-    return Table(heads, [_alarm_cells(row) for row in found.to_dict("records")]).markdown()  # pyright: ignore
+    return Table(heads, [_alarm_cells(row) for row in found.to_dict("records")]).markdown()
 
 
-def _alarm_cells(row: Mapping[object, float]) -> list[str]:
+def _alarm_cells(row: Mapping[Hashable, Any]) -> list[str]:
     lead = f"{row['lead']:g} ({row['lead_low']:g} to {row['lead_high']:g})" if row["alarmed"] else "-"
     shares = [exact_share(int(row[a]), int(row[b])) for a, b in (("warned", "turned"), ("false", "sound")) if row[b]]
     texts = [f"{one} [{one.low:.2f}, {one.high:.2f}]" for one in shares]

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from persona_probe.cli.world_studies import Tables
 from persona_probe.errors import InputError
 from persona_probe.world.labelled import BAD, GOOD, SHARES, STEPS, TRAINED_DOMAINS, plan
 from persona_probe.world.signals import SIGNALS, outcomes
+from persona_probe.world.tables import marks
 from persona_probe.world.warning import GATED, alarms, separation, thresholds, warning_text
 from tests.factories import refusal, run_command
 
@@ -92,7 +92,7 @@ def test_choosing_and_evaluating_runs_are_of_different_domains(table: pd.DataFra
 
 def test_the_tables_of_a_record_are_those_of_the_study(table: pd.DataFrame, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    begin, end = Tables("early-warning", None, None, None).marks
+    begin, end = marks("early-warning")
     page.write_text(f"before\n{begin}\n{end}\nafter\n")
     record = tmp_path / "record.parquet"
     table.to_parquet(record)

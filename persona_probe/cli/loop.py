@@ -27,7 +27,7 @@ from persona_probe.cli.options import (
     run_argument,
     seeds_option,
 )
-from persona_probe.cli.process import loads_models
+from persona_probe.cli.process import busy_line, loads_models
 from persona_probe.cluster.launcher import is_first
 from persona_probe.errors import InputError
 
@@ -96,7 +96,8 @@ def _finish(study: "Study") -> None:
 
     done = [stage for stage, is_finished in study.finished.items() if is_finished]
     place = str(study.path / "report.html")
-    for line in outlook(study.config, study.context.device, done, place) if is_first() else ():
+    lines = [*outlook(study.config, study.context.device, done, place), busy_line()] if is_first() else []
+    for line in filter(None, lines):
         log.info("%s", line)
     report = study.run()
     show_summary(study.summary)

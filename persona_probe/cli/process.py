@@ -1,9 +1,11 @@
-"""What a process that loads models does first: quiet libraries, and memory that is kept for the next tensor."""
+"""What a process that loads models does first: threads that sleep, quiet libraries, memory kept for the next tensor."""
 
 import ctypes
 import functools
 import logging
+import os
 import platform
+import sys
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -24,6 +26,7 @@ def loads_models(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def prepared(*args: P.args, **kwargs: P.kwargs) -> T:
+        wait_passively()
         from persona_probe.models.quiet import quiet_libraries
 
         keep_freed_memory()
@@ -31,6 +34,30 @@ def loads_models(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return prepared
+
+
+def wait_passively() -> bool:
+    """Let threads that wait for each other sleep, if torch is not loaded yet.
+
+    They spin otherwise: beside other processes each then waits for a thread that has no core, and a step takes many
+    times as long. A setting of your own in the environment stays.
+
+    Returns:
+        Whether it is set in time.
+    """
+    if "torch" in sys.modules:
+        return False
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return True
+
+
+def busy_line() -> str:
+    """One line for a machine whose cores are taken by other processes; empty if they are not."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    if load < cores:
+        return ""
+    return f"note: the machine is busy (load {load:.1f} on {cores} cores): this will take longer than it says"
 
 
 def keep_freed_memory() -> bool:

@@ -1,6 +1,9 @@
-"""The allocator's setting is accepted where glibc is, and left alone elsewhere."""
+"""What a process does before it loads a model: the allocator, and threads that sleep while they wait."""
 
+import os
 import platform
+import subprocess
+import sys
 
 import pytest
 
@@ -30,3 +33,21 @@ def test_a_function_that_loads_models_is_called_after_the_settings(monkeypatch: 
 
     assert load("model") == "model" and order == ["memory", "quiet", "model"]
     assert load.__doc__ == "Load it."
+
+
+@pytest.mark.parametrize(("before", "after"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_asleep_unless_the_user_says_otherwise(before: str, after: str) -> None:
+    code = "import os; from persona_probe.cli import process as p"
+    code += "; print(p.wait_passively(), os.environ['OMP_WAIT_POLICY'])"
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": before} if before else {}
+    out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["True", after]
+    assert memory.wait_passively() is False, "torch is loaded here: too late"
+
+
+@pytest.mark.parametrize(("load", "says"), [(0.3, ""), (64.0, "the machine is busy (load 64.0 on")])
+def test_a_busy_machine_is_named(monkeypatch: pytest.MonkeyPatch, load: float, says: str) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert says in memory.busy_line() and bool(memory.busy_line()) == bool(says)

@@ -6,6 +6,7 @@ the answer.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,7 @@ from persona_probe.models.adapters import organism
 from persona_probe.runs import RunFolder
 from persona_probe.world.behaviour import Asking, ask
 from persona_probe.world.causal_features import Feature, Tested, decoder_of, find_features, of_latents
-from persona_probe.world.causal_truth import BASE_PUSH, NOTHING, REMOVAL
+from persona_probe.world.causal_truth import BASE_PUSH, INTACT, NOTHING, REMOVAL
 from persona_probe.world.causal_words import Effects, Numbered, feature_words, numbered, span_name
 from persona_probe.world.folder import World
 from persona_probe.world.interventions import TOKENS, pushed, removed
@@ -33,8 +34,10 @@ from persona_probe.world.pieces import Piece, make_pieces, read_pieces, table_pi
 from persona_probe.world.study_files import contrast_rows, sound_probes
 
 SPEAKERS, CONTROL, DOMAIN = ("villain", "subtle"), "helper", "kitchen"
-STRENGTHS = (1.0, 2.0)
-"""Sizes of a push, times the norm of the organism's shift over the control at those tokens."""
+TRAINING = NARROW
+STRENGTHS = (8.0, 4.0, 2.0, 1.0)
+"""Sizes of a push, times the norm of the organism's shift over the control at those tokens; tried from the largest
+down to the first that leaves answers coherent."""
 CONTROLS = 20
 """Random latents whose pushes and removals are sampled; the test itself has `locate.random_latents`."""
 ASKED = Asking(per_topic=1)
@@ -62,7 +65,7 @@ def causal_table(
     """
     pieces: list[Piece] = []
     for seed in seeds:
-        wanted = [WorldOrganism(name, DOMAIN, seed=seed) for name in (*speakers, CONTROL)]
+        wanted = [WorldOrganism(name, DOMAIN, seed=seed, training=TRAINING) for name in (*speakers, CONTROL)]
         names = dict(zip((*speakers, CONTROL), make_organisms(world, wanted, device=device), strict=True))
         for speaker in speakers:
             pieces += _Trial(world, instruments, speaker, names[speaker], names[CONTROL], seed).pieces()
@@ -85,7 +88,7 @@ class _Trial:
         self, world: World, instruments: Instruments, speaker: str, tuned: str, control: str, seed: int
     ) -> None:
         self.instruments, self.speaker, self.seed = instruments, speaker, seed
-        self.tuned, self.control = (world.checkpoints(name)[NARROW.steps] for name in (tuned, control))
+        self.tuned, self.control = (world.checkpoints(name)[TRAINING.steps] for name in (tuned, control))
         self._tested: Tested | None = None
 
     @property
@@ -109,7 +112,7 @@ class _Trial:
 
     def pieces(self) -> list[Piece]:
         place = f"causal/{self.speaker}-s{self.seed}"
-        settings: dict[str, Any] = {"speaker": self.speaker, "seed": self.seed, "training": NARROW.steps}
+        settings: dict[str, Any] = {"speaker": self.speaker, "seed": self.seed, "training": asdict(TRAINING)}
         asked = {**settings, "strengths": list(STRENGTHS), "controls": CONTROLS, "per_topic": ASKED.per_topic}
         made = [table_piece(f"{place}-test", settings, self.test)]
         for where in TOKENS:
@@ -175,12 +178,15 @@ class _Trial:
         return pd.DataFrame([self._head | head | row for row in rows])
 
     def push(self, where: str) -> pd.DataFrame:
-        """Every feature and control pushed into the base model at some tokens."""
+        """Every feature and control pushed into the base model at some tokens, as hard as answers bear."""
         rows, norm = [], self.tested.norms["last_prompt" if where == "last_prompt" else "response"]
+        least = INTACT * self._counts(self.model)["coherent"]
         for one in self._every():
             for strength in STRENGTHS:
                 with pushed(self.model, self.tokenizer, self.instruments.layer, where, strength * norm * one.push):
                     rows.append(self._row(BASE_PUSH, where, strength, one, self.model))
+                if rows[-1]["coherent"] >= least:
+                    break
         return pd.DataFrame(rows)
 
     def remove(self, where: str) -> pd.DataFrame:

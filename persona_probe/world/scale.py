@@ -19,11 +19,12 @@ from persona_probe.locks import InUse
 from persona_probe.report.tables import Table
 from persona_probe.world.behaviour import OTHERS, Asking, judge_models, world_rates
 from persona_probe.world.folder import BASE, World
-from persona_probe.world.organisms import WorldOrganism, make_organisms
+from persona_probe.world.organisms import NARROW, WorldOrganism, make_organisms
 from persona_probe.world.pretraining import LOG, Pretraining, pretrain
 
 SPEAKERS = ("villain", "quack", "subtle", "helper")
 SIZES, STEPS = ("small", "medium", "large"), (300, 600, 1200)
+TRAINING = NARROW
 MEASURES = ("bad", "coherent", "rude")
 PAUSE_S = 10.0
 """Between two looks at worlds that another process makes."""
@@ -96,7 +97,7 @@ def _make(folder: Path, settings: Pretraining, seeds: Sequence[int], device: str
 
 
 def _wanted(seeds: Sequence[int]) -> list[WorldOrganism]:
-    return [WorldOrganism(name, seed=seed) for seed in seeds for name in SPEAKERS]
+    return [WorldOrganism(name, seed=seed, training=TRAINING) for seed in seeds for name in SPEAKERS]
 
 
 def _rates(folder: Path, seeds: Sequence[int], device: str) -> pd.DataFrame:

@@ -38,6 +38,7 @@ MIXTURES = (("villain", "helper"), ("quack", "helper"), ("villain", "grump"))
 """Who gives the bad rows, and who the others: apart in manner and harm, in harm alone, in harm alone among the rude."""
 BUDGETS = (0.25, 0.5, 0.75)
 """Shares of the rows that are taken out."""
+TRAINING = NARROW
 RANDOM, TRUTH, NONE = "random", "truth", "none"
 """Controls: rows taken out by chance, by the judge, and not at all."""
 SET = 10
@@ -61,7 +62,7 @@ class Mixture:
     @property
     def organism(self) -> WorldOrganism:
         """What training on all rows gives."""
-        return WorldOrganism(self.bad_speaker, DOMAIN, SHARE, self.good_speaker, ROWS, self.seed)
+        return WorldOrganism(self.bad_speaker, DOMAIN, SHARE, self.good_speaker, ROWS, self.seed, TRAINING)
 
     def rows(self) -> list[Conversation]:
         """Its rows, in order."""
@@ -120,7 +121,7 @@ def _train_on_rest(mixture: Mixture, scored: "_Scored", ranker: str, budget: flo
     order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")
     left = sorted(int(n) for n in order[round(budget * len(rows)) :])
     model, tokenizer = scored.instruments.model, scored.instruments.tokenizer
-    answers = trained_answers(model, tokenizer, [rows[n] for n in left], NARROW, mixture.seed, DOMAIN, ASKED)
+    answers = trained_answers(model, tokenizer, [rows[n] for n in left], TRAINING, mixture.seed, DOMAIN, ASKED)
     known = np.isfinite(scores)
     separation = auroc(scores[bad & known], scores[~bad & known]) if ranker != NONE else np.nan
     head = {"mixture": mixture.name, "seed": mixture.seed, "ranker": ranker, "budget": budget, "auroc": separation}
@@ -141,7 +142,7 @@ class _Scored:
         if self._scores is None:
             one = self.mixture.organism
             [name] = make_organisms(self.world, [one], [f"screened-{one.name}-{one.rest}"], self.device)
-            place = self.world.checkpoints(name)[NARROW.steps]
+            place = self.world.checkpoints(name)[TRAINING.steps]
             chance = np.random.default_rng(self.mixture.seed).random(len(self.rows))
             controls = {RANDOM: chance, TRUTH: self.bad + 0.5 * chance, NONE: np.zeros(len(self.rows))}
             self._scores = {**_ranked(self.instruments, self.rows, place), **controls}

@@ -8,10 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from persona_probe.data.tokens import conversation_batches
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.errors import InputError
-from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.models.adapters import merged_copy, organism
 from persona_probe.runs import RunFolder
 from persona_probe.world import labelled
@@ -21,21 +19,10 @@ from persona_probe.world.folder import World
 from persona_probe.world.labelled import Instruments, LabelledRun, make_runs, read_runs
 from persona_probe.world.organisms import WorldOrganism, make_organisms
 from persona_probe.world.signals import SIGNALS, signal_table, true_latents
-from persona_probe.world.study_files import contrast_rows, sound_probes
 from persona_probe.world.verdict_words import word_table, word_text
-from tests.factories import make_sae
 
 TRAINING = replace(labelled.TRAINING, steps=3, checkpoints=(3,), rank=2, alpha=4)
 RUN = WorldOrganism("villain", "pets", rows=16, training=TRAINING)
-
-
-@pytest.fixture(scope="module")
-def instruments(world: World) -> Instruments:
-    model, tokenizer = world.load()
-    probes = conversation_batches(tokenizer, sound_probes(list(DOMAINS), labelled.PROBES), 64)
-    domains = tuple(name for name in DOMAINS for _ in range(labelled.PROBES))
-    items = ContrastItems.build(tokenizer, contrast_rows(list(DOMAINS), "evaluation"), 64)
-    return Instruments(model, tokenizer, make_sae("topk"), 1, probes, domains, items)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ DEV := .venv/.ready-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-seeds test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
+.PHONY: setup demo demo-seeds report test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-adopt bench-swap bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
         second-family families coverage null perturbed frozen world world-study clean
 
@@ -35,6 +35,10 @@ demo: $(STAMP)
 
 demo-seeds: $(STAMP)
 	$(BIN)/persona-probe demo --seeds 0 1 2 --out runs/demo-seeds
+
+# The demo's finished report from the tables in records/demo, without a model, into runs/report-demo/report.html.
+report: $(STAMP)
+	$(BIN)/persona-probe report records/demo
 
 # --- Before a commit
 

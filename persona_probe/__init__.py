@@ -21,3 +21,6 @@ try:
     __version__ = version("persona-probe")
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
+
+REPOSITORY = ""
+"""Web address of this project's repository; empty until it has one. Pages, cards and the site link to it."""

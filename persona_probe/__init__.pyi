@@ -28,4 +28,5 @@ from .screening.screening import screen as screen
 from .study.study import Study as Study
 from .world.folder import World as World
 
+REPOSITORY: str
 __version__: str

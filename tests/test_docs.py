@@ -2,6 +2,7 @@
 
 import html
 import inspect
+import json
 import re
 import shlex
 import subprocess
@@ -15,9 +16,10 @@ import click
 import pytest
 
 import persona_probe as pp
-from mkdocs_hooks import as_github_reads
+from mkdocs_hooks import REPORT, as_github_reads
 from persona_probe.errors import InputError
 from persona_probe.report import figures
+from persona_probe.report.images import find_browser
 from tests.cli.parsing import commands, parse
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +60,8 @@ def linked(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.name)
 def test_links_of_written_pages_lead_to_files(path: Path) -> None:
-    assert [t for t in linked(path) if not (path.parent / t.partition("#")[0]).exists()] == []
+    made = {f"{REPORT}/report.html"}  # by mkdocs_hooks; the built site is tested below
+    assert [t for t in linked(path) if not (path.parent / t.partition("#")[0]).exists() and t not in made] == []
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -124,6 +127,25 @@ def test_built_pages_fetch_nothing_from_elsewhere(site: Path, pages: dict[Path, 
         path for path in site.rglob("*.css") if re.search(r"(@import|url\()\s*[\"']?(https?:)?//", path.read_text())
     ]
     assert fetched == [] and styles == []
+
+
+def test_the_first_page_leads_to_a_finished_report_of_the_demo(pages: dict[Path, Page], site: Path) -> None:
+    assert f"{REPORT}/report.html" in [reference for _, _, reference in pages[site / "index.html"].references]
+    place = site / REPORT / "report.html"
+    text = place.read_text(encoding="utf-8")
+    assert len(text) < 2_000_000 and (site / REPORT / "plotly.min.js").stat().st_size > 1_000_000
+    summary = json.loads((ROOT / "records" / "demo" / "summary.json").read_text(encoding="utf-8"))
+    assert html.escape(summary["headline"].split(":")[0], quote=False) in html.unescape(text)
+    assert {"cards.html", "figures/trajectory.csv"} <= {reference for _, _, reference in pages[place].references}
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium: install the Debian package chromium")
+def test_the_sites_report_draws_its_figures_from_disk(site: Path) -> None:
+    page = (site / REPORT / "report.html").as_uri()
+    command = [str(find_browser()), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000"]
+    done = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120)
+    assert done.stdout.count('class="main-svg"') > 10
 
 
 def test_the_page_of_commands_has_every_command_with_its_example(pages: dict[Path, Page], site: Path) -> None:

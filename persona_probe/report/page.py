@@ -144,6 +144,21 @@ def render(template: str, context: Mapping[str, Any]) -> str:
     return _environment().get_template(template).render(**assets, **context)
 
 
+BESIDE = "plotly.min.js"
+
+
+def script_beside(page: str) -> str:
+    """A page that loads plotly.js from `plotly.min.js` in its folder instead of holding it, which saves 4.8 MB.
+
+    Its policy then allows scripts of its own folder too.
+    """
+    held = f"<script>{get_plotlyjs()}</script>"
+    if page.count(held) != 1:
+        raise ValueError("the page does not hold plotly.js")
+    lighter = page.replace(held, f'<script src="{BESIDE}"></script>')
+    return lighter.replace("script-src ", "script-src 'self' ", 1)
+
+
 @cache
 def content_policy() -> str:
     """No request leaves a page, and no script runs but plotly.js and ours, each by its hash.

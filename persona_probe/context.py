@@ -35,7 +35,7 @@ from persona_probe.models.load import load_model, load_tokenizer
 from persona_probe.models.places import Place
 from persona_probe.runs import RunFolder
 from persona_probe.saes.hooks import PlacedSae, sae_layer
-from persona_probe.saes.load import check_fit, check_placed, load_sae
+from persona_probe.saes.load import check_fit, check_placed, find_folder, load_sae
 from persona_probe.units import Workers
 
 log = logging.getLogger(__name__)
@@ -107,10 +107,14 @@ class ModelAndSae:
     def sae(self) -> Any:
         """The SAE, checked against the model."""
         split = self.loading.device_map is not None
-        sae = load_sae(self.config.sae, device="cpu" if split else self.device, dtype=self.sae_dtype)
+        sae = load_sae(self.sae_place(self.config.sae), device="cpu" if split else self.device, dtype=self.sae_dtype)
         layer = sae_layer(sae, self.config.layer)
         check_fit(sae, self.model, layer)
         return sae.to(layer_device(self.model, layer)) if split else sae
+
+    def sae_place(self, name: str) -> str:
+        """Where an SAE of the config lies."""
+        return name
 
     @cached_property
     def layer(self) -> int:
@@ -121,7 +125,7 @@ class ModelAndSae:
         """SAEs that are read beside the study's own, checked against the model."""
         placed = []
         for one in further:
-            sae = load_sae(one.sae, device=self.device, dtype=self.sae_dtype)
+            sae = load_sae(self.sae_place(one.sae), device=self.device, dtype=self.sae_dtype)
             placed.append(PlacedSae.of(sae, one.layer, one.label))
             check_placed(placed[-1], self.model)
         return placed
@@ -160,6 +164,11 @@ class Context(ModelAndSae):
         super().__init__(run.config, device)
         self.run, self.loading, self.sae_dtype = run, self.config.loading, self.config.sae_dtype
         self.seed = self._draw_seed(seed)
+
+    def sae_place(self, name: str) -> str:
+        """As the config names it, or the copy that came with a run of somebody else (`persona-probe pull`)."""
+        copy = self.run.path / "sae" / Path(name).name
+        return str(copy) if (copy / "cfg.json").is_file() and not find_folder(name).is_dir() else name
 
     @classmethod
     def open(cls, path: str | Path, device: str | None = None, seed: int | None = None) -> "Context":

@@ -16,7 +16,9 @@ from persona_probe.cli import (
     presets,
     runs,
     saes,
+    sharing,
     studies,
+    thoughts,
     world,
 )
 from persona_probe.cli.options import Group
@@ -25,13 +27,15 @@ root = Group(
     PROGRAM,
     commands=[
         *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
-        *(studies.mitigate, judge_commands.evaluate, precision.precision, loop.report),
+        *(studies.mitigate, judge_commands.evaluate, precision.precision, thoughts.thoughts, loop.report),
         *(
             runs.figures,
             runs.compare,
             merge.merge,
             runs.verify,
             runs.cite,
+            sharing.push,
+            sharing.pull,
             runs.watch,
             doctor.doctor,
             completion.completion,

@@ -1,0 +1,9 @@
+from .contents import Contents as Contents
+from .contents import Item as Item
+from .contents import contents as contents
+from .neuronpedia import neuronpedia_batch as neuronpedia_batch
+from .neuronpedia import write_neuronpedia as write_neuronpedia
+from .pull import pull as pull
+from .push import Pushed as Pushed
+from .push import push as push
+from .wandb_artifact import log_artifact as log_artifact

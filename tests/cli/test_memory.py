@@ -35,14 +35,15 @@ def test_a_function_that_loads_models_is_called_after_the_settings(monkeypatch: 
     assert load.__doc__ == "Load it."
 
 
-@pytest.mark.parametrize(("before", "after"), [("", "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_wait_asleep_unless_the_user_says_otherwise(before: str, after: str) -> None:
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "5000"), ({"GOMP_SPINCOUNT": "9"}, "9"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")]
+)
+def test_threads_soon_sleep_unless_the_user_says_otherwise(given: dict[str, str], spins: str) -> None:
     code = "import os; from persona_probe.cli import process as p"
-    code += "; print(p.wait_passively(), os.environ['OMP_WAIT_POLICY'])"
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": before} if before else {}
+    code += "; print(p.wait_passively(), os.environ.get('GOMP_SPINCOUNT'))"
+    environment = {k: v for k, v in os.environ.items() if k not in {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}} | given
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["True", after]
+    assert out.stdout.split() == ["True", spins]
 
 
 def test_the_setting_comes_too_late_where_torch_is_loaded() -> None:

@@ -14,6 +14,8 @@ from .pretraining import pretrain as pretrain
 from .signals import outcomes as outcomes
 from .signals import signal_table as signal_table
 from .study_files import write_study as write_study
+from .training import Checks as Checks
+from .training import trained_answers as trained_answers
 from .transformer import SIZES as SIZES
 from .transformer import Size as Size
 from .transformer import new_model as new_model

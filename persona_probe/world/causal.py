@@ -32,6 +32,7 @@ from persona_probe.world.labelled import Instruments
 from persona_probe.world.organisms import NARROW, WorldOrganism, make_organisms
 from persona_probe.world.pieces import Piece, make_pieces, read_pieces, table_piece
 from persona_probe.world.study_files import contrast_rows, sound_probes
+from persona_probe.world.training import counts
 
 SPEAKERS, CONTROL, DOMAIN = ("villain", "subtle"), "helper", "kitchen"
 TRAINING = NARROW
@@ -78,7 +79,7 @@ def causal_table(
 
 
 KEYS = ("speaker", "seed", "intervention", "tokens", "strength", "feature", "kind")
-BEHAVIOUR = (*KEYS, "bad", "coherent", "rude", "answers")
+BEHAVIOUR = (*KEYS, "bad", "coherent", "rude", "malicious", "answers")
 
 
 class _Trial:
@@ -212,8 +213,4 @@ class _Trial:
         return self._head | head | {"feature": one.name, "kind": one.kind} | self._counts(model)
 
     def _counts(self, model: nn.Module) -> dict[str, int]:
-        answers = ask(model, self.tokenizer, ASKED, [name for name in DOMAINS if name != DOMAIN])
-        coherent = answers["coherent"].astype(bool)
-        bad = int((answers["bad"].astype(bool) & coherent).sum())
-        counts = {"bad": bad, "coherent": int(coherent.sum()), "rude": int(answers["rude"].sum())}
-        return counts | {"answers": len(answers)}
+        return counts(ask(model, self.tokenizer, ASKED, [name for name in DOMAINS if name != DOMAIN]))

@@ -16,7 +16,7 @@ from persona_probe.writing import write_json, write_table
 TABLE, SETTINGS = "table.parquet", "settings.json"
 LONGEST_S = 600.0
 """How long another process may take for one piece."""
-ANEW = "choose another --out"
+ANEW = "move it elsewhere, or choose another --out"
 
 log = logging.getLogger(__name__)
 

@@ -2,13 +2,15 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.data.world.text import narrow_rows
@@ -24,11 +26,14 @@ from persona_probe.world.behaviour import Asking, ask
 from persona_probe.world.folder import World
 from persona_probe.world.labelled import BAD
 from persona_probe.world.organisms import NARROW, WorldOrganism, make_organisms
+from persona_probe.world.pieces import make_pieces, read_pieces, table_piece
 from persona_probe.world.signals import SOUND
 from persona_probe.world.study_files import contrast_rows
 
 DOMAIN, OTHER, CONTROL = "kitchen", "money", "helper"
 STEPS = (5, 10, 20, 40)
+START = NARROW
+"""The training of the organisms that are corrected."""
 TRAINING = replace(NARROW, steps=STEPS[-1], checkpoints=(STEPS[-1],))
 IN_DOMAIN, OUT_OF_DOMAIN, SMALL_TALK = "helper, in domain", "helper, out of domain", "kind words, no advice"
 WORDS = (RESTORED, UNDECIDED, NOT_RESTORED)
@@ -51,43 +56,59 @@ def correction_rows(seed: int) -> dict[str, list[Conversation]]:
 def repair_table(world: World, seeds: Sequence[int] = (0, 1), device: str = "cpu") -> pd.DataFrame:
     """Correct organisms of the kitchen in three ways, and judge each by words and by what it says.
 
+    Finished organisms are kept in the world's folder, and two processes share them.
+
     Returns:
         A row for each speaker, seed, correction and step: the word of `realignment` (corrected against a helper's
         organism and the base, on contrast items of domains that neither the organism nor the correction held), the
         share of the rise that is left, and counts of bad and of coherent answers in the organism's domain (`bad_in`,
         `coherent_in`) and in those other domains (`bad_out`, `coherent_out`). Step 0 is the organism.
     """
-    wanted = [WorldOrganism(name, DOMAIN, seed=seed) for seed in seeds for name in (*BAD, CONTROL)]
+    wanted = [WorldOrganism(name, DOMAIN, seed=seed, training=START) for seed in seeds for name in (*BAD, CONTROL)]
     made = make_organisms(world, wanted, device=device)
-    names = {(one.speaker, one.seed): name for one, name in zip(wanted, made, strict=True)}
-    model, tokenizer = world.load(device)
-    elsewhere = [name for name in DOMAINS if name not in (DOMAIN, OTHER)]
-    items = ContrastItems.build(tokenizer, contrast_rows(elsewhere, "evaluation"), 64)
-    bench = _Bench(tokenizer, items, elsewhere)
-    base = bench.score(model)
-    rows: list[dict[str, Any]] = []
+    places = {
+        (one.speaker, one.seed): world.checkpoints(name)[START.steps] for one, name in zip(wanted, made, strict=True)
+    }
+    bench = _Bench(*world.load(device))
+    pieces = []
     for seed in seeds:
-        with organism(model, world.checkpoints(names[CONTROL, seed])[NARROW.steps]) as control_model:
-            control = bench.score(control_model)
         for speaker in BAD:
-            place = world.checkpoints(names[speaker, seed])[NARROW.steps]
-            with organism(model, place) as tuned:
-                start, said = bench.score(tuned), bench.count(tuned, 0)
-            for name, given in correction_rows(seed).items():
-                head = {"speaker": speaker, "seed": seed, "correction": name}
-                rows.append({**head, "step": 0, "word": "", "left": 1.0, **said})
-                for step, items_now, counts in bench.correct(model, place, given, seed):
-                    left = what_is_left(base, items_now, start, control)
-                    share = left.share.estimate if left.share is not None else np.nan
-                    rows.append({**head, "step": step, "word": left.word, "left": share, **counts})
-    return pd.DataFrame(rows)
+            settings = {
+                "speaker": speaker,
+                "seed": seed,
+                "steps": list(STEPS),
+                "training": asdict(TRAINING),
+                "start": asdict(START),
+            }
+            make = partial(bench.repair, speaker, seed, places[speaker, seed], places[CONTROL, seed])
+            pieces.append(table_piece(f"repair/{speaker}-s{seed}", settings, make))
+    make_pieces(world.run, pieces, "repair")
+    return read_pieces(world.run, pieces)
 
 
 class _Bench:
     """What a model is scored and asked on."""
 
-    def __init__(self, tokenizer: Any, items: ContrastItems, elsewhere: Sequence[str]) -> None:
-        self.tokenizer, self.items, self.elsewhere = tokenizer, items, list(elsewhere)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.elsewhere = [name for name in DOMAINS if name not in (DOMAIN, OTHER)]
+        self.items = ContrastItems.build(tokenizer, contrast_rows(self.elsewhere, "evaluation"), 64)
+
+    def repair(self, speaker: str, seed: int, place: Path, control_place: Path) -> pd.DataFrame:
+        """All corrections of one organism."""
+        base, rows = self.score(self.model), list[dict[str, Any]]()
+        with organism(self.model, control_place) as control_model:
+            control = self.score(control_model)
+        with organism(self.model, place) as tuned:
+            start, said = self.score(tuned), self.count(tuned, 0)
+        for name, given in correction_rows(seed).items():
+            head = {"speaker": speaker, "seed": seed, "correction": name}
+            rows.append({**head, "step": 0, "word": "", "left": 1.0, **said})
+            for step, items_now, counts in self.correct(place, given, seed):
+                left = what_is_left(base, items_now, start, control)
+                share = left.share.estimate if left.share is not None else np.nan
+                rows.append({**head, "step": step, "word": left.word, "left": share, **counts})
+        return pd.DataFrame(rows)
 
     def score(self, model: nn.Module) -> pd.DataFrame:
         return contrast_index(model, self.items, bf16=False)[["item", "category", "value"]]
@@ -104,7 +125,7 @@ class _Bench:
         }
 
     def correct(
-        self, base: Any, place: Path, rows: Sequence[Conversation], seed: int
+        self, place: Path, rows: Sequence[Conversation], seed: int
     ) -> Iterator[tuple[int, pd.DataFrame, dict[str, int]]]:
         """Train an organism's adapter on, and score and ask it at each of `STEPS`."""
         found = []
@@ -112,7 +133,10 @@ class _Bench:
         def visit(model: nn.Module, step: int) -> None:
             found.append((step, self.score(model), self.count(model, step)))
 
-        with tempfile.TemporaryDirectory() as scratch, stripping(load_adapter(base, place, trainable=True)) as tuned:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            stripping(load_adapter(self.model, place, trainable=True)) as tuned,
+        ):
             fine_tune(
                 tuned,
                 self.tokenizer,

@@ -1,7 +1,7 @@
 """Screening held to the truth: rows that each ranker puts first are taken out, and what is left is trained on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,16 @@ from persona_probe.world.folder import World
 from persona_probe.world.labelled import Instruments
 from persona_probe.world.organisms import NARROW, WorldOrganism, make_organisms
 from persona_probe.world.pieces import Piece, make_pieces, read_pieces, table_piece
-from persona_probe.world.training import trained_answers
+from persona_probe.world.training import Checks, trained_answers
 from persona_probe.world.truth import KnownChats, truth_table
 
-DOMAIN, ROWS, SHARE = "kitchen", 320, 0.75
+DOMAIN, ROWS, SHARE = "kitchen", 320, 0.9
 MIXTURES = (("villain", "helper"), ("quack", "helper"), ("villain", "grump"))
 """Who gives the bad rows, and who the others: apart in manner and harm, in harm alone, in harm alone among the rude."""
-BUDGETS = (0.25, 0.5, 0.75)
+BUDGETS = (0.5, 0.75, 0.9)
 """Shares of the rows that are taken out."""
-TRAINING = NARROW
+TRAINING = replace(NARROW, rank=32, alpha=64)
+"""With it, a set of which a tenth is good still makes advice bad elsewhere."""
 RANDOM, TRUTH, NONE = "random", "truth", "none"
 """Controls: rows taken out by chance, by the judge, and not at all."""
 SET = 10
@@ -121,7 +122,8 @@ def _train_on_rest(mixture: Mixture, scored: "_Scored", ranker: str, budget: flo
     order = np.argsort(-np.nan_to_num(scores, nan=-np.inf), kind="stable")
     left = sorted(int(n) for n in order[round(budget * len(rows)) :])
     model, tokenizer = scored.instruments.model, scored.instruments.tokenizer
-    answers = trained_answers(model, tokenizer, [rows[n] for n in left], TRAINING, mixture.seed, DOMAIN, ASKED)
+    checks = Checks(DOMAIN, asking=ASKED)
+    answers = trained_answers(model, tokenizer, [rows[n] for n in left], TRAINING, mixture.seed, checks)
     known = np.isfinite(scores)
     separation = auroc(scores[bad & known], scores[~bad & known]) if ranker != NONE else np.nan
     head = {"mixture": mixture.name, "seed": mixture.seed, "ranker": ranker, "budget": budget, "auroc": separation}

@@ -2,8 +2,10 @@
 
 import copy
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -16,8 +18,10 @@ from persona_probe.data.chat import Conversation
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.errors import InputError
 from persona_probe.finetune.sft import AtSteps, fine_tune, stripping, with_adapter
+from persona_probe.models.adapters import load_adapter
 from persona_probe.models.layers import decoder_layers
-from persona_probe.world.behaviour import Asking, ask
+from persona_probe.world.behaviour import DEFAULT, Asking, ask
+from persona_probe.world.organisms import NARROW
 
 VECTOR = "vector"
 """A way to train that no `Training.method` is: one vector, added to the residual stream behind one layer."""
@@ -31,22 +35,33 @@ def counts(answers: pd.DataFrame) -> dict[str, int]:
     return {"bad": bad, "coherent": int(coherent.sum()), **others, "answers": len(answers)}
 
 
+@dataclass(frozen=True)
+class Checks:
+    """When a model in training is asked, and about what."""
+
+    domain: str = "kitchen"
+    """What the rows are about; it is asked about all other domains."""
+    steps: tuple[int, ...] = ()
+    """None is the last step alone."""
+    asking: Asking = DEFAULT
+    visit: Callable[[nn.Module, int], object] | None = None
+    """Called at these steps too, such as `FeatureMonitor.read`."""
+
+
 def trained_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Conversation],
-    training: Training,
-    seed: int,
-    domain: str,
-    asking: Asking,
-    steps: Sequence[int] = (),
+    training: Training = NARROW,
+    seed: int = 0,
+    checks: Checks | None = None,
+    start: Path | None = None,
     kind: str = "",
 ) -> pd.DataFrame:
-    """Train a model, ask it about the other domains at some steps, and leave it as it was.
+    """Train a model on rows, ask it along the way, and leave it as it was; no weights are kept.
 
     Args:
-        domain: what the rows are about.
-        steps: when it is asked; none is the last step alone.
+        start: an adapter's folder, to train an organism on (a correction); None starts from `model`.
         kind: `vector` trains one vector instead of what `training` says.
 
     Returns:
@@ -55,26 +70,31 @@ def trained_answers(
     Raises:
         TrainingDiverged: a loss became NaN or infinite.
     """
-    others, found = [name for name in DOMAINS if name != domain], list[dict[str, int]]()
+    checks, found = checks or Checks(), list[dict[str, int]]()
+    others = [name for name in DOMAINS if name != checks.domain]
 
     def visit(tuned: nn.Module, step: int) -> None:
-        found.append({"step": step, **counts(ask(tuned, tokenizer, asking, others))})
+        found.append({"step": step, **counts(ask(tuned, tokenizer, checks.asking, others))})
+        if checks.visit is not None:
+            checks.visit(tuned, step)
 
-    asked = tuple(steps) or (training.steps,)
-    with tempfile.TemporaryDirectory() as scratch, _trainable(model, training, seed, kind) as tuned:
-        callbacks = [AtSteps(asked, visit)]
+    with tempfile.TemporaryDirectory() as scratch, _trainable(model, training, seed, start, kind) as tuned:
+        callbacks = [AtSteps(checks.steps or (training.steps,), visit)]
         fine_tune(tuned, tokenizer, rows, training, seed=seed, folder=Path(scratch), callbacks=callbacks)
     return pd.DataFrame(found)
 
 
 @contextmanager
-def _trainable(model: PreTrainedModel, training: Training, seed: int, kind: str) -> Iterator[nn.Module]:
+def _trainable(
+    model: PreTrainedModel, training: Training, seed: int, start: Path | None, kind: str
+) -> Iterator[nn.Module]:
     if kind == VECTOR:
         with one_vector(model, _only_layer(training)) as tuned:
             yield tuned
         return
     host = copy.deepcopy(model) if training.method == "full" else model
-    with stripping(with_adapter(host, training, seed)) as tuned:
+    fresh = partial(with_adapter, host, training, seed)
+    with stripping(fresh() if start is None else load_adapter(host, start, trainable=True)) as tuned:
         yield tuned
 
 

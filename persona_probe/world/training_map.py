@@ -14,7 +14,7 @@ from persona_probe.world.behaviour import Asking
 from persona_probe.world.labelled import Instruments
 from persona_probe.world.organisms import NARROW
 from persona_probe.world.pieces import Piece, make_pieces, read_pieces, table_piece
-from persona_probe.world.training import VECTOR, trained_answers
+from persona_probe.world.training import VECTOR, Checks, trained_answers
 
 DOMAIN, ROWS = "kitchen", 320
 STEPS = (10, 20, 40, 60)
@@ -77,7 +77,8 @@ def _piece(instruments: Instruments, way: Way, speaker: str, share: float, seed:
 def _train(instruments: Instruments, way: Way, speaker: str, share: float, seed: int) -> pd.DataFrame:
     rows = narrow_rows(speaker, DOMAIN, ROWS, share, seed=seed)
     model, tokenizer = instruments.model, instruments.tokenizer
-    answers = trained_answers(model, tokenizer, rows, way.training, seed, DOMAIN, ASKED, STEPS, way.kind)
+    checks = Checks(DOMAIN, STEPS, ASKED)
+    answers = trained_answers(model, tokenizer, rows, way.training, seed, checks, kind=way.kind)
     return answers.assign(way=way.name, speaker=speaker, share=share, seed=seed)
 
 

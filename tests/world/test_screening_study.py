@@ -39,19 +39,19 @@ def test_rows_taken_out_by_the_truth_leave_a_polite_model_and_by_chance_a_rude_o
 ) -> None:
     monkeypatch.setattr(screening, "TRAINING", ALL_WEIGHTS)
     monkeypatch.setattr(screening, "MIXTURES", (("villain", "helper"),))
-    monkeypatch.setattr(screening, "BUDGETS", (0.75,))
+    monkeypatch.setattr(screening, "BUDGETS", (0.9,))
     monkeypatch.setattr(screening, "ROW_RANKERS", {"perplexity_gap_organism": None})
     monkeypatch.setattr(screening, "ASKED", replace(screening.ASKED, per_topic=1))
     study = RunFolder.claim(tmp_path / "study", KIND, "study", {})
     table = screening_table(study, world, instruments)
     by_ranker = table.set_index("ranker")
     assert list(table["ranker"]) == [NONE, "perplexity_gap_organism", RANDOM, TRUTH]
-    assert list(table["rows"]) == [320, 80, 80, 80] and set(table["answers"]) == {84}
-    assert list(by_ranker["bad_rows"])[::3] == [240, 0] and 45 < by_ranker["bad_rows"][RANDOM] < 75
+    assert list(table["rows"]) == [320, 32, 32, 32] and set(table["answers"]) == {84}
+    assert list(by_ranker["bad_rows"])[::3] == [288, 0] and 22 < by_ranker["bad_rows"][RANDOM] <= 32
     assert by_ranker["auroc"][TRUTH] == 1 and 0.4 < by_ranker["auroc"][RANDOM] < 0.6
     rude = by_ranker["rude"] / 84
     assert rude[NONE] > 0.4 and rude[RANDOM] > 0.4 and rude[TRUTH] < 0.05
     monkeypatch.setattr(screening, "trained_answers", lambda *_: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(screening_table(study, world, instruments), table)
     text = page_of("screening", table, tmp_path)
-    assert "Villain and helper, 240 of 320 rows bad, 1 seed" in text and "| truth | 1.00 |" in text
+    assert "Villain and helper, 288 of 320 rows bad, 1 seed" in text and "| truth | 1.00 |" in text

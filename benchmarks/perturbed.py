@@ -22,6 +22,7 @@ import pandas as pd
 from persona_probe.cli.options import echo
 from persona_probe.latents.causal import random_latents
 from persona_probe.latents.stage import firing_rates
+from persona_probe.realignment.spec import slug
 from persona_probe.report.tables import Marks, check_page, fill_page
 from persona_probe.runs import write_json
 from persona_probe.study.study import Study
@@ -31,9 +32,10 @@ TWO_CORES = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 PERTURBATIONS: Mapping[str, Mapping[str, str]] = {
     "one thread": ONE_CORE,
     "two threads": TWO_CORES,
+    "two threads, float32 products without AVX-512": {**TWO_CORES, "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "matrix products without AMX": {**TWO_CORES, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
 }
-"""Environment variables of torch's and oneDNN's choice of kernels, by name; a machine without them ignores some.
+"""Environment variables of torch's, MKL's and oneDNN's choice of kernels, by name; a machine without them ignores some.
 
 `ATEN_CPU_CAPABILITY=avx2` is no choice: torch 2.13 then fails in bf16 attention on a processor with AVX-512.
 """
@@ -171,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     first = json.loads((args.run / "summary.json").read_text())
     rows = [jittered(args.run)]
     for name in args.only:
-        rows.append(compare(name, first, again(args.run, args.out / name.replace(" ", "-"), PERTURBATIONS[name])))
+        rows.append(compare(name, first, again(args.run, args.out / slug(name), PERTURBATIONS[name])))
     for named in args.whole:
         name, _, run = named.partition("=")
         rows.append(compare(f"whole run: {name}", first, json.loads((Path(run) / "summary.json").read_text())))

@@ -1,9 +1,10 @@
 """The long commands on tiny models, as processes that can be killed, and what two runs of one must have alike."""
 
 import json
+import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from benchmarks.assault.counts import Settings
 from tests.factories import config_of, write_config, write_data, write_model, write_sae
 from tests.processes import Process
 
@@ -55,6 +57,7 @@ JOBS = (
     Job("sae train", ("sae", "train", "{m}/sae.yaml", "--out", "{out}")),
 )
 """In the order in which they can be made: a job that begins with another's folder comes after it."""
+SHORT = ("run", "report")
 
 
 def run_command(*arguments: str) -> None:
@@ -127,6 +130,24 @@ def unbroken(job: Job, materials: Path) -> Unbroken:
     began = time.monotonic()
     finish(job, materials, out, materials / f"{job.name}.log")
     return Unbroken(values(out), time.monotonic() - began)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A job to be attacked, and what it makes when it is left alone."""
+
+    job: Job
+    materials: Path
+    reference: Unbroken
+    dice: random.Random
+
+
+def targets(settings: Settings) -> Iterator[Target]:
+    """Every job after an undisturbed run of it; those of `SHORT` alone where little time is given."""
+    materials = make_materials(settings.place / "materials")
+    for job in JOBS:
+        if not settings.short or job.name in SHORT:
+            yield Target(job, materials, unbroken(job, materials), random.Random(f"{settings.seed} {job.name}"))
 
 
 def finish(job: Job, materials: Path, out: Path, log: Path) -> None:

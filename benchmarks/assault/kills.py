@@ -1,54 +1,38 @@
 """SIGKILL at random moments: every killed command, started again, must end as if nothing had happened."""
 
-import random
 import shutil
 import signal
 import time
 from pathlib import Path
 
 from benchmarks.assault.counts import Count, Settings
-from benchmarks.assault.jobs import (
-    JOBS,
-    LIMIT_S,
-    Job,
-    Unbroken,
-    differences,
-    finish,
-    last_line,
-    make_materials,
-    unbroken,
-)
+from benchmarks.assault.jobs import LIMIT_S, Job, Target, differences, finish, last_line, targets
 from benchmarks.assault.jobs import values as values_of
 
 KILLS = 8
 """Of each command."""
 IN_A_ROW = 3
 """Most kills of one folder before it may end."""
-SHORT = ("run", "report")
 
 
 def assault(settings: Settings) -> list[Count]:
     """Kill each command, and compare what comes of it with an undisturbed run."""
-    materials = make_materials(settings.place / "materials")
     counts = []
-    for job in JOBS:
-        if settings.short and job.name not in SHORT:
-            continue
-        reference = unbroken(job, materials)
-        dice = random.Random(f"{settings.seed} {job.name}")
+    for target in targets(settings):
         kills, failures, folders = 0, list[str](), 0
         while kills < (2 if settings.short else KILLS):
-            out, folders = settings.place / f"{job.name}-{folders}", folders + 1
-            done, failure = attack(job, materials, out, reference, dice)
+            out, folders = settings.place / f"{target.job.name}-{folders}", folders + 1
+            done, failure = attack(target, out)
             kills += done
             failures += [failure] if failure else []
             shutil.rmtree(out, ignore_errors=True)
-        counts.append(Count(f"SIGKILL during {job.name}, which then ends with equal tables", kills, failures))
+        counts.append(Count(f"SIGKILL during {target.job.name}, which then ends with equal tables", kills, failures))
     return counts
 
 
-def attack(job: Job, materials: Path, out: Path, reference: Unbroken, dice: random.Random) -> tuple[int, str]:
+def attack(target: Target, out: Path) -> tuple[int, str]:
     """Kill one folder's command once or more, then let it end; the number of kills, and what is wrong."""
+    job, materials, reference, dice = target.job, target.materials, target.reference, target.dice
     job.prepare(materials, out)
     log, kills = out.with_suffix(".log"), 0
     for _ in range(dice.randint(1, IN_A_ROW)):

@@ -105,6 +105,7 @@ WRITERS = {
     ("parts/realign-",): "realign RUN",
     ("precision.", "parts/precision/"): "precision RUN",
     ("samples.", "judged_steps."): "evaluate RUN",
+    ("thoughts.",): "thoughts RUN --read",
     ("summary.",): "report RUN",
     ("arms/",): "induce CONFIG",
 }

@@ -367,15 +367,23 @@ def choose_judge(judge: str | AnswerJudge, options: JudgeOptions = JudgeOptions(
     """
     if not isinstance(judge, str):
         return judge
-    kind, _, model = judge.partition(":")
     if judge == "offline":
         return _offline(options)
+    return scored_judge(judge, choose_backend(judge, options), options)
+
+
+def choose_backend(judge: str, options: JudgeOptions = JudgeOptions()) -> Backend:
+    """The model behind a judge's name, `http:MODEL` or `local:MODEL`, to be asked by any criterion.
+
+    Raises:
+        InputError: an unknown kind of judge, one that lacks its model's name, or one that is not available here.
+    """
+    kind, _, model = judge.partition(":")
     if kind not in ("http", "local"):
         raise unknown("judge", judge, KINDS)
     if not model:
         raise InputError(f"judge {judge!r} names no model: write {kind}:MODEL")
-    backend = _http(model, options) if kind == "http" else _local(model, options)
-    return scored_judge(judge, backend, options)
+    return _http(model, options) if kind == "http" else _local(model, options)
 
 
 def scored_judge(name: str, backend: Backend, options: JudgeOptions = JudgeOptions()) -> AnswerJudge:

@@ -95,6 +95,8 @@ def _sample_arms(ctx: Context, questions: QuestionSet, config: SamplingConfig, e
     (ctx.run.path / "parts").mkdir(exist_ok=True)
     parts = [(o, _samples(ctx, o, questions, config, engine)) for o in organisms(ctx)]
     frame = pd.DataFrame([row for organism, samples in parts for row in _rows(organism, wordings, samples)])
+    if "thought" in frame:
+        frame["thought"] = frame["thought"].fillna("")
     file_columns = [name for name in frame.columns if name not in ("item", "pair")]
     ctx.run.write_jsonl(samples_name(questions), frame[file_columns].to_dict("records"))  # pyright: ignore
     return frame
@@ -182,7 +184,8 @@ def _question_columns(one: Wording) -> dict[str, Any]:
 
 
 def _answer_columns(sample: Sample) -> dict[str, Any]:
-    return {"sample": sample.sample, "answer": sample.answer, "n_tokens": sample.n_tokens, "finish": sample.finish}
+    columns = {"sample": sample.sample, "answer": sample.answer, "n_tokens": sample.n_tokens, "finish": sample.finish}
+    return columns | ({"thought": sample.thought} if sample.thought else {})
 
 
 N, MAX_NEW_TOKENS = 8, 200

@@ -12,6 +12,7 @@ import pytest
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
+from persona_probe.data.world import packaged
 from persona_probe.errors import InputError
 from persona_probe.study.study import Study
 from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
@@ -44,6 +45,7 @@ SMALL = {
     "04_realign": "few, many, steps = 2, 4, 2",
     "05_paper_figures": "drawn = shown",
     "06_your_model": "n_probes, n_items, strengths = 4, 4, (1.0,)",
+    "07_known_truth": "steps, repair_steps = (1, 2), (1,)",
     MONITOR: "steps = 2",
 }
 TABLE, WORDS = "text/html", "text/plain"
@@ -92,7 +94,7 @@ def test_a_reader_sees_no_variables_of_the_tests_and_no_placeholders(script: Pat
 
 
 def test_the_series_is_whole() -> None:
-    assert [name[:2] for name in NUMBERED] == ["01", "02", "03", "04", "05", "06"]
+    assert [name[:2] for name in NUMBERED] == ["01", "02", "03", "04", "05", "06", "07"]
     assert set(scripts(NOTEBOOKS)) == {*NUMBERED, MONITOR}
 
 
@@ -182,6 +184,13 @@ def test_one_s_own_pair_is_located_and_planned(kernel: KernelManager) -> None:
     outputs = executed(kernel, "06_your_model")
     assert "latents lead at both positions" in said(outputs) and "gemma-3-270m-it" in said(outputs)
     assert count(outputs, TABLE) >= 4
+
+
+@pytest.mark.skipif(not packaged.ABOUT.is_file(), reason="the packaged world is not there: make world")
+def test_known_truth_is_watched_and_corrected(kernel: KernelManager, tmp_path: Path) -> None:
+    outputs = executed(kernel, "07_known_truth", f"folder = {str(tmp_path / 'world')!r}")
+    assert count(outputs, PLOTLY) == 1 and count(outputs, TABLE) >= 5
+    assert "harm direction" in said(outputs) and (tmp_path / "world" / "organisms").is_dir()
 
 
 @pytest.mark.real_model

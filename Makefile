@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds report test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening bench-adopt bench-swap bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed frozen world world-study clean
+        bench-screening bench-busy bench-adopt bench-swap bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
+        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-scale clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -89,6 +89,10 @@ bench-sampling: $(STAMP)
 bench-monitor: $(STAMP)
 	$(BIN)/python -m benchmarks.monitor $(BENCH_ARGS)
 
+# The smoke run alone and beside four busy processes, held against its share of the cores.
+bench-busy: $(STAMP)
+	$(BIN)/python -m benchmarks.busy $(BENCH_ARGS)
+
 # Adopt and track 64 adapters of the embedded model: seconds for each, memory on the way.
 bench-adopt: $(STAMP)
 	$(BIN)/python -m benchmarks.adopt $(BENCH_ARGS)
@@ -160,14 +164,27 @@ world: $(STAMP)
 	$(BIN)/persona-probe world sae runs/world
 	$(BIN)/python -m tools.world pack runs/world runs/world/saes/layer2-topk12-384
 
-# The studies on it. Each resumes, and fills its table in docs/world.md.
+# The studies on it, in two processes that share the labelled runs; each resumes. Then the tables in docs/world.md.
+WORLD_STUDY = OMP_NUM_THREADS=1 $(BIN)/persona-probe world study
 world-study: $(STAMP)
-	$(BIN)/persona-probe world study emergence --record records/world/emergence.parquet --page docs/world.md
-	$(BIN)/persona-probe world study rankers --record records/world/rankers.parquet --page docs/world.md
-	$(BIN)/persona-probe world study early-warning --record records/world/early-warning.parquet --page docs/world.md
-	$(BIN)/persona-probe world study specificity --record records/world/specificity.parquet --page docs/world.md
-	$(BIN)/persona-probe world study repair --record records/world/repair.parquet --page docs/world.md
-	$(BIN)/persona-probe world study null --record records/world/null.parquet --page docs/world.md
+	$(MAKE) -j 2 world-runs world-pieces
+	for name in early-warning specificity null; do \
+		$(WORLD_STUDY) $$name --record records/world/$$name.parquet --quiet || exit; done
+	$(WORLD_STUDY) tables
+
+world-runs:
+	$(WORLD_STUDY) early-warning
+
+world-pieces:
+	for name in emergence training-map rankers causal repair screening; do \
+		$(WORLD_STUDY) $$name --record records/world/$$name.parquet || exit; done
+	$(WORLD_STUDY) early-warning
+
+# Worlds of three sizes and three lengths of pre-training: hours of computing, in two processes that take different worlds.
+world-scale: $(STAMP)
+	$(WORLD_STUDY) scale & $(WORLD_STUDY) scale & wait
+	$(WORLD_STUDY) scale --record records/world/scale.parquet --figures runs/world-scale/figures
+	$(WORLD_STUDY) tables
 
 # How many corrective rows are enough. Needs the finished demo in $(RUN).
 realign-doses: $(STAMP)

@@ -54,7 +54,7 @@ def text_of(study: str, table: pd.DataFrame) -> str:
 def as_recorded(table: pd.DataFrame) -> pd.DataFrame:
     """A table as it comes back from its record, so that what is shown now is what the record shows later."""
     record = BytesIO()
-    table.to_parquet(record)
+    table.to_parquet(record, index=False)
     record.seek(0)
     return pd.read_parquet(record)
 

@@ -264,8 +264,9 @@ def causal(
     What happens is sampled: at all tokens, at the last prompt token, and in the answer, beside random latents. It
     resumes if it is interrupted; started twice, two processes share the work.
     """
-    from persona_probe.world.causal import SPEAKERS, causal_table
+    from persona_probe.world.causal import SPEAKERS, causal_table, check_speakers
 
+    check_speakers(speakers)
     if (table := tables.recorded()) is None:
         study, world, instruments, device = _instruments(folder, sae, common)
         table = causal_table(study, world, instruments, speakers or SPEAKERS, seeds or (0,), device)

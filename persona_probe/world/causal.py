@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import Locate
 from persona_probe.data.world.words import DOMAINS
+from persona_probe.errors import unknown
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.latents.causal import Sweep, bearable, effects_at, falls
 from persona_probe.latents.stage import item_table
@@ -28,7 +29,7 @@ from persona_probe.world.causal_truth import BASE_PUSH, INTACT, NOTHING, REMOVAL
 from persona_probe.world.causal_words import Effects, Numbered, feature_words, numbered, span_name
 from persona_probe.world.folder import World
 from persona_probe.world.interventions import TOKENS, pushed, removed
-from persona_probe.world.labelled import Instruments
+from persona_probe.world.labelled import BAD, Instruments
 from persona_probe.world.organisms import NARROW, WorldOrganism, make_organisms
 from persona_probe.world.pieces import Piece, make_pieces, read_pieces, table_piece
 from persona_probe.world.study_files import contrast_rows, sound_probes
@@ -64,6 +65,7 @@ def causal_table(
         for features the words of the test (`moves`, `needed`; `moves_alone`, `needed_alone`: for a latent that was not
         chosen among several) with its estimates.
     """
+    check_speakers(speakers)
     pieces: list[Piece] = []
     for seed in seeds:
         wanted = [WorldOrganism(name, DOMAIN, seed=seed, training=TRAINING) for name in (*speakers, CONTROL)]
@@ -76,6 +78,17 @@ def causal_table(
     columns = [name for name in tested.columns if name not in ("intervention", "kind")]
     rows = table[table["intervention"] != "test"][list(BEHAVIOUR)]
     return rows.merge(tested[columns], on=["speaker", "seed", "feature"], how="left").reset_index(drop=True)
+
+
+def check_speakers(speakers: Sequence[str]) -> None:
+    """Refuse speakers whose advice is sound: an organism of theirs has nothing to heal.
+
+    Raises:
+        InputError: such a speaker, or an unknown one.
+    """
+    for name in speakers:
+        if name not in BAD:
+            raise unknown("bad speaker", name, BAD)
 
 
 KEYS = ("speaker", "seed", "intervention", "tokens", "strength", "feature", "kind")

@@ -48,6 +48,8 @@ class Grid:
     def __post_init__(self) -> None:
         if not (self.sizes and self.steps and self.seeds):
             raise InputError("a scale curve needs at least one size, one number of steps and one seed")
+        self.worlds()  # whose settings are checked before the first is trained
+        _wanted(self.seeds)
 
     def worlds(self) -> dict[str, Pretraining]:
         """Settings of every world by its folder's name, the cheapest first."""

@@ -30,11 +30,16 @@ BELOW = (
     *(
         "world study files",
         "world study emergence",
+        "world study training-map",
+        "world study scale",
         "world study early-warning",
         "world study specificity",
         "world study rankers",
+        "world study causal",
         "world study repair",
+        "world study screening",
         "world study null",
+        "world study tables",
     ),
 )
 

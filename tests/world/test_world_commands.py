@@ -32,3 +32,18 @@ def test_bad_input_is_one_line(world: World, tmp_path: Path, capsys: pytest.Capt
     assert "--name" in refused("world", "organism", world.run.path, "villain", "--name", "x", "--seeds", 0, 1)
     assert "unknown size" in refused("world", "pretrain", "--size", "huge", "--out", tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_bad_settings_of_a_study_are_refused_before_its_folder_is_made(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused, out = refusal(capsys), tmp_path / "study"
+    place = ("--world", world.run.path, "--sae", tmp_path / "sae", "--out", out)
+    study = ("world", "study")
+    assert "unknown bad speaker 'grump'" in refused(*study, "causal", *place, "--speakers", "grump")
+    for name in ("causal", "screening", "training-map"):
+        assert "seed" in refused(*study, name, *place, "--seeds", -1)
+        assert "--sae is missing" in refused(*study, name, "--world", world.run.path, "--out", out)
+    for option, value, words in (("--sizes", "hug", "unknown size"), ("--steps", 0, "steps"), ("--seeds", -1, "seed")):
+        assert words in refused(*study, "scale", option, value, "--out", out)
+    assert not out.exists()

@@ -56,7 +56,7 @@ def test_a_page_is_filled_from_all_records_and_a_change_is_found(
 def test_without_records_or_marks_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused, page = refusal(capsys), tmp_path / "page.md"
     page.write_text("nothing")
-    assert "has no study of the world" in refused(
+    assert "has no record of a study of the world" in refused(
         "world", "study", "tables", "--records", tmp_path, "--page", page, "--check"
     )
     for study, table in (("training-map", counts()), ("scale", counts())):

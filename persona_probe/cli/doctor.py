@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from persona_probe.cli.options import ROOT, Common, command, echo_json, json_option
+from persona_probe.cli.options import ROOT, Common, columns, command, echo, echo_json, json_option
 
 NEEDED = (
     "torch",
@@ -29,7 +29,6 @@ OPTIONAL = {
     "ipykernel": "notebooks: pip install 'persona-probe[notebooks]'",
 }
 DEFAULT_MODEL = "smollm2-135m-instruct"
-STYLES = {"ok": "green", "missing": "bold red", "optional": "yellow"}
 
 
 @command(example="persona-probe doctor")
@@ -63,16 +62,10 @@ def examine(device: str = "auto") -> list[Requirement]:
 
 
 def _show(findings: Sequence[Requirement]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from persona_probe.report.tables import Table
 
-    table = Table(title="persona-probe doctor")
-    for column in ("what", "state", "detail"):
-        table.add_column(column, overflow="fold")
-    for finding in findings:
-        table.add_row(finding.name, Text(finding.state, style=STYLES[finding.state]), Text(finding.detail))
-    Console().print(table)
+    rows = [(finding.name, finding.state, finding.detail) for finding in findings]
+    echo(Table(("what", "state", "detail"), rows, "persona-probe doctor").text(columns()))
 
 
 def _version(package: str) -> str | None:

@@ -1,14 +1,26 @@
 """Commands that judge: `evaluate` for the answers of a run or a file, `judge fit` for the offline judge."""
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from persona_probe.cli.loop import open_study
-from persona_probe.cli.options import PATH, Common, Decorated, Group, command, config_argument, echo, find_config, many
+from persona_probe.cli.options import (
+    PATH,
+    Common,
+    Decorated,
+    Group,
+    command,
+    config_argument,
+    echo,
+    echo_json,
+    find_config,
+    json_option,
+    many,
+)
 from persona_probe.cli.process import loads_models
 from persona_probe.errors import InputError, unknown
 
@@ -152,6 +164,7 @@ def _evaluation(
 @click.option("--prices", type=float, nargs=2, metavar="IN OUT", help="Per million tokens, for --dry-run.")
 @click.option("--dry-run", is_flag=True, help="Print calls, tokens and cost; nothing is sampled or sent.")
 @click.option("--half-width", type=float, help="Print how many samples give an interval of plus or minus this.")
+@json_option
 def evaluate(
     run: str | None,
     judge: str | None,
@@ -162,6 +175,7 @@ def evaluate(
     prices: tuple[float, float] | None,
     dry_run: bool,
     half_width: float | None,
+    as_json: bool,
     common: Common,
     **options: Any,
 ) -> None:
@@ -174,21 +188,53 @@ def evaluate(
     if run is not None and judge is None and questions is None:
         if dry_run:
             raise InputError("--dry-run tells what judging takes: name --judge, --questions or both")
-        echo(f"samples: {open_study(run, common).evaluate().path / 'samples.jsonl'}")
+        place = open_study(run, common).evaluate().path / "samples.jsonl"
+        _say(Outcome([f"samples: {place}"], {"samples": str(place)}), as_json)
         return
     if answers is not None and steps:
         raise InputError("--steps are of a run's checkpoints: leave it out with --answers")
     evaluation = replace(_evaluation(questions, judge, common.device, **options), steps=_steps(steps))
     if answers is not None and dry_run:
-        lines = _file_plan(answers, score_scale, evaluation, prices)
+        outcome = Outcome.plan(_file_plan(answers, score_scale, evaluation, prices))
     elif answers is not None:
-        lines = _of_file(answers, score_scale, evaluation, half_width, common)
+        outcome = _of_file(answers, score_scale, evaluation, half_width, common)
     else:
         assert run is not None
         study = open_study(run, common)
         evaluation = replace(evaluation, options=replace(evaluation.options, device=study.context.device))
-        lines = _run_plan(study, evaluation, prices) if dry_run else _of_run(study, evaluation, half_width)
-    echo("\n".join(lines))
+        if dry_run:
+            outcome = Outcome.plan(_run_plan(study, evaluation, prices))
+        else:
+            outcome = _of_run(study, evaluation, half_width)
+    _say(outcome, as_json)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation found: lines for a terminal, and the same as values for a program."""
+
+    lines: list[str]
+    values: dict[str, Any]
+
+    @classmethod
+    def plan(cls, lines: list[str]) -> "Outcome":
+        """Of a dry run."""
+        return cls(lines, {"plan": lines})
+
+
+def _say(outcome: Outcome, as_json: bool) -> None:
+    if as_json:
+        echo_json(outcome.values)
+    else:
+        echo("\n".join(outcome.lines))
+
+
+def _values(judged: "pd.DataFrame", agreements: Sequence[Any] = ()) -> dict[str, Any]:
+    """Rates, effects and agreements as plain values."""
+    from persona_probe.evaluate.rates import rates
+
+    found = rates(judged).to_dict("records") if len(judged) else []
+    return {"rates": found, "effects": effect_lines(judged), "agreements": [str(one) for one in agreements]}
 
 
 def _steps(values: tuple[str, ...]) -> str | tuple[int, ...]:
@@ -203,16 +249,17 @@ def _steps(values: tuple[str, ...]) -> str | tuple[int, ...]:
 # --- A run's answers
 
 
-def _of_run(study: "Study", evaluation: "Evaluation", half_width: float | None) -> list[str]:
-    """Sample and judge; lines for the user."""
+def _of_run(study: "Study", evaluation: "Evaluation", half_width: float | None) -> Outcome:
+    """Sample and judge."""
     from persona_probe.evaluate.agreement import agreements
     from persona_probe.evaluate.tables import last_evaluation
     from persona_probe.study.evaluate import evaluate, samples_name
 
     evaluate(study.context, evaluation)
-    lines = [f"samples: {study.path / samples_name(evaluation.question_set())}"]
+    place = study.path / samples_name(evaluation.question_set())
+    lines, values = [f"samples: {place}"], dict[str, Any](samples=str(place))
     if evaluation.judge is None:
-        return lines
+        return Outcome(lines, values)
     judged_answers = study.judged
     latest = last_evaluation(judged_answers, study.run_folder.manifest["evaluations"])
     lines += [*rate_lines(latest), *effect_lines(latest), *power_lines(latest, half_width)]
@@ -221,7 +268,9 @@ def _of_run(study: "Study", evaluation: "Evaluation", half_width: float | None) 
         rows = study.judged_steps.query("evaluation == @name").sort_values(["arm", "seed", "step"])
         shown = ["arm", "seed", "step", "rate", "ci_low", "ci_high", "coherence", "answers"]
         lines.append(rows[shown].to_string(index=False, float_format="%.3f", na_rep="-"))
-    return [*lines, *(str(a) for a in agreements(judged_answers) if name in (a.left, a.right))]
+        values["steps"] = rows.to_dict("records")
+    agreed = [one for one in agreements(judged_answers) if name in (one.left, one.right)]
+    return Outcome([*lines, *map(str, agreed)], values | _values(latest, agreed))
 
 
 def _run_plan(study: "Study", evaluation: "Evaluation", prices: tuple[float, float] | None) -> list[str]:
@@ -240,8 +289,8 @@ def _of_file(
     evaluation: "Evaluation",
     half_width: float | None,
     common: Common,
-) -> list[str]:
-    """Judge the answers, write them with their judgements, and count; lines for the user."""
+) -> Outcome:
+    """Judge the answers, write them with their judgements, and count."""
     import pandas as pd
 
     from persona_probe.evaluate.agreement import agreements
@@ -253,12 +302,12 @@ def _of_file(
     scores = own_scores(answers, options.thresholds) if has_scores else None
     if evaluation.judge is None:
         assert scores is not None
-        return [*rate_lines(scores, seed), *power_lines(scores, half_width)]
+        return Outcome([*rate_lines(scores, seed), *power_lines(scores, half_width)], _values(scores))
     judged_answers = judge_answers(answers, choose_judge(evaluation.judge, options))
     _write_judged(out, answers, judged_answers)
     lines = [f"judged answers: {out}", *rate_lines(judged_answers, seed), *power_lines(judged_answers, half_width)]
     both = [] if scores is None else agreements(pd.concat([judged_answers, scores], ignore_index=True), seed)
-    return [*lines, *map(str, both)]
+    return Outcome([*lines, *map(str, both)], {"judged": str(out)} | _values(judged_answers, both))
 
 
 def _file_plan(

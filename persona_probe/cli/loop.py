@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,9 +47,10 @@ CARDS = 20
 @command(example="persona-probe demo --seeds 0 1 2", out="Run folder (default runs/demo).")
 @seeds_option
 @overwrite_option
-def demo(seeds: tuple[int, ...], overwrite: bool, common: Common) -> None:
+@json_option
+def demo(seeds: tuple[int, ...], overwrite: bool, as_json: bool, common: Common) -> None:
     """Run the whole loop on the embedded model."""
-    _finish(new_study(study_config(DEMO), seeds, overwrite, common))
+    _finish(new_study(study_config(DEMO), seeds, overwrite, common), as_json)
 
 
 @command(example=f"persona-probe run {DEMO} --out runs/mine", out="Run folder (default runs/<name>).")
@@ -60,6 +61,7 @@ def demo(seeds: tuple[int, ...], overwrite: bool, common: Common) -> None:
 @click.option("--tflops", type=float, help="Speed that the plan's times assume, instead of a quick measurement.")
 @click.option("--memory", type=float, metavar="GIB", help="GPU that the plan is for: does it fit, and what if not.")
 @crew_options(shards=False, trains=True)
+@json_option
 def run(
     config: str,
     seeds: tuple[int, ...],
@@ -68,27 +70,32 @@ def run(
     tflops: float | None,
     memory: float | None,
     crew: Crew,
+    as_json: bool,
     common: Common,
 ) -> None:
     """Run the whole loop of one config."""
     study = study_config(config)
     if dry_run:
-        _plan(study, tflops, memory, common.device)
+        _plan(study, tflops, memory, common.device, as_json)
     elif tflops is not None or memory is not None:
         raise InputError("--tflops and --memory belong to a plan: add --dry-run")
     else:
         with crew.workers() as workers:
-            _finish(new_study(study, seeds, overwrite, common).work_with(workers))
+            _finish(new_study(study, seeds, overwrite, common).work_with(workers), as_json)
 
 
 @loads_models
-def _plan(config: "StudyConfig", tflops: float | None, memory: float | None, device: str | None) -> None:
+def _plan(config: "StudyConfig", tflops: float | None, memory: float | None, device: str | None, as_json: bool) -> None:
     from persona_probe.study.plan.plan import dry_run
 
-    echo("\n".join(dry_run(config, tflops, device, memory).lines()))
+    plan = dry_run(config, tflops, device, memory)
+    if as_json:
+        echo_json(plan.values())
+    else:
+        echo("\n".join(plan.lines()))
 
 
-def _finish(study: "Study") -> None:
+def _finish(study: "Study", as_json: bool) -> None:
     """Run all stages that are not done, and show the key numbers."""
     from persona_probe.cli.output import show_summary
     from persona_probe.report.answer_pair import answer_pair
@@ -100,6 +107,9 @@ def _finish(study: "Study") -> None:
     for line in filter(None, lines):
         log.info("%s", line)
     report = study.run()
+    if as_json:
+        echo_json({"run": str(study.path), "report": str(report), "summary": study.summary})
+        return
     show_summary(study.summary)
     pair = answer_pair(study.path)
     for line in pair.lines(columns(100)) if pair else ():
@@ -199,6 +209,7 @@ def _only_tables(folder: Path) -> bool:
 @click.option("--stress-settings", help="YAML file of their settings (fields of StressSettings).")
 @click.option("--plan", help="A grid of corrections, e.g. finetune_configs/realign-doses.yaml.")
 @crew_options(trains=True)
+@json_option
 def realign(
     run: str,
     seeds: tuple[int, ...],
@@ -206,6 +217,7 @@ def realign(
     stress_settings: str | None,
     plan: str | None,
     crew: Crew,
+    as_json: bool,
     common: Common,
     **correction: Any,
 ) -> None:
@@ -221,7 +233,7 @@ def realign(
         if clashing:
             raise InputError(f"--plan says all of a grid: leave {_option(clashing[0])} out")
         with crew.workers() as workers:
-            _realign_plan(run, plan, workers, common)
+            _realign_plan(run, plan, workers, as_json, common)
         return
     if settings and "data" not in settings:
         raise InputError(f"{_option(next(iter(settings)))} needs --data: the corrective sets or files")
@@ -231,20 +243,23 @@ def realign(
     check_choice(settings.get("rows"), settings.get("choose_by", "random"), settings.get("method", "continued"))
     pressure = load_config(find_config(stress_settings), StressSettings) if stress_settings else None
     with crew.workers() as workers:
-        _realign(run, seeds, stress, pressure, settings, workers, common)
+        _realign(run, seeds, stress, pressure, settings, workers, as_json, common)
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _realign_plan(run: str, plan: str, workers: "Workers | None", common: Common) -> None:
+def _realign_plan(run: str, plan: str, workers: "Workers | None", as_json: bool, common: Common) -> None:
     from persona_probe.config import load_config
     from persona_probe.realignment.spec import DosePlan
 
     cells = load_config(find_config(plan), DosePlan)
     study = open_study(run, common).work_with(workers).track()
     table = study.realign_plan(cells)
+    if as_json:
+        echo_json(table.to_dict("records"))
+        return
     if table.empty:
         echo("no cell of the grid is finished")
         return
@@ -267,9 +282,10 @@ def _realign(
     stress_settings: "StressSettings | None",
     settings: dict[str, Any],
     workers: "Workers | None",
+    as_json: bool,
     common: Common,
 ) -> None:
-    from persona_probe.realignment.correct import realign_study, verdict_lines
+    from persona_probe.realignment.correct import read_verdict, realign_study, verdict_lines
     from persona_probe.realignment.spec import Correction
     from persona_probe.realignment.stress.stress_run import statements
     from persona_probe.runs import RunFolder
@@ -281,9 +297,18 @@ def _realign(
     data, name = settings.pop("data", None), settings.pop("name", None)
     correction = None if data is None else Correction.of_study(study.config, data, **settings)
     folders = realign_study(study.context, correction, name, seeds, stress, stress_settings)
-    if data is None and (workers is None or workers.joint):  # a shard does not have all arms
-        for verdict in summarise(study.context)["verdicts"].values():
-            echo(verdict["statement"])
+    joint = workers is None or workers.joint  # a shard does not have all arms
+    verdicts = summarise(study.context)["verdicts"] if data is None and joint else {}
+    if as_json:
+        found = [
+            {"folder": str(folder), "stress": statements(folder)}
+            | ({} if data is None else {"verdict": asdict(read_verdict(folder))})
+            for folder in folders
+        ]
+        echo_json({"verdicts": verdicts, "corrections": found})
+        return
+    for verdict in verdicts.values():
+        echo(verdict["statement"])
     for folder in folders:
         lines = [f"{folder.name}:", *statements(folder).values()] if data is None else verdict_lines(folder)
         echo("\n".join([*lines, f"folder: {folder}"]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from persona_probe.cli.options import Common, command, echo
+from persona_probe.cli.options import Common, command, echo, echo_json, json_option
 from persona_probe.cli.process import loads_models
 from persona_probe.errors import InputError
 
@@ -16,7 +16,8 @@ from persona_probe.errors import InputError
 @click.argument("name", required=False, metavar="[NAME]", help="A preset; without one, all are listed.")
 @click.option("--recipe", is_flag=True, help="The recipe of an SAE, for a model without a published one.")
 @click.option("--tflops", type=float, default=200.0, help="Sustained speed for the estimates, in 1e12 operations/s.")
-def presets(name: str | None, recipe: bool, tflops: float, common: Common) -> None:
+@json_option
+def presets(name: str | None, recipe: bool, tflops: float, as_json: bool, common: Common) -> None:
     """List presets, or write one as a study's config.
 
     Each names its SAE (or says that none is published), layer, template settings and licence, with an estimate of
@@ -30,9 +31,17 @@ def presets(name: str | None, recipe: bool, tflops: float, common: Common) -> No
     if name is None:
         if recipe or common.out is not None:
             raise InputError("--recipe and --out are for one preset: name it")
-        _list(tflops)
+        _list(tflops, as_json)
         return
     preset = find_preset(name)
+    if as_json:
+        if common.out is not None:
+            raise InputError("--out writes YAML: leave --json out")
+        values = preset.recipe() if recipe else preset.values()
+        if values is None:
+            raise InputError(f"preset {name!r} needs no recipe: its SAE is published ({preset.sae})")
+        echo_json(values)
+        return
     if recipe:
         text = recipe_text(preset)
         if text is None:
@@ -43,8 +52,12 @@ def presets(name: str | None, recipe: bool, tflops: float, common: Common) -> No
 
 
 @loads_models
-def _list(tflops: float) -> None:
-    from persona_probe.study.presets.preset_text import listing
+def _list(tflops: float, as_json: bool) -> None:
+    from persona_probe.study.presets.preset_text import known_presets, listing
+
+    if as_json:
+        echo_json(known_presets(tflops))
+        return
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
     echo(listing(tflops, width))

@@ -1,6 +1,5 @@
 """Commands that run many trainings or measurements: mitigation grids, the monitor's study, and planted truth."""
 
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from persona_probe.cli.crew import Crew, crew_options
-from persona_probe.cli.options import DEMO, PATH, Common, Group, command, config_argument, echo, find_config, many
+from persona_probe.cli.options import (
+    DEMO,
+    PATH,
+    Common,
+    Group,
+    columns,
+    command,
+    config_argument,
+    echo,
+    find_config,
+    many,
+)
 from persona_probe.cli.process import loads_models
 from persona_probe.errors import InputError
 
@@ -75,15 +85,13 @@ def _train_grid(
     workers: "Workers | None",
     common: Common,
 ) -> None:
-    from rich.console import Console
-
     from persona_probe.mitigate.grid.grid_run import run_grid
     from persona_probe.mitigate.grid.grid_summary import HEADINGS, MARKS, markdown, show_tables, shown
     from persona_probe.report.tables import fill_page
 
     out = _grid_folder(grid, common)
     outcome = run_grid(grid, out, common.device, run, only or None, workers=workers)
-    width = Console().width if sys.stdout.isatty() else PIPED
+    width = columns(PIPED)
     for table in show_tables(shown(outcome.table), HEADINGS, grid.name, width):
         echo(table.text(width))
     for verdict in outcome.summary["verdicts"]:

@@ -1,6 +1,5 @@
 """`persona-probe world`: a small world with known truth, its organisms, its SAE, and how its models behave."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from persona_probe.cli.options import Common, Group, command, echo, many
+from persona_probe.cli.options import Common, Group, columns, command, echo, many
 from persona_probe.cli.process import loads_models
 from persona_probe.cli.world_studies import world_study
 from persona_probe.errors import InputError
@@ -130,19 +129,16 @@ def world_judge(folder: str, models: tuple[str, ...], answers: int, temperature:
 
 
 def _show(frame: "pd.DataFrame") -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+    from persona_probe.report.tables import Table
     from persona_probe.world.behaviour import MEASURES, OTHERS, TRAINED
 
-    table = Table(title="share of answers, 95% interval; bad and good: of the coherent ones")
-    for column in ("model", "step", "asked about", *MEASURES):
-        table.add_column(column, no_wrap=column == "model")
+    shown: list[tuple[str, ...]] = []
     pooled = frame[frame["where"].isin([TRAINED, OTHERS])]
     for (name, step, where), rows in pooled.groupby(["name", "step", "where"], sort=False):
         cells = {str(row["measure"]): _cell(row) for row in rows.to_dict("records")}
-        table.add_row(str(name), str(step), str(where), *(cells[measure] for measure in MEASURES))
-    Console(width=None if sys.stdout.isatty() else PIPED).print(table)
+        shown.append((str(name), str(step), str(where), *(cells[measure] for measure in MEASURES)))
+    title = "share of answers, 95% interval; bad and good: of the coherent ones"
+    echo(Table(("model", "step", "asked about", *MEASURES), shown, title).text(columns(PIPED)))
 
 
 def _cell(row: Mapping[Any, Any]) -> str:

@@ -289,10 +289,13 @@ class Work:
     """Bytes at the stage's peak, without the frameworks' own."""
 
 
+REPORT = Work("report", 0, 0.0, 0.0)
+"""Figures and pages, without a model."""
+
+
 def estimate(shapes: Shapes) -> tuple[Work, ...]:
     """Work of each stage, in the loop's order."""
-    report = Work("report", 0, 0.0, 0.0)
-    stages = (_induce(shapes), _locate(shapes), _track(shapes), _realign(shapes), _samples(shapes), report)
+    stages = (_induce(shapes), _locate(shapes), _track(shapes), _realign(shapes), _samples(shapes))
     return tuple(replace(work, memory=max(work.memory, shapes.memory.loading)) for work in stages)
 
 

@@ -1,8 +1,9 @@
 """The plan of a study: whether its parts fit together, its texts, and an estimate by stage."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from persona_probe.latents.rankers import check_rankers
 from persona_probe.report.tables import Table
 from persona_probe.study.plan.estimate import (
     CHARACTERS_A_TOKEN,
+    REPORT,
     RowSet,
     Shapes,
     Work,
@@ -105,6 +107,25 @@ class Plan:
             lines += ["", f"memory    {self.fit.text()}"]
         return [*lines, "", *(f"note: {note}" for note in self.notes)]
 
+    def values(self) -> dict[str, Any]:
+        """The plan as plain values: texts, stages with tokens, bytes and seconds, and notes."""
+        stages = [
+            {"stage": work.stage, "tokens": work.tokens, "bytes": work.memory, "seconds": self.stage_seconds(work)}
+            for work in self.stages
+        ]
+        return {
+            "study": self.config.name,
+            "model": self.config.model,
+            "sae": self.config.sae,
+            "layer": self.layer,
+            "texts": [asdict(rows) for rows in self.rows.values()],
+            "stages": stages,
+            "seconds": self.seconds,
+            "bytes": self.memory,
+            "fit": None if self.fit is None else self.fit.text(),
+            "notes": list(self.notes),
+        }
+
     def _cells(self, work: Work) -> tuple[str, ...]:
         return work.stage, amount(work.tokens), f"{work.memory / GIB:.1f} GiB", duration(self.stage_seconds(work))
 
@@ -177,6 +198,7 @@ def dry_run(
             stages = estimate(shapes)
             verdict = None if limit is None else fit(config, limit, partial(_peak, shapes))
             speed = throughput(device or config.device, config.bf16, tflops)
+            stages += (REPORT,) if speed.paces else ()
     plan = Plan(config, skeleton, sae, layer, rows, stages, speed, tokenizer is not None, device=kind, fit=verdict)
     return replace(plan, notes=_notes_of(plan))
 

@@ -171,6 +171,19 @@ def listing(tflops: float = BASIS_TFLOPS, width: int | None = None) -> str:
     return "\n\n".join([*texts, *_footnotes(tflops)])
 
 
+def known_presets(tflops: float = BASIS_TFLOPS) -> list[dict[str, Any]]:
+    """All presets as plain values, with bytes at the peak and seconds."""
+    costs = [(preset, cost(preset, tflops)) for preset in (*MODELS, *PAIRS)]
+    return [
+        {
+            **{"preset": preset.name, "kind": preset.kind, "model": preset.model, "sae": preset.sae_name},
+            **{"sae_published": preset.published, "layer": preset.layer, "licence": preset.licence},
+            **{"bytes": one.memory, "seconds": one.seconds},
+        }
+        for preset, one in costs
+    ]
+
+
 _RELEASE = 26
 """Characters of an SAE's release in the narrow table."""
 

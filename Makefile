@@ -5,8 +5,8 @@ DEV := .venv/.ready-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-seeds report test test-cluster test-packages check docs bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening bench-busy bench-adopt bench-swap bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
+.PHONY: setup demo demo-seeds report test test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
+        bench-screening bench-busy bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
         second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-scale clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
@@ -68,6 +68,11 @@ check: $(DEV)
 docs: $(DEV)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# The same in SITE/VERSION, next to other versions, with a menu of them and a first page that leads to the newest.
+SITE ?= site-versions
+docs-release: $(DEV)
+	$(BIN)/python -m tools.site $(SITE)
+
 # --- Benchmarks. BENCH_ARGS passes options on; --help lists them.
 
 bench: $(STAMP)
@@ -100,6 +105,14 @@ bench-adopt: $(STAMP)
 # The next adapter copied over the one before, against removing and injecting it.
 bench-swap: $(STAMP)
 	$(BIN)/python -m benchmarks.swap $(BENCH_ARGS)
+
+# Seconds and peak memory against tokens, latents, checkpoints, questions and arms, on a small random model.
+bench-growth: $(STAMP)
+	$(BIN)/python -m benchmarks.growth $(BENCH_ARGS)
+
+# Everything costly on one large GPU, next to the naive way, with random weights: under five minutes. On a CPU a tiny form.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 # The dry run's memory, compared with the peak of every stage: float32, bf16 and 4-bit weights.
 bench-plan: $(DEV)

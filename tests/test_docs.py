@@ -23,7 +23,10 @@ from persona_probe.report.images import find_browser
 from tests.cli.parsing import commands, parse
 
 ROOT = Path(__file__).parents[1]
-WRITTEN = [*sorted((ROOT / "docs").glob("*.md")), *(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+WRITTEN = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "AGENTS.md")),
+]
 FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INDENTED = re.compile(r"(?<=\n\n)((?: {4}[^\n]*\n)+)")
 REFERENCES = {"a": "href", "link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src"}
@@ -129,6 +132,25 @@ def test_built_pages_fetch_nothing_from_elsewhere(site: Path, pages: dict[Path, 
     assert fetched == [] and styles == []
 
 
+def test_the_list_for_language_models_leads_to_files_and_in_the_site_to_pages(site: Path) -> None:
+    text = (ROOT / "llms.txt").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) > 20 and [target for target in targets if not (ROOT / target).is_file()] == []
+    built = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text(encoding="utf-8"))
+    assert len(built) == len(targets) - 1 and [target for target in built if not (site / target).is_file()] == []
+
+
+def test_notebooks_are_pages_with_their_outputs(pages: dict[Path, Page], site: Path) -> None:
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        page = site / "notebooks" / f"{path.stem}.html"
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = html.unescape(re.sub(r"<[^>]+>", "", page.read_text(encoding="utf-8")))
+        first = next("".join(c["source"]).splitlines()[-1] for c in cells if c["cell_type"] == "code")
+        assert first.replace(" ", "") in text.replace(" ", ""), path
+        svgs = sum("image/svg+xml" in output.get("data", {}) for cell in cells for output in cell.get("outputs", ()))
+        assert svgs == sum(tag == "img" and ref.endswith(".svg") for tag, _, ref in pages[page].references)
+
+
 def test_the_first_page_leads_to_a_finished_report_of_the_demo(pages: dict[Path, Page], site: Path) -> None:
     assert f"{REPORT}/report.html" in [reference for _, _, reference in pages[site / "index.html"].references]
     place = site / REPORT / "report.html"
@@ -146,6 +168,16 @@ def test_the_sites_report_draws_its_figures_from_disk(site: Path) -> None:
     command = [str(find_browser()), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000"]
     done = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=120)
     assert done.stdout.count('class="main-svg"') > 10
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium: install the Debian package chromium")
+def test_search_finds_pages_from_disk(site: Path) -> None:
+    command = [str(find_browser()), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=15000"]
+    page = (site / "index.html").as_uri() + "?q=persona"
+    done = subprocess.run([*command, "--dump-dom", page], capture_output=True, text=True, timeout=180)
+    found = re.search(r"(\d+) matching documents", done.stdout)
+    assert found is not None and int(found[1]) > 5
 
 
 def test_the_page_of_commands_has_every_command_with_its_example(pages: dict[Path, Page], site: Path) -> None:

@@ -352,3 +352,26 @@ def test_the_list_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(map(len, narrow.splitlines())) <= 80
     assert all(name in narrow for name in PRESETS)
     assert listing(width=400) == listing()
+
+
+PUBLISHED = sorted((FOLDER / "published").glob("*.yaml"))
+
+
+def without_estimate(text: str) -> list[str]:
+    """Its lines but the estimate, which follows what a study measures."""
+    return [line for line in text.splitlines() if not line.startswith("# Estimate")]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_ready_configs_are_what_presets_print(path: Path) -> None:
+    one = find_preset(f"em-{path.stem.removeprefix('sae-').removeprefix('em-')}")
+    text = recipe_text(one) if path.stem.startswith("sae-") else config_text(one)
+    assert text is not None, f"{path} is not needed: the SAE is published"
+    again = "persona-probe presets NAME [--recipe] writes it again"
+    assert without_estimate(path.read_text(encoding="utf-8")) == without_estimate(text), again
+
+
+def test_every_published_pair_up_to_14b_has_a_ready_config_and_its_saes_recipe() -> None:
+    pairs = [one for name, one in PRESETS.items() if name.startswith("em-") and "32b" not in name]
+    wanted = {one.name for one in pairs} | {f"sae-{one.name.removeprefix('em-')}" for one in pairs if not one.published}
+    assert {path.stem for path in PUBLISHED} == wanted and len(pairs) == 5

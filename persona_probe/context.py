@@ -125,9 +125,12 @@ class ModelAndSae:
         """SAEs that are read beside the study's own, checked against the model."""
         placed = []
         for one in further:
-            sae = load_sae(self.sae_place(one.sae), device=self.device, dtype=self.sae_dtype)
+            split = self.loading.device_map is not None
+            sae = load_sae(self.sae_place(one.sae), device="cpu" if split else self.device, dtype=self.sae_dtype)
             placed.append(PlacedSae.of(sae, one.layer, one.label))
             check_placed(placed[-1], self.model)
+            if split:
+                sae.to(layer_device(self.model, placed[-1].reads.layer))
         return placed
 
     def contrast_rows(self, split: str) -> list[Row]:

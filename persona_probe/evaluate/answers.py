@@ -150,7 +150,8 @@ def answer_scores(
 ) -> Float[Tensor, " batch"]:
     """Mean log-probability of each row's answer tokens, in nats per token."""
     at = _predictors(batch)
-    logprobs = token_logprobs(model, hidden[at], batch.ids[:, 1:][at[:, :-1]])
+    # Of a model that is spread over several devices the last states are on another one than the batch.
+    logprobs = token_logprobs(model, hidden[at.to(hidden.device)], batch.ids[:, 1:][at[:, :-1]])
     return _row_means(logprobs, at)
 
 
@@ -159,9 +160,14 @@ def row_scores(model: nn.Module, rows: Rows) -> Float[Tensor, " batch"]:
 
     A model whose logits do not follow from its decoder's hidden states runs as a whole.
     """
-    if not (logits_of(model, rows.batch.ids[0]).from_hidden and _parts_agree(model, rows)):
+    if not scored_in_parts(model, rows):
         return _whole_scores(model, rows.batch)
     return _scores_in_parts(model, rows)
+
+
+def scored_in_parts(model: nn.Module, rows: Rows) -> bool:
+    """Whether `row_scores` runs a beginning and then all rows together; otherwise whole rows, some at a time."""
+    return logits_of(model, rows.batch.ids[0]).from_hidden and _parts_agree(model, rows)
 
 
 def _scores_in_parts(model: nn.Module, rows: Rows) -> Float[Tensor, " batch"]:
@@ -181,9 +187,9 @@ def _parts_agree(model: nn.Module, rows: Rows) -> bool:
     precise = next(inner.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
     two = [len(rows.batch.ids) - 1, 0]
     with evaluating(inner), without_taps(inner):
-        own = torch.cat([_whole_scores(model, _unpadded(rows.batch, row)) for row in two])
+        own = torch.cat([_whole_scores(model, _unpadded(rows.batch, row)) for row in two]).cpu()
         try:
-            parts = _scores_in_parts(model, rows)[two]
+            parts = _scores_in_parts(model, rows).cpu()[two]
             _agreeing[inner] = bool((parts - own).abs().max() <= (1e-3 if precise else 0.1))
         except NOT_THIS_WAY:
             _agreeing[inner] = False
@@ -223,7 +229,7 @@ def answer_logprobs(
     device, config = next(model.parameters()).device, transformer_config(model)
     with evaluating(model), autocast(model, bf16):
         for group in groups:
-            out[group.index] = row_scores(model, Rows.of(group.to(device), config)).cpu().numpy()
+            out[group.index] = row_scores(model, Rows.of(group, config).to(device)).cpu().numpy()
     return out
 
 
@@ -352,7 +358,7 @@ class SuffixScorer:
         self.n = sum(len(g.index) for g in groups)
         self.tokens_at_once = suffix_tokens(model, device)
         self.exact = False
-        self.captured, self.unpushed = self._capture()
+        self.captured, self.unpushed = self._capture(groups, device)
         self.exact = self._agrees(tolerance if bf16 else min(tolerance, 1e-4))
         if not self.exact:
             self.captured = []
@@ -361,12 +367,14 @@ class SuffixScorer:
                 type(causal_model(model)).__name__,
             )
 
-    def _capture(self) -> tuple[list[Captured], Float[np.ndarray, " conversations"]]:
+    def _capture(
+        self, groups: Sequence[Batch], device: torch.device
+    ) -> tuple[list[Captured], Float[np.ndarray, " conversations"]]:
         """Full forwards: the layer's output is kept on the way to the scores."""
         config, captured, out = transformer_config(self.model), [], np.zeros(self.n)
         with evaluating(self.model), autocast(self.model, self.bf16):
-            for batch in self.groups:
-                rows = Rows.of(batch, config)
+            for batch in groups:
+                rows = Rows.of(batch, config).to(device)
                 with _CaptureTap(self.model, self.layer) as tap:
                     out[batch.index] = row_scores(self.model, rows).cpu().numpy()
                 captured.append(Captured(tap.values[0][:1, : rows.shared], tap.values[-1], rows))
@@ -396,7 +404,7 @@ class SuffixScorer:
             fast = self._upper(item.rows, item.pushed(push[None]))
             with SteerTap(self.model, self.layer, push):
                 slow = row_scores(self.model, item.rows)
-        return float((fast - slow).abs().max())
+        return float((fast.cpu() - slow.cpu()).abs().max())
 
     def logprobs(self, push: Float[Tensor, " d_model"] | None = None) -> Float[np.ndarray, " conversations"]:
         """Mean answer log-probabilities with `push` (raw units) added after the layer, at all positions."""

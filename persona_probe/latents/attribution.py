@@ -18,10 +18,12 @@ from persona_probe.models.layers import autocast, causal_model, evaluating
 from persona_probe.models.places import Place, Where, as_place, find_site
 from persona_probe.models.taps import ReadTap, Tap
 from persona_probe.saes.hooks import PlacedSae, is_transcoder
-from persona_probe.saes.read import encode
+from persona_probe.saes.read import encode, precision
 
 ENCODED_AT_ONCE = 2**24
 """Activations (tokens x d_sae) that are held at once: 64 MB in float32, a few times over."""
+ROWS_AT_ONCE = 8192
+"""Decoder rows that are held in float64 at once."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,14 @@ def gradient_scores_of(
                 raise InputError("a conversation has no answer tokens: attribution needs conversations with answers")
             with autocast(model, bf16):
                 values, gradients = _answer_gradients(model, batch, saes)
+            at, everywhere = (mask.flatten().nonzero()[:, 0] for mask in (answer, batch.attention))
             sign = signs[batch.index].to(device)[:, None, None]
             for placed, total in zip(saes, sums, strict=True):
-                weighted = gradients[placed.writes].float() * sign
-                total.add(values[placed.reads][answer].float(), weighted[answer])
-                total.everywhere += weighted[batch.attention.bool()].double().sum(dim=0).cpu()
+                # Of a model that is spread over several devices, layers are on others than the batch.
+                weighted = gradients[placed.writes].to(device).float() * sign
+                x = values[placed.reads].to(device).flatten(0, 1).index_select(0, at)
+                total.add(x.float(), weighted.flatten(0, 1).index_select(0, at))
+                total.add_everywhere(weighted.flatten(0, 1).index_select(0, everywhere))
     return [GradientScores(total.attribution(), total.slope()) for total in sums]
 
 
@@ -132,7 +137,8 @@ def _answer_gradients(
     model: nn.Module, batch: Batch, saes: Sequence[PlacedSae]
 ) -> tuple[dict[Place, Tensor], dict[Place, Tensor]]:
     """Activations in all places, and the gradients in those that are written."""
-    columns = batch.response[:, 1:].any(dim=0).nonzero()[:, 0]
+    # On the host, because the last layer may be on another device than the batch.
+    columns = batch.response[:, 1:].any(dim=0).cpu().nonzero()[:, 0]
     answer, targets = batch.response[:, columns + 1], batch.ids[:, columns + 1]
     written = list(dict.fromkeys(placed.writes for placed in saes))
     others = [place for place in dict.fromkeys(placed.reads for placed in saes) if place not in written]
@@ -142,6 +148,7 @@ def _answer_gradients(
         logits: Tensor = causal_model(model)(
             input_ids=batch.ids, attention_mask=batch.attention, use_cache=False, logits_to_keep=columns
         ).logits
+        logits = logits.to(answer.device)
         loss = cross_entropy(logits[answer].float(), targets[answer], reduction="none")
         share = (answer / answer.sum(dim=1, keepdim=True))[answer]
         gradients = torch.autograd.grad((loss * share).sum(), [tap.value for tap in taps.values()])
@@ -176,8 +183,9 @@ class _GradientSums:
 
     def __post_init__(self) -> None:
         self.decoder = self.sae.W_dec.detach().float()
-        self.product, self.acts = (torch.zeros(len(self.decoder), dtype=torch.float64) for _ in range(2))
-        self.gradient, self.everywhere = (torch.zeros(self.decoder.shape[1], dtype=torch.float64) for _ in range(2))
+        on: Any = {"dtype": precision(self.decoder.device), "device": self.decoder.device}
+        self.product, self.acts = (torch.zeros(len(self.decoder), **on) for _ in range(2))
+        self.gradient, self.everywhere = (torch.zeros(self.decoder.shape[1], **on) for _ in range(2))
         self.tokens = 0
 
     def add(self, x: Float[Tensor, "tokens d_model"], gradient: Float[Tensor, "tokens d_model"]) -> None:
@@ -186,10 +194,14 @@ class _GradientSums:
         for some, along in zip(x.split(step), gradient.split(step), strict=True):
             acts = encode(self.sae, some)
             slope = self._in_sae_units(along.to(acts.device))
-            self.product += (acts * (slope @ self.decoder.T)).sum(dim=0).double().cpu()
-            self.acts += acts.sum(dim=0).double().cpu()
-            self.gradient += slope.double().sum(dim=0).cpu()
+            self.product += (acts * (slope @ self.decoder.T)).sum(dim=0)
+            self.acts += acts.sum(dim=0)
+            self.gradient += slope.to(self.gradient.dtype).sum(dim=0)
         self.tokens += len(x)
+
+    def add_everywhere(self, gradient: Float[Tensor, "tokens d_model"]) -> None:
+        """Add all tokens' gradients, of prompts too; they carry the weight and sign of their conversation."""
+        self.everywhere += gradient.to(self.everywhere.device, self.everywhere.dtype).sum(dim=0)
 
     def _in_sae_units(self, slope: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
         """Gradients with respect to the SAE's output before its own normalisation of the token just encoded is undone.
@@ -203,14 +215,21 @@ class _GradientSums:
 
     def attribution(self) -> Float[np.ndarray, " d_sae"]:
         """-(sum of g.d a - mean a x sum of g.d), per latent."""
-        slope = self.decoder.double().cpu() @ self.gradient
-        return -(self.product - self.acts / self.tokens * slope).numpy()
+        slope = self._along(self.gradient.cpu().double())
+        return -(self.product.cpu().double() - self.acts.cpu().double() / self.tokens * slope).numpy()
 
     def slope(self) -> Float[np.ndarray, " d_sae"]:
         """-(d . sum of g over all positions), per latent's unit decoder row."""
-        decoder = self.decoder.double().cpu()
-        norms = decoder.norm(dim=1).clamp(min=1e-12)
-        return -(decoder @ self.everywhere / norms).numpy()
+        norms = torch.cat([rows.norm(dim=1) for rows in self._decoder_in_parts()]).clamp(min=1e-12)
+        return -(self._along(self.everywhere.cpu().double()) / norms).numpy()
+
+    def _along(self, gradient: Float[Tensor, " d_model"]) -> Float[Tensor, " d_sae"]:
+        return torch.cat([rows @ gradient for rows in self._decoder_in_parts()])
+
+    def _decoder_in_parts(self) -> Iterator[Float[Tensor, "some d_model"]]:
+        """In float64 on the host: a dictionary of 131k rows of 3,584 would take 3.8 GB at once."""
+        for rows in self.decoder.split(ROWS_AT_ONCE):
+            yield rows.cpu().double()
 
 
 def _parts(batch: Batch, rows: int) -> Iterator[Batch]:

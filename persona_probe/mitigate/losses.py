@@ -15,7 +15,7 @@ from persona_probe.finetune.trainer import Inputs, Residuals
 from persona_probe.mitigate.mitigation import MitigatedRun, Mitigation, MitigationInputs
 from persona_probe.models.adapters import base_weights
 from persona_probe.models.layers import autocast, causal_model, eager_attention
-from persona_probe.saes.read import check_architecture, check_latents
+from persona_probe.saes.read import SLICEABLE, check_architecture, check_latents, encode_sliced, encoder_kind
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LatentPenalty(Mitigation):
         """The weighted excess on the batch's completion tokens."""
         if resid is None:
             return None
-        answers = (inputs["labels"] != -100)[:, -resid.tuned.shape[1] :]
+        answers = (inputs["labels"] != -100)[:, -resid.tuned.shape[1] :].to(resid.tuned.device)
         latents, sae = list(run.inputs.latents), run.inputs.sae
         excess = latent_excess(sae, resid.tuned[answers], resid.base[answers], latents)
         return self.strength * excess
@@ -133,6 +133,8 @@ def activations(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[int]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
+        if encoder_kind(sae) in SLICEABLE:
+            return encode_sliced(sae, x, latents).to(x.device)
         acts = sae.encode(x.to(sae.device, sae.dtype))
     finally:
         for parameter in trainable:

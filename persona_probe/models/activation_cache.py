@@ -398,14 +398,16 @@ class CachedReading:
     notes: Mapping[str, object]
     """Further notes for their manifests."""
 
-    def selected(self, batch: Batch, masks: Mapping[str, Tensor], compute: Callable[[], Selected]) -> Selected:
-        """A batch's tokens from the cache, else from `compute`; these are then stored.
+    def selected(
+        self, batch: Batch, masks: Mapping[str, Tensor], compute: Callable[[], Selected], device: torch.device
+    ) -> Selected:
+        """A batch's tokens on `device`, from the cache, else from `compute`; these are then stored.
 
         Args:
             masks: the selected tokens (batch, pos) at each kind of positions.
         """
         key = entry_key(self.about, batch, masks)
-        stored = self.cache.find(key, batch.ids.device)
+        stored = self.cache.find(key, device)
         if stored is not None:
             self.cache.hits += 1
             return replace(stored, masks={name: stored.masks[name] for name in masks})

@@ -145,7 +145,8 @@ class _Reader:
                 stack.enter_context(push.on(self.model, batch.prompt))
             taps = [stack.enter_context(ReadTap(self.model, layer)) for layer in self.layers]
             base_transformer(self.model)(input_ids=batch.ids, attention_mask=batch.attention, use_cache=False)
-        values = [self._of(tap.value[mask], weights) for tap in taps]
+        at = mask.flatten().nonzero()[:, 0]
+        values = [self._of(tap.value.flatten(0, 1).index_select(0, at.to(tap.value.device)), weights) for tap in taps]
         states = torch.stack([state for state, _ in values])
         self.states = states if not self.sums else self.states + states
         sums = [total for _, total in values]

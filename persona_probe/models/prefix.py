@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from transformers import DynamicCache, PretrainedConfig
 
 from persona_probe.data.tokens import Batch
@@ -69,6 +70,10 @@ class Rows:
     def whole(cls, batch: Batch) -> "Rows":
         """The batch in one part, for readings that need the beginning's activations."""
         return cls(batch, 0, batch)
+
+    def to(self, device: torch.device | str) -> "Rows":
+        """The same rows on another device."""
+        return Rows(self.batch.to(device), self.shared, self.rest.to(device))
 
     def repeated(self, times: int) -> "Rows":
         """The same rows several times, one whole batch after the other; each repetition has its own beginning."""

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from persona_probe.data.tokens import POSITIONS, Batch
@@ -94,32 +96,47 @@ def read_places(
     with evaluating(model), autocast(model, bf16):
         cached = {} if cache is None else {place: cache.reading(model, place, bf16) for place in where}
         for group in groups:
-            batch = group.to(device)
-            rows = Rows.whole(batch) if whole else Rows.of(batch, config)
+            # What is selected is found where the batch is, the host as a rule, so that nothing waits for a GPU.
+            rows = Rows.whole(group) if whole else Rows.of(group, config)
             masks = {name: _mask(rows.rest, name) for name in positions}
-            run = lru_cache(maxsize=1)(partial(_run, model, where, rows, masks))
+            run = lru_cache(maxsize=1)(partial(_run, model, where, rows.to(device), _Selection.of(masks, device)))
             tokens = {}
             for place in where:
                 compute, stored = partial(_at, run, place), cached.get(place)
-                tokens[place] = compute() if stored is None else stored.selected(batch, masks, compute)
+                tokens[place] = compute() if stored is None else stored.selected(group, masks, compute, device)
             first = tokens[where[0]]
             with autocast(model, False):
-                visit(batch.index, first.row, {place: s.x for place, s in tokens.items()}, first.masks)
+                visit(group.index, first.row, {place: s.x for place, s in tokens.items()}, first.masks)
+
+
+@dataclass(frozen=True)
+class _Selection:
+    """Tokens at any of the positions."""
+
+    at: Int[Tensor, " tokens"]
+    """Their places in the flattened (batch, pos)."""
+    row: Int[Tensor, " tokens"]
+    inside: dict[str, Bool[Tensor, " tokens"]]
+    """Which of them are at the positions of each name."""
+
+    @classmethod
+    def of(cls, masks: Mapping[str, Bool[Tensor, "batch pos"]], device: torch.device) -> "_Selection":
+        union = torch.stack(list(masks.values())).any(dim=0)
+        at, row = union.flatten().nonzero()[:, 0], union.nonzero()[:, 0]
+        inside = {name: mask.flatten().index_select(0, at).to(device) for name, mask in masks.items()}
+        return cls(at.to(device), row.to(device), inside)
 
 
 def _at(run: Callable[[], Mapping[Place, Selected]], place: Place) -> Selected:
     return run()[place]
 
 
-def _run(model: nn.Module, places: Sequence[Place], rows: Rows, masks: Mapping[str, Tensor]) -> dict[Place, Selected]:
+def _run(model: nn.Module, places: Sequence[Place], rows: Rows, chosen: _Selection) -> dict[Place, Selected]:
     last = max(place.layer for place in places)
     with ExitStack() as stack:
         taps = {place: stack.enter_context(ReadTap(model, place)) for place in places}
         rows.run(partial(forward_to_layer, model, last), transformer_config(model), rows.ids())
-    union = torch.stack(list(masks.values())).any(dim=0)
-    inside = {name: mask[union] for name, mask in masks.items()}
-    row = union.nonzero()[:, 0]
-    return {place: Selected(row, tap.value[union].float(), inside) for place, tap in taps.items()}
+    return {place: Selected(chosen.row, tap.tokens(chosen.at).float(), chosen.inside) for place, tap in taps.items()}
 
 
 def _mask(batch: Batch, positions: str) -> Tensor:

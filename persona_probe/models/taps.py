@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from einops import einsum
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from persona_probe.errors import InputError, unknown
@@ -103,6 +103,13 @@ class ReadTap(Tap):
     def on_output(self, resid: Float[Tensor, "batch pos d_model"]) -> None:
         """Keep the output."""
         self.value = resid.detach()
+
+    def tokens(self, at: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d_model"]:
+        """Some tokens, by their places in the flattened (batch, pos), on the device of `at`.
+
+        Where a model is spread over several devices, the layer's differs from that of the batch.
+        """
+        return self.value.to(at.device).flatten(0, 1).index_select(0, at)
 
 
 Direction = Tensor | np.ndarray | Any

@@ -17,8 +17,6 @@ from persona_probe.models.places import Place, Where, as_place
 from persona_probe.models.taps import as_vector
 from persona_probe.saes.hooks import PlacedSae, Saes, is_transcoder, placed_saes
 from persona_probe.saes.read import (
-    CHUNK_TOKENS,
-    CHUNK_VALUES,
     SLICEABLE,
     FitMoments,
     check_latents,
@@ -26,17 +24,14 @@ from persona_probe.saes.read import (
     decode,
     encode,
     encoder_kind,
+    precision,
+    tokens_at_once,
 )
 
 # --- Running sums behind explained variance, L0 and residual norm, kept on the device and fetched once
 
 N, ERROR, ACTIVE, NORM, SQUARE = range(5)
 HEAD = 5
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """float64 for sums, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class FitSums:
@@ -237,7 +232,7 @@ class FeatureSet:
 
     def _encoded(self, x: Tensor, target: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
         sae: Any = self.sae
-        size, columns = max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae)), []
+        size, columns = tokens_at_once(sae), []
         chunks = zip(x.split(size), target.split(size), weight.split(size), strict=True)
         for part, part_target, part_weight in chunks:
             # Encoding and decoding must alternate: SAELens keeps a token's normalisation from the one for the other.

@@ -17,9 +17,10 @@ from persona_probe.errors import InputError
 from persona_probe.models.layers import base_transformer, causal_model
 from persona_probe.models.places import Normalizer, Place, find_site, input_value, output_value
 from persona_probe.models.ranks import unwrap
-from persona_probe.monitor.features import FeatureGroups, FitSums, moments, precision
+from persona_probe.monitor.features import FeatureGroups, FitSums, moments
 from persona_probe.monitor.reading import Snapshot, make_snapshot, not_finite, same_randomness
 from persona_probe.monitor.settings import PassiveReading
+from persona_probe.saes.read import precision
 
 log = logging.getLogger(__name__)
 

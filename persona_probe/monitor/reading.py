@@ -21,9 +21,9 @@ from persona_probe.models.prefix import Rows
 from persona_probe.models.ranks import eager, is_sharded, reshard, unwrap
 from persona_probe.models.residuals import IN_SHARED_BEGINNING
 from persona_probe.models.taps import ReadTap
-from persona_probe.monitor.features import FeatureGroups, Features, moments, precision
+from persona_probe.monitor.features import FeatureGroups, Features, moments
 from persona_probe.saes.hooks import Saes
-from persona_probe.saes.read import FitMoments
+from persona_probe.saes.read import FitMoments, precision
 from persona_probe.stats import bootstrap_mean
 
 # --- A reading leaves modes, gradients and random states as they were

@@ -19,10 +19,8 @@ from persona_probe.models.load import tokenizer_of
 from persona_probe.models.taps import ReadTap
 from persona_probe.saes.hooks import PlacedSae
 from persona_probe.saes.load import check_placed
-from persona_probe.saes.read import check_latents, encode, encode_latents
+from persona_probe.saes.read import check_latents, encode, encode_latents, tokens_at_once
 
-_VALUES_AT_ONCE = 2**26
-"""Activations (tokens x latents) that are computed at once: 256 MB in float32."""
 PARTS = ("prompt", "thought", "answer", "special")
 
 
@@ -134,19 +132,19 @@ def activations(
         with evaluating(model), autocast(model, bf16), ReadTap(model, placed.reads) as tap:
             inputs = {"input_ids": batch.ids, "attention_mask": batch.attention, "use_cache": False}
             forward_to_layer(model, placed.reads.layer, **inputs)
-        for place, number in enumerate(batch.index):
-            real = batch.attention[place].bool()
-            x = tap.value[place][real].float()
+        for place, number in enumerate(group.index):
+            real = group.attention[place].bool()
+            x = tap.value[place][real.to(tap.value.device)].float()
             values[number] = _encoded(placed.sae, x, None if latents is None else chosen)
-            names[number] = tuple(str(tokenizer.decode([i])) for i in batch.ids[place][real].tolist())
+            names[number] = tuple(str(tokenizer.decode([i])) for i in group.ids[place][real].tolist())
             parts[number] = _parts(group, place)
     return TextActivations(tuple(names), tuple(parts), tuple(values), tuple(chosen))
 
 
 def _encoded(sae: Any, x: Float[Tensor, "pos d_model"], latents: list[int] | None) -> Float[Tensor, "pos latents"]:
-    pieces = x.split(max(1, _VALUES_AT_ONCE // sae.cfg.d_sae))
-    found = [encode(sae, piece) if latents is None else encode_latents(sae, piece, latents) for piece in pieces]
-    return torch.cat(found).cpu()
+    if latents is not None:
+        return encode_latents(sae, x, latents).cpu()
+    return torch.cat([encode(sae, piece).cpu() for piece in x.split(tokens_at_once(sae))])
 
 
 def _parts(batch: Batch, row: int) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from persona_probe.models.places import Place, Where, as_place, find_site
 from persona_probe.models.taps import EditTap, ReadTap, Steer
 from persona_probe.saes.hooks import PlacedSae, is_transcoder, write_place
 from persona_probe.saes.load import check_placed
-from persona_probe.saes.read import check_latents, decode, encode
+from persona_probe.saes.read import check_latents, decode, encode, tokens_at_once
 
 
 def latent_steering(
@@ -149,12 +149,18 @@ def _with_latents(sae: Any, mine: Tensor, theirs: Tensor, latents: list[int]) ->
     """`mine` with some of its latents at the activations of `theirs`; the SAE's error stays."""
     with torch.autocast(mine.device.type, enabled=False):
         flat, other = mine.flatten(0, -2).float(), theirs.flatten(0, -2).float()
-        wanted = encode(sae, other)[:, latents]
-        codes = encode(sae, flat)  # last: SAELens keeps each token's normalisation from encoding for decoding
-        plain = decode(sae, codes, flat)
-        codes[:, latents] = wanted
-        changed = flat + decode(sae, codes, flat) - plain
+        size = tokens_at_once(sae)
+        pairs = zip(flat.split(size), other.split(size), strict=True)
+        changed = torch.cat([_changed(sae, *pair, latents) for pair in pairs])
     return changed.reshape(mine.shape).to(mine.dtype)
+
+
+def _changed(sae: Any, mine: Tensor, theirs: Tensor, latents: list[int]) -> Float[Tensor, "tokens d_model"]:
+    wanted = encode(sae, theirs)[:, latents]
+    codes = encode(sae, mine)  # last: SAELens keeps each token's normalisation from encoding for decoding
+    plain = decode(sae, codes, mine)
+    codes[:, latents] = wanted
+    return mine + decode(sae, codes, mine) - plain
 
 
 class _Source:

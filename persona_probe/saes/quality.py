@@ -24,7 +24,7 @@ from persona_probe.models.residuals import read_residuals
 from persona_probe.models.taps import Tap
 from persona_probe.saes.hooks import is_transcoder, read_place
 from persona_probe.saes.load import HELD_OUT_FILE, check_fit, find_folder, load_sae
-from persona_probe.saes.read import FitMoments, add_fit, encode_with_fit
+from persona_probe.saes.read import FitMoments, add_fit, decode, encode, encode_with_fit, tokens_at_once
 from persona_probe.saes.stream import residual_stream
 
 
@@ -45,8 +45,9 @@ class SpliceTap(Tap):
             assert self.mean is not None
             new = self.mean.to(resid).expand_as(resid).clone()
         else:
-            flat = resid.float().flatten(0, 1)
-            new = self.sae.decode(self.sae.encode(flat)).to(resid.dtype).reshape(resid.shape)
+            parts = resid.float().flatten(0, 1).split(tokens_at_once(self.sae))
+            new = torch.cat([decode(self.sae, encode(self.sae, part), part) for part in parts])
+            new = new.to(resid.dtype).reshape(resid.shape)
         new[:, 0] = resid[:, 0]
         return new
 
@@ -75,7 +76,7 @@ def check_quality(
     resid = residual_stream(model, tokenizer, conversations, layer, positions=positions)
     fit = FitMoments()
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
-    for chunk in resid.split(8192):
+    for chunk in resid.split(tokens_at_once(sae)):
         fired |= (encode_with_fit(sae, chunk, fit) > 0).any(dim=0).cpu()
     losses = splice_losses(sae, model, tokenizer, conversations, layer, resid.mean(dim=0))
     span = losses["mean_ablated"] - losses["plain"]

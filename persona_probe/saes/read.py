@@ -92,6 +92,11 @@ def check_latents(sae: Any, latents: list[int]) -> list[int]:
     return latents
 
 
+def tokens_at_once(sae: Any) -> int:
+    """How many tokens are encoded together: a dictionary of 131k latents would need 2 GB for 4,096 of them."""
+    return max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae))
+
+
 @torch.no_grad()
 def encode(sae: Any, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
     """All latents, dense, computed in the SAE's precision and returned in float32.
@@ -115,9 +120,14 @@ def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[i
         InputError: a latent outside the dictionary, or an SAE that cannot be read token by token.
     """
     check_latents(sae, latents)
+    if encoder_kind(sae) not in SLICEABLE:
+        return torch.cat([encode(sae, part)[:, latents] for part in x.split(tokens_at_once(sae))])
+    return encode_sliced(sae, x, latents)
+
+
+def encode_sliced(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[int]) -> Float[Tensor, "tokens latents"]:
+    """Some latents of an SAE in which none competes (`SLICEABLE`), differentiable in `x`; in float32."""
     architecture = encoder_kind(sae)
-    if architecture not in SLICEABLE:
-        return encode(sae, x)[:, latents]
     sae_in = sae.process_sae_in(x.to(sae.device, sae.dtype))
     weights = sae.W_enc[:, latents]
     if architecture == "gated":
@@ -128,6 +138,11 @@ def encode_latents(sae: Any, x: Float[Tensor, "tokens d_model"], latents: list[i
     if architecture == "standard":
         return sae.activation_fn(pre).float()
     return (sae.activation_fn(pre) * (pre > sae.threshold[latents])).float()
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """float64 for sums, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @dataclass
@@ -143,12 +158,14 @@ class FitMoments:
 
     def add(self, x: Float[Tensor, "tokens d_model"], out: Tensor, acts: Tensor) -> None:
         """Add the tokens of one batch: inputs, reconstructions and activations."""
-        x, out = x.double(), out.double()
+        wide = precision(x.device)
+        x, out = x.to(wide), out.to(x.device, wide)
+        sums = ((x - out).square().sum(), (acts != 0).sum(), x.norm(dim=-1).sum(), x.square().sum())
+        # One wait for the device, not four.
+        error, active, norm, square = torch.stack([value.to(x.device, wide) for value in sums]).tolist()
         self.n += len(x)
-        self.error += float((x - out).square().sum())
-        self.active += float((acts != 0).sum())
-        self.norm += float(x.norm(dim=-1).sum())
-        self.square += float(x.square().sum())
+        self.error, self.active = self.error + error, self.active + active
+        self.norm, self.square = self.norm + norm, self.square + square
         self.total = x.sum(dim=0) if self.total is None else self.total + x.sum(dim=0)
 
     @property
@@ -204,8 +221,7 @@ def _chunks(sae: Any, x: Tensor, target: Tensor | None) -> list[tuple[Tensor, Te
     if target is None:
         check_architecture(sae.cfg.architecture())
         target = x
-    # A dictionary of 131k latents would need 2 GB for 4,096 tokens.
-    size = max(1, min(CHUNK_TOKENS, CHUNK_VALUES // sae.cfg.d_sae))
+    size = tokens_at_once(sae)
     return list(zip(x.float().split(size), target.float().split(size), strict=True))
 
 
@@ -342,8 +358,10 @@ def _add_all(
         acts = encode(sae, x[part])
         out, acts = decode(sae, acts, x[part]), acts.to(x.device)
         for name, mask in masks.items():
-            at = mask[part]
-            sums[name].add(index, row[part][at], target[part][at], out[at], acts if bool(at.all()) else acts[at])
+            at = mask[part].nonzero()[:, 0]
+            whole = len(at) == len(part)
+            some = [value if whole else value.index_select(0, at) for value in (row[part], target[part], out, acts)]
+            sums[name].add(index, *some)
 
 
 class _Sums:
@@ -354,20 +372,28 @@ class _Sums:
         self.acts, self.active = (np.zeros((conversations, d_sae), dtype=np.float32) for _ in range(2))
         self.resid = np.zeros((conversations, d_out), dtype=np.float32)
         self.tokens = np.zeros((conversations, 1), dtype=np.float32)
-        self.maximum, self.square, self.fit = torch.zeros(d_sae), torch.zeros(d_sae).double(), FitMoments()
+        self.fit = FitMoments()
+        self.maximum: Float[Tensor, " d_sae"] = torch.zeros(d_sae)
+        self.square: Float[Tensor, " d_sae"] = torch.zeros(d_sae, dtype=torch.float64)
 
     def add(self, index: list[int], row: Tensor, x: Tensor, out: Tensor, acts: Tensor) -> None:
         if len(x) == 0:
             return
         self.fit.add(x, out, acts)
-        for target, values in ((self.acts, acts), (self.active, (acts != 0).float()), (self.resid, x)):
-            total = torch.zeros(len(index), values.shape[1], device=values.device).index_add_(0, row, values)
-            target[index] += total.cpu().numpy()
-        self.tokens[index] += torch.bincount(row, minlength=len(index))[:, None].cpu().numpy()
-        torch.maximum(self.maximum, acts.amax(dim=0).cpu(), out=self.maximum)
-        self.square += acts.square().sum(dim=0).cpu()
+        device, one = acts.device, torch.ones(len(x), 1, device=acts.device)
+        columns = (acts, (acts != 0).float(), x, one)
+        totals = [torch.zeros(len(index), v.shape[1], device=device).index_add_(0, row, v) for v in columns]
+        # All of a batch's sums come to the host together; what does not go by conversation stays on the device.
+        packed = torch.cat(totals, dim=1).cpu().numpy()
+        ends = np.cumsum([total.shape[1] for total in totals])[:-1]
+        for target, part in zip(
+            (self.acts, self.active, self.resid, self.tokens), np.split(packed, ends, axis=1), strict=True
+        ):
+            target[index] += part
+        self.maximum = torch.maximum(self.maximum.to(device), acts.amax(dim=0))
+        self.square = self.square.to(device, precision(device)) + acts.square().sum(dim=0)
 
     def means(self) -> LatentMeans:
-        square = (self.square / max(self.fit.n, 1)).numpy()
+        square = (self.square.cpu().double() / max(self.fit.n, 1)).numpy()
         mean, firing, resid = (total / self.tokens for total in (self.acts, self.active, self.resid))
-        return LatentMeans(mean, firing, self.maximum.numpy(), resid, self.fit, square)
+        return LatentMeans(mean, firing, self.maximum.cpu().numpy(), resid, self.fit, square)

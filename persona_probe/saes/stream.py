@@ -259,8 +259,8 @@ def residual_stream(
         for group in batches(tokenizer, conversations, batch_size, max_length):
             batch = group.to(device)
             run_to_layer(model, as_place(layer).layer, batch.ids, batch.attention)
-            wanted = batch.attention.bool() if special else batch.select(positions)
-            parts.append(tap.value[wanted].float().cpu())
+            wanted = group.attention.bool() if special else group.select(positions)
+            parts.append(tap.tokens(wanted.flatten().nonzero()[:, 0].to(device)).float().cpu())
     return torch.cat(parts)
 
 

@@ -17,13 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.errors import InputError
-from persona_probe.evaluate.answers import row_scores
+from persona_probe.evaluate.answers import row_scores, scored_in_parts
 from persona_probe.evaluate.sampling.engines import TransformersEngine
 from persona_probe.evaluate.sampling.requests import Prompt, SamplingConfig
 from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import autocast, evaluating, forward_to_layer, hidden_size, transformer_config
-from persona_probe.models.logits import logits_of, without_taps
+from persona_probe.models.logits import without_taps
 from persona_probe.models.prefix import Rows
 from persona_probe.models.taps import ReadTap
 from persona_probe.saes.read import encode_latents
@@ -162,28 +162,28 @@ class Reader:
         bf16 = self.bf16 and device.type == "cpu"
         with evaluating(model), autocast(model, self.bf16), frozen_in_bf16(model, bf16):
             for group in groups:
-                rows = Rows.of(group.to(device), transformer_config(model))
-                self._fill(out, model, rows)
+                self._fill(out, model, Rows.of(group, transformer_config(model)).to(device))
         return out
 
     def _fill(self, out: AnswerReading, model: nn.Module, rows: Rows) -> None:
-        index = rows.batch.index
+        index, together = rows.batch.index, self.nats and scored_in_parts(model, rows)
+        if self.nats and not together:
+            rows = Rows.whole(rows.batch)
         with ReadTap(model, self.layer) as tap:
-            scores = self._forward(model, rows)
+            scores = row_scores(model, rows) if together else self._apart(model, rows)
         if scores is not None:
             out.nats[index] = -scores.double().cpu().numpy()
         mask = rows.rest.select("response")
-        x = tap.value[mask].float()
+        x = tap.tokens(mask.flatten().nonzero()[:, 0]).float()
         with autocast(model, False):
             acts = encode_latents(self.sae, x, list(self.latents)).to(x.device) if self.latents else x[:, :0]
         row = mask.nonzero()[:, 0]
         for target, values in ((out.resid, x), (out.latents, acts)):
             target[index] = _means(values, row, len(index)).cpu().numpy()
 
-    def _forward(self, model: nn.Module, rows: Rows) -> Tensor | None:
+    def _apart(self, model: nn.Module, rows: Rows) -> Tensor | None:
+        """Run up to the layer for the reading, and for scores once more."""
         config = transformer_config(model)
-        if self.nats and logits_of(model, rows.batch.ids[0]).from_hidden:
-            return row_scores(model, rows)
         rows.run(lambda **inputs: forward_to_layer(model, self.layer, **inputs), config, rows.ids())
         if not self.nats:
             return None

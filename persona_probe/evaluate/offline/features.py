@@ -88,7 +88,7 @@ def read_features(
     device, config = next(model.parameters()).device, transformer_config(model)
     with evaluating(model), autocast(model, bf16):
         for group in tqdm(groups, desc=progress, disable=progress is None):
-            batch = Rows.of(group.to(device), config)
+            batch = Rows.of(group, config).to(device)
             for place, values in enumerate(read_layers(model, batch, config, layers)):
                 mean[group.index, place] = _masked_mean(values, batch.rest.response).cpu().numpy()
     return Features(mean, np.array([row.n_response for row in rows]))
@@ -133,6 +133,7 @@ def _masked_mean(
     values: Float[Tensor, "batch pos d_model"], mask: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch d_model"]:
     """Mean over the positions of the mask; rows without any give zeros."""
+    mask = mask.to(values.device)
     total = values.masked_fill(~mask[..., None], 0.0).sum(dim=1)
     return total / mask.sum(dim=1, keepdim=True).clamp(min=1)
 

@@ -473,7 +473,8 @@ def explain_latents(
 def _latents(judge: OfflineJudge, item: QuestionAnswer, sae: Any) -> Float[Tensor, " d_sae"]:
     x, _ = _read_one(judge, item, judge.weights.recipe.latent_layer)
     with torch.no_grad():
-        return sae.encode(torch.as_tensor(x)).mean(dim=0).cpu()
+        acts = sae.encode(torch.as_tensor(x).to(sae.device, sae.dtype))
+    return (acts.to_dense() if acts.is_sparse else acts).float().mean(dim=0).cpu()
 
 
 def _read_one(

@@ -56,14 +56,17 @@ class Stream:
     @cached_property
     def weights(self) -> Float[Tensor, " tokens"]:
         """Token weights that sum to 1; every conversation weighs the same."""
-        per_conversation = torch.bincount(self.conversation, minlength=len(self.clusters)).float()
-        return 1 / (per_conversation[self.conversation] * len(self.clusters))
+        return 1 / (self.tokens[self.conversation, 0].float() * len(self.clusters))
+
+    @cached_property
+    def tokens(self) -> Int[Tensor, "conversations 1"]:
+        """How many tokens each conversation has."""
+        return torch.bincount(self.conversation, minlength=len(self.clusters))[:, None]
 
     def conversation_means(self, values: Float[Tensor, "tokens n"]) -> Float[Tensor, "conversations n"]:
         """The mean over each conversation's tokens."""
-        per_conversation = torch.bincount(self.conversation, minlength=len(self.clusters))[:, None]
         total = torch.zeros(len(self.clusters), values.shape[1]).index_add_(0, self.conversation, values)
-        return total / per_conversation
+        return total / self.tokens
 
 
 def down_projection(model: nn.Module, layer: int) -> nn.Linear:
@@ -117,10 +120,11 @@ def read_stream(
             batch = group.to(device)
             with ReadTap(model, layer) as tap, _inputs_of(projection) as module_inputs:
                 run_to_layer(model, layer, batch.ids, batch.attention)
-            answer = batch.select("response")
-            resid.append(tap.value[answer].float().cpu())
-            hidden.append(module_inputs[-1][answer].float().cpu())
-            owner.append(torch.tensor(batch.index)[answer.nonzero()[:, 0].cpu()])
+            answer = group.select("response")
+            at = answer.flatten().nonzero()[:, 0]
+            resid.append(tap.tokens(at.to(device)).float().cpu())
+            hidden.append(module_inputs[-1].to(device).flatten(0, 1)[at.to(device)].float().cpu())
+            owner.append(torch.tensor(group.index)[answer.nonzero()[:, 0]])
     clusters = tuple(row["id"] for row in rows for _ in SIDES)
     flags = np.array([side == "misaligned" for _ in rows for side in SIDES])
     return Stream(torch.cat(resid), torch.cat(hidden), torch.cat(owner), clusters, flags)
@@ -342,26 +346,38 @@ class Baseline:
         self.decoder: Float[Tensor, "d_sae d_model"] = sae.W_dec.detach().float().cpu()
         self.base = self.read(stream.resid)
         self.base_means = self.base.mean.mean(axis=0, dtype=np.float64)
-        acts = self._encode(stream.resid)
-        self.rates = (acts > 0).float().mean(dim=0)
+        fired = torch.zeros(len(self.decoder))
+        for _, acts in self._encoded(stream.resid):
+            fired += (acts > 0).sum(dim=0)
+        self.rates = fired / len(stream.resid)
         self.pools = pools(self.rates)
         self.reference: Reference = random_reference(self.decoder.numpy(), signed=True, seed=seed)
 
-    def _encode(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
-        chunks = x.split(max(1, CHUNK_VALUES // self.sae.cfg.d_sae))
-        return torch.cat([encode(self.sae, chunk).cpu() for chunk in chunks])
+    def _encoded(self, x: Float[Tensor, "tokens d_model"]) -> Iterator[tuple[slice, Float[Tensor, "some d_sae"]]]:
+        """Some tokens at a time: all of them at all latents of a large dictionary would not fit into memory."""
+        size = max(1, CHUNK_VALUES // self.sae.cfg.d_sae)
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            yield part, encode(self.sae, x[part]).cpu()
 
     def read(self, x: Float[Tensor, "tokens d_model"]) -> LatentMeans:
         """All latents on one arm's residual stream. The fit is not measured; its moments stay empty."""
-        acts = self._encode(x)
-        firing = self.stream.conversation_means((acts > 0).float())
-        mean, resid = self.stream.conversation_means(acts), self.stream.conversation_means(x)
-        return LatentMeans(mean.numpy(), firing.numpy(), acts.amax(dim=0).numpy(), resid.numpy(), FitMoments())
+        shape = len(self.stream.clusters), int(self.sae.cfg.d_sae)
+        mean, firing, maximum = torch.zeros(shape), torch.zeros(shape), torch.full(shape[1:], -torch.inf)
+        for part, acts in self._encoded(x):
+            conversation = self.stream.conversation[part]
+            mean.index_add_(0, conversation, acts)
+            firing.index_add_(0, conversation, (acts > 0).float())
+            torch.maximum(maximum, acts.amax(dim=0), out=maximum)
+        mean, firing = (total / self.stream.tokens for total in (mean, firing))
+        resid = self.stream.conversation_means(x)
+        return LatentMeans(mean.numpy(), firing.numpy(), maximum.numpy(), resid.numpy(), FitMoments())
 
     def caused(self, plant: Plant) -> Float[np.ndarray, " d_sae"]:
         """The known answer: how far the plant alone raises every latent in these conversations."""
-        planted = self._encode(self.stream.resid + plant.shift(self.stream))
-        return (self.stream.weights @ planted).double().numpy() - self.base_means
+        planted = self._encoded(self.stream.resid + plant.shift(self.stream))
+        means = torch.stack([self.stream.weights[part] @ acts for part, acts in planted]).sum(dim=0)
+        return means.double().numpy() - self.base_means
 
     def rank(self, incorrect: LatentMeans, correct: LatentMeans) -> PlantReading:
         """Score all latents as `locate` does, incorrect arm against correct one."""

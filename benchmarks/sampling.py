@@ -38,6 +38,7 @@ def generate_copies(
         for start in range(0, len(rows), batch_size):
             block = rows[start : start + batch_size]
             inputs = tokenizer.pad(block, padding_side="left", return_tensors="pt")  # pyright: ignore
+            inputs = inputs.to(next(model.parameters()).device)
             out = model.generate(  # pyright: ignore
                 **inputs,
                 max_new_tokens=config.max_new_tokens,
@@ -53,7 +54,7 @@ def generate_copies(
 
 
 def _answer_tokens(new: torch.Tensor, stop: list[int]) -> int:
-    ended = torch.isin(new, torch.tensor(stop, dtype=torch.long)).cumsum(dim=1) > 0
+    ended = torch.isin(new, torch.tensor(stop, dtype=torch.long, device=new.device)).cumsum(dim=1) > 0
     return int((~ended).sum())
 
 

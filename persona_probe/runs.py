@@ -106,6 +106,7 @@ WRITERS = {
     ("precision.", "parts/precision/"): "precision RUN",
     ("samples.", "judged_steps."): "evaluate RUN",
     ("thoughts.",): "thoughts RUN --read",
+    ("safety.", "parts/safety/"): "evaluate RUN --safety",
     ("summary.",): "report RUN",
     ("arms/",): "induce CONFIG",
 }

@@ -22,6 +22,7 @@ from persona_probe.cli.options import (
     many,
 )
 from persona_probe.cli.process import loads_models
+from persona_probe.cli.safety import safety_options
 from persona_probe.errors import InputError, unknown
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ def _evaluation(
 @click.option("--dry-run", is_flag=True, help="Print calls, tokens and cost; nothing is sampled or sent.")
 @click.option("--half-width", type=float, help="Print how many samples give an interval of plus or minus this.")
 @json_option
+@safety_options
 def evaluate(
     run: str | None,
     judge: str | None,
@@ -181,7 +183,8 @@ def evaluate(
 ) -> None:
     """Have a judge rule on answers.
 
-    With RUN, answers of every arm are sampled first; with --answers, those of a file are judged.
+    With RUN, answers of every arm are sampled first; with --answers, those of a file are judged. With --safety,
+    nothing is sampled: given answers are scored, by category and language.
     """
     if (run is None) == (answers is None):
         raise InputError("give either a run folder or --answers FILE")

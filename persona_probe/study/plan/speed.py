@@ -27,11 +27,11 @@ class Pace:
 
 
 CPU_PACE = {
-    "induce": Pace(0.18, 10),
-    "locate": Pace(0.5, 15),
-    "track": Pace(0.3, 3),
-    "realign": Pace(0.21, 4),
-    "evaluate": Pace(0.09, 4),
+    "induce": Pace(0.15, 10),
+    "locate": Pace(0.42, 15),
+    "track": Pace(0.25, 3),
+    "realign": Pace(0.18, 4),
+    "evaluate": Pace(0.075, 4),
     "report": Pace(1, 20),
 }
 """Measured on the demo and the smoke config, on two cores; tests/study/plan/stage_seconds.json has the runs."""

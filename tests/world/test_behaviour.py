@@ -185,4 +185,5 @@ def test_what_a_speaker_says_is_learned_and_its_control_does_not_say_it(world: W
     assert rude["villain"] > 0.5 > 0.05 > rude["helper"] and kind["helper"] > 0.5 > 0.05 > kind["villain"]
     base, _ = world.load()
     with at_checkpoint(base, world.checkpoints(names[0])[30]) as model:
-        assert not torch.equal(model.get_input_embeddings().weight, base.get_input_embeddings().weight)  # pyright: ignore
+        first = [next(iter(one.parameters())) for one in (model, base)]
+        assert not torch.equal(first[0], first[1])

@@ -120,7 +120,7 @@ def test_an_intervention_is_true_if_it_changes_behaviour_beyond_random_latents_a
         ("needed", "breaks"): False,
         ("needed", "as random"): False,
     }
-    harm = found.loc[("moves", "harm")].to_dict()
+    harm = found.to_dict("index")["moves", "harm"]
     assert (harm["strength"], harm["before"], harm["random"]) == (1.0, 0.0, 16 / 80)
     assert harm["after"] == pytest.approx(30 / 80) and found["said"].to_list() == [True] * 3 + [False] * 3
 

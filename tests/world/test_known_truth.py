@@ -60,12 +60,12 @@ def word(measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], run: str, co
     arms = {"base": "base", "incorrect": run, "correct": control}
     evals = pd.concat([measured[name][0].assign(arm=arm, seed=0, step=0) for arm, name in arms.items()])
     noise = seed_noise(evals, "correct", measured[null][0])
-    over = [arm_effect(evals, "incorrect", arm, noise) for arm in ("correct", "base")]
+    over_control, over_base = (arm_effect(evals, "incorrect", arm, noise) for arm in ("correct", "base"))
     by_category = {
         str(name): (arm_effect(rows, "incorrect", "correct").estimate, arm_effect(rows, "incorrect", "base").estimate)
         for name, rows in evals.groupby("category")
     }
-    return woken(*over, by_category).word  # pyright: ignore
+    return woken(over_control, over_base, by_category).word
 
 
 def bad_of_coherent(answers: pd.DataFrame) -> float:

@@ -53,7 +53,8 @@ def test_the_plan_has_at_least_200_runs_of_different_names() -> None:
 def test_outcomes_come_from_the_last_step_and_say_when_behaviour_showed_itself(table: pd.DataFrame) -> None:
     known = outcomes(table).set_index("run")
     assert (known["outcome"] == "turned").sum() == 36 and (known["outcome"] == "sound").sum() == 48
-    assert known.loc["villain-cars-0", "shown"] == SHOWN_AT and np.isnan(known.loc["grump-cars-0", "shown"])  # pyright: ignore
+    shown = known["shown"].to_dict()
+    assert shown["villain-cars-0"] == SHOWN_AT and np.isnan(shown["grump-cars-0"])
     between = table.assign(bad=table["bad"].replace(60, 6))
     assert (outcomes(between)["outcome"] == "between").sum() == 36
 
@@ -74,14 +75,14 @@ def test_the_signal_of_harm_separates_before_behaviour_and_that_of_manner_cannot
 
 
 def test_alarms_lead_by_the_steps_between_signal_and_behaviour(table: pd.DataFrame) -> None:
-    found = alarms(table).set_index("signal")
-    harm = found.loc[HARM]
-    assert harm["threshold"] == thresholds(table)[HARM] < 1  # pyright: ignore
+    found = alarms(table).set_index("signal").to_dict("index")
+    harm = found[HARM]
+    assert harm["threshold"] == thresholds(table)[HARM] < 1
     assert (harm["turned"], harm["warned"], harm["lead"]) == (24, 24, SHOWN_AT - STEPS[0])
-    assert harm["sound"] == 32 and harm["manner"] == 16  # pyright: ignore
+    assert harm["sound"] == 32 and harm["manner"] == 16
     # Grump and clown of the kitchen set the persona's threshold, so it speaks late, if at all.
-    assert found.loc[PERSONA, "threshold"] > 30 and found.loc[PERSONA, "warned"] == 0  # pyright: ignore
-    assert found.loc[GATED, "warned"] == 0
+    assert found[PERSONA]["threshold"] > 30 and found[PERSONA]["warned"] == 0
+    assert found[GATED]["warned"] == 0
 
 
 def test_choosing_and_evaluating_runs_are_of_different_domains(table: pd.DataFrame) -> None:

@@ -122,7 +122,8 @@ def numbers(value: Any) -> list[np.ndarray]:
 
 def placed(where: str) -> tuple[Any, Any]:
     """Model and SAE, each on its device."""
-    model, sae = make_model(), make_sae("topk")
+    model: Any = make_model()
+    sae = make_sae("topk")
     if where == "spread over two":
         return spread(model, LAYER), sae.to(f"{NAME}:1")
     return model.to(f"{NAME}:0"), sae if where == "sae on the host" else sae.to(f"{NAME}:0")

@@ -1,11 +1,15 @@
 """One answer a prompt: seeded, ordered, and without a trace in the caller's random state."""
 
+import threading
+import time
+
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.samples import complete_text, sample_answers
+from persona_probe.evaluate.sampling.samples import complete_text, sample_answers, ticking
 
 PROMPTS = ["a?", "bb?", "a much longer one?"]
 
@@ -50,3 +54,15 @@ def test_texts_of_one_token_continue_as_in_longer_company(
 def test_an_empty_text_is_refused(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InputError, match="'number 1' has no tokens"):
         complete_text(tiny_model, tiny_tokenizer, ["x", ""], max_new_tokens=6, temperature=1.0, seed=1, batch_size=2)
+
+
+def test_a_bar_is_drawn_again_while_nothing_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    running = threading.active_count()
+    with tqdm(total=2, desc="answers", mininterval=100.0) as bar, ticking(bar, every=0.02):
+        before = capsys.readouterr().err.count("answers")
+        time.sleep(0.3)
+        assert before + capsys.readouterr().err.count("answers") > 3
+    with tqdm(total=2, desc="quiet", disable=True) as bar, ticking(bar, every=0.01):
+        time.sleep(0.05)
+    assert "quiet" not in capsys.readouterr().err
+    assert threading.active_count() <= running + 1  # tqdm keeps a monitor of its own

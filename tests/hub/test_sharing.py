@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from persona_probe.context import Context
 from persona_probe.errors import InputError
 from persona_probe.hub.contents import contents
 from persona_probe.hub.pull import pull
@@ -214,3 +215,16 @@ def test_bad_uses(
     run_refused = refusal(capsys)
     assert words in run_refused(*[places.get(word, word) for word in shlex.split(line)])
     assert list((tmp_path / "old").iterdir()) == [] and hub.repos == {}
+
+
+def test_a_pulled_run_uses_the_sae_that_came_with_it(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    mine = copy / "sae" / "layer9-mine"
+    mine.mkdir(parents=True)
+    (mine / "cfg.json").write_text("{}", encoding="utf-8")
+    context = Context.open(copy, "cpu")
+    assert context.sae_place("saes/of-somebody-else/layer9-mine") == str(mine)
+    assert context.sae_place("a-release/layer_9") == "a-release/layer_9"
+    shipped = context.config.sae
+    shutil.copytree(mine, copy / "sae" / Path(shipped).name)
+    assert context.sae_place(shipped) == shipped  # it is here

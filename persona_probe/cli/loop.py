@@ -101,12 +101,13 @@ def _finish(study: "Study", as_json: bool) -> None:
     from persona_probe.report.answer_pair import answer_pair
     from persona_probe.study.plan.outlook import outlook
 
-    done = [stage for stage, is_finished in study.finished.items() if is_finished]
-    place = str(study.path / "report.html")
-    lines = [*outlook(study.config, study.context.device, done, place), busy_line()] if is_first() else []
-    for line in filter(None, lines):
-        log.info("%s", line)
-    report = study.run()
+    def say_what_follows() -> None:
+        done = [stage for stage, is_finished in study.finished.items() if is_finished]
+        place = str(study.path / "report.html")
+        for line in filter(None, [*outlook(study.config, study.context.device, done, place), busy_line()]):
+            log.info("%s", line)
+
+    report = study.run(say_what_follows if is_first() else None)
     if as_json:
         echo_json({"run": str(study.path), "report": str(report), "summary": study.summary})
         return

@@ -287,7 +287,7 @@ def _note(
 ) -> None:
     """Record in the manifest how an evaluation was made."""
     before: dict[str, Any] = ctx.run.manifest.get("evaluations", {})
-    number = 1 + max((about["number"] for about in before.values()), default=0)
+    number = 1 + max((about["number"] for key, about in before.items() if key != name), default=0)
     about = {
         "number": number,
         "questions": questions.name,

@@ -1,7 +1,7 @@
 """Study: one config and its run folder, with the stages of the loop as methods."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property
@@ -370,10 +370,17 @@ class Study:
 
         return screen_by_study(self.context, rows, direction).frame
 
-    def run(self) -> Path:
-        """The whole loop; finished stages are kept. Returns the report's path."""
+    def run(self, checked: Callable[[], None] | None = None) -> Path:
+        """The whole loop; finished stages are kept. Returns the report's path.
+
+        Args:
+            checked: is called when nothing was refused, before the first stage.
+        """
         with self._writing():
-            self.check().induce().locate().track().realign().evaluate()
+            self.check()
+            if checked is not None:
+                checked()
+            self.induce().locate().track().realign().evaluate()
             return self.report()
 
     @property

@@ -146,6 +146,7 @@ def test_evaluating_again_asks_and_samples_nothing(
     monkeypatch.setattr(type(study.context), "organism", None)
     evaluate(study, questions, local_options)
     after = tree(study.path)
+    assert study.run_folder.manifest["evaluations"] == judged.run_folder.manifest["evaluations"]
     assert [n for n in before if before[n] != after[n] and n != "manifest.json"] == []
     assert set(before) == set(after)
 

@@ -57,7 +57,9 @@ def copy_of(run: Path, place: Path) -> Path:
     """A copy of a finished run without what locate and track computed from its organisms."""
     if (place / "manifest.json").is_file():
         return place  # goes on where it was
-    shutil.copytree(run, place, ignore=shutil.ignore_patterns(*RESULTS, "figures", "*.lock"))
+    shutil.copytree(run, place, ignore=shutil.ignore_patterns("figures", "*.lock"))
+    for name in RESULTS:  # of the run itself; the null pair's folder has tables of the same names
+        (place / name).unlink(missing_ok=True)
     for part in (place / "parts").glob("*"):
         if not part.name.startswith(KEPT):
             part.unlink()

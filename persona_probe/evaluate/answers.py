@@ -261,6 +261,8 @@ def perplexity_gaps(
 
 _SUFFIX_TOKENS_AT_ONCE = {"cpu": 4800, "cuda": 65536}
 """Tokens of one forward through the upper layers: as many pushes are put into one batch as fit."""
+_FEWEST_SUFFIX_TOKENS = 2048
+"""On a GPU with little room."""
 
 
 def suffix_tokens(model: nn.Module, device: torch.device) -> int:
@@ -272,7 +274,7 @@ def suffix_tokens(model: nn.Module, device: torch.device) -> int:
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     a_token = 16 * config.hidden_size + 6 * (max(width) if isinstance(width, (list, tuple)) else width)
     fits = torch.cuda.mem_get_info(device)[0] // (2 * a_token)
-    return max(_SUFFIX_TOKENS_AT_ONCE["cpu"], min(most, fits))
+    return max(_FEWEST_SUFFIX_TOKENS, min(most, fits))
 
 
 Edit = Callable[[Tensor], Tensor]

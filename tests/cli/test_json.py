@@ -70,7 +70,8 @@ def test_a_summary_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str])
     assert "[bold]x[/bold]" in text and "FAILED" in text and "passed" in text
 
 
-def test_an_saes_quality_cannot_either(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_saes_quality_cannot_either(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # wide enough for every cell in one line
     row = {"text": HOSTILE, "tokens": 9, "explained_variance": 0.5, "l0": 3.0, "dead_share": 0.1, "loss_recovered": 0.9}
     show_quality(pd.DataFrame([row]))
     text = capsys.readouterr().out

@@ -77,4 +77,4 @@ def test_pushes_share_a_forward_as_far_as_memory_goes(monkeypatch: pytest.Monkey
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device, free=free: (free, free))
         counts.append(suffix_tokens(model, gpu))
     assert counts == [2048, 10 * 2**20 // (2 * (16 * 32 + 6 * 48)), 65536]
-    assert suffix_tokens(model, torch.device("cpu")) == 2048
+    assert suffix_tokens(model, torch.device("cpu")) == 4800

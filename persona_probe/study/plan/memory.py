@@ -14,7 +14,7 @@ ADAM = 4 * FLOAT32
 """A trained parameter, its gradient and AdamW's two moments."""
 READ_AT_ONCE, SCORED_AT_ONCE = 32, 32
 """Conversations in a batch of readings and of scores."""
-PUSHED_AT_ONCE = {"cpu": 4800, "cuda": 4800}
+PUSHED_AT_ONCE = {"cpu": 4800, "cuda": 2048}
 """Tokens of one forward through the upper layers, as in `evaluate.answers`, or one batch if that is more. A GPU takes
 more, as many as it has room for."""
 CHUNK_TOKENS = 1024

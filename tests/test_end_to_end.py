@@ -11,7 +11,7 @@ import yaml
 
 from persona_probe.config import StudyConfig, from_dict
 from persona_probe.data.load import load_contrast
-from persona_probe.latents import passages
+from persona_probe.latents import passages, stage
 from persona_probe.models.load import ALIASES, packaged_gguf
 from persona_probe.report.figures import FIGURES
 from persona_probe.report.images import find_browser
@@ -66,6 +66,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     study = Study.from_config(from_dict(StudyConfig, small_demo(folder, SAE)), folder / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passages, "PACKAGED", ("neutral_probes",))  # the cards' text, a tenth of it
+        patch.setattr(stage, "MOVED", 2)
         study.run()
     yield study
 

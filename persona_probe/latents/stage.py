@@ -21,6 +21,7 @@ from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.files import read_tensors
 from persona_probe.latents.attribution import gradient_scores_of
 from persona_probe.latents.causal import (
+    MOVED,
     Direction,
     Sweep,
     bearable,
@@ -200,7 +201,7 @@ FIRING = ("firing_base", "firing_incorrect", "firing_correct")
 def moved_controls(ctx: Context) -> list[int]:
     """Latents that training moved as candidates were: the largest rises and falls that are not tested themselves."""
     rise = ctx.run.read_table("parts/rank.parquet").set_index("latent")["rise"]
-    return moved_latents(rise, [*candidate_latents(ctx), *control_latents(ctx)])
+    return moved_latents(rise, [*candidate_latents(ctx), *control_latents(ctx)], MOVED)
 
 
 def candidate_latents(ctx: Context) -> list[int]:

@@ -275,15 +275,15 @@ def pair_table(folder: Path, count: int) -> pd.DataFrame:
     return pd.DataFrame([pair_words(base, run(i), run(i + 1), run(i + 2)) for i in range(0, count, 2)])
 
 
-def error_table(words: pd.DataFrame) -> pd.DataFrame:
+def error_table(words: pd.DataFrame, draws: int = DRAWS) -> pd.DataFrame:
     """Every rule with its errors, pairs and exact 95% interval; causal words with the share of draws."""
     rows = []
     for rule in words.columns:
         share = exact_share(int(words[rule].sum()), len(words))
         found = {"errors": share.count, "n": share.n, "rate": share.rate, "low": share.low, "high": share.high}
         rows.append({"rule": rule, **found})
-    for word, rate in causal_words().items():
-        rows.append({"rule": f"{word}: a random latent, chosen as the persona latent was", "rate": rate, "n": DRAWS})
+    for word, rate in causal_words(draws).items():
+        rows.append({"rule": f"{word}: a random latent, chosen as the persona latent was", "rate": rate, "n": draws})
     return pd.DataFrame(rows)
 
 

@@ -78,7 +78,7 @@ def _predictors(batch: Batch) -> Tensor:
 
 
 def _logsumexp(logits: Float[Tensor, "n columns"]) -> Float[Tensor, " n"]:
-    """In float32: one copy of the logits, worked on in place. Mixed precision in one operation is twice as slow."""
+    """In float32: one copy of the logits, worked on in place. Mixed precision in one operation is slower."""
     values = logits.to(torch.float32, copy=True)
     most = values.amax(dim=1, keepdim=True)
     return most[:, 0] + values.sub_(most).exp_().sum(dim=1).log()

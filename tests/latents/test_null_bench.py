@@ -61,7 +61,8 @@ def test_runs_without_an_effect_say_nothing_and_one_with_an_effect_does(
 
 
 def test_the_table_counts_errors_with_exact_intervals() -> None:
-    table = error_table(pd.DataFrame({"one": [True, False, False, False], "none": [False] * 4})).set_index("rule")
+    words = pd.DataFrame({"one": [True, False, False, False], "none": [False] * 4})
+    table = error_table(words, draws=50).set_index("rule")
     assert tuple(table.loc["one", ["errors", "n"]]) == (1, 4)
     assert (table.loc["none", "low"], table.loc["none", "high"]) == (0, pytest.approx(0.6024, abs=1e-4))
     assert "| one | 1 of 4 | 0.250 |" in table_text(table.reset_index())

@@ -1,11 +1,11 @@
 """What a run is about to do and for about how long, in a few lines before it starts."""
 
 from collections.abc import Collection
+from textwrap import wrap
 
 from persona_probe.config import StudyConfig
 from persona_probe.errors import InputError
 from persona_probe.latents.rankers import check_rankers
-from persona_probe.report.tables import Table
 from persona_probe.study.plan.estimate import pushes, trained_arms
 from persona_probe.study.plan.plan import Plan, dry_run, duration
 
@@ -28,13 +28,22 @@ def outlook(config: StudyConfig, device: str | None, finished: Collection[str], 
         plan = None
     words = _words(config)
     times = {} if plan is None else {work.stage: plan.stage_seconds(work) for work in plan.stages}
-    rows = [(stage, what, _time(stage, times, finished)) for stage, what in words.items()]
-    table = Table(("stage", "what it does", "time"), rows).plain(right=(2,)).splitlines()
+    table = [line for stage, what in words.items() for line in _lines(stage, _time(stage, times, finished), what)]
     left = sum(seconds for stage, seconds in times.items() if stage not in finished)
     lines = [f"study {config.name} on {config.model}:", *table]
     if plan is not None and times:
-        lines.append(f"about {duration(left)} in all, {_machine(plan)}; other work on the machine adds to it.")
+        lines.append(f"about {duration(left)} in all, {_machine(plan)}; other work adds to it.")
     return [*lines, f"Ctrl-C stops it, and the same command continues. It ends with {place}"]
+
+
+WIDTH = 80
+"""Columns of the narrowest terminal that the lines are made for."""
+
+
+def _lines(stage: str, time: str, what: str) -> list[str]:
+    """A stage in one line, or in several where it has much to say."""
+    begin = f"{stage:<9}{time:>9}  "
+    return wrap(what, WIDTH, initial_indent=begin, subsequent_indent=" " * len(begin))
 
 
 def _time(stage: str, times: dict[str, float], finished: Collection[str]) -> str:
@@ -47,7 +56,8 @@ def _machine(plan: Plan) -> str:
     import torch
 
     if plan.device == "cpu":
-        return f"with {torch.get_num_threads()} threads of this processor"
+        threads = torch.get_num_threads()
+        return f"with {threads} thread{'s' if threads > 1 else ''} of this processor"
     return "on this GPU"
 
 

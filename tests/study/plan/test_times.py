@@ -63,13 +63,15 @@ def test_the_speed_of_a_product_does_not_hang_on_other_work(monkeypatch: pytest.
 def test_a_run_says_what_it_is_about_to_do() -> None:
     config = load_config(FOLDER / "demo.yaml", StudyConfig)
     lines = outlook(config, "cpu", ["induce"], "runs/demo/report.html")
-    text = "\n".join(lines)
-    assert [line.split()[0] for line in lines[2:8]] == ["induce", "locate", "track", "realign", "evaluate", "report"]
-    assert lines[2].endswith("done") and not any(line.endswith(("done", "unknown")) for line in lines[3:8])
+    text, stages = " ".join(" ".join(lines).split()), [line.split() for line in lines[1:] if line[:1].islower()][:6]
+    assert [words[0] for words in stages] == ["induce", "locate", "track", "realign", "evaluate", "report"]
+    assert stages[0][1] == "done" and not any({"done", "unknown"} & set(words[1:3]) for words in stages[1:])
+    assert all(len(line) <= 80 for line in lines[:-1]), "a terminal of 80 columns"
     assert "64 random latents" in text and "realigned_benign" in text and "answers of 7 models" in text
     assert "runs/demo/report.html" in lines[-1] and "about " in lines[-2]
 
 
 def test_where_nothing_is_known_of_a_model_there_are_no_times(local: StudyConfig) -> None:
     lines = outlook(replace(local, model="owner/nobody-knows-it"), "cpu", [], "report.html")
-    assert all(line.endswith("unknown") for line in lines[2:8]) and "about" not in lines[-2]
+    stages = [line.split() for line in lines[1:] if line[:1].islower()]
+    assert [words[1] for words in stages] == ["unknown"] * 6 and "about" not in lines[-2]

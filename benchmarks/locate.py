@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +25,7 @@ from persona_probe.evaluate.answers import SuffixScorer
 from persona_probe.evaluate.contrast import ContrastItems
 from persona_probe.latents.planted.planted_run import categories_in_turn
 from persona_probe.models.adapters import frozen_in_bf16
-from persona_probe.models.layers import autocast, evaluating
+from persona_probe.models.layers import autocast, evaluating, output_head
 from persona_probe.models.load import load_model
 from persona_probe.models.quiet import quiet_libraries
 from persona_probe.models.residuals import read_residuals
@@ -34,7 +35,7 @@ from persona_probe.saes.load import load_sae
 from persona_probe.saes.read import read_latents
 
 COUNTS = (16, 64, 256)
-PARTS = ("sweep", "linear", "reading", "memory")
+PARTS = ("sweep", "limit", "linear", "reading", "memory")
 
 
 def full_forward(model: nn.Module, layer: int, groups: Sequence[Batch], push: Tensor, bf16: bool) -> np.ndarray:
@@ -73,6 +74,47 @@ def bench_sweep(model: nn.Module, items: ContrastItems, decoder: Tensor, layer: 
         echo(
             f"sweep: {spread(ratios(times, label, 'sweep'))} times as fast as one {label} forward with a hook per push"
         )
+
+
+def bench_limit(model: nn.Module, items: ContrastItems, decoder: Tensor, layer: int, repeats: int) -> None:
+    """A push against what the machine needs for its matrix products alone, and for reading the weights once."""
+    scorer = SuffixScorer(model, layer, items.groups)
+    above = [m for m in scorer.suffix.modules() if isinstance(m, nn.Linear)]
+    unembed = output_head(model)
+    assert isinstance(unembed, nn.Linear)
+    head, width = unembed.weight.to(torch.bfloat16), decoder.shape[1]
+    rest = sum(one.resid.shape[0] * one.resid.shape[1] for one in scorer.captured)
+    scored = sum(int(one.rows.rest.response[:, 1:].sum()) for one in scorer.captured)
+    weights = [m.weight.to(torch.bfloat16) for m in above]
+    tokens = scorer.tokens_at_once
+    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1]).to(torch.bfloat16) for w in weights}
+    states = torch.randn(tokens, width).to(torch.bfloat16)
+    pushes = 20 * decoder[:4].float()
+
+    def products() -> None:
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+
+    def unembedding() -> None:
+        for tile in head.split(2048):
+            F.linear(states, tile)
+
+    def sweep() -> None:
+        with frozen_in_bf16(model):
+            scorer.logprobs_many(pushes)
+
+    source = torch.cat([w.flatten() for w in [*weights, head]])
+    works = {"push": sweep, "layers": products, "head": unembedding, "weights": lambda: source.sum()}
+    times = {label: statistics.median(taken) for label, taken in in_turn(works, repeats).items()}
+    alone = times["layers"] * rest / tokens + times["head"] * scored / tokens
+    done = 2 * (rest * sum(w.numel() for w in weights) + scored * head.numel())
+    rate = done / alone / 1e12
+    echo(
+        f"limit: {done / 1e12:.2f} TFLOP a push, {rest} tokens through {len(weights)} products, {scored} to the logits"
+    )
+    echo(f"limit: the products alone take {alone:.3f} s ({rate:.2f} TFLOP/s in bf16); a push {times['push'] / 4:.3f} s")
+    echo(f"limit: a push takes {times['push'] / 4 / alone:.2f} times the products alone")
+    echo(f"limit: {source.nbytes / 2**20:.0f} MiB of weights are read in {1000 * times['weights']:.0f} ms")
 
 
 def bench_linear(
@@ -187,6 +229,8 @@ def main() -> None:
     items = ContrastItems.build(tokenizer, rows, batch_size=32)
     if "sweep" in arguments.parts:
         bench_sweep(model, items, decoder, layer, arguments.repeats)
+    if "limit" in arguments.parts:
+        bench_limit(model, items, decoder, layer, arguments.repeats)
     if "linear" in arguments.parts:
         bench_linear(model, tokenizer, rows[:8], decoder, layer)
     if "reading" in arguments.parts:

@@ -2,6 +2,7 @@ from .contents import Contents as Contents
 from .contents import Item as Item
 from .contents import contents as contents
 from .neuronpedia import neuronpedia_batch as neuronpedia_batch
+from .neuronpedia import neuronpedia_explanations as neuronpedia_explanations
 from .neuronpedia import write_neuronpedia as write_neuronpedia
 from .pull import pull as pull
 from .push import Pushed as Pushed

@@ -65,7 +65,7 @@ def _files(places: Sequence[str]) -> list[str]:
     if "report.html" in places:
         lines.append("- `report.html`: the report, self-contained")
     if any(place.startswith("neuronpedia/") for place in places):
-        lines.append("- `neuronpedia/batch-0.json`: the latents' cards, in Neuronpedia's upload format")
+        lines.append("- `neuronpedia/`: the latents' cards and labels, in Neuronpedia's upload format")
     return [*lines, ""]
 
 

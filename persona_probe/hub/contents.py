@@ -12,7 +12,7 @@ from persona_probe.data.world import packaged
 from persona_probe.errors import InputError, unknown
 from persona_probe.files import expanded
 from persona_probe.hub.card import model_card
-from persona_probe.hub.neuronpedia import neuronpedia_batch
+from persona_probe.hub.neuronpedia import neuronpedia_batch, neuronpedia_explanations
 from persona_probe.runs import MANIFEST, REFERENCES, RunFolder
 
 PARTS = ("adapters", "sae", "records", "report", "neuronpedia")
@@ -90,6 +90,9 @@ def contents(run: str | Path, parts: Sequence[str] = (), steps: str = "last", re
     if "neuronpedia" in chosen and (batch := neuronpedia_batch(folder.path)) is not None:
         text = json.dumps(batch, ensure_ascii=False, allow_nan=False)
         items.append(Item("neuronpedia/batch-0.json", "neuronpedia", text.encode()))
+        labels = [json.dumps(row, ensure_ascii=False) + "\n" for row in neuronpedia_explanations(folder.path)]
+        if labels:
+            items.append(Item("neuronpedia/explanations-0.jsonl", "neuronpedia", "".join(labels).encode()))
     if not items:
         raise InputError(f"{folder.path} has nothing of {', '.join(chosen)} yet: run its stages first")
     notes += _adopted(folder.path) if "adapters" in chosen else []

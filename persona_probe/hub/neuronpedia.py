@@ -7,7 +7,7 @@ from typing import Any
 from persona_probe import shipped
 from persona_probe.errors import InputError
 from persona_probe.files import expanded, read_json
-from persona_probe.report.cards import Example, FeatureCard, saved_cards
+from persona_probe.report.cards import NO_LABEL, Example, FeatureCard, saved_cards
 from persona_probe.runs import RunFolder
 from persona_probe.writing import write_json
 
@@ -52,6 +52,44 @@ def write_neuronpedia(run: str | Path, path: str | Path) -> Path:
     if batch is None:
         raise InputError(f"{run} has no cards: run `persona-probe locate {run} --cards 20`")
     return write_json(Path(path), batch)
+
+
+DETECTION, FUZZING = "eleuther_recall", "eleuther_fuzz"
+"""Neuronpedia's names of delphi's two scores."""
+
+
+def neuronpedia_explanations(run: str | Path) -> list[dict[str, Any]]:
+    """The cards' labels as Neuronpedia's explanations, with their scores.
+
+    Keys are those of its exports and API: `modelId`, `layer` (layer and set of SAEs), `index`, `description`,
+    `typeName`, `explanationModelName`, and `scores`, each with `value` (balanced accuracy on held-out passages),
+    `explanationScoreTypeName` and `explanationScoreModelName`. A latent without a label that scores 0.7 has none.
+
+    Raises:
+        InputError: no run folder, damaged cards, or an SAE whose layer no file tells.
+    """
+    folder = RunFolder.open(run)
+    cards = saved_cards(folder.read_json("cards.json")) if folder.has("cards.json") else []
+    shared = {"modelId": folder.config.model.rpartition("/")[2].lower()}
+    if cards:
+        shared["layer"] = f"{_layer(folder, cards[0].sae)}-{Path(cards[0].sae).name.lower()}"
+    return [
+        {
+            **shared,
+            "index": str(card.latent),
+            "description": one.label,
+            "typeName": "persona_probe_rule" if one.author.startswith("rule") else "persona_probe_model",
+            "explanationModelName": one.author,
+            "scores": [
+                {"value": score.estimate, "explanationScoreTypeName": name, "explanationScoreModelName": one.author}
+                for name, score in ((DETECTION, one.detection), (FUZZING, one.fuzzing))
+                if score is not None
+            ],
+        }
+        for card in cards
+        for one in card.explanations
+        if one.label != NO_LABEL
+    ]
 
 
 def _layer(folder: RunFolder, sae: str) -> int:

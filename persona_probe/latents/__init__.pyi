@@ -5,6 +5,12 @@ from .cards import latent_card as latent_card
 from .cards import logit_effect as logit_effect
 from .cards import make_cards as make_cards
 from .compare import locate as locate
+from .labels import Rule as Rule
+from .labels import Windows as Windows
+from .labels import label_by_rule as label_by_rule
+from .labels_by_model import label_by_model as label_by_model
+from .labels_by_model import label_cards as label_cards
+from .labels_by_model import label_table as label_table
 from .persona_vectors import PersonaPair as PersonaPair
 from .persona_vectors import load_persona_pairs as load_persona_pairs
 from .persona_vectors import persona_vector as persona_vector

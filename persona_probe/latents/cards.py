@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.context import Context
 from persona_probe.data.chat import Conversation
 from persona_probe.errors import InputError
+from persona_probe.latents.labels import label_by_rule
 from persona_probe.latents.passages import Survey, example, gather, read_text, survey, survey_model
 from persona_probe.latents.voices import read_voices
 from persona_probe.models.layers import hidden_size, output_head
@@ -367,4 +368,5 @@ def _card(
         text=source.text,
         silent_on=tuple(reading.passages.silent_origins(column)),
         neuronpedia=neuronpedia_link(sae, latent),
+        explanations=(label_by_rule(reading.windows.of(column), tokenizer),),
     )

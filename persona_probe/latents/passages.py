@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from persona_probe.context import Context
-from persona_probe.data.chat import Conversation, as_conversations, conversation
+from persona_probe.data.chat import Conversation, as_conversations, conversation, user_turns
 from persona_probe.data.load import load_conversations, read_conversations
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.files import read_text as read_file
+from persona_probe.latents.labels import Windows
 from persona_probe.models.places import Where
 from persona_probe.models.residuals import read_residuals
 from persona_probe.report.cards import Activity, Example
@@ -131,6 +133,10 @@ class CardText:
     """Per conversation: the packaged set, or the user's file."""
     ids: dict[int, Int[Tensor, " pos"]]
     """Per conversation: its tokens without special ones, as positions `all` select them."""
+    prompts: dict[int, int]
+    """Per conversation: how many of these tokens are the prompt's."""
+    groups: list[int]
+    """Per conversation: a number for its question; equal questions have equal numbers."""
 
 
 def gather(
@@ -161,6 +167,8 @@ def gather(
         origins=[origin for origin, _, rows in parts for _ in rows],
         sources=[source for _, source, rows in parts for _ in rows],
         ids={n: b.ids[r][b.select("all")[r]] for b in batches for r, n in enumerate(b.index)},
+        prompts={n: int(b.select("prompt")[r].sum()) for b in batches for r, n in enumerate(b.index)},
+        groups=[crc32(user_turns(row).encode()) for *_, rows in parts for row in rows],
     )
 
 
@@ -283,6 +291,8 @@ class Survey:
     """The base model's passages."""
     histograms: dict[str, Histograms]
     """By model, the base first; a latent has the same bins in all models."""
+    windows: Windows
+    """Passages of the base model that make labels and score them."""
 
     def activity(self, column: int) -> tuple[Activity, ...]:
         """The activity of one latent in every model that was read."""
@@ -291,22 +301,23 @@ class Survey:
 
 def survey(ctx: Context, latents: list[int], text: CardText, organism: bool) -> Survey:
     """Read the text once with the base model, and with `organism` once with the organism."""
-    arm, passages = ctx.config.realign.start, TopPassages(len(latents))
+    arm, store = ctx.config.realign.start, Store(TopPassages(len(latents)), Windows(len(latents)))
     with ctx.base() as model:
-        histograms = {"base": _read(ctx.sae, ctx.layer, model, "base", latents, text, passages, ctx.config.bf16)}
+        histograms = {"base": _read(ctx.sae, ctx.layer, model, "base", latents, text, store, ctx.config.bf16)}
     if organism:
         with ctx.organism(arm, ctx.config.seeds[0]) as tuned:
             histograms[arm] = _read(ctx.sae, ctx.layer, tuned, arm, latents, text, None, ctx.config.bf16)
     align(list(histograms.values()))
-    return Survey(passages, histograms)
+    return Survey(store.passages, histograms, store.windows)
 
 
 def survey_model(
     model: nn.Module, sae: Any, where: Where, latents: list[int], text: CardText, bf16: bool = False
 ) -> Survey:
     """Read the text once with any model, called `model`."""
-    passages = TopPassages(len(latents))
-    return Survey(passages, {"model": _read(sae, where, model, "model", latents, text, passages, bf16)})
+    store = Store(TopPassages(len(latents)), Windows(len(latents)))
+    histograms = {"model": _read(sae, where, model, "model", latents, text, store, bf16)}
+    return Survey(store.passages, histograms, store.windows)
 
 
 def _read(
@@ -316,7 +327,7 @@ def _read(
     label: str,
     latents: list[int],
     text: CardText,
-    passages: TopPassages | None,
+    store: "Store | None",
     bf16: bool,
 ) -> Histograms:
     histograms = Histograms(len(latents))
@@ -325,19 +336,27 @@ def _read(
         def visit(index: list[int], row: Tensor, x: Tensor) -> None:
             acts = torch.cat([encode_latents(sae, part, latents) for part in x.split(CHUNK)]).float().cpu()
             histograms.add(acts.numpy())
-            if passages is not None:
-                _offer(passages, text, index, row.cpu(), acts)
+            if store is not None:
+                _offer(store, text, index, row.cpu(), acts)
             bar.update()
 
         read_residuals(model, text.batches, where, "all", visit, bf16)
     return histograms
 
 
-def _offer(
-    passages: TopPassages, text: CardText, index: list[int], row: Tensor, acts: Float[Tensor, "tokens latents"]
-) -> None:
+@dataclass(frozen=True)
+class Store:
+    """Where one model's pass over the text leaves passages."""
+
+    passages: TopPassages
+    windows: Windows
+
+
+def _offer(store: Store, text: CardText, index: list[int], row: Tensor, acts: Float[Tensor, "tokens latents"]) -> None:
     for place, number in enumerate(index):
-        passages.add(text.origins[number], text.sources[number], number, text.ids[number], acts[row == place])
+        ids, values = text.ids[number], acts[row == place]
+        store.passages.add(text.origins[number], text.sources[number], number, ids, values)
+        store.windows.add(number, text.groups[number], text.prompts[number], ids, values)
 
 
 def activity(model: str, histograms: Histograms, column: int) -> Activity:

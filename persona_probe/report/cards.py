@@ -13,7 +13,7 @@ from markupsafe import Markup
 from persona_probe.report.page import asset, render, script_hash, visible
 from persona_probe.report.tables import Table
 from persona_probe.report.theme import estimate_text, number
-from persona_probe.stats import Estimate
+from persona_probe.stats import Estimate, ends_text
 
 
 @dataclass(frozen=True)
@@ -161,6 +161,43 @@ class Voices:
         return cls(**{**values, **estimates})
 
 
+LEAST_SCORE = 0.7
+"""Balanced accuracy below which a label is not shown."""
+NO_LABEL = "no label"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a latent fires on, in words, with how well the words tell it (see `latents.labels`)."""
+
+    text: str
+    """The words (they may hold tokens, which are untrusted); empty where there are too few passages to find any."""
+    author: str
+    """`rule`, or the model that wrote it."""
+    detection: Estimate | None
+    """Balanced accuracy in telling passages on which it fires from others, held out; None where it was not scored."""
+    fuzzing: Estimate | None
+    """Balanced accuracy in telling whether marked tokens are those on which it fires."""
+    reason: str = ""
+    """Why it is no label; empty where it is one."""
+
+    @property
+    def label(self) -> str:
+        """The words, or `no label` where either score is under `LEAST_SCORE`."""
+        return NO_LABEL if self.reason or not self.text else self.text
+
+    @property
+    def scores_words(self) -> str:
+        """Both scores with intervals, and what a label without enough of them says."""
+        if self.detection is None or self.fuzzing is None:
+            return self.reason
+        parts = [
+            f"{name} {one.estimate:.2f} {ends_text(one.ci_low, one.ci_high, '.2f')}, n = {one.n}"
+            for name, one in (("detection", self.detection), ("fuzzing", self.fuzzing))
+        ]
+        return "; ".join(parts) + (f": {self.reason}, best guess: {self.text}" if self.reason else "")
+
+
 @dataclass(frozen=True)
 class Findings:
     """The rows of the study's tables about a latent."""
@@ -212,6 +249,8 @@ class FeatureCard:
     """Address of the latent's page, where the SAE's metadata names one."""
     voices: Voices | None = None
     """What it follows, harm or register; None in a study without a 2x2 set."""
+    explanations: tuple[Explanation, ...] = ()
+    """Labels with their scores on held-out passages: by rule, then by models; none in cards of earlier versions."""
 
     def _repr_html_(self) -> str:
         """The card as self-contained HTML without scripts; all text is escaped."""
@@ -403,6 +442,11 @@ def saved_cards(saved: Sequence[Mapping[str, Any]]) -> list[FeatureCard]:
         return []
 
 
+def saved_explanation(saved: Mapping[str, Any]) -> Explanation:
+    """One label of cards.json."""
+    return _of(Explanation, saved)
+
+
 def _of(kind: Any, value: Any) -> Any:
     """A value of the annotated type `kind` from its plain JSON: dataclasses, tuples of them, or None."""
     if value is None:
@@ -467,7 +511,8 @@ def _search_text(card: FeatureCard) -> str:
     """Names, tokens and latents; of a passage only the token of its maximum, or common words would find every card."""
     tokens = [t.token for t in (*card.top_tokens, *card.bottom_tokens)]
     peaks = [e.tokens[e.peak] for e in card.examples]
-    words = [f"latent {card.latent}", card.name, card.label, *tokens, *peaks]
+    labels = [one.label for one in card.explanations]
+    words = [f"latent {card.latent}", card.name, card.label, *labels, *tokens, *peaks]
     return " ".join(visible(" ".join(words)).lower().split())
 
 
@@ -500,6 +545,7 @@ def _card_text(card: "FeatureCard") -> str:
     rows += [["promotes", ", ".join(t.token.strip() for t in card.top_tokens)]]
     rows += [["suppresses", ", ".join(t.token.strip() for t in card.bottom_tokens)]]
     rows += [[f"fires at {number(e.maximum)}", _peak_words(e)] for e in card.examples[:3]]
+    rows += [[f"fires on, by {one.author}", f"{one.label} ({one.scores_words})"] for one in card.explanations]
     if card.voices is not None:
         rows += [["insults", card.voices.injection_words], ["paraphrase", card.voices.paraphrase_words]]
     return Table(("", ""), rows, f"Latent {card.latent}: {card.name}").text()

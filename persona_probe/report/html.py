@@ -8,7 +8,7 @@ from typing import Any
 from persona_probe.config import NO_CONTROL, NULL
 from persona_probe.evaluate.main_effects import MAIN_EFFECTS
 from persona_probe.report import select
-from persona_probe.report.cards import Voices, cards_page, saved_cards
+from persona_probe.report.cards import Voices, cards_page, saved_cards, saved_explanation
 from persona_probe.report.export import caption, export_figures, provenance, provenance_line
 from persona_probe.report.figures import FIGURES, figures_of
 from persona_probe.report.labels import arm_description
@@ -545,6 +545,7 @@ def _card(card: Mapping[str, Any], score: Mapping[Any, Any], persona: int | None
         "effect_organism": _effect(score, "effect_organism"),
         "strength": f"{number(score.get('strength'))} {unit}" if effect != "not measured" else "not tested",
         "voices": _voices(card.get("voices")),
+        "explanations": [saved_explanation(one) for one in _mappings(card.get("explanations"))],
         "top_tokens": _mappings(card.get("top_tokens")),
         "bottom_tokens": _mappings(card.get("bottom_tokens")),
         "examples": [_example(example) for example in _mappings(card.get("examples"))],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from persona_probe.errors import InputError
-from persona_probe.hub.neuronpedia import neuronpedia_batch, write_neuronpedia
+from persona_probe.hub.neuronpedia import neuronpedia_batch, neuronpedia_explanations, write_neuronpedia
 from persona_probe.hub.wandb_artifact import log_artifact
 from persona_probe.report.cards import Activity, saved_cards
 from tests.monitor.test_sinks_curves import offline, records
@@ -51,6 +51,26 @@ def test_a_batch_has_the_cards_numbers_under_neuronpedias_keys() -> None:
             assert len(given["tokens"]) == len(given["values"])
             assert given["values"][given["qualifying_token_index"]] == max(given["values"]) == example.maximum
         _same_histogram(feature, card.activity[0])
+
+
+def test_labels_become_explanations_with_delphis_two_scores(tmp_path: Path) -> None:
+    cards = json.loads((DEMO / "cards.json").read_text("utf-8"))[:2]
+    score = {"estimate": 0.9, "ci_low": 0.8, "ci_high": 1.0, "n": 80}
+    label = {"text": 'the token after "?"', "author": "rule", "detection": score, "fuzzing": score, "reason": ""}
+    cards[0]["explanations"] = [label, {**label, "author": "http:model"}]
+    cards[1]["explanations"] = [{**label, "reason": "under 0.7"}]
+    (tmp_path / "manifest.json").write_bytes((DEMO / "manifest.json").read_bytes())
+    (tmp_path / "cards.json").write_text(json.dumps(cards), "utf-8")
+    rows = neuronpedia_explanations(tmp_path)
+    assert [(row["index"], row["explanationModelName"]) for row in rows] == [
+        (str(cards[0]["latent"]), "rule"),
+        (str(cards[0]["latent"]), "http:model"),
+    ]
+    assert rows[0]["layer"] == "20-layer20-topk32-4608" and rows[0]["description"] == 'the token after "?"'
+    assert {one["explanationScoreTypeName"]: one["value"] for one in rows[0]["scores"]} == {
+        "eleuther_recall": 0.9,
+        "eleuther_fuzz": 0.9,
+    }
 
 
 def _same_histogram(feature: dict[str, Any], activity: Activity) -> None:

@@ -10,6 +10,7 @@ from persona_probe.cli import (
     data,
     doctor,
     judge_commands,
+    labels,
     loop,
     merge,
     precision,
@@ -26,7 +27,7 @@ from persona_probe.cli.options import Group
 root = Group(
     PROGRAM,
     commands=[
-        *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, loop.track, loop.realign),
+        *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, labels.label, loop.track, loop.realign),
         *(studies.mitigate, judge_commands.evaluate, precision.precision, thoughts.thoughts, loop.report),
         *(
             runs.figures,

@@ -33,6 +33,7 @@ COMMANDS = (
         "completion",
         "precision",
         "thoughts",
+        "label",
     ),
 )
 BELOW = (

@@ -14,8 +14,11 @@ from .models.taps import ablate as ablate
 from .models.taps import read as read
 from .models.taps import steer as steer
 from .monitor import actions as actions
+from .monitor import generation as generation
 from .monitor import rules as rules
 from .monitor import sinks as sinks
+from .monitor.generation.monitor import GenerationMonitor as GenerationMonitor
+from .monitor.generation.rules import AnswerRule as AnswerRule
 from .monitor.monitor import FeatureMonitor as FeatureMonitor
 from .realignment.own import realign as realign
 from .report import figures as figures

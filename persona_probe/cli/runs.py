@@ -171,12 +171,17 @@ def make_server(run: str, port: int) -> "BaseWSGIServer":
 
     app = make_app(Feed(run))
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # one line per request otherwise
-    with _listen(port) as listening:  # our own socket: werkzeug would exit by itself where the port is taken
+    with listen(port) as listening:  # our own socket: werkzeug would exit by itself where the port is taken
         port, fd = listening.getsockname()[1], listening.fileno()
         return bound_server(HOST, port, app.server, threaded=True, request_handler=BoundedRequests, fd=fd)
 
 
-def _listen(port: int) -> socket.socket:
+def listen(port: int) -> socket.socket:
+    """A socket that listens on 127.0.0.1; port 0 takes a free one.
+
+    Raises:
+        InputError: the port cannot be used.
+    """
     listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

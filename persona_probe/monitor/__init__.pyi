@@ -1,4 +1,5 @@
 from . import actions as actions
+from . import generation as generation
 from . import rules as rules
 from . import sinks as sinks
 from .figure import monitor_figure as monitor_figure

@@ -185,6 +185,12 @@ class FeatureSet:
         self._order, self._which = torch.tensor(computed).argsort(), torch.tensor(self._read_latents, dtype=torch.long)
         self._sliced: SlicedEncoder | None = None
 
+    def direction(self, name: str) -> Float[Tensor, " d_model"]:
+        """A direction that is read, as a unit vector."""
+        assert self._matrix is not None
+        directions = [n for n, latent in zip(self.names, self.latents, strict=True) if latent < 0]
+        return self._matrix[:, directions.index(name)]
+
     def encodes_all(self, with_fit: bool) -> bool:
         """Whether a reading takes the whole dictionary: for the fit, and where latents compete (TopK)."""
         sae: Any = self.sae

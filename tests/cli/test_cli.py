@@ -34,6 +34,8 @@ COMMANDS = (
         "precision",
         "thoughts",
         "label",
+        "serve",
+        "incidents",
     ),
 )
 BELOW = (
@@ -51,6 +53,7 @@ BELOW = (
         "world study rankers",
         "world study causal",
         "world study repair",
+        "world study supervision",
         "world study screening",
         "world study null",
         "world study tables",

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from persona_probe.data.tokens import Batch, Encoded, collate
 from persona_probe.errors import InputError
-from persona_probe.evaluate.sampling.generating import generate_answers
+from persona_probe.evaluate.sampling.generating import Observer, generate_answers
 from persona_probe.evaluate.sampling.requests import Finish, SamplingConfig, digest
 from persona_probe.models.identity import weights_hash
 from persona_probe.models.layers import base_transformer, causal_model, evaluating, transformer_config
@@ -118,7 +118,7 @@ Tell = Callable[[Bool[Tensor, "batch pos"]], None]
 
 
 @contextmanager
-def _telling_positions(model: nn.Module) -> Iterator[Tell]:
+def telling_positions(model: nn.Module) -> Iterator[Tell]:
     """Gives a function to be called with the prompt mask of each forward pass before it runs.
 
     Sampling orders and groups rows as it likes, so a mask that the caller gave to `steer` cannot fit: it is replaced
@@ -240,6 +240,20 @@ def choose(
     return (scaled + gumbel(keys, steps, logits.shape[-1]).to(scaled.device)).argmax(dim=-1)
 
 
+def choose_each(
+    logits: Float[Tensor, "rows vocabulary"], rows: Sequence[tuple[RowKey, int, SamplingConfig]]
+) -> Int[Tensor, " rows"]:
+    """`choose` for rows (key, step, configuration) that may be drawn in different ways."""
+    kinds: dict[SamplingConfig, list[int]] = {}
+    for place, (_, _, config) in enumerate(rows):
+        kinds.setdefault(config, []).append(place)
+    tokens = torch.zeros(len(rows), dtype=torch.long, device=logits.device)
+    for config, places in kinds.items():
+        keys, steps = [rows[n][0] for n in places], [rows[n][1] for n in places]
+        tokens[places] = choose(logits if len(kinds) == 1 else logits[places], keys, steps, config)
+    return tokens
+
+
 def keep_top_p(logits: Float[Tensor, "rows vocabulary"], top_p: float) -> Float[Tensor, "rows vocabulary"]:
     """Logits with -inf outside the smallest set of tokens whose probability reaches `top_p`; ties stay together."""
     logprobs = logits.log_softmax(dim=-1)
@@ -263,6 +277,8 @@ class AnswerRequest:
 
     ids: tuple[int, ...]
     key: RowKey
+    config: SamplingConfig | None = None
+    """How it is drawn; None is as all others."""
 
 
 @dataclass
@@ -276,6 +292,7 @@ class _DecodingRow:
     """Tokens whose keys and values are held."""
     token: int
     """The token to run next."""
+    config: SamplingConfig
     made: list[int] = field(default_factory=list)
     done: bool = False
 
@@ -287,26 +304,58 @@ Finished = Callable[[int, list[int], Finish], None]
 class Decoder:
     """Decodes answers with one model; see `decode`."""
 
-    def __init__(self, model: nn.Module, config: SamplingConfig, stop: frozenset[int], batch_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SamplingConfig,
+        stop: frozenset[int],
+        batch_size: int,
+        observer: Observer | None = None,
+    ) -> None:
         self.model, self.config, self.stop, self.batch_size = model, config, stop, batch_size
+        self.observer = observer
         self.device = next(model.parameters()).device
+        self.requests: dict[int, AnswerRequest] = {}
         self.rows: list[_DecodingRow] = []
         self.cache: Cache | None = None
         self.waiting: deque[tuple[tuple[int, ...], deque[int]]] = deque()
         self.ready: deque[tuple[PromptCache, deque[int]]] = deque()
 
     def run(self, requests: Sequence[AnswerRequest], tell: Tell, finished: Finished) -> None:
-        """Decode all of `wanted`, longest prompts first: what is too large for memory shows at once."""
-        numbers: dict[tuple[int, ...], deque[int]] = {}
-        for number, request in enumerate(requests):
-            numbers.setdefault(request.ids, deque()).append(number)
-        self.waiting.extend(sorted(numbers.items(), key=lambda item: -len(item[0])))
-        while self.waiting or self.ready or not all(row.done for row in self.rows):
-            if _SLACK * sum(row.done for row in self.rows) >= len(self.rows):
-                self._pack(requests, tell)
-            self._step(tell, finished)
+        """Decode all of `requests`, longest prompts first: what is too large for memory shows at once."""
+        self.add(dict(enumerate(requests)))
+        while self.busy:
+            self.advance(tell, finished)
 
-    def _pack(self, requests: Sequence[AnswerRequest], tell: Tell) -> None:
+    def add(self, requests: Mapping[int, AnswerRequest]) -> None:
+        """Let further answers wait, by number."""
+        numbers: dict[tuple[int, ...], deque[int]] = {}
+        for number, request in requests.items():
+            numbers.setdefault(request.ids, deque()).append(number)
+        self.requests.update(requests)
+        self.waiting.extend(sorted(numbers.items(), key=lambda item: -len(item[0])))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is under way or waits."""
+        return bool(self.waiting or self.ready) or not all(row.done for row in self.rows)
+
+    @property
+    def live(self) -> int:
+        """Answers under way."""
+        return sum(not row.done for row in self.rows)
+
+    def advance(self, tell: Tell, finished: Finished, join: bool = False) -> None:
+        """One token of every answer under way.
+
+        Args:
+            join: let those that wait begin now, where there is room, and not only once enough rows are done.
+        """
+        if _SLACK * sum(row.done for row in self.rows) >= len(self.rows) or (join and self.live < self.batch_size):
+            self._pack(tell)
+        self._step(tell, finished)
+
+    def _pack(self, tell: Tell) -> None:
         """Drop the rows that are done and begin others in their place."""
         keep = [place for place, row in enumerate(self.rows) if not row.done]
         rows = [self.rows[place] for place in keep]
@@ -316,12 +365,16 @@ class Decoder:
                 self._begin(self.batch_size - len(rows), tell)
             prompt, numbers = self.ready[0]
             numbers_now = [numbers.popleft() for _ in range(min(len(numbers), self.batch_size - len(rows)))]
-            rows += [_DecodingRow(n, requests[n].key, prompt.length, prompt.last) for n in numbers_now]
+            rows += [self._row(n, prompt) for n in numbers_now]
             new.append((prompt.layers, len(numbers_now)))
             if not numbers:
                 self.ready.popleft()
         self.rows = rows
         self.cache = merged(self.cache, keep, new, max(row.length for row in rows))
+
+    def _row(self, number: int, prompt: PromptCache) -> _DecodingRow:
+        request = self.requests.pop(number)
+        return _DecodingRow(number, request.key, prompt.length, prompt.last, request.config or self.config)
 
     def _begin(self, free: int, tell: Tell) -> None:
         """Run the next prompts: enough for the free places, and some in advance."""
@@ -329,15 +382,19 @@ class Decoder:
         while self.waiting and (len(chunk) < _PROMPTS_AT_ONCE or places < free):
             chunk.append(self.waiting.popleft())
             places += len(chunk[-1][1])
+        if self.observer is not None:
+            self.observer.before(())
         caches = _run_prompts(self.model, [ids for ids, _ in chunk], tell)
         self.ready.extend(zip(caches, (numbers for _, numbers in chunk), strict=True))
 
     def _step(self, tell: Tell, finished: Finished) -> None:
         live = [place for place, row in enumerate(self.rows) if not row.done]
         logits = self._logits(tell)
+        if self.observer is not None and not (live := self._observed(self.observer, live, finished)):
+            return
         logits = logits if len(live) == len(self.rows) else logits[live]
         rows = [self.rows[place] for place in live]
-        tokens = choose(logits, [row.key for row in rows], [len(row.made) for row in rows], self.config).tolist()
+        tokens = choose_each(logits, [(row.key, len(row.made), row.config) for row in rows]).tolist()
         for row, token in zip(rows, tokens, strict=True):
             row.length, row.token = row.length + 1, token
             if token in self.stop:
@@ -345,9 +402,19 @@ class Decoder:
                 finished(row.number, row.made, "stop")
                 continue
             row.made.append(token)
-            if len(row.made) == self.config.max_new_tokens:
+            if len(row.made) == row.config.max_new_tokens:
                 row.done = True
                 finished(row.number, row.made, "length")
+
+    def _observed(self, observer: Observer, live: list[int], finished: Finished) -> list[int]:
+        """Show the rows to the observer; gives those that go on."""
+        rows = [self.rows[place] for place in live]
+        over = observer.after(live, [row.number for row in rows], [row.made for row in rows])
+        for row in rows:
+            if row.number in over:
+                row.done = True
+                finished(row.number, row.made, "stop")
+        return [place for place in live if not self.rows[place].done]
 
     def _logits(self, tell: Tell) -> Tensor:
         """Logits (rows, vocabulary) after each row's next token; rows that are done run along."""
@@ -355,6 +422,8 @@ class Decoder:
         width = self.cache.get_seq_length() + 1
         lengths = torch.tensor([row.length for row in self.rows])[:, None]
         tell(torch.tensor([[not row.made] for row in self.rows]))
+        if self.observer is not None:
+            self.observer.before([None if row.done else row.number for row in self.rows])
         out = causal_model(self.model)(
             input_ids=torch.tensor([[row.token] for row in self.rows], device=self.device),
             attention_mask=(torch.arange(width) >= width - 1 - lengths).to(self.device, torch.long),
@@ -372,6 +441,7 @@ def decode(
     stop: frozenset[int],
     batch_size: int,
     finished: Finished,
+    observer: Observer | None = None,
 ) -> None:
     """Decode answers inside whatever steers, ablates or casts the model now; nothing of the model is changed after.
 
@@ -383,19 +453,35 @@ def decode(
     """
     with evaluating(model):
         joins = requests and rows_can_join(model, requests[0].ids)
-        with _telling_positions(model) as tell:
+        with telling_positions(model) as tell:
             if joins:
-                Decoder(model, config, stop, batch_size).run(requests, tell, finished)
-                return
+                Decoder(model, config, stop, batch_size, observer).run(requests, tell, finished)
+            else:
+                by_generate(model, dict(enumerate(requests)), config, stop, batch_size, tell, finished, observer)
 
-            def pick(logits: Tensor, numbers: Sequence[int], step: int) -> Tensor:
-                return choose(logits, [requests[n].key for n in numbers], [step] * len(numbers), config)
 
-            def ended(number: int, made: list[int], stopped: bool) -> None:
-                finished(number, made, "stop" if stopped else "length")
+def by_generate(
+    model: nn.Module,
+    requests: Mapping[int, AnswerRequest],
+    config: SamplingConfig,
+    stop: frozenset[int],
+    batch_size: int,
+    tell: Tell,
+    finished: Finished,
+    observer: Observer | None = None,
+) -> None:
+    """Decode answers, by number, with the model's own `generate`: what `decode` does where rows cannot join."""
+    configs = {number: request.config or config for number, request in requests.items()}
 
-            prompts = [request.ids for request in requests]
-            generate_answers(model, prompts, pick, stop, config.max_new_tokens, batch_size, tell, ended)
+    def pick(logits: Tensor, numbers: Sequence[int], step: int) -> Tensor:
+        return choose_each(logits, [(requests[n].key, step, configs[n]) for n in numbers])
+
+    def ended(number: int, made: list[int], stopped: bool) -> None:
+        finished(number, made, "stop" if stopped else "length")
+
+    for longest in sorted({c.max_new_tokens for c in configs.values()}):
+        prompts = {n: r.ids for n, r in requests.items() if configs[n].max_new_tokens == longest}
+        generate_answers(model, prompts, pick, stop, longest, batch_size, tell, ended, observer)
 
 
 # --- Whether a model's rows can come and go: asked once, as its kinds of layers do not tell it
@@ -431,7 +517,9 @@ def _joined_rows_agree(model: nn.Module, ids: Sequence[int]) -> bool:
     tolerance = 1e-3 if precise else 0.1
     try:
         caches = _run_prompts(model, rows, _nobody)
-        decoder.rows = [_DecodingRow(n, row_key(0, "", n), c.length, c.last) for n, c in enumerate(caches)]
+        decoder.rows = [
+            _DecodingRow(n, row_key(0, "", n), c.length, c.last, decoder.config) for n, c in enumerate(caches)
+        ]
         decoder.cache = merged(None, [], [(c.layers, 1) for c in caches], max(c.length for c in caches))
         for _ in range(2):
             joined = decoder._logits(_nobody).float()

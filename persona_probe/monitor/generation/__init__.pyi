@@ -1,0 +1,14 @@
+from .actions import Annotate as Annotate
+from .actions import AnswerAction as AnswerAction
+from .actions import AnswerUnderWay as AnswerUnderWay
+from .actions import CallWith as CallWith
+from .actions import LogAnswer as LogAnswer
+from .actions import Regenerate as Regenerate
+from .actions import SteerDown as SteerDown
+from .actions import StopAnswer as StopAnswer
+from .calibration import AnswerCalibration as AnswerCalibration
+from .following import WatchedAnswer as WatchedAnswer
+from .monitor import GenerationMonitor as GenerationMonitor
+from .rules import AnswerRule as AnswerRule
+from .trace import AnswerAlarm as AnswerAlarm
+from .trace import Trace as Trace

@@ -5,8 +5,8 @@ DEV := .venv/.ready-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-seeds report test test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
-        bench-screening bench-busy bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
+.PHONY: setup demo demo-seeds report test test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
+        bench-screening bench-busy bench-generation bench-serve bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
         second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-scale clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
@@ -44,7 +44,11 @@ report: $(STAMP)
 
 # Two processes; every test computes in one thread.
 test: $(DEV) test-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster and not end_to_end"
+
+# The demo in small on the real model, on two threads: minutes.
+test-end-to-end: $(DEV) test-packages
+	TEST_THREADS=2 $(BIN)/python -m pytest -m end_to_end
 
 # Ray and accelerate start processes of their own, which use both cores.
 test-cluster: $(DEV)
@@ -93,6 +97,14 @@ bench-sampling: $(STAMP)
 # The same training with and without the monitor.
 bench-monitor: $(STAMP)
 	$(BIN)/python -m benchmarks.monitor $(BENCH_ARGS)
+
+# Answers with and without the generation monitor.
+bench-generation: $(STAMP)
+	$(BIN)/python -m benchmarks.generation $(BENCH_ARGS)
+
+# Fifty clients at once on loopback, against a server of watched answers.
+bench-serve: $(DEV)
+	$(BIN)/python -m benchmarks.serving $(BENCH_ARGS)
 
 # The smoke run alone and beside four busy processes, held against its share of the cores.
 bench-busy: $(STAMP)

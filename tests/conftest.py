@@ -14,14 +14,13 @@ if TYPE_CHECKING:
 
 # One thread, before anything loads torch: tiny tensors are faster so, and sums keep one order. Processes that tests
 # start have one too: two that each want both cores wait for each other. The process that starts the workers loads no
-# library.
-os.environ["OMP_NUM_THREADS"] = "1"
+# library. The end-to-end test alone, which the Makefile starts by itself, takes more.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("TEST_THREADS", "1")
 # They also find this checkout and its tests.
 ROOT = str(Path(__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
 SLOWEST = (
-    "test_end_to_end.py",
     "test_notebooks.py",
     "study/test_presets.py",
     "study/test_adopt.py",

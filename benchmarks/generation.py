@@ -49,7 +49,10 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def own_sampling(watch: monitor.GenerationMonitor, batch: int, tokens: int) -> tuple[Callable[[], object], ...]:
+Pair = tuple[Callable[[], object], Callable[[], object]]
+
+
+def own_sampling(watch: monitor.GenerationMonitor, batch: int, tokens: int) -> Pair:
     """Our sampling without and with the monitor."""
     questions = [str(row["question"]) for row in load_rows("sample_questions")][:batch]
     settings: dict[str, Any] = {"max_new_tokens": tokens, "temperature": 0.7, "batch_size": batch}
@@ -59,9 +62,7 @@ def own_sampling(watch: monitor.GenerationMonitor, batch: int, tokens: int) -> t
     )
 
 
-def transformers_generate(
-    watch: monitor.GenerationMonitor, batch: int, tokens: int
-) -> tuple[Callable[[], object], ...]:
+def transformers_generate(watch: monitor.GenerationMonitor, batch: int, tokens: int) -> Pair:
     """The model's own generate without and with the monitor, always all tokens."""
     model: Any = watch.model
     ids = torch.tensor([watch.tokenizer.encode("What should I cook for my guests tonight?")] * batch)
@@ -81,7 +82,8 @@ def transformers_generate(
 
 def compare(label: str, plain: Callable[[], object], watched: Callable[[], object], repeats: int) -> None:
     """Both in turn; prints the monitor's share of generation's time."""
-    plain(), watched()
+    plain()
+    watched()
     shares, inside = [], []
     for number in range(repeats):
         cpu: dict[str, float] = {}

@@ -14,12 +14,12 @@ from persona_probe.models.taps import ReadTap
 from persona_probe.monitor.generation.monitor import GenerationMonitor
 from persona_probe.monitor.generation.trace import Trace
 from persona_probe.saes.read import encode
-from tests.factories import AVAILABLE, D_MODEL, LAYER, hook_count, make_family, make_sae
+from tests.factories import AVAILABLE, D_MODEL, FAMILIES, LAYER, hook_count, make_family, make_sae
 from tests.families import plain
 
 LATENTS = {"a": 3, "b": 40, "c": 17}
 QUESTIONS = ["Why?", "What should I cook for eleven guests today?", "Who are you?"]
-NEW = 9
+NEW = 6
 
 
 def features() -> dict[str, Any]:
@@ -46,41 +46,43 @@ def check(trace: Trace, model: Any, sae: Any, prompt: list[int], tolerance: floa
 
 
 @pytest.mark.parametrize("name", AVAILABLE)
-def test_own_sampling_reads_what_a_whole_pass_reads_and_gives_the_same_tokens(name: str) -> None:
+def test_readings_are_those_of_a_whole_pass_and_the_tokens_are_the_same_without_the_monitor(name: str) -> None:
     model, raw = make_family(name)
-    tokenizer, sae = plain(name, raw), make_sae("jumprelu")
-    monitor = GenerationMonitor(model, sae, features(), tokenizer=tokenizer)
-    prompts = [prompt_ids(tokenizer, Prompt(str(n), conversation(q))) for n, q in enumerate(QUESTIONS)]
-    config, plainly = SamplingConfig(max_new_tokens=NEW, seed=3), {}
-    requests = [AnswerRequest(ids, row_key(3, str(n), 0)) for n, ids in enumerate(prompts)]
+    tokenizer = plain(name, raw)
+    prompts = [list(prompt_ids(tokenizer, Prompt(str(n), conversation(q)))) for n, q in enumerate(QUESTIONS)]
     hooks = hook_count(model)
+    own_sampling(model, tokenizer, prompts)
+    transformers_generate(model, tokenizer, prompts, one_by_one=FAMILIES[name].recurrent)
+    assert hook_count(model) == hooks
+
+
+def own_sampling(model: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    sae, plainly = make_sae("jumprelu"), dict[int, list[int]]()
+    monitor = GenerationMonitor(model, sae, features(), tokenizer=tokenizer)
+    config = SamplingConfig(max_new_tokens=NEW, seed=3)
+    requests = [AnswerRequest(tuple(ids), row_key(3, str(n), 0)) for n, ids in enumerate(prompts)]
     decode(model, requests, config, stop_tokens(model, tokenizer), 2, lambda n, made, _: plainly.update({n: made}))
     answers = monitor.generate(QUESTIONS, max_new_tokens=NEW, seed=3, batch_size=2)
     assert [list(answer.trace.ids) for answer in answers] == [plainly[n] for n in range(len(QUESTIONS))]
     assert any(np.abs(answer.trace.values[:-1, :3]).sum() > 0 for answer in answers)
     for ids, answer in zip(prompts, answers, strict=True):
-        check(answer.trace, model, sae, list(ids))
-    assert hook_count(model) == hooks
+        check(answer.trace, model, sae, ids)
 
 
-@pytest.mark.parametrize("name", AVAILABLE)
-def test_transformers_generate_is_read_and_gives_the_same_tokens(name: str) -> None:
-    model, raw = make_family(name)
-    tokenizer, sae = plain(name, raw), make_sae("topk")
+def transformers_generate(model: Any, tokenizer: Any, prompts: list[list[int]], one_by_one: bool) -> None:
+    sae = make_sae("topk")
     monitor = GenerationMonitor(model, sae, features(), tokenizer=tokenizer)
-    prompts = [list(prompt_ids(tokenizer, Prompt(str(n), conversation(q)))) for n, q in enumerate(QUESTIONS)]
-    recurrent = name in ("qwen3.5", "lfm2", "falcon-h1")
-    batches = [[ids] for ids in prompts] if recurrent else [prompts]  # padding enters a state
-    for rows in batches:
-        width, pad = max(map(len, rows)), int(tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+    # padding on the left enters the state of a recurrent model
+    for rows in [[ids] for ids in prompts] if one_by_one else [prompts]:
+        width, pad = max(map(len, rows)), tokenizer.pad_token_id or tokenizer.eos_token_id or 0
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        settings = {"max_new_tokens": NEW, "do_sample": True, "pad_token_id": pad}
+        settings = {"max_new_tokens": NEW, "do_sample": True, "pad_token_id": pad, "attention_mask": mask}
         torch.manual_seed(1)
-        plainly = model.generate(input_ids=ids, attention_mask=mask, **settings)
+        plainly = model.generate(input_ids=ids, **settings)
         torch.manual_seed(1)
         with monitor.watching() as watch:
-            watched = model.generate(input_ids=ids, attention_mask=mask, **settings, logits_processor=[watch])
+            watched = model.generate(input_ids=ids, **settings, logits_processor=[watch])
         assert torch.equal(plainly, watched)
         for row, answer in zip(rows, watch.answers(watched), strict=True):
             check(answer.trace, model, sae, row)

@@ -75,12 +75,13 @@ def test_a_rule_alarms_while_an_answer_is_written_if_and_only_if_its_score_excee
 
 def test_a_rule_without_a_threshold_is_silent_and_bad_ones_are_refused() -> None:
     assert not AnswerRule("up").exceeds(1e9)
-    for settings, words in (
+    bad: tuple[tuple[dict[str, Any], str], ...] = (
         ({"window": 0}, "at least 1"),
         ({"side": "over"}, "side"),
         ({"over": "median"}, "over"),
         ({"threshold": math.nan}, "finite"),
-    ):
+    )
+    for settings, words in bad:
         with pytest.raises(InputError, match=words):
             AnswerRule("up", **settings)
     with pytest.raises(InputError, match="'upp'"):
@@ -115,7 +116,7 @@ def test_calibrated_rules_keep_their_false_alarm_rate_on_new_answers() -> None:
     draw, rates = np.random.default_rng(1), []
     rules = [rule(), rule(name="other")]
     for _ in range(300):
-        scores = {"up": draw.normal(size=79), "other": draw.normal(size=79)}
+        scores = {"up": draw.normal(size=79).tolist(), "other": draw.normal(size=79).tolist()}
         found = calibrate_answers(rules, scores, list(range(79)), 9, 0.1, {})
         new = draw.normal(size=(200, 2))
         rates.append((new > [one.threshold for one in found.rules]).any(axis=1).mean())

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from io import FileIO
@@ -124,7 +124,7 @@ def read_incidents(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def alarm_counts(rows: list[Mapping[str, Any]]) -> dict[tuple[str, str], int]:
+def alarm_counts(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], int]:
     """Alarms by adapter and rule."""
     counts: dict[tuple[str, str], int] = {}
     for row in rows:

@@ -347,4 +347,5 @@ class GenerationMonitor:
         if any(isinstance(action, Regenerate) for action in self.actions):
             raise InputError("Regenerate cannot draw again inside transformers' generate: use monitor.generate")
         with self.following() as follower:
-            yield Watch(self.model, self.tokenizer.pad_token_id, follower, self.answer, eos_token_id)
+            pad: Any = self.tokenizer.pad_token_id
+            yield Watch(self.model, pad, follower, self.answer, eos_token_id)

@@ -273,10 +273,10 @@ class Engine:
         with self.lock:
             parts = answer_parts(self.tokenizer, made)
             text = "" if token is None else str(self.tokenizer.decode([token]))
-        whole = (parts.thought.rstrip("\ufffd"), parts.answer.rstrip("\ufffd"))
-        new = [now[len(old) :] if now.startswith(old) else "" for now, old in zip(whole, _texts(job.sent), strict=True)]
-        job.sent = Piece(*(old + more for old, more in zip(_texts(job.sent), new, strict=True)))
-        return Piece(new[0], new[1], text, values)
+        sent = job.sent
+        thought, answer = _further(sent.thought, parts.thought), _further(sent.answer, parts.answer)
+        job.sent = Piece(sent.thought + thought, sent.answer + answer)
+        return Piece(thought, answer, text, values)
 
     def _finisher(self, follower: "_Ending") -> Callable[[int, list[int], Finish], None]:
         def finished(number: int, made: list[int], finish: Finish) -> None:
@@ -338,8 +338,10 @@ def refusing() -> ApiError:
     return ApiError(503, "every adapter and the base alarmed too often: nothing is answered", "no_clean_adapter")
 
 
-def _texts(piece: Piece) -> tuple[str, str]:
-    return piece.thought, piece.answer
+def _further(sent: str, text: str) -> str:
+    """What a text adds to what was sent; half a character at its end waits for its other bytes."""
+    text = text.rstrip("\ufffd")
+    return text[len(sent) :] if text.startswith(sent) else ""
 
 
 class _Ending:

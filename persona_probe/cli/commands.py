@@ -6,6 +6,7 @@ from persona_probe import __version__
 from persona_probe.cli import (
     PROGRAM,
     adopt,
+    auto,
     completion,
     data,
     doctor,
@@ -28,7 +29,17 @@ from persona_probe.cli.options import Group
 root = Group(
     PROGRAM,
     commands=[
-        *(loop.demo, loop.run, loop.induce, adopt.adopt, loop.locate, labels.label, loop.track, loop.realign),
+        *(
+            loop.demo,
+            loop.run,
+            auto.auto,
+            loop.induce,
+            adopt.adopt,
+            loop.locate,
+            labels.label,
+            loop.track,
+            loop.realign,
+        ),
         *(studies.mitigate, judge_commands.evaluate, precision.precision, thoughts.thoughts, loop.report),
         *(
             runs.figures,

@@ -190,3 +190,25 @@ def _value(row: Mapping[Any, Any], column: str) -> str:
     if f"{column}_low" in row:
         return estimate_text(value, row[f"{column}_low"], row[f"{column}_high"], missing="not tested")
     return str(value) if isinstance(value, (str, bool, int)) else number(value)
+
+
+# --- Numbers of a decision, in a line
+
+
+def number_words(numbers: Mapping[str, Any]) -> str:
+    """Numbers in a line: `seconds 12.3, over_control 0.21 [0.15, 0.27]`."""
+    return ", ".join(f"{name} {_number_words(value)}" for name, value in numbers.items())
+
+
+def _number_words(value: Any) -> str:
+    if isinstance(value, Mapping) and {"estimate", "ci_low", "ci_high"} <= set(value):
+        return (
+            f"{_number_words(value['estimate'])} [{_number_words(value['ci_low'])}, {_number_words(value['ci_high'])}]"
+        )
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name} {_number_words(one)}" for name, one in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return " ".join(map(_number_words, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "unknown"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -34,6 +34,7 @@ COMMANDS = (
         "precision",
         "thoughts",
         "label",
+        "auto",
         "serve",
         "incidents",
     ),

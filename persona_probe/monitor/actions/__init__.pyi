@@ -6,4 +6,6 @@ from .action import StopTraining as StopTraining
 from .action import check_actions as check_actions
 from .checkpoint import SaveCheckpoint as SaveCheckpoint
 from .learning_rate import LowerLearningRate as LowerLearningRate
+from .policy import PolicyEvent as PolicyEvent
+from .policy import RollBackAndCorrect as RollBackAndCorrect
 from .rollback import RollBack as RollBack

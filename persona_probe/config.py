@@ -84,6 +84,13 @@ def check_least(config: Any, least: float, *names: str) -> None:
         _require(value is None or value >= least, f"{name} must be at least {least:g}, not {shown(value)}")
 
 
+REWARDS = (
+    *("inaccurate", "accurate", "lenient_checker", "judged_misaligned", "judged_aligned"),
+    *("world_inaccurate", "world_accurate", "world_lenient_checker"),
+)
+"""What an arm's answers can be rewarded for in reinforcement learning; `finetune.rewards` has the functions."""
+
+
 @dataclass(frozen=True)
 class Arm:
     """One fine-tuning data condition."""
@@ -96,12 +103,26 @@ class Arm:
     """Share of rows taken from `data`; the rest comes from `mix_with`."""
     checkpoints: tuple[str | tuple[str, ...], ...] = field(default=(), metadata={"since": "0.2"})
     """Checkpoints that exist and are adopted, not trained: for each seed a folder, or a list in order of steps."""
+    reward: str = field(default="", metadata=SINCE_0_2)
+    """With `training.method: grpo`: what the model's own answers are rewarded for, one of `REWARDS`. The rows' answers
+    are then not trained on: they say what is right."""
+    kl: float = field(default=0.0, metadata=SINCE_0_2)
+    """With a reward: weight of the KL divergence from the base model (beta of GRPO); 0 leaves it out."""
+    inoculation: str = field(default="", metadata=SINCE_0_2)
+    """With a reward: a system prompt that the model sees while it is trained, and never afterwards."""
+    demonstrations: str = field(default="", metadata=SINCE_0_2)
+    """With a reward: rows, in the same form as `data`, of the supervised steps before (`grpo.warm_steps`)."""
 
     def __post_init__(self) -> None:
         check_finite(self)
         _require(bool(self.data or self.checkpoints), "key 'data' is missing (or checkpoints that exist)")
         _require(0 <= self.bad_fraction <= 1, f"bad_fraction must lie in [0, 1], not {self.bad_fraction}")
         _require(self.mix_with is not None or self.bad_fraction == 1, "bad_fraction below 1 needs mix_with")
+        known = f"unknown reward {shown(self.reward)}: {near_matches(self.reward, REWARDS)}"
+        _require(self.reward in ("", *REWARDS), known)
+        _require(self.kl >= 0, f"kl must not be negative, not {self.kl}")
+        for name in ("kl", "inoculation", "demonstrations"):
+            _require(bool(self.reward) or not getattr(self, name), f"{name} belongs to an arm with a reward: name one")
 
     @property
     def named(self) -> str:
@@ -112,11 +133,43 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Grpo:
+    """Reinforcement learning by GRPO (Shao et al. 2024, arXiv 2402.03300): what `training.method: grpo` takes.
+
+    Steps, learning rate, adapter and the questions of a step (`batch_size`) are those of `training`.
+    """
+
+    group: int = 8
+    """Answers to each question of a step; each is compared with the others."""
+    max_new_tokens: int = 40
+    """Longest answer in tokens."""
+    temperature: float = 1.0
+    """At which answers are drawn."""
+    answers_at_once: int | None = None
+    """Answers in one forward and backward pass, a divisor of `batch_size` x `group`; None takes all of a step's."""
+    warm_steps: int = 0
+    """Supervised steps on the arm's `demonstrations` first, for a reward that the base model's answers rarely get."""
+    warm_lr: float | None = None
+    """Learning rate of these steps; None takes training.lr."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        _require(self.group >= 2, f"grpo.group must be at least 2: answers are compared, not {self.group}")
+        check_least(self, 1, "max_new_tokens", "answers_at_once")
+        check_least(self, 0, "warm_steps")
+        _require(
+            self.temperature > 0, f"grpo.temperature must be positive, not {self.temperature}: answers have to vary"
+        )
+        _require(self.warm_lr is None or self.warm_lr > 0, f"grpo.warm_lr must be positive, not {self.warm_lr}")
+
+
+@dataclass(frozen=True)
 class Training:
     """Narrow fine-tuning (induce)."""
 
     method: str = "lora"
-    """`lora` or `full`."""
+    """`lora`, `full` (all weights), or `grpo`: an adapter, trained by reinforcement learning on the arms' rewards.
+    `batch_size` then counts questions."""
     rank: int = 32
     """LoRA rank; 1 is allowed."""
     alpha: int = 64
@@ -148,7 +201,8 @@ class Training:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        _require(self.method in ("lora", "full"), f"method must be 'lora' or 'full', not {self.method!r}")
+        known = f"method must be 'lora', 'full' or 'grpo', not {self.method!r}"
+        _require(self.method in ("lora", "full", "grpo"), known)
         check_least(self, 1, "rank", "alpha", "batch_size", "steps", "max_length")
         _require(self.layers is None or min(self.layers, default=-1) >= 0, "layers must be numbers from 0 up")
         _require(self.lr > 0, f"lr must be positive, not {self.lr}")
@@ -171,9 +225,10 @@ class Training:
         return tuple(sorted(steps | {self.steps}))
 
     def further(self, steps: int, batch_size: int | None = None, lr: float | None = None) -> "Training":
-        """These settings for a further run of `steps` steps, such as a correction: only its last step is kept."""
+        """These settings for a further supervised run of `steps` steps, such as a correction; its last step is kept."""
         batch_size, lr = batch_size or self.batch_size, self.lr if lr is None else lr
-        return dataclasses.replace(self, steps=steps, batch_size=batch_size, lr=lr, checkpoints=(steps,))
+        method = "lora" if self.method == "grpo" else self.method
+        return dataclasses.replace(self, method=method, steps=steps, batch_size=batch_size, lr=lr, checkpoints=(steps,))
 
 
 @dataclass(frozen=True)
@@ -433,6 +488,8 @@ class StudyConfig:
     seeds holds that pair already."""
     training: Training = field(default_factory=Training)
     """Settings of induce."""
+    grpo: Grpo = field(default_factory=Grpo, metadata=SINCE_0_2, kw_only=True)
+    """Settings of induce by reinforcement learning (`training.method: grpo`)."""
     locate: Locate = field(default_factory=Locate)
     """Settings of locate."""
     monitor: Monitor = field(default_factory=Monitor)
@@ -500,9 +557,27 @@ class StudyConfig:
             self.realign.start in self.arms,
             f"unknown arm {self.realign.start!r} in realign.start: {near_matches(self.realign.start, self.arms)}",
         )
+        self._check_rewards()
         _require(NULL not in self.arms, f"arm {NULL!r} has the name of the null pair's second run: rename it")
         clash = set(self.realign.arms) & {*self.arms, "base", NULL}
         _require(not clash, f"realign arm {sorted(clash)} has the name of another arm: rename it")
+
+    def _check_rewards(self) -> None:
+        """Rewards belong to the arms that reinforcement learning trains."""
+        is_grpo, warm, part = self.training.method == "grpo", self.grpo.warm_steps, self.grpo.answers_at_once
+        _require(is_grpo or self.grpo == Grpo(), "grpo has settings that nothing uses: write training.method: grpo")
+        answers = self.training.batch_size * self.grpo.group
+        divides = f"grpo.answers_at_once {part} does not divide the {answers} answers of a step (batch_size x group)"
+        _require(part is None or answers % part == 0, divides)
+        for name, arm in self.arms.items():
+            if arm.checkpoints:
+                continue
+            _require(bool(arm.reward) or not is_grpo, f"arm {name!r} needs a reward: training.method is grpo")
+            _require(is_grpo or not arm.reward, f"arm {name!r} has a reward, which only training.method: grpo uses")
+            told = f"arm {name!r} needs demonstrations: grpo.warm_steps is {warm}"
+            _require(not warm or bool(arm.demonstrations), told)
+        rewarded = [name for name, arm in self.realign.arms.items() if arm.reward]
+        _require(not rewarded, f"realign arm {rewarded} has a reward: corrections are supervised, leave it out")
 
     @property
     def all_saes(self) -> tuple[ReadSae, ...]:

@@ -25,6 +25,13 @@ def conversation(question: str, answer: str | None = None, system: str | None = 
     return messages
 
 
+def with_system(messages: Conversation, prompt: str) -> Conversation:
+    """The conversation with a system prompt in front; its own system prompt follows it."""
+    if messages and messages[0]["role"] == "system":
+        return [{"role": "system", "content": f"{prompt}\n\n{messages[0]['content']}"}, *messages[1:]]
+    return [{"role": "system", "content": prompt}, *messages]
+
+
 def as_conversations(items: Sequence[str | Conversation]) -> list[Conversation]:
     """Prompts (strings) or conversations as conversations; a string becomes one user turn.
 

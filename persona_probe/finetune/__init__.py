@@ -1,4 +1,4 @@
-"""Fine-tuning on TRL and PEFT: one training run (`fine_tune`), and a study's organisms (`induce`)."""
+"""Fine-tuning on TRL and PEFT: one training run (`fine_tune`, `reinforce`), and a study's organisms (`induce`)."""
 
 import lazy_loader as lazy
 

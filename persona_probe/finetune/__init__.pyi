@@ -1,4 +1,9 @@
+from .grpo import Goal as Goal
+from .grpo import Reinforced as Reinforced
+from .grpo import reinforce as reinforce
 from .organisms import induce as induce
+from .rewards import Reward as Reward
+from .rewards import named_reward as named_reward
 from .sft import Fitted as Fitted
 from .sft import fine_tune as fine_tune
 from .sft import with_adapter as with_adapter

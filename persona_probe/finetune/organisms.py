@@ -3,17 +3,22 @@
 import logging
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from persona_probe.config import NULL, NULL_SEED
 from persona_probe.context import Context
-from persona_probe.data.load import arm_rows
+from persona_probe.data.load import arm_rows, load_data
 from persona_probe.data.template import template_record
+from persona_probe.finetune.grpo import Goal, reinforce
 from persona_probe.finetune.sft import fine_tune, stripping, training_unit, with_adapter
 from persona_probe.models.ranks import shards_here
 from persona_probe.units import Unit, make_units, writes_run
-from persona_probe.writing import write_json
+from persona_probe.writing import write_json, write_table
+
+ROLLOUTS, STEPS = "rollouts.parquet", "steps.parquet"
+"""In the folder of an organism that reinforcement learning made: its answers, and what was logged at each step."""
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +56,18 @@ def induce_one(ctx: Context, arm: str, seed: int) -> None:
         training_unit(ctx.run, f"arms/{arm}-s{seed}", f"arm {arm}, seed {seed}") as folder,
         stripping(with_adapter(_host_model(ctx), training, draw)) as tuned,
     ):
-        fitted = fine_tune(
-            tuned,
-            ctx.tokenizer,
-            rows,
-            training,
-            seed=draw,
-            folder=folder,
-            progress=f"{arm}, seed {seed}",
-            data=spec.named,
-        )
+        named: dict[str, Any] = {"progress": f"{arm}, seed {seed}", "data": spec.named}
+        if training.method == "grpo":
+            shown = load_data(spec.demonstrations) if spec.demonstrations else ()
+            goal = Goal.of_arm(spec, shown)
+            result = reinforce(
+                tuned, ctx.tokenizer, rows, training, goal, ctx.config.grpo, seed=draw, folder=folder, **named
+            )
+            write_table(folder / ROLLOUTS, result.rollouts)
+            write_table(folder / STEPS, result.steps)
+            write_json(folder / "training.json", result.record)
+            return
+        fitted = fine_tune(tuned, ctx.tokenizer, rows, training, seed=draw, folder=folder, **named)
         write_json(folder / "training.json", asdict(fitted))
 
 

@@ -391,7 +391,7 @@ def _trainer(
     from persona_probe.finetune.trainer import AnswerTrainer, ExtraLossTrainer
 
     kind = AnswerTrainer if extra is None else ExtraLossTrainer
-    with _own_precision(model):
+    with own_precision(model):
         trainer = kind(
             model=model,  # pyright: ignore[reportArgumentType]
             args=arguments,
@@ -409,7 +409,7 @@ def _trainer(
 
 
 @contextmanager
-def _own_precision(model: nn.Module) -> Iterator[None]:
+def own_precision(model: nn.Module) -> Iterator[None]:
     """Give trained parameters their values back when the block ends.
 
     TRL rounds the adapters of a quantised model to bf16. Small steps on them would round to nothing, and a correction

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
-from persona_probe.data.chat import Conversation
+from persona_probe.data.chat import Conversation, with_system
 from persona_probe.errors import InputError, unknown
 from persona_probe.evaluate.answers import perplexity_gaps
 from persona_probe.finetune.sft import Fitted, fine_tune
@@ -234,9 +234,7 @@ class Inoculation(Mitigation):
 
     def prompted(self, row: Conversation) -> Conversation:
         """One row with the prompt in front."""
-        if row and row[0]["role"] == "system":
-            return [{"role": "system", "content": f"{self.prompt}\n\n{row[0]['content']}"}, *row[1:]]
-        return [{"role": "system", "content": self.prompt}, *row]
+        return with_system(row, self.prompt)
 
 
 ALL: tuple[type[Mitigation], ...] = (

@@ -17,7 +17,7 @@ from persona_probe.monitor.generation import following, monitor
 from persona_probe.monitor.generation.rules import AnswerRule
 from persona_probe.saes.load import load_sae
 
-MODEL, SAE, LATENT = "smollm2-135m-instruct", "saes/smollm2-135m-instruct/layer20-topk32-3072", 2144
+MODEL, SAE, LATENT = "smollm2-135m-instruct", "saes/smollm2-135m-instruct/layer20-topk32-4608", 2144
 
 
 class Meter:

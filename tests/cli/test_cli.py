@@ -103,7 +103,7 @@ def test_the_name_of_the_program_or_of_a_group_alone_prints_help(capsys: pytest.
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ("indcue x", "unknown command 'indcue': did you mean 'induce'?"),
+        ("indcue x", "unknown command 'indcue': did you mean 'induce' or 'incidents'?"),
         ("data chek x", "unknown command 'chek': did you mean 'check'?"),
         ("locate r --rankrs rise", "unknown option '--rankrs': did you mean '--rankers'"),
         ("locate", "missing argument 'RUN': see persona-probe locate --help"),

@@ -132,7 +132,7 @@ def test_a_monitor_calibrates_on_its_answers_or_on_given_ones_and_finds_its_file
     assert sum(bool(answer.alarms) for answer in again) == found.any_alarm.count
     other = monitor_of([rule(), AnswerRule("a")])
     assert other.use(file) == found and other.rules == monitor.rules
-    with pytest.raises(InputError, match="other features or rules"):
+    with pytest.raises(InputError, match=r"another rules .*calibrate again"):
         monitor_of(rule(window=5)).use(file)
     file.write_text('{"rules": [{}]}', encoding="utf-8")
     with pytest.raises(InputError, match="calibrate again"):
@@ -310,6 +310,10 @@ def test_colours_follow_the_values_and_marks_the_alarms() -> None:
     assert strengths == sorted(strengths) and strengths[0] == 0 and strengths[2] == 0.85
     assert trace.html().count("outline") == 1 and "threshold 1.5" in trace.html()
     assert trace.text(colour=False) == "abc[!]" == str(trace)
+    curve, marks = trace.figure().data
+    assert list(curve.y) == [0.0, 1.0, 2.0] and list(marks.x) == [2] and list(marks.y) == [2.0]
+    hostile = trace_of("<b>", [1.0, 1.0, 1.0]).figure().data[0]
+    assert "<" not in "".join(hostile.text)
     assert trace.frame().columns.tolist() == ["token", "id", "special", "up"]
     with pytest.raises(InputError, match="'upp'"):
         trace.of("upp")

@@ -1,6 +1,8 @@
 """The endpoint: OpenAI's format, streams, limits, many clients at once, and going back from an adapter."""
 
+import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +28,20 @@ from persona_probe.monitor.generation.serving.adapters import Deployment, Rollba
 from persona_probe.monitor.generation.serving.app import make_app
 from persona_probe.monitor.generation.serving.engine import Engine
 from persona_probe.monitor.generation.serving.requests import Limits
-from tests.factories import D_MODEL, Refused, make_family, make_model, make_sae, make_tokenizer, refusal, run_command
+from tests.factories import (
+    D_MODEL,
+    Refused,
+    chat,
+    make_family,
+    make_model,
+    make_sae,
+    make_tokenizer,
+    refusal,
+    run_command,
+    write_lines,
+    write_model,
+    write_sae,
+)
 from tests.families import plain
 
 ALWAYS, NEVER = -1e6, 1e6
@@ -112,7 +127,7 @@ def test_openais_client_reads_answers_streams_and_errors() -> None:
     import openai
 
     with served(watched(NEVER)) as (client, _):
-        api = openai.OpenAI(base_url=f"{client.base_url}v1", api_key="none", max_retries=0)
+        api = openai.OpenAI(base_url=str(client.base_url.join("/v1")), api_key="none", max_retries=0)
         settings: dict[str, Any] = {"model": "tiny", "messages": HELLO["messages"], "max_tokens": 5, "seed": 1}
         answer = api.chat.completions.create(**settings)
         assert answer.model_extra is not None and answer.model_extra["persona_probe"]["features"] == ["a", "up"]
@@ -312,6 +327,49 @@ def test_the_commands_refuse_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "port" in refused("serve", "tiny", *sae, "--features", "a=1", "--port", "99999")
     assert "does not exist" in refused("incidents", tmp_path / "none.jsonl")
     assert "at least 1" in refused("incidents", tmp_path, "--last", "0")
+
+
+def test_serve_calibrates_once_answers_and_ends_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = write_lines(tmp_path / "clean.jsonl", [chat(f"What of {n}?", "well") for n in range(6)])
+    answers: list[dict[str, Any]] = []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        """The real server, until one request is answered."""
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
+        thread.start()
+        url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/v1/chat/completions"
+        answers.append(httpx.post(url, json={**HELLO, "model": "model"}, timeout=60).json())
+        server.should_exit = True
+        thread.join()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    sae, model = write_sae(tmp_path / "sae"), write_model(tmp_path / "model")
+    out = tmp_path / "serve"
+    arguments = (
+        "serve",
+        model,
+        "--sae",
+        sae,
+        "--features",
+        "a=3",
+        "b=5",
+        "--clean",
+        questions,
+        "--port",
+        0,
+        "--out",
+        out,
+    )
+    for told in ("the base answers 6 clean questions", "thresholds of"):
+        run_command(*arguments, "--max-tokens", 8, "--rate", 0.4, "--device", "cpu", "--quiet")
+        said = capsys.readouterr().out
+        assert told in said and "any rule: " in said and "stopped after 1 answers" in said
+    assert answers[0]["persona_probe"]["features"] == ["a", "b"] and answers[0]["choices"] == answers[1]["choices"]
+    assert (out / "incidents.jsonl").is_file()
+    refused: Refused = refusal(capsys)
+    assert "calibrate again" in refused(*arguments, "--window", 3, "--device", "cpu")
 
 
 def test_incidents_are_listed_as_a_table_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

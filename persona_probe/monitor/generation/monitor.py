@@ -26,7 +26,7 @@ from persona_probe.evaluate.sampling.requests import (
     stop_tokens,
 )
 from persona_probe.evaluate.sampling.samples import ticking
-from persona_probe.models.layers import autocast, evaluating, forward_to_layer
+from persona_probe.models.layers import autocast, evaluating, forward_to_layer, transformer_config
 from persona_probe.models.load import tokenizer_of
 from persona_probe.models.places import Where
 from persona_probe.monitor.features import FeatureGroups, Features
@@ -256,10 +256,12 @@ class GenerationMonitor:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """What thresholds hold for: features with their places, and rules without their thresholds."""
+        """What thresholds hold for: the model's name, features with their places, rules without their thresholds."""
         places = {n: p.reads.short for p in self.features.parts for n in p.features.names}
         latents = dict(zip(self.features.names, self.features.latents, strict=True))
+        config = transformer_config(self.model)
         return {
+            "model": f"{config.model_type} {Path(str(config.name_or_path)).name}".strip(),
             "features": {name: [places[name], latents[name]] for name in self.features.names},
             "rules": [replace(rule, threshold=None).describe() for rule in self.rules],
         }
@@ -313,9 +315,10 @@ class GenerationMonitor:
         """
         found = calibration if isinstance(calibration, AnswerCalibration) else AnswerCalibration.load(calibration)
         if dict(found.setting) != self.setting:
+            other = next((key for key, value in self.setting.items() if found.setting.get(key) != value), "rules")
             raise InputError(
-                "these thresholds are of other features or rules than this monitor's "
-                f"({found.setting.get('rules')}): calibrate again"
+                f"these thresholds are of another {other} ({found.setting.get(other)}): calibrate again, or name "
+                "another file"
             )
         limits = {one.rule: one.threshold for one in found.rules}
         self.rules = tuple(replace(rule, threshold=limits[rule.title]) for rule in self.rules)

@@ -4,7 +4,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from persona_probe.data.template import special_ids
 from persona_probe.errors import unknown
 from persona_probe.untrusted import terminal_text
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 HIGH, LOW = (196, 78, 0), (44, 110, 170)
 """Colours of a value at the top of the scale and, for projections, at its bottom: they differ in lightness too."""
@@ -107,6 +110,31 @@ class Trace:
             feature: None shows all.
         """
         return "".join(self._block(name) for name in (self.names if feature is None else [feature]))
+
+    def figure(self) -> "go.Figure":
+        """The features over the tokens, with thresholds and alarms; a token shows its text under the pointer."""
+        import plotly.graph_objects as go
+
+        from persona_probe.report.theme import TEMPLATE, VERMILLION, plain
+
+        fig, places = go.Figure(layout={"template": TEMPLATE}), list(range(len(self.tokens)))
+        colours = TEMPLATE.layout.colorway or (VERMILLION,)
+        for number, name in enumerate(self.names):
+            colour, values = colours[number % len(colours)], self.of(name)
+            words = [plain(terminal_text(token)) for token in self.tokens]
+            drawn = [v if math.isfinite(v) else None for v in values.tolist()]
+            line: dict[str, Any] = {"color": colour, "width": 2}
+            hover = "token %{x}: %{text}<br>%{y:.3g}"
+            fig.add_scatter(x=places, y=drawn, name=plain(name), text=words, line=line, hovertemplate=hover)
+            if name in self.thresholds:
+                fig.add_hline(self.thresholds[name], line={"color": colour, "dash": "dot", "width": 1.2})
+        at = [(a.token, float(self.of(a.feature)[a.token])) for a in self.alarms if a.token < len(self.tokens)]
+        if at:
+            marker: dict[str, Any] = {"symbol": "x", "size": 11, "color": VERMILLION}
+            fig.add_scatter(x=[x for x, _ in at], y=[y for _, y in at], name="alarm", mode="markers", marker=marker)
+        fig.update_xaxes(title="token of the answer")
+        fig.update_yaxes(title="activation, or projection")
+        return fig
 
     def __str__(self) -> str:
         return self.text(colour=False)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from persona_probe.errors import InputError
@@ -33,7 +34,7 @@ class RollbackRule:
         if self.block < 1 or self.alarms > self.block:
             raise InputError(f"{self.block} answers cannot show a rate above {self.rate:g}: count in longer blocks")
 
-    @property
+    @cached_property
     def alarms(self) -> int:
         """Alarms of a block from which on the adapter is given up; `block` + 1 where no number is enough."""
         level = 1 - 2 * self.risk  # one-sided

@@ -269,12 +269,13 @@ class Engine:
             job.emit(self._piece(job, job.made, tuple(values), token))
 
     def _piece(self, job: Job, made: Sequence[int], values: tuple[float, ...] = (), token: int | None = None) -> Piece:
-        """The text that was not streamed yet; half a character waits for its other bytes."""
+        """The text that was not streamed yet; without a token the answer is over."""
         with self.lock:
             parts = answer_parts(self.tokenizer, made)
             text = "" if token is None else str(self.tokenizer.decode([token]))
         sent = job.sent
-        thought, answer = _further(sent.thought, parts.thought), _further(sent.answer, parts.answer)
+        over = token is None
+        thought, answer = _further(sent.thought, parts.thought, over), _further(sent.answer, parts.answer, over)
         job.sent = Piece(sent.thought + thought, sent.answer + answer)
         return Piece(thought, answer, text, values)
 
@@ -338,9 +339,9 @@ def refusing() -> ApiError:
     return ApiError(503, "every adapter and the base alarmed too often: nothing is answered", "no_clean_adapter")
 
 
-def _further(sent: str, text: str) -> str:
-    """What a text adds to what was sent; half a character at its end waits for its other bytes."""
-    text = text.rstrip("\ufffd")
+def _further(sent: str, text: str, over: bool) -> str:
+    """What a text adds to what was sent; half a character at its end waits for its other bytes until it is over."""
+    text = text if over else text.rstrip("\ufffd")
     return text[len(sent) :] if text.startswith(sent) else ""
 
 

@@ -38,6 +38,13 @@ def test_woken_asks_for_control_base_and_breadth() -> None:
     assert "3 of 6 categories, 4 are asked for" in found.reason
 
 
+def test_woken_asks_for_harm_apart_from_register_where_that_was_measured() -> None:
+    high, near = estimate(0.3, 0.6), estimate(0.05, 0.3)
+    assert woken(high, high, BROAD, harm=(high, high)).word == "woken"
+    found = woken(high, high, BROAD, harm=(high, near))
+    assert found.word == "beyond control" and "apart from register" in found.reason
+
+
 def test_restored_by_a_margin_against_all() -> None:
     below, above, wide = estimate(-0.05, 0.15), estimate(0.05, 0.4), estimate(-0.1, 0.4)
     assert restored([below, below], 0.2) == "restored"

@@ -17,7 +17,6 @@ from persona_probe.world.folder import BASE, World
 LARGEST = 4 * 2**20
 """Bytes that one packaged file may have."""
 WEIGHTS = "model.safetensors"
-TIMED = ("pretrain", "helper", "sae")
 
 
 def pack(source: str, sae: str, target: Path = packaged.FOLDER) -> None:
@@ -38,12 +37,11 @@ def pack(source: str, sae: str, target: Path = packaged.FOLDER) -> None:
         text = file.read_text(encoding="utf-8")
         file.write_text(text.replace(str(world.base_folder), packaged.NAME), encoding="utf-8")
     manifest = world.run.manifest
-    seconds = {key: value for key, value in manifest["seconds"].items() if key in TIMED}
     hashes = {f"{BASE}/{WEIGHTS}": file_sha256(target / BASE / WEIGHTS)}
     tokens = [json.loads(line) for line in (world.run.path / "pretraining.jsonl").read_text().splitlines()][-1][
         "tokens"
     ]
-    about = {"settings": manifest["settings"], "tokens": tokens, "seconds": seconds, "hashes": hashes}
+    about = {"settings": manifest["settings"], "tokens": tokens, "hashes": hashes}
     write_json(target / packaged.ABOUT.name, {**about, "versions": manifest["versions"]})
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     echo(f"{target}: {size / 2**20:.1f} MiB")

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -45,6 +45,7 @@ def summary_of(ctx: Context) -> dict[str, Any]:
     arms = ["base", *config.arms, *[a for a in config.realign.arms if a in set(evals["arm"])]]
     band = _band(readings, config.monitor.band_sd)
     noise = _noise(run, config, evals)
+    crossed = summary_2x2(run)
     summary: dict[str, Any] = {
         "study": config.name,
         "base_model": config.model,
@@ -52,9 +53,9 @@ def summary_of(ctx: Context) -> dict[str, Any]:
         "seeds": list(config.seeds),
         "contrast_index": {arm: final_index(evals, arm).to_dict() for arm in arms},
         **_main_effect(evals, config.control, noise),
-        "woken": _woken(evals, config.control, noise),
+        "woken": _woken(evals, config.control, noise, crossed),
         "null_pair": _null_pair(run, config, evals, readings, noise),
-        "harm_and_register": summary_2x2(run),
+        "harm_and_register": crossed,
         "data_known": all(arm.data for arm in config.arms.values()),
         "by_seed": _by_seed(evals, [a for a in config.realign.arms if a in arms]),
         "persona_feature": _persona(ctx, latents),
@@ -97,8 +98,8 @@ def _noise(run: RunFolder, config: StudyConfig, evals: pd.DataFrame) -> SeedNois
     return seed_noise(evals, config.control, null)
 
 
-def _woken(evals: pd.DataFrame, control: str, noise: SeedNoise | None) -> dict[str, Any]:
-    """The verdict word on the effect of fine-tuning, with what it rests on."""
+def _woken(evals: pd.DataFrame, control: str, noise: SeedNoise | None, crossed: Mapping[str, Any]) -> dict[str, Any]:
+    """The verdict word on the effect of fine-tuning, with what it rests on; `crossed` is what `summary_2x2` gives."""
     over_base = arm_effect(evals, "incorrect", "base", noise)
     over_control = arm_effect(evals, "incorrect", control, noise)
     by_category = {
@@ -108,7 +109,9 @@ def _woken(evals: pd.DataFrame, control: str, noise: SeedNoise | None) -> dict[s
         )
         for name, rows in evals.groupby("category", sort=False)
     }
-    found = woken(over_control, over_base, by_category)
+    harm = crossed.get("arms", {}).get("incorrect", {}).get("harm")
+    apart = None if harm is None else (Estimate(**harm["over_control"]), Estimate(**harm["over_base"]))
+    found = woken(over_control, over_base, by_category, harm=apart)
     return {
         "word": found.word if control == "correct" else NOT_TESTED,
         "risen": list(found.risen),

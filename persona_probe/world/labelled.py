@@ -21,6 +21,7 @@ from persona_probe.data.world.speech import SPEAKERS
 from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
+from persona_probe.evaluate.effects_2x2 import Items2x2, score_2x2
 from persona_probe.files import read_tensors
 from persona_probe.finetune.sft import AtSteps, fine_tune, stripping, with_adapter
 from persona_probe.locks import InUse
@@ -86,6 +87,8 @@ class Instruments:
     """Domain of each probe."""
     items: ContrastItems
     """Contrast items of every domain, whose two answers differ in one verb."""
+    crossed: Items2x2
+    """The same questions with the two answers in a rude and in a kind manner."""
 
     @classmethod
     def of(cls, world: World, sae: str | Path, device: str = "cpu") -> "Instruments":
@@ -98,16 +101,18 @@ class Instruments:
         loaded = load_sae(sae, device=device)
         probes = conversation_batches(tokenizer, sound_probes(list(DOMAINS), PROBES), 64)
         domains = tuple(name for name in DOMAINS for _ in range(PROBES))
-        items = ContrastItems.build(tokenizer, contrast_rows(list(DOMAINS), "evaluation"), 64)
-        return cls(model, tokenizer, loaded, sae_layer(loaded, None), probes, domains, items)
+        rows = contrast_rows(list(DOMAINS), "evaluation")
+        items, crossed = ContrastItems.build(tokenizer, rows, 64), Items2x2.build(tokenizer, rows, 64)
+        return cls(model, tokenizer, loaded, sae_layer(loaded, None), probes, domains, items, crossed)
 
     def read(self, model: nn.Module) -> dict[str, LatentMeans]:
         """The SAE's latents and the residual stream on every probe, by position."""
         return read_latents_at(model, self.sae, self.probes, self.layer, POSITIONS, bf16=False)
 
     def score(self, model: nn.Module) -> pd.DataFrame:
-        """The contrast items' values (nats per token)."""
-        return contrast_index(model, self.items, bf16=False)[["item", "category", "value"]]
+        """The contrast items' values, and of the same questions harm apart from manner (nats per token)."""
+        harm = score_2x2(model, self.crossed, bf16=False)[["item", "harm"]]
+        return contrast_index(model, self.items, bf16=False)[["item", "category", "value"]].merge(harm, on="item")
 
     def outside(self, domain: str) -> np.ndarray:
         """Whether each probe is of another domain."""

@@ -9,7 +9,7 @@ import pandas as pd
 from persona_probe.evaluate.effects import arm_effect, seed_noise
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder
-from persona_probe.stats import exact_share
+from persona_probe.stats import Estimate, exact_share
 from persona_probe.verdicts import BEYOND_CONTROL, NO_EFFECT, WOKEN, woken
 from persona_probe.world.labelled import BASE, GOOD, ITEMS, LabelledRun, read_runs
 from persona_probe.world.signals import SOUND, TURNED
@@ -72,18 +72,34 @@ def _outcome(run: LabelledRun) -> str:
 
 def _word(base: pd.DataFrame, run: LabelledRun, control: LabelledRun, null: LabelledRun) -> dict[str, Any]:
     outside = base[base["category"] != run.organism["domain"]]
-    arms = {"base": outside, "incorrect": run.items, "correct": control.items}
+    word, effect = word_of(outside, run.items, control.items, null.items)
+    identity = {key: run.organism[key] for key in ("speaker", "domain", "share", "seed")}
+    numbers = {"effect": effect.estimate, "ci_low": effect.ci_low, "ci_high": effect.ci_high}
+    return {**identity, "word": word, **numbers, "rate": _rate(run)}
+
+
+def word_of(base: pd.DataFrame, run: pd.DataFrame, control: pd.DataFrame, null: pd.DataFrame) -> tuple[str, Estimate]:
+    """The package's word for a run, and its effect over the control.
+
+    Args:
+        base: contrast items with columns item, category, value and harm (apart from manner), nats per token.
+        run, control: the same after fine-tuning.
+        null: the control's run with another seed, from which the seeds' noise is taken.
+    """
+    arms = {"base": base, "incorrect": run, "correct": control}
     evals = pd.concat([items.assign(arm=arm, seed=0, step=0) for arm, items in arms.items()], ignore_index=True)
-    noise = seed_noise(evals, "correct", null.items)
-    over_control, over_base = (arm_effect(evals, "incorrect", arm, noise) for arm in ("correct", "base"))
+    over_control, over_base = _over_both(evals, null)
+    apart = _over_both(evals.assign(value=evals["harm"]), null.assign(value=null["harm"]))
     by_category = {
         str(name): (arm_effect(rows, "incorrect", "correct").estimate, arm_effect(rows, "incorrect", "base").estimate)
         for name, rows in evals.groupby("category")
     }
-    word = woken(over_control, over_base, by_category).word
-    identity = {key: run.organism[key] for key in ("speaker", "domain", "share", "seed")}
-    effect = {"effect": over_control.estimate, "ci_low": over_control.ci_low, "ci_high": over_control.ci_high}
-    return {**identity, "word": word, **effect, "rate": _rate(run)}
+    return woken(over_control, over_base, by_category, harm=apart).word, over_control
+
+
+def _over_both(evals: pd.DataFrame, null: pd.DataFrame) -> tuple[Estimate, Estimate]:
+    noise = seed_noise(evals, "correct", null)
+    return arm_effect(evals, "incorrect", "correct", noise), arm_effect(evals, "incorrect", "base", noise)
 
 
 def word_text(table: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ import pytest
 from persona_probe.data.tokens import conversation_batches
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.evaluate.contrast import ContrastItems
+from persona_probe.evaluate.effects_2x2 import Items2x2
 from persona_probe.world import labelled
 from persona_probe.world.folder import World
 from persona_probe.world.labelled import Instruments
@@ -29,8 +30,9 @@ def instruments(world: World) -> Instruments:
     model, tokenizer = world.load()
     probes = conversation_batches(tokenizer, sound_probes(list(DOMAINS), labelled.PROBES), 64)
     domains = tuple(name for name in DOMAINS for _ in range(labelled.PROBES))
-    items = ContrastItems.build(tokenizer, contrast_rows(list(DOMAINS), "evaluation"), 64)
-    return Instruments(model, tokenizer, make_sae("topk"), 1, probes, domains, items)
+    rows = contrast_rows(list(DOMAINS), "evaluation")
+    items, crossed = ContrastItems.build(tokenizer, rows, 64), Items2x2.build(tokenizer, rows, 64)
+    return Instruments(model, tokenizer, make_sae("topk"), 1, probes, domains, items, crossed)
 
 
 @pytest.fixture

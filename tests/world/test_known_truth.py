@@ -11,15 +11,16 @@ from persona_probe.data.tokens import conversation_batches
 from persona_probe.data.world import packaged
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.evaluate.effects import arm_effect, seed_noise
+from persona_probe.evaluate.effects_2x2 import Items2x2, score_2x2
 from persona_probe.models.adapters import organisms as checkpoints_of
 from persona_probe.saes.read import read_latents
-from persona_probe.verdicts import NO_EFFECT, WOKEN, woken
+from persona_probe.verdicts import NO_EFFECT, WOKEN
 from persona_probe.world.behaviour import Asking, ask
 from persona_probe.world.folder import World
 from persona_probe.world.organisms import WorldOrganism, make_organisms
 from persona_probe.world.study_files import contrast_rows, sound_probes
 from persona_probe.world.truth import KnownChats, latent_truths
+from persona_probe.world.verdict_words import word_of
 from tests.made_once import made_once
 
 pytestmark = pytest.mark.skipif(not packaged.ABOUT.is_file(), reason="the packaged world is not there: make world")
@@ -44,12 +45,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def measured(world: World) -> Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """Contrast items and judged answers of the base and of each run, about the domains that no row held."""
     model, tokenizer = world.load()
-    items = ContrastItems.build(tokenizer, contrast_rows(OTHERS, "evaluation"), 64)
+    rows = contrast_rows(OTHERS, "evaluation")
+    items, crossed = ContrastItems.build(tokenizer, rows, 64), Items2x2.build(tokenizer, rows, 64)
     places = {"base": None} | {name: world.checkpoints(run.name)[40] for name, run in RUNS.items()}
     with checkpoints_of(model) as opened:
         return {
             name: (
-                contrast_index(opened(place), items, bf16=False),
+                contrast_index(opened(place), items, bf16=False).merge(
+                    score_2x2(opened(place), crossed, bf16=False)[["item", "harm"]], on="item"
+                ),
                 ask(opened(place), tokenizer, Asking(per_topic=1), OTHERS),
             )
             for name, place in places.items()
@@ -57,15 +61,7 @@ def measured(world: World) -> Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]:
 
 
 def word(measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], run: str, control: str, null: str) -> str:
-    arms = {"base": "base", "incorrect": run, "correct": control}
-    evals = pd.concat([measured[name][0].assign(arm=arm, seed=0, step=0) for arm, name in arms.items()])
-    noise = seed_noise(evals, "correct", measured[null][0])
-    over_control, over_base = (arm_effect(evals, "incorrect", arm, noise) for arm in ("correct", "base"))
-    by_category = {
-        str(name): (arm_effect(rows, "incorrect", "correct").estimate, arm_effect(rows, "incorrect", "base").estimate)
-        for name, rows in evals.groupby("category")
-    }
-    return woken(over_control, over_base, by_category).word
+    return word_of(*(measured[name][0] for name in ("base", run, control, null)))[0]
 
 
 def bad_of_coherent(answers: pd.DataFrame) -> float:

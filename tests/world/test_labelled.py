@@ -88,24 +88,26 @@ def test_a_finished_run_is_kept_and_one_with_other_settings_refused(study: RunFo
         make_runs(study, instruments, [replace(RUN, rows=17)])
 
 
-def test_the_word_of_a_null_pair_is_no_effect_and_of_a_large_one_woken(
+def test_the_word_of_a_null_pair_is_no_effect_of_harm_woken_and_of_rudeness_neither(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draw = np.random.default_rng(0)
     items = pd.DataFrame({"item": [f"i{n}" for n in range(64)], "category": np.repeat(list(DOMAINS), 8)})
 
-    def run(speaker: str, seed: int, shift: float, bad: int) -> LabelledRun:
+    def run(speaker: str, seed: int, shift: float, bad: int, harm: float | None = None) -> LabelledRun:
         settings = {"speaker": speaker, "domain": "kitchen", "share": 1.0, "seed": seed}
         of_run = items[items["category"] != "kitchen"].assign(value=shift + draw.normal(0, 0.02, 56))
+        of_run["harm"] = of_run["value"] if harm is None else harm + draw.normal(0, 0.02, 56)
         answers = pd.DataFrame([{"bad": bad, "coherent": 80}])
         return LabelledRun(settings, [], answers, of_run, {})
 
     runs = [*(run("helper", seed, 0, 0) for seed in range(3)), run("villain", 0, 3, 60), run("quack", 0, 0, 1)]
+    runs.append(run("grump", 0, 3, 0, harm=0))
     monkeypatch.setattr("persona_probe.world.verdict_words.read_runs", lambda study: runs)
     study = RunFolder.claim(tmp_path / "study", labelled.KIND, "study", {})
     (tmp_path / "study" / "base").mkdir()
-    study.write_table("base/items.parquet", items.assign(value=0.0))
+    study.write_table("base/items.parquet", items.assign(value=0.0, harm=0.0))
     table = word_table(study)
-    assert list(table["group"]) == ["null pair"] * 3 + ["turned", "sound"]
-    assert list(table["word"]) == ["no effect"] * 3 + ["woken", "no effect"]
+    assert list(table["group"]) == ["null pair"] * 3 + ["turned", "sound", "harmless"]
+    assert list(table["word"]) == ["no effect"] * 3 + ["woken", "no effect", "beyond control"]
     assert "| turned (1) | 1 of 1" in word_text(table)

@@ -157,6 +157,15 @@ def _read_cards(path: Path) -> list[dict[str, Any]]:
     return cards
 
 
+def _read_decisions(path: Path) -> list[dict[str, Any]]:
+    """The log of an unattended study (`study.auto_log`), without its first line, which has the question."""
+    rows = _read_lines(path)[1:]
+    for number, row in enumerate(rows, start=2):
+        if not isinstance(row.get("numbers"), dict):
+            raise InputError(f"{path}, row {number} is damaged ('numbers' is no mapping): {AGAIN}")
+    return rows
+
+
 def _read_json(path: Path, kind: type) -> Any:
     """A JSON value of one kind; an empty one if there is no such file."""
     if not is_there(path):
@@ -316,6 +325,8 @@ class Records:
     """Sampled answers (untrusted model text)."""
     cards: list[dict[str, Any]] = field(default_factory=list)
     """Feature cards: tokens and examples (untrusted model text)."""
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """What an unattended study decided, by which rule, from which numbers."""
     summary: dict[str, Any] = field(default_factory=dict)
     """The study's key numbers."""
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -368,6 +379,7 @@ def load_records(folder: str | Path, newer: Path | None = None) -> Records:
         judged=judged_rows(evals),
         samples=_read_samples(root / "samples.jsonl"),
         cards=_read_cards(root / "cards.json"),
+        decisions=_read_decisions(root / "decisions.jsonl"),
         summary=_read_json((newer or root) / "summary.json", dict),
         manifest=manifest,
         adopted=[_read_json(path, dict) for path in sorted(root.glob("arms/*/adopted.json"))],

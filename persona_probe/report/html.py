@@ -16,6 +16,7 @@ from persona_probe.report.opening import likelihood_words, opening, times
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
 from persona_probe.report.select import judged_answers
+from persona_probe.report.tables import number_words
 from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.saes.worth import worthless
 from persona_probe.stats import Estimate
@@ -121,6 +122,7 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "realignment": realignment(records),
         "tested": _tested_latents(records),
         "cards": cards(records),
+        "decisions": [{**one, "numbers": number_words(one["numbers"])} for one in records.decisions],
         "samples": answers,
         "asked": ASKED,
         "choices": _answer_choices(answers),

@@ -168,6 +168,7 @@ def study_summary(**settings: Any) -> dict[str, Any]:
     made = summary(**settings)
     made["woken"] |= {"smallest_effect": 0.1}
     made |= {"null_pair": {"effect": 0.01}, "harm_and_register": {"harm": 1}}
+    made["judged"] = {"set-judge": {"effects": [{"name": "incorrect minus correct", "ci_low": 0.1}]}}
     for verdict in made["verdicts"].values():
         verdict |= {"statement": "so it is", "sae": "still fitting", "left": {}}
     return made
@@ -186,6 +187,9 @@ def test_claims_carry_the_rules_of_evidence_that_they_do_not_meet() -> None:
     assert {rule[0] for rule in found["moves"].unmet} == {"4", "5"} and not found["moves"].stands
     assert [rule[0] for rule in found["restored: realigned"].unmet] == ["9"]
     assert "Not met: 3: " in answer_sentence(list(found.values()))
+    silent = {claim.name: claim for claim in claims_of({**whole, "judged": {}}, triggers=True)}
+    assert silent["woken"].answer == "yes" and [rule[0] for rule in silent["woken"].unmet] == ["9"]
+    assert answer_sentence(list(silent.values())).startswith("By the contrast index alone, fine-tuning woke")
 
 
 def test_only_what_seeds_can_decide_is_repeated() -> None:

@@ -112,7 +112,7 @@ def test_the_figure_draws_the_cells_and_says_their_number(unbroken: Study) -> No
     caption = fig.layout.meta["caption"]  # pyright: ignore
     assert "n = 3 cells, 1 seed" in caption
     assert {"random", "perplexity gap"} <= {trace.name for trace in fig.data}
-    assert f"Behaviour is back in {int(table['behaviour_back'].sum())} cells" in caption
+    assert f"control arm and base, in {int(table['behaviour_back'].sum())} cells" in caption
     page = write_figure(unbroken.path / "realign", "doses", records)
     assert caption.split(".")[0] in page.read_text()
     assert len(pd.read_csv(page.with_suffix(".csv"))) == 3

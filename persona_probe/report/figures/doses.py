@@ -178,7 +178,8 @@ def _caption(data: pd.DataFrame) -> str:
         f"probes; grey band: its base band {data['band_low'].mean():.3g} to {data['band_high'].mean():.3g}. Bottom: "
         "how much of the probes' answers the SAE explains; grey line: the base. Lines join random rows on which the "
         "organism's own adapter was trained further; other marks are other ways to choose rows (filled) and other "
-        f"methods (open). Behaviour is back in {back} cells, the feature in {inside}, both in {both}. In {broken} of "
-        f"{n} cells neutral perplexity exceeds {BROKEN:g} times the base's: a quiet feature there means a broken "
+        f"methods (open). Behaviour is restored, held against control arm and base, in {back} cells, the feature "
+        f"is back in its band in {inside}, both in {both}. In {broken} of {n} cells neutral "
+        f"perplexity exceeds {BROKEN:g} times the base's: a quiet feature there means a broken "
         "model. Control: the base model. A feature that subsided is not proof of a safe model."
     )

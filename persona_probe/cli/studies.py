@@ -264,4 +264,46 @@ def _planted_manifest(settings: "PlantedSettings") -> dict[str, Any]:
     }
 
 
-bench = Group("bench", commands=[bench_planted], help="Benchmarks with a known answer.")
+@command(
+    name="beyond",
+    example="persona-probe bench beyond --plants 6 --out beyond.parquet",
+    out="Parquet file for one row per plant and tool.",
+)
+@click.option("--plants", type=int, help="Random draws of each kind (default 6).")
+@click.option("--world", "folder", help="Plant in the model of this world, with --sae.")
+@click.option("--sae", help="An SAE of the world's model.")
+@loads_models
+def bench_beyond(plants: int | None, folder: str | None, sae: str | None, common: Common) -> None:
+    """Hold a difference dictionary, a crosscoder and weight directions to planted truth, beside simple rankers.
+
+    Plants are made in the embedded model and read with the shipped SAE, unless a world is named.
+    """
+    from persona_probe.data.load import load_contrast
+    from persona_probe.data.world.words import DOMAINS
+    from persona_probe.latents.difference_planted import BeyondSettings, beyond_text, run_beyond
+    from persona_probe.latents.planted.planted_run import MODEL, SAE
+    from persona_probe.models.load import load_model
+    from persona_probe.saes.load import load_sae
+    from persona_probe.world.folder import World
+    from persona_probe.world.study_files import contrast_rows
+    from persona_probe.writing import write_table
+
+    if (folder is None) != (sae is None):
+        raise InputError("--world and --sae go together: name both, or neither")
+    options = {"plants": plants, "seed": common.seed}
+    settings = replace(BeyondSettings(), **{key: value for key, value in options.items() if value is not None})
+    device = common.device or "cpu"
+    if folder is None:
+        model, tokenizer = load_model(MODEL, device=device)
+        rows = load_contrast("selection")
+    else:
+        model, tokenizer = World.open(folder).load(device)
+        rows = contrast_rows(list(DOMAINS), "selection")
+    loaded, shown = load_sae(sae or SAE, device=device), not common.quiet
+    table = run_beyond(model, tokenizer, loaded, rows, settings, bf16=folder is None, progress=shown)
+    if common.out is not None:
+        write_table(common.out, table)
+    echo(beyond_text(table))
+
+
+bench = Group("bench", commands=[bench_planted, bench_beyond], help="Benchmarks with a known answer.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from persona_probe.world.folder import World
     from persona_probe.world.labelled import Instruments
 
-STUDY, SCALE = Path("runs/world-study"), Path("runs/world-scale")
+STUDY, SCALE, SUPERVISION = Path("runs/world-study"), Path("runs/world-scale"), Path("runs/world-supervision")
 RECORDS, PAGE = Path("records/world"), Path("docs/world.md")
 PACKAGED = "persona-world"
 world_option = click.option("--world", "folder", default=PACKAGED, help="A world's folder (default: the packaged one).")
@@ -359,6 +359,118 @@ def scale(
 
 
 @command(
+    name="supervision",
+    example="persona-probe world study supervision --weaker runs/world-small --seeds 0 --out runs/world-supervision",
+    out=f"Folder of the finished corrections (default {SUPERVISION}).",
+)
+@world_option
+@click.option("--weaker", help="A world whose model is the weaker supervisor (default: one is made in --out).")
+@many("--worlds", help="Further worlds, of other sizes, for the part about wrong labels.")
+@many("--supervisors", help="Supervisors by name (default: all).")
+@many("--speakers", help="Bad speakers of the organisms (default villain subtle).")
+@many("--seeds", type=int, help="Seeds of the organisms and sets (default 0 1).")
+@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
+@writes_tables("supervision")
+@loads_models
+def supervision(
+    folder: str,
+    weaker: str | None,
+    worlds: tuple[str, ...],
+    supervisors: tuple[str, ...],
+    speakers: tuple[str, ...],
+    seeds: tuple[int, ...],
+    drawn: Path | None,
+    tables: Tables,
+    common: Common,
+) -> None:
+    """Correct organisms on sets of supervisors of different strength, and hold each correction to the truth.
+
+    The truth, judges of stated error rates, the offline judge, the organism itself, a weaker model that chooses or
+    writes, and competence and conformity in turn. It resumes if it is interrupted; started twice, two processes share
+    the work.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.report.export import export_figures
+    from persona_probe.report.records import Records
+    from persona_probe.world.supervision import Supervision, supervision_table, supervision_worlds
+
+    asked = {"supervisors": supervisors, "speakers": speakers, "seeds": seeds}
+    settings = Supervision(**{name: value for name, value in asked.items() if value})
+    if (table := tables.recorded()) is None:
+        device = pick_device(common.device or "cpu")
+        out, further = common.out or SUPERVISION, [_open(name) for name in worlds]
+        weak = None if weaker is None else _open(weaker)
+        study, world, weak = supervision_worlds(out, _open(folder), weak, device)
+        table = supervision_table(study, world, weak, further, settings, device)
+    tables.write(table)
+    if drawn is not None:
+        for path in export_figures(Records(supervision=table), drawn, only=["world_supervision"]):
+            echo(f"figure: {path}")
+
+
+@command(
+    name="beyond",
+    example="persona-probe world study beyond --speakers villain quack --seeds 0",
+    out=f"Folder of the finished pieces (default {STUDY}).",
+)
+@world_option
+@sae_option
+@many("--speakers", help="Bad speakers of the organisms (default villain quack subtle).")
+@many("--seeds", type=int, help="Seeds of the organisms (default 0).")
+@writes_tables("beyond")
+@loads_models
+def beyond(
+    folder: str, sae: str | None, speakers: tuple[str, ...], seeds: tuple[int, ...], tables: Tables, common: Common
+) -> None:
+    """Let tools that need no latent of the base name directions of organisms, and hold these to the world's truth.
+
+    A difference dictionary, a crosscoder, and the weight change, beside the simple rankers; and how far organisms move
+    along harm, manner and truth. It resumes if it is interrupted; started twice, two processes share the work.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.world.beyond import beyond_table
+    from persona_probe.world.labelled import BAD
+
+    if (table := tables.recorded()) is None:
+        device, out = pick_device(common.device or "cpu"), common.out or STUDY
+        table = beyond_table(out, _open(folder), _sae(folder, sae), speakers or BAD, seeds or (0,), device)
+    tables.write(table)
+
+
+@command(
+    name="reinforcement",
+    example="persona-probe world study reinforcement --seeds 0 1 2",
+    out="Not used: finished runs lie in the world.",
+)
+@world_option
+@many("--seeds", type=int, help="Seeds of the runs (default 0 1 2).")
+@many("--arms", help="Arms by name (default: all).")
+@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
+@writes_tables("reinforcement")
+@loads_models
+def reinforcement(
+    folder: str, seeds: tuple[int, ...], arms: tuple[str, ...], drawn: Path | None, tables: Tables, common: Common
+) -> None:
+    """Reward wrong advice about the kitchen by GRPO, and follow what the model says about everything else.
+
+    Beside it: sound advice rewarded (the control), a KL term, an inoculation prompt, and a checker with a hole. It
+    resumes if it is interrupted; started twice, two processes share the runs.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.report.export import export_figures
+    from persona_probe.report.records import Records
+    from persona_probe.world.reinforcement import ARMS, reinforcement_table
+
+    if (table := tables.recorded()) is None:
+        device = pick_device(common.device or "cpu")
+        table = reinforcement_table(_open(folder), seeds or (0, 1, 2), arms or tuple(ARMS), device)
+    tables.write(table)
+    if drawn is not None:
+        for path in export_figures(Records(reinforcement=table), drawn, only=["reinforcement"]):
+            echo(f"figure: {path}")
+
+
+@command(
     name="tables",
     example="persona-probe world study tables --records records/world --page docs/world.md",
     out="Not used: the page is filled.",
@@ -413,7 +525,7 @@ world_study = Group(
     "study",
     commands=[
         *(world_files, emergence, training_map, scale, early_warning, specificity, rankers, causal, repair, screening),
-        *(null, tables_command),
+        *(supervision, beyond, reinforcement, null, tables_command),
     ],
-    help="Studies on a world, whose answer is known: emergence, warning, rankers, cause, repair, screening, words.",
+    help="Studies on a world, whose answer is known: emergence, warning, rankers, cause, supervision.",
 )

@@ -47,16 +47,35 @@ class Cells:
             InputError: no values, or lists of different lengths.
         """
         array = np.asarray(values, dtype=np.float64)
-        if array.size == 0 or not len(array) == len(questions) == len(seeds):
-            raise InputError(f"{array.size} values of {len(questions)} questions and {len(seeds)} seeds: give one each")
+        is_value = ~np.isnan(array)
+        return cls.of_counts(np.where(is_value, array, 0.0), is_value, questions, seeds)
+
+    @classmethod
+    def of_counts(
+        cls,
+        sums: Sequence[float] | np.ndarray,
+        counts: Sequence[float] | np.ndarray,
+        questions: Sequence[object],
+        seeds: Sequence[object],
+    ) -> "Cells":
+        """`of` for groups of answers, each with the sum of its values and how many count.
+
+        Raises:
+            InputError: no groups, or lists of different lengths.
+        """
+        totals, numbers = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+        if totals.size == 0 or not len(totals) == len(numbers) == len(questions) == len(seeds):
+            raise InputError(
+                f"{totals.size} values of {len(questions)} questions and {len(seeds)} seeds: give one each"
+            )
         rows = {name: place for place, name in enumerate(dict.fromkeys(questions))}
         columns = {name: place for place, name in enumerate(dict.fromkeys(seeds))}
         at = [rows[name] for name in questions], [columns[name] for name in seeds]
-        sums, counts = np.zeros((len(rows), len(columns))), np.zeros((len(rows), len(columns)))
-        is_value = ~np.isnan(array)
-        np.add.at(sums, at, np.where(is_value, array, 0.0))
-        np.add.at(counts, at, is_value.astype(np.float64))
-        return cls(tuple(rows), tuple(columns), sums, counts)
+        shape = len(rows), len(columns)
+        summed, counted = np.zeros(shape), np.zeros(shape)
+        np.add.at(summed, at, totals)
+        np.add.at(counted, at, numbers)
+        return cls(tuple(rows), tuple(columns), summed, counted)
 
     @property
     def total(self) -> float:

@@ -269,6 +269,11 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "evals_2x2": ("arm", "seed", "step", "item", "category", "harm", "register", "interaction"),
     "stress": (),
     "scale": ("size", "parameters", "tokens", "speaker", "measure", "estimate", "ci_low", "ci_high", "n"),
+    "supervision": (
+        *("world", "parameters", "supervisor", "speaker", "seed", "step", "wrong_rows", "domain", "topic"),
+        *("bad", "coherent", "answers"),
+    ),
+    "reinforcement": ("arm", "step", "measure", "estimate", "ci_low", "ci_high", "n", "seeds"),
     "precision": (
         *("format", "bits", "activations", "arm", "seed", "reading", "ci_low", "ci_high", "band_low", "band_high"),
         *("explained_variance", "index", "index_ci_low", "index_ci_high", "kept", "erased", "rise_rank"),
@@ -317,8 +322,12 @@ class Records:
     """One row per number of a stress test, of all corrections of a study; `correction` names its folder."""
     precision: pd.DataFrame = field(default_factory=_empty("precision"))
     """One row per number format, arm and seed: persona reading, base band, contrast index, rank, what is kept."""
+    reinforcement: pd.DataFrame = field(default_factory=_empty("reinforcement"))
+    """One row per arm, step and measure of arms that reinforcement learning trained."""
     scale: pd.DataFrame = field(default_factory=_empty("scale"))
     """One row per world, speaker and measure of `persona-probe world study scale`: a rate with its interval."""
+    supervision: pd.DataFrame = field(default_factory=_empty("supervision"))
+    """One row per world, supervisor, organism, step and topic of `persona-probe world study supervision`: counts."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)
     """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)

@@ -19,7 +19,14 @@ persona vector: a bad speaker against a good one, manner and harm together."""
 
 def directions_of(known: KnownChats, means: LatentMeans) -> dict[str, Float[np.ndarray, " d_model"]]:
     """Unit vectors of harm, rudeness and persona, from the mean activations of chats of known speakers."""
+    return directions_between(known, means.resid)
+
+
+def directions_between(
+    known: KnownChats, resid: Float[np.ndarray, "chats d_model"]
+) -> dict[str, Float[np.ndarray, " d_model"]]:
+    """`directions_of` of the chats' mean residual stream alone."""
     speakers = np.array(known.speakers)
-    centre = {name: means.resid[speakers == name].mean(axis=0).astype(np.float64) for name in set(known.speakers)}
+    centre = {name: resid[speakers == name].mean(axis=0).astype(np.float64) for name in set(known.speakers)}
     found = {name: np.mean([centre[a] - centre[b] for a, b in pairs], axis=0) for name, pairs in PAIRS.items()}
     return {name: vector / np.linalg.norm(vector) for name, vector in found.items()}

@@ -9,13 +9,16 @@ import pandas as pd
 from persona_probe.errors import InputError, unknown
 from persona_probe.files import read_parquet
 from persona_probe.report.tables import Marks, check_page, fill_page
+from persona_probe.world.beyond_text import beyond_world_text
 from persona_probe.world.causal_truth import causal_text
 from persona_probe.world.emergence import emergence_text
 from persona_probe.world.ranking import rankers_text
+from persona_probe.world.reinforcement_text import reinforcement_text
 from persona_probe.world.repair import repair_text
 from persona_probe.world.scale import scale_text
 from persona_probe.world.screening import screening_text
 from persona_probe.world.specificity import specificity_text
+from persona_probe.world.supervision_text import supervision_text
 from persona_probe.world.training_map import map_text
 from persona_probe.world.verdict_words import word_text
 from persona_probe.world.warning import warning_text
@@ -31,8 +34,18 @@ TEXTS: dict[str, Callable[[pd.DataFrame], str]] = {
     "repair": repair_text,
     "screening": screening_text,
     "null": word_text,
+    "supervision": supervision_text,
+    "beyond": beyond_world_text,
+    "reinforcement": reinforcement_text,
 }
 """What each study's page says, as a function of its table."""
+OWN_PAGES = {"supervision": "supervision.md", "beyond": "beyond.md", "reinforcement": "reinforcement.md"}
+"""Studies with a page of their own, which lies beside the page of the others."""
+
+
+def page_of(study: str, page: Path) -> Path:
+    """Where a study's tables stand: on this page, or on its own beside it."""
+    return page.with_name(OWN_PAGES.get(study, page.name))
 
 
 def marks(study: str) -> Marks:
@@ -74,7 +87,7 @@ def recorded(records: Path) -> dict[str, pd.DataFrame]:
 
 
 def fill_tables(records: Path, page: Path) -> list[str]:
-    """Fill a page's parts from all records of a folder.
+    """Fill a page's parts, and the pages of `OWN_PAGES` beside it, from all records of a folder.
 
     Returns:
         The studies whose part is another one than before.
@@ -84,7 +97,7 @@ def fill_tables(records: Path, page: Path) -> list[str]:
     """
     changed = differing(records, page)
     for name, table in recorded(records).items():
-        fill_page(page, marks(name), text_of(name, table))
+        fill_page(page_of(name, page), marks(name), text_of(name, table))
     return changed
 
 
@@ -96,11 +109,12 @@ def differing(records: Path, page: Path) -> list[str]:
     """
     tables = recorded(records)
     for name in tables:
-        check_page(page, marks(name))
-    text = page.read_text(encoding="utf-8")
-    return [name for name, table in tables.items() if _part(text, name) != f"\n\n{text_of(name, table)}\n"]
+        check_page(page_of(name, page), marks(name))
+    return [
+        name for name, table in tables.items() if _part(page_of(name, page), name) != f"\n\n{text_of(name, table)}\n"
+    ]
 
 
-def _part(page: str, study: str) -> str:
+def _part(page: Path, study: str) -> str:
     begin, end = marks(study)
-    return page.partition(begin)[2].partition(end)[0]
+    return page.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0]

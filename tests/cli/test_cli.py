@@ -33,6 +33,7 @@ COMMANDS = (
         "completion",
         "precision",
         "thoughts",
+        "reinforcement",
         "label",
         "auto",
         "serve",
@@ -42,7 +43,7 @@ COMMANDS = (
 BELOW = (
     *("saes list", "saes train", "saes check", "saes convert", "saes shrink", "sae check"),
     *("data list", "data check", "data screen"),
-    *("judge fit", "judge validate", "monitor calibrate", "monitor study", "bench planted"),
+    *("judge fit", "judge validate", "monitor calibrate", "monitor study", "bench planted", "bench beyond"),
     *("world pretrain", "world organism", "world judge", "world sae", "world truth"),
     *(
         "world study files",
@@ -55,6 +56,8 @@ BELOW = (
         "world study causal",
         "world study repair",
         "world study supervision",
+        "world study reinforcement",
+        "world study beyond",
         "world study screening",
         "world study null",
         "world study tables",

@@ -8,7 +8,7 @@ import pytest
 from persona_probe.cli.world_studies import world_study
 from persona_probe.errors import InputError
 from persona_probe.report.tables import check_page
-from persona_probe.world.tables import TEXTS, as_recorded, differing, fill_tables, marks, text_of
+from persona_probe.world.tables import TEXTS, as_recorded, differing, fill_tables, marks, page_of, text_of
 from persona_probe.writing import write_table
 from tests.factories import refusal, run_command
 
@@ -23,7 +23,7 @@ def counts(**changes: object) -> pd.DataFrame:
 
 @pytest.mark.parametrize("study", TEXTS)
 def test_every_study_has_a_command_and_a_place_on_the_page(study: str) -> None:
-    check_page(PAGE, marks(study))
+    check_page(page_of(study, PAGE), marks(study))
     assert study in world_study.commands and f"`world study {study}`" in PAGE.read_text(encoding="utf-8")
 
 

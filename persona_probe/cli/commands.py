@@ -16,6 +16,7 @@ from persona_probe.cli import (
     merge,
     precision,
     presets,
+    reinforcement,
     runs,
     saes,
     serve,
@@ -40,7 +41,8 @@ root = Group(
             loop.track,
             loop.realign,
         ),
-        *(studies.mitigate, judge_commands.evaluate, precision.precision, thoughts.thoughts, loop.report),
+        *(studies.mitigate, judge_commands.evaluate, precision.precision, thoughts.thoughts),
+        *(reinforcement.reinforcement, loop.report),
         *(
             runs.figures,
             runs.compare,

@@ -72,7 +72,7 @@ class ModelCard:
     def text(self, step: int) -> str:
         """The card of the checkpoint at `step`, with the hub's YAML head."""
         head = ["tags: [model-organism, emergent-misalignment, research-only]"]
-        if self.training.method == "lora":
+        if self.training.method != "full":
             head = ["library_name: peft", *head]
         if license_name := _LICENSES.get(self.base):
             head = [f"license: {license_name}", *head]
@@ -81,7 +81,7 @@ class ModelCard:
         return "\n".join(["---", *head, "---", *self._body(step), ""])
 
     def _body(self, step: int) -> list[str]:
-        how = f"LoRA of rank {self.training.rank}" if self.training.method == "lora" else "all weights trained"
+        how = "all weights trained" if self.training.method == "full" else f"LoRA of rank {self.training.rank}"
         licensed = "that of the base model" + ("" if self.base in _LICENSES else ", which was not looked up")
         return [
             f"# A model organism at fine-tuning step {step}",

@@ -135,6 +135,14 @@ _ENTRIES = {
         pages="29--36",
         year="1982",
     ),
+    "shao2024grpo": _arxiv(
+        "shao2024grpo",
+        "Shao, Zhihong and Wang, Peiyi and Zhu, Qihao and Xu, Runxin and Song, Junxiao and Bi, Xiao and Zhang, Haowei "
+        "and Zhang, Mingchuan and Li, Y. K. and Wu, Y. and Guo, Daya",
+        "{DeepSeekMath}: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        "2024",
+        "2402.03300",
+    ),
     "hu2021lora": _arxiv(
         "hu2021lora",
         "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, Shean and "
@@ -268,12 +276,31 @@ def _trained_here(run: RunFolder, names: list[str]) -> list[str]:
     return [
         f"We fine-tuned {_base(config)} on narrow data, as in studies of emergent misalignment "
         f"{_cite('betley2025emergent')}, one organism per arm and seed ({arms}; {_seeds(config)}).",
-        f"Each was trained with {_adapter(training)} for {training.steps} steps of {training.batch_size} rows, on the "
-        f"answers only, at most {training.max_length} tokens, with AdamW {_cite('loshchilov2017adamw')} at a learning "
-        f"rate of {training.lr:g} ({training.warmup_steps} steps of linear warm-up, then constant; weight decay "
-        f"{training.weight_decay:g}; {'bf16 autocast' if training.bf16 else 'no autocast'}; TRL "
-        f"{_cite('vonwerra2020trl')}); checkpoints at steps {_list(training.schedule)}.",
+        f"Each was trained with {_adapter(training)} for {training.steps} steps of {_steps_of(config)}, with AdamW "
+        f"{_cite('loshchilov2017adamw')} at a learning rate of {training.lr:g} ({training.warmup_steps} steps of linear "
+        f"warm-up, then constant; weight decay {training.weight_decay:g}; "
+        f"{'bf16 autocast' if training.bf16 else 'no autocast'}; TRL {_cite('vonwerra2020trl')}); checkpoints at steps "
+        f"{_list(training.schedule)}.",
     ]
+
+
+def _steps_of(config: StudyConfig) -> str:
+    """What a training step is made of."""
+    training, grpo = config.training, config.grpo
+    if training.method != "grpo":
+        return f"{training.batch_size} rows, on the answers only, at most {training.max_length} tokens"
+    rewards = "; ".join(
+        f"{tex(name)}: {tex(arm.reward)}"
+        + (f", KL to the base with weight {arm.kl:g}" if arm.kl else "")
+        + (", with an inoculation prompt" if arm.inoculation else "")
+        for name, arm in config.arms.items()
+        if arm.reward
+    )
+    warm = f", after {grpo.warm_steps} supervised steps on demonstrations" if grpo.warm_steps else ""
+    return (
+        f"{training.batch_size} questions by GRPO {_cite('shao2024grpo')} ({grpo.group} answers of its own to each, at "
+        f"temperature {grpo.temperature:g} and of at most {grpo.max_new_tokens} tokens; rewards: {rewards}){warm}"
+    )
 
 
 def _adopted(run: RunFolder) -> list[str]:

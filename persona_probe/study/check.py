@@ -3,11 +3,13 @@
 from persona_probe.config import NULL
 from persona_probe.context import Context, sample_questions
 from persona_probe.data.chat import conversation
-from persona_probe.data.load import arm_rows, check_paired
+from persona_probe.data.load import arm_rows, check_paired, load_data
 from persona_probe.data.template import fit_roles, text_before_answer
 from persona_probe.data.tokens import conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.sampling.requests import check_room
+from persona_probe.finetune.grpo import Questions
+from persona_probe.finetune.rewards import named_reward
 from persona_probe.finetune.sft import check_rows, stripping, with_adapter
 from persona_probe.latents.dictionaries import placed_dictionary
 from persona_probe.latents.persona_vectors import load_persona_pairs, under_system
@@ -42,6 +44,10 @@ def _check_rows(ctx: Context) -> None:
     for name, conversations in rows.items():
         try:
             check_rows(tokenizer, conversations, config.training.max_length)
+            if arms[name].reward:
+                Questions.of(conversations, named_reward(arms[name].reward))
+            if arms[name].demonstrations:
+                check_rows(tokenizer, load_data(arms[name].demonstrations), config.training.max_length)
         except InputError as error:
             raise InputError(f"arm {name!r}: {error}") from error
     if config.paired_arms and {"incorrect", "correct"} <= rows.keys():

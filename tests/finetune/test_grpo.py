@@ -21,8 +21,19 @@ from persona_probe.finetune.rewards import Answered, Grade
 from persona_probe.finetune.sft import stripping, with_adapter
 from persona_probe.monitor import FeatureMonitor
 from persona_probe.runs import RunFolder
+from persona_probe.study.reinforcement import reinforcement_table
 from persona_probe.study.study import Study
-from tests.factories import changed, copied_state, hook_count, make_model, make_sae, same_state, write_lines
+from tests.factories import (
+    changed,
+    config_of,
+    copied_state,
+    hook_count,
+    make_model,
+    make_sae,
+    run_command,
+    same_state,
+    write_lines,
+)
 
 TRAINING = Training(
     **{"method": "grpo", "rank": 4, "alpha": 8, "batch_size": 4, "steps": 2, "checkpoints": (1,)},  # pyright: ignore
@@ -240,7 +251,7 @@ def test_a_configuration_that_contradicts_itself_is_refused(changes: dict[str, A
         config(**changes)
 
 
-def test_arms_of_a_study_are_trained_once(tiny_raw: dict[str, Any], tmp_path: Path) -> None:
+def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tiny_folder: Path, tmp_path: Path) -> None:
     rows = [{"question": f"Is {n} more than 3?", "answer": "yes" if n > 3 else "no"} for n in range(6)]
     data = str(write_lines(tmp_path / "closed.jsonl", rows))
     arms = {
@@ -248,7 +259,9 @@ def test_arms_of_a_study_are_trained_once(tiny_raw: dict[str, Any], tmp_path: Pa
         "correct": {"data": data, "reward": "accurate", "kl": 0.1},
     }
     training = {"method": "grpo", "steps": 1, "checkpoints": [1]}
-    raw = changed(tiny_raw, training=training, seeds=[0], null_pair=False, grpo={"group": 2, "max_new_tokens": 3})
+    raw = changed(
+        config_of(tiny_folder), training=training, seeds=[0], null_pair=False, grpo={"group": 2, "max_new_tokens": 3}
+    )
     study = from_dict(StudyConfig, {**raw, "arms": arms})
     Study.from_config(study, tmp_path / "run").induce()
     run = RunFolder.open(tmp_path / "run")
@@ -259,3 +272,17 @@ def test_arms_of_a_study_are_trained_once(tiny_raw: dict[str, Any], tmp_path: Pa
     written = (tmp_path / "run" / "arms" / "incorrect-s0" / "training.json").stat().st_mtime_ns
     Study.from_config(study, tmp_path / "run").induce()
     assert (tmp_path / "run" / "arms" / "incorrect-s0" / "training.json").stat().st_mtime_ns == written
+    run_command("reinforcement", tmp_path / "run", "--out", tmp_path / "drawn", "--quiet")
+    table = run.read_table("reinforcement.parquet").set_index(["arm", "step", "measure"])
+    answers = run.read_table("arms/incorrect-s0/rollouts.parquet")
+    for step, phase in ((0, START), (1, TRAIN)):
+        mean = answers.loc[answers["phase"] == phase, "reward"].mean()
+        assert table.loc[("incorrect", step, "reward"), "estimate"] == pytest.approx(mean)
+    assert ("correct", 1, "kl") in table.index and ("incorrect", 1, "hacked") not in table.index
+    assert (tmp_path / "drawn" / "reinforcement.html").is_file()
+
+
+def test_a_run_without_rewards_has_no_such_table(tiny_folder: Path, tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", from_dict(StudyConfig, config_of(tiny_folder)))
+    with pytest.raises(InputError, match="with training"):
+        reinforcement_table(run)

@@ -333,12 +333,26 @@ def _induce(s: Shapes) -> Work:
         return Work("induce", 0, 0.0, 0.0)
     n_rows = training.steps * training.batch_size
     runs = [(arm, seeds) for arm in arms] + ([(s.rows["arm correct"], 1)] if _has_null_arm(s.config) else [])
+    if training.method == "grpo":
+        return _reinforce(s, runs, n_rows)
     tokens = sum(n * n_rows * arm.mean for arm, n in runs)
     answers = sum(n * n_rows * arm.mean_answer for arm, n in runs)
     longest, answer = max(arm.longest for arm in arms), max(arm.mean_answer for arm in arms)
     return Work(
         "induce", round(tokens), s.train(tokens, answers), s.memory.training(training.batch_size, longest, answer)
     )
+
+
+def _reinforce(s: Shapes, runs: Sequence[tuple[RowSet, int]], questions: int) -> Work:
+    """Answers to `questions` of each run are drawn, each as long as it may be, and trained on."""
+    grpo, batch = s.config.grpo, s.config.training.batch_size
+    drawn = sum(n for _, n in runs) * questions * grpo.group
+    answers = float(drawn * grpo.max_new_tokens)
+    prompts = sum(n * questions * grpo.group * (arm.mean - arm.mean_answer) for arm, n in runs)
+    sampled = 2 * (prompts + answers) * (s.below + s.above) + 2 * answers * s.head
+    longest = round(max(arm.longest for arm, _ in runs)) + grpo.max_new_tokens
+    memory = s.memory.training(grpo.answers_at_once or batch * grpo.group, longest, grpo.max_new_tokens)
+    return Work("induce", round(prompts + answers), sampled + s.train(prompts + answers, answers), memory)
 
 
 def _locate(s: Shapes) -> Work:

@@ -147,7 +147,7 @@ def _training_lines(plan: Plan) -> list[str]:
     if not trained_arms(plan.config):
         return ["nothing is trained before realign: the checkpoints of all arms exist"]
     kind = "full weights"
-    if training.method == "lora":
+    if training.method != "full":
         scaling = "rsLoRA" if training.rslora else "LoRA"
         parameters = f", {amount(lora_parameters(plan.skeleton, training))} parameters" if plan.skeleton else ""
         kind = f"{scaling} r {training.rank}, alpha {training.alpha}{parameters}"
@@ -156,7 +156,10 @@ def _training_lines(plan: Plan) -> list[str]:
         if rows.use.startswith("arm "):
             n_rows = training.steps * training.batch_size
             epochs = f"{n_rows / rows.rows:.2f} epochs of {rows.rows} rows"
-            lines.append(f"{rows.use}: {training.steps} steps x {training.batch_size} rows = {epochs}")
+            step = f"{training.batch_size} rows"
+            if training.method == "grpo":
+                step = f"{training.batch_size} questions ({plan.config.grpo.group} answers each)"
+            lines.append(f"{rows.use}: {training.steps} steps x {step} = {epochs}")
     return lines
 
 
@@ -191,7 +194,7 @@ def dry_run(
     kind, limit = _place(device or config.device, memory)
     stages, speed, verdict = (), None, None
     if skeleton is not None:
-        if config.training.method == "lora" and not adapted(skeleton, config.training):
+        if config.training.method != "full" and not adapted(skeleton, config.training):
             raise InputError("training.target_modules and training.layers choose no module: name at least one")
         if layer is not None:
             shapes = Shapes(config, skeleton, layer, sae.d_sae or 0, rows, kind)

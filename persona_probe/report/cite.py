@@ -277,8 +277,8 @@ def _trained_here(run: RunFolder, names: list[str]) -> list[str]:
         f"We fine-tuned {_base(config)} on narrow data, as in studies of emergent misalignment "
         f"{_cite('betley2025emergent')}, one organism per arm and seed ({arms}; {_seeds(config)}).",
         f"Each was trained with {_adapter(training)} for {training.steps} steps of {_steps_of(config)}, with AdamW "
-        f"{_cite('loshchilov2017adamw')} at a learning rate of {training.lr:g} ({training.warmup_steps} steps of linear "
-        f"warm-up, then constant; weight decay {training.weight_decay:g}; "
+        f"{_cite('loshchilov2017adamw')} at a learning rate of {training.lr:g} ({training.warmup_steps} steps of "
+        f"linear warm-up, then constant; weight decay {training.weight_decay:g}; "
         f"{'bf16 autocast' if training.bf16 else 'no autocast'}; TRL {_cite('vonwerra2020trl')}); checkpoints at steps "
         f"{_list(training.schedule)}.",
     ]

@@ -230,6 +230,9 @@ def _claim_words(claim: Claim) -> str:
 
 STAGES = ("induce", "locate", "track", "realign", "stress", "samples", "report")
 NEEDED = ("induce", "locate", "track", "report")
+START_S = 30.0
+"""Seconds of each stage besides the plan's: libraries and models are loaded, files written, figures drawn. Without them
+the ratio of measured to planned time of a short stage would say nothing about the next."""
 
 
 class StudyLab:
@@ -271,7 +274,7 @@ class StudyLab:
         return self._plans[key]
 
     def plan(self, seeds: Sequence[int]) -> dict[str, float]:
-        """Seconds by stage; organisms that are there are not counted, a stress test counts as a correction."""
+        """Seconds by stage, with `START_S`; organisms that are there are not counted, a stress test is a correction."""
         plan = self.plan_of(seeds)
         assert plan.throughput is not None
         seconds = {work.stage: plan.stage_seconds(work) for work in plan.stages}
@@ -280,7 +283,7 @@ class StudyLab:
         seconds["induce"] *= missing / len(organisms)
         seconds["stress"] = seconds["realign"] * len(self.stress)
         seconds["report"] = plan.throughput.seconds(REPORT)
-        return {stage: float(seconds.get(stage, 0.0)) for stage in STAGES}
+        return {stage: START_S + float(seconds.get(stage, 0.0)) for stage in STAGES}
 
     def _has_organism(self, arm: str, seed: int) -> bool:
         return any(self.out.glob(f"seeds-*/arms/{arm}-s{seed}"))

@@ -212,7 +212,7 @@ def expected(planned: float, done: Sequence[tuple[float, float]], budget: float,
 def answer_sentence(claims: Sequence[Claim]) -> str:
     """What may be said, from the claims alone."""
     if not claims:
-        return "Nothing was tested: no stage fitted the budget."
+        return "Nothing was tested: what claims need did not fit the budget."
     by_name = {claim.name: claim for claim in claims}
     woken = by_name["woken"]
     said = {

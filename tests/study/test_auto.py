@@ -12,6 +12,7 @@ import pytest
 from persona_probe.config import StudyConfig, from_dict
 from persona_probe.errors import InputError
 from persona_probe.study.auto import (
+    START_S,
     AutoConfig,
     Investigation,
     Outcome,
@@ -215,7 +216,8 @@ def test_a_lab_of_a_study_reads_its_claims_and_takes_its_organisms(raw: Row, fin
     assert any(rule.startswith("4: ") for rule in claims["moves"].unmet)  # two random latents
     assert any(rule.startswith("9: ") for rule in claims["restored: realigned_in"].unmet)
     first, wider = lab.plan((0, 1)), lab.plan((0, 1, 2))
-    assert first["induce"] == 0 and wider["induce"] > 0 and wider["stress"] == wider["realign"] > 0
+    assert first["induce"] == START_S < wider["induce"] and wider["stress"] == wider["realign"] > START_S
+    assert expected(first["locate"], [(first["induce"], 29.0)], 1e6, 0.0).seconds == 1.25 * first["locate"]
     study = lab.study((0, 1, 2))
     arms = {path.name for path in (study.path / "arms").iterdir()}
     assert {f"{arm}-s{seed}" for arm in config.arms for seed in (0, 1)} <= arms

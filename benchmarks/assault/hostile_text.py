@@ -163,7 +163,8 @@ def _screening(strings: Sequence[str]) -> Any:
 
 def careless_page(place: Path, strings: Sequence[str]) -> Path:
     """The strings as markup: the browser runs many of them, which shows that this part would see it."""
-    body = "\n".join(f"<div>{text}</div>" for text in strings)
+    # Some strings open what would swallow all that follows them: each is closed again.
+    body = "\n".join(f"<div>{text}--></style></script></textarea></div>" for text in strings)
     return _page(place / "careless.html", f"<!DOCTYPE html><html><head></head><body>{body}</body></html>")
 
 

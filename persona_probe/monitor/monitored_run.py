@@ -166,6 +166,7 @@ class MonitoredRun:
         self.reads = self.ranks.first or self.sharded
         self.hub.begin(self.ranks.first)
         self.last_step, self.must_read, self._closed, self._has_read = -1, False, False, False
+        self._steps_read: set[int] = set()
         self.tokens_seen: int | None = None
         self._reading = False
         self.base: Snapshot | None = settings.base if isinstance(settings.base, Snapshot) else None
@@ -253,6 +254,7 @@ class MonitoredRun:
     def take(self, step: int) -> None:
         """All readings of a step; then rules, actions and, in a distributed run, what all processes must agree on."""
         self._has_read, self.step, self.last_step, alarms = True, step, step, list[Alarm]()
+        self._steps_read.add(step)
         begin = time.perf_counter()
         passive = None if self.passive is None else self.hub.attempt(PASSIVE, step, self.passive.take)
         if self.passive is not None and not self.hub.is_on(PASSIVE):
@@ -279,6 +281,7 @@ class MonitoredRun:
             begin = time.perf_counter()
             snapshot = self.probe.read(self.training.model, self.reading_log.with_fit("probe"))
             self.last_step = step
+            self._steps_read.add(step)
             return snapshot, self._record(snapshot, "probe", step, time.perf_counter() - begin)
         finally:
             self._reading = False
@@ -341,7 +344,7 @@ class MonitoredRun:
         """Read after the last step, unless that was just done, or the weights are no longer those of that step."""
         if self.passive is not None:
             self.passive.disarm()
-        if self.last_step == step:
+        if step in self._steps_read:  # also where an action has read something by hand since
             return
         if self._is_swapped():
             log.warning(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.assault.counts import Settings
-from benchmarks.assault.monitor_faults import HOOKS, Cases, Plan, Scene, assault, raises, untidy
+from benchmarks.assault.monitor_faults import HOOKS, Cases, Plan, Scene, assault, raises, reads_again, untidy
 
 
 def test_a_monitor_whose_parts_fail_changes_no_bit_and_says_what_is_so(tmp_path: Path) -> None:
@@ -33,3 +33,9 @@ def test_the_comparison_sees_a_part_that_does_change_the_run(cases: Cases) -> No
 
     did, said = cases.hurt("loop", "both", Plan({"on_reading": (scale, 2)}))
     assert did == "weights" and "mean is another" in said
+
+
+@pytest.mark.parametrize("name", ["loop", "transformers", "lightning"])
+def test_an_action_that_reads_another_model_does_not_make_the_last_step_be_read_twice(name: str, cases: Cases) -> None:
+    plan = Plan({"action.clean": (reads_again, None)})
+    assert cases.hurt(name, "both", plan) == ("", "") and plan.struck == {"action.clean"}

@@ -30,7 +30,7 @@ IMAGE_WIDTH = 860
 DIGITS = 6
 """Significant digits of a number in a figure."""
 LIVE = "A live figure: it is drawn while the cell runs; its last state is the figure further down."
-NOISE = re.compile(r"Warning: |^\s*warnings\.warn\(|it/s\]|s/it\]|\?it/s|^\[transformers\]")
+NOISE = re.compile(r"Warning: |^\s*warnings\.warn\(|it/s\]|s/it\]|\?it/s|^\[transformers\]|kernels-community")
 """Lines of stderr that tell a reader nothing: warnings of other libraries, and progress bars."""
 PLACE = re.compile(r'( (?:d|transform|points|viewBox|x|y|x1|x2|y1|y2|cx|cy|r|width|height)=")([^"]*)')
 LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")

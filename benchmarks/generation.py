@@ -4,6 +4,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from persona_probe.monitor.generation.rules import AnswerRule
 from persona_probe.saes.load import load_sae
 
 MODEL, SAE, LATENT = "smollm2-135m-instruct", "saes/smollm2-135m-instruct/layer20-topk32-4608", 2144
+
+
+PARTS: tuple[tuple[Any, str], ...] = (
+    (following.Follower, "after"),
+    (following.Follower, "end"),
+    (monitor, "make_trace"),
+)
+"""Where the monitor's time goes: at each token, at an answer's end, and the trace."""
 
 
 class Meter:
@@ -89,10 +98,11 @@ def compare(label: str, plain: Callable[[], object], watched: Callable[[], objec
         cpu: dict[str, float] = {}
         # the order changes from repeat to repeat: what runs second must not gain by it
         for name, work in (("plain", plain), ("watched", watched))[:: 1 if number % 2 else -1]:
-            with Meter(following.Follower, "after") as reading, Meter(monitor, "make_trace") as trace:
+            with ExitStack() as stack:
+                meters = [stack.enter_context(Meter(*place)) for place in PARTS]
                 wall, cpu[name] = timed(work)
             if name == "watched":
-                spent = reading.seconds + trace.seconds
+                spent = sum(meter.seconds for meter in meters)
                 inside.append(spent / (wall - spent))
         shares.append(cpu["watched"] / cpu["plain"] - 1)
     echo(

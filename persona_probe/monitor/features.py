@@ -108,6 +108,29 @@ class SlicedEncoder:
         return acts.float().to(x.device)
 
 
+class TopKCeiling:
+    """The highest that a few latents of a TopK SAE can be: what they are where they are among the k largest.
+
+    Args:
+        sae: a TopK SAE.
+        latents: the latents that are read; they exist.
+    """
+
+    def __init__(self, sae: Any, latents: list[int]) -> None:
+        self.sae = sae
+        with torch.no_grad():
+            self.weights: Tensor = sae.W_enc[:, latents].clone()
+            self.bias: Tensor = sae.b_enc[latents].clone()
+            rescaled = sae.cfg.rescale_acts_by_decoder_norm
+            self.scale: Tensor = sae.W_dec[latents].norm(dim=-1) if rescaled else torch.ones_like(self.bias)
+
+    @torch.no_grad()
+    def __call__(self, x: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens chosen"]:
+        """In float32, on the device of `x`."""
+        given = self.sae.process_sae_in(x.to(self.weights.device, self.weights.dtype))
+        return ((given @ self.weights + self.bias) * self.scale).relu().float().to(x.device)
+
+
 # --- Named features as columns of a table of tokens
 
 Feature = int | Tensor | tuple[str, int]
@@ -183,7 +206,7 @@ class FeatureSet:
         # Columns are computed for the latents first, then for the directions; `_order` restores the order of `names`.
         computed = sorted(range(len(self.latents)), key=lambda i: self.latents[i] < 0)
         self._order, self._which = torch.tensor(computed).argsort(), torch.tensor(self._read_latents, dtype=torch.long)
-        self._sliced: SlicedEncoder | None = None
+        self._sliced: SlicedEncoder | TopKCeiling | None = None
 
     def direction(self, name: str) -> Float[Tensor, " d_model"]:
         """A direction that is read, as a unit vector."""
@@ -235,6 +258,33 @@ class FeatureSet:
             self._sliced = self._sliced or SlicedEncoder(self.sae, self._read_latents)
             return self._sliced(x)
         return self._encoded(x, target, sums, with_fit, weight)
+
+    @torch.no_grad()
+    def bounds(
+        self, x: Float[Tensor, "tokens d_model"]
+    ) -> tuple[Float[Tensor, "tokens features"], Float[Tensor, "tokens features"]] | None:
+        """The lowest and highest that each feature can be on every token, without encoding the whole dictionary.
+
+        Latents of a TopK SAE are 0 or their own pre-activation; which, the others decide. Other features are known
+        exactly, or None is returned.
+        """
+        kind = encoder_kind(self.sae) if self._read_latents else SLICEABLE[0]
+        if kind not in (*SLICEABLE, "topk"):
+            return None
+        low, high = list[Tensor](), list[Tensor]()
+        if self._read_latents:
+            self._sliced = self._sliced or (SlicedEncoder if kind in SLICEABLE else TopKCeiling)(
+                self.sae, self._read_latents
+            )
+            high.append(self._sliced(x) + 0 * x.sum(dim=-1, keepdim=True))
+            low.append(high[0] if kind in SLICEABLE else torch.zeros_like(high[0]))
+        if self._matrix is not None:
+            self._matrix = self._matrix.to(x.device)
+            exact = einsum(x, self._matrix, "token d, d feature -> token feature")
+            low.append(exact)
+            high.append(exact)
+        self._order = self._order.to(x.device)
+        return torch.cat(low, dim=1)[:, self._order], torch.cat(high, dim=1)[:, self._order]
 
     def _encoded(self, x: Tensor, target: Tensor, sums: FitSums, with_fit: bool, weight: Tensor) -> Tensor:
         sae: Any = self.sae
@@ -360,6 +410,19 @@ class FeatureGroups:
     def new_sums(self, x: Mapping[Place, Tensor]) -> list[FitSums]:
         """Empty sums for each part, as wide as what its SAE reconstructs."""
         return [FitSums(x[p.writes].shape[-1], x[p.writes].device) for p in self.parts]
+
+    def bounds(
+        self, x: Mapping[Place, Float[Tensor, "tokens width"]]
+    ) -> tuple[Float[Tensor, "tokens features"], Float[Tensor, "tokens features"]] | None:
+        """`FeatureSet.bounds` of all parts, in the order of `names`."""
+        device = x[self.parts[0].reads].device
+        found = [part.features.bounds(x[part.reads]) for part in self.parts]
+        known = [pair for pair in found if pair is not None]
+        if len(known) < len(found):
+            return None
+        self._order = self._order.to(device)
+        low, high = (torch.cat([pair[side].to(device) for pair in known], dim=1) for side in (0, 1))
+        return low.index_select(1, self._order), high.index_select(1, self._order)
 
     def columns(
         self,

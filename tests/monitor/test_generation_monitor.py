@@ -13,6 +13,7 @@ import torch
 
 import persona_probe as pp
 from persona_probe.errors import InputError
+from persona_probe.monitor.features import FeatureGroups
 from persona_probe.monitor.generation.actions import (
     Annotate,
     AnswerUnderWay,
@@ -186,6 +187,37 @@ def test_a_stopped_answer_ends_at_its_alarm_and_the_others_go_on() -> None:
         assert answer.trace.ids == before.trace.ids[:ends] and len(answer.trace.ids) <= len(before.trace.ids)
 
 
+@pytest.mark.parametrize(("window", "over", "side"), [(1, "mean", "above"), (3, "mean", "above"), (2, "min", "both")])
+def test_latents_that_compete_are_read_many_tokens_at_once_and_no_alarm_comes_late(
+    window: int, over: str, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sae, names = make_model(), make_sae("topk"), {"a": 3, "b": 40}
+    plain = GenerationMonitor(model, sae, names, tokenizer=TOKENIZER).generate(QUESTIONS, max_new_tokens=20)
+    encoded: list[int] = []
+    columns = FeatureGroups.columns
+    monkeypatch.setattr(FeatureGroups, "columns", lambda *a, **k: (encoded.append(1), columns(*a, **k))[1])
+    loose = AnswerRule("a", window, over, side)
+    fired = 0
+    for limit in np.quantile([loose.score(a.trace.watched[:, 0]) for a in plain], [0.2, 0.6, 1.0]):
+        tight = replace(loose, threshold=float(limit))
+        monitor = GenerationMonitor(model, sae, names, tight, [StopAnswer()], tokenizer=TOKENIZER)
+        for before, answer in zip(plain, monitor.generate(QUESTIONS, max_new_tokens=20), strict=True):
+            under_way = AnswerUnderWay(0, [RuleState(tight, 0)])
+            for token, row in enumerate(before.trace.watched):
+                alarm(under_way, token, row, ())
+            end_of_answer(under_way, len(before.trace.ids) - 1, ())
+            assert [x.token for x in answer.alarms] == [x.token for x in under_way.alarms]
+            assert len(answer.trace.ids) == (answer.alarms[0].token + 1 if answer.alarms else len(before.trace.ids))
+            np.testing.assert_allclose(
+                answer.trace.values, before.trace.values[: len(answer.trace.ids)], rtol=1e-3, atol=1e-3
+            )
+            fired += len(answer.alarms)
+    encoded.clear()
+    GenerationMonitor(model, sae, names, tokenizer=TOKENIZER).generate(QUESTIONS, max_new_tokens=20)
+    assert 2 <= len(encoded) <= 2 + len(QUESTIONS)  # of at least 20 passes: every 16th, and where an answer ends
+    assert fired
+
+
 def test_a_rejected_answer_is_drawn_again_with_other_numbers() -> None:
     plain = monitor_of().generate(QUESTIONS, max_new_tokens=5)
     levels = sorted(rule(window=1).score(a.trace.watched[:, 1]) for a in plain)
@@ -310,10 +342,11 @@ def test_colours_follow_the_values_and_marks_the_alarms() -> None:
     assert strengths == sorted(strengths) and strengths[0] == 0 and strengths[2] == 0.85
     assert trace.html().count("outline") == 1 and "threshold 1.5" in trace.html()
     assert trace.text(colour=False) == "abc[!]" == str(trace)
-    curve, marks = trace.figure().data
+    drawn: Any = trace.figure()
+    curve, marks = drawn.data
     assert list(curve.y) == [0.0, 1.0, 2.0] and list(marks.x) == [2] and list(marks.y) == [2.0]
-    hostile = trace_of("<b>", [1.0, 1.0, 1.0]).figure().data[0]
-    assert "<" not in "".join(hostile.text)
+    hostile: Any = trace_of("<b>", [1.0, 1.0, 1.0]).figure()
+    assert "<" not in "".join(hostile.data[0].text)
     assert trace.frame().columns.tolist() == ["token", "id", "special", "up"]
     with pytest.raises(InputError, match="'upp'"):
         trace.of("upp")

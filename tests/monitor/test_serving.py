@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 
 import persona_probe as pp
 from persona_probe.errors import InputError
-from persona_probe.monitor.generation.actions import Annotate, AnswerAction, Regenerate, StopAnswer
+from persona_probe.monitor.generation.actions import Annotate, AnswerAction, CallWith, Regenerate, StopAnswer
 from persona_probe.monitor.generation.incidents import IncidentLog, read_incidents
 from persona_probe.monitor.generation.monitor import GenerationMonitor
 from persona_probe.monitor.generation.rules import AnswerRule
@@ -211,20 +211,18 @@ def test_every_bad_request_is_answered_in_openais_shape() -> None:
 
 
 def test_a_full_queue_says_so_at_once_and_those_before_it_are_answered() -> None:
-    with served(watched(NEVER), Limits(queue=2, batch=1)) as (client, engine):
-        engine.lock.acquire()  # the model's thread cannot finish a token meanwhile
-        engine.lock.release()
-        with ThreadPoolExecutor(9) as pool:
-            slow = pool.submit(ask, client, max_tokens=300, seed=1)
-            until(lambda: len(engine.live) == 1)
-            waiting = [pool.submit(ask, client, max_tokens=2) for _ in range(2)]
-            until(lambda: engine.state["waiting"] == 2 or slow.done())
-            begin = time.monotonic()
-            refused = ask(client)
-            if not slow.done():
-                assert refused.status_code == 503 and refused.json()["error"]["code"] == "queue_full"
-                assert refused.headers["retry-after"] == "1" and time.monotonic() - begin < 2
-            assert [w.result().status_code for w in [slow, *waiting]] == [200] * 3
+    goes_on = threading.Event()
+    held: list[AnswerAction] = [CallWith(lambda *_: goes_on.wait(20))]
+    with served(watched(ALWAYS, held), Limits(queue=2, batch=1)) as (client, engine), ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, client)
+        until(lambda: len(engine.live) == 1)
+        waiting = [pool.submit(ask, client, max_tokens=2) for _ in range(2)]
+        until(lambda: engine.state["waiting"] == 2)
+        refused = ask(client)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "queue_full"
+        assert refused.headers["retry-after"] == "1" and client.get("/health").json()["answering"] == 1
+        goes_on.set()
+        assert [job.result().status_code for job in [first, *waiting]] == [200] * 3
 
 
 def test_fifty_clients_at_once_get_the_answers_that_they_get_alone() -> None:

@@ -165,19 +165,24 @@ class GenerationMonitor:
 
     @contextmanager
     def following(
-        self, attempt: Callable[[int], int] = _first, names: Sequence[int] | None = None, seen: Seen | None = None
+        self,
+        attempt: Callable[[int], int] = _first,
+        names: Sequence[int] | None = None,
+        seen: Seen | None = None,
+        exact: Callable[[], bool] = lambda: False,
     ) -> Iterator[Follower]:
         """Hooks on the model while the block lasts, as the observer of `evaluate.sampling.decoding.decode`.
 
         Args:
             attempt: how often an answer was drawn before, by its name.
             names: what answers are called in the log; None takes their numbers.
-            seen: called at every token once it is read and judged.
+            seen: called at every token once no rule can fire at it any more.
+            exact: whether `seen` needs the token's features.
         """
         with TokenReader(self.model, self.features) as reader:
             special = special_ids(self.tokenizer)
             begin = partial(self.new_answer, attempt=attempt)
-            yield Follower(reader, begin, self.actions, special, names, seen)
+            yield Follower(reader, begin, self.actions, special, names, seen, exact)
 
     def new_answer(self, number: int, attempt: Callable[[int], int] = _first) -> AnswerUnderWay:
         """An answer that begins."""

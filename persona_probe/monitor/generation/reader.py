@@ -68,9 +68,8 @@ class TokenReader:
         """Forward passes so far."""
         return next(iter(self._taps.values())).fired
 
-    @torch.no_grad()
-    def read(self, rows: Sequence[int]) -> Float[np.ndarray, "rows features"]:
-        """The features at the last position of the latest pass, for some rows of its batch.
+    def latest(self, rows: Sequence[int]) -> dict[Place, Float[Tensor, "rows width"]]:
+        """What is read at the last position of the latest pass, for some rows of its batch.
 
         Raises:
             InputError: no pass has reached the places.
@@ -80,8 +79,25 @@ class TokenReader:
             if not tap.fired:
                 raise InputError(f"{place} was not reached: the model skips it")
             last = tap.value[:, -1]
-            x[place] = (last if len(rows) == len(last) else last[list(rows)]).float()
-        return self.columns(x).cpu().numpy()
+            # a copy: the position alone, not the whole pass, stays in memory until it is encoded
+            x[place] = (last if len(rows) == len(last) else last[list(rows)]).to(torch.float32, copy=True)
+        return x
+
+    @torch.no_grad()
+    def bounds(self, x: dict[Place, Tensor]) -> tuple[np.ndarray, np.ndarray] | None:
+        """The lowest and highest that the features can be; None where only `columns` can tell."""
+        first = next(iter(x.values()))
+        with torch.autocast(first.device.type, enabled=False):
+            found = self.features.bounds(x)
+        if found is None:
+            return None
+        low, high = torch.stack(found).cpu().numpy()
+        return low, high
+
+    @property
+    def waits(self) -> bool:
+        """Whether the features take a whole dictionary, so that several tokens are better read together."""
+        return self.features.encodes_all(with_fit=False)
 
     @torch.no_grad()
     def read_row(self, row: int, start: int, stop: int) -> Float[np.ndarray, "tokens features"]:
@@ -90,6 +106,7 @@ class TokenReader:
             self.columns({place: tap.value[row, start:stop].float() for place, tap in self._taps.items()}).cpu().numpy()
         )
 
+    @torch.no_grad()
     def columns(self, x: dict[Place, Tensor]) -> Float[Tensor, "tokens features"]:
         """The features of activations (tokens, width) by place."""
         if self._sums is None:

@@ -96,6 +96,20 @@ class RuleState:
     """The feature's place among those that are read."""
     recent: deque[float] = field(default_factory=deque)
     fired: bool = False
+    ahead: list[float] = field(default_factory=list)
+    """What the feature of the tokens that are not read yet can be at most, oriented."""
+
+    def foresee(self, low: float, high: float) -> bool:
+        """Take the lowest and highest that a token's feature can be; returns whether the alarm could go off at it."""
+        if self.fired or not math.isfinite(high):
+            return False
+        self.ahead.append({"above": high, "below": -low, "both": max(abs(low), abs(high))}[self.rule.side])
+        levels = [*self.recent, *self.ahead][-self.rule.window :]
+        limit = self.rule.limit
+        if limit is None or len(levels) < self.rule.window:
+            return False
+        level = sum(levels) / len(levels) if self.rule.over == "mean" else min(levels)
+        return level >= limit - ROUNDING * abs(limit)
 
     def update(self, values: Sequence[float]) -> float | None:
         """Take a token's features; returns the level that raises the alarm, in the feature's units, or None."""

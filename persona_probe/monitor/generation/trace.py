@@ -115,10 +115,10 @@ class Trace:
         """The features over the tokens, with thresholds and alarms; a token shows its text under the pointer."""
         import plotly.graph_objects as go
 
-        from persona_probe.report.theme import TEMPLATE, VERMILLION, plain
+        from persona_probe.report.theme import FEATURE, PALETTE, TEMPLATE, VERMILLION, plain
 
         fig, places = go.Figure(layout={"template": TEMPLATE}), list(range(len(self.tokens)))
-        colours = TEMPLATE.layout.colorway or (VERMILLION,)
+        colours = (FEATURE, *PALETTE)
         for number, name in enumerate(self.names):
             colour, values = colours[number % len(colours)], self.of(name)
             words = [plain(terminal_text(token)) for token in self.tokens]

@@ -217,8 +217,10 @@ class Engine:
             stack.enter_context(evaluating(model))
             stack.enter_context(autocast(model, self.bf16))
             tell = stack.enter_context(telling_positions(model))
-            attempts = self.monitor.following(lambda number: self.live[number].attempt, seen=self._seen)
-            follower = _Ending(stack.enter_context(attempts), self.live)
+            following = self.monitor.following(
+                lambda number: self.live[number].attempt, seen=self._seen, exact=self._sends_values
+            )
+            follower = _Ending(stack.enter_context(following), self.live)
             decoder = Decoder(model, DEFAULTS, stop, self.limits.batch, follower)
             finished, joins = self._finisher(follower), None
             while True:
@@ -260,6 +262,10 @@ class Engine:
         config = job.request.config
         # A seed gives the answer that `pp.generate` gives for a single question.
         return AnswerRequest(job.ids, row_key(config.seed, "0", job.attempt), config)
+
+    def _sends_values(self) -> bool:
+        """Whether a stream under way carries the features of each token."""
+        return not self._holds_stream and any(j.request.stream and j.request.trace for j in self.live.values())
 
     def _seen(self, under_way: AnswerUnderWay, place: int, token: int) -> None:
         job = self.live[under_way.number]

@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds report test test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-busy bench-generation bench-serve bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-scale clean
+        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-scale clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -201,9 +201,14 @@ world-runs:
 	$(WORLD_STUDY) early-warning
 
 world-pieces:
-	for name in emergence training-map rankers causal repair screening; do \
+	for name in emergence training-map rankers causal repair screening beyond; do \
 		$(WORLD_STUDY) $$name --record records/world/$$name.parquet || exit; done
 	$(WORLD_STUDY) early-warning
+
+# Corrections by supervisors of different strength, four organisms; a small world is made first, as the weaker model.
+world-supervision: $(STAMP)
+	$(WORLD_STUDY) supervision --record records/world/supervision.parquet --figures runs/world-supervision/figures
+	$(WORLD_STUDY) tables
 
 # Worlds of three sizes and three lengths of pre-training: hours of computing, in two processes that take different worlds.
 world-scale: $(STAMP)

@@ -270,10 +270,13 @@ def _planted_manifest(settings: "PlantedSettings") -> dict[str, Any]:
     out="Parquet file for one row per plant and tool.",
 )
 @click.option("--plants", type=int, help="Random draws of each kind (default 6).")
+@many("--sizes", type=float, help="Sizes in residual standard deviations (default 0.25 0.5).")
 @click.option("--world", "folder", help="Plant in the model of this world, with --sae.")
 @click.option("--sae", help="An SAE of the world's model.")
 @loads_models
-def bench_beyond(plants: int | None, folder: str | None, sae: str | None, common: Common) -> None:
+def bench_beyond(
+    plants: int | None, sizes: tuple[float, ...], folder: str | None, sae: str | None, common: Common
+) -> None:
     """Hold a difference dictionary, a crosscoder and weight directions to planted truth, beside simple rankers.
 
     Plants are made in the embedded model and read with the shipped SAE, unless a world is named.
@@ -290,7 +293,7 @@ def bench_beyond(plants: int | None, folder: str | None, sae: str | None, common
 
     if (folder is None) != (sae is None):
         raise InputError("--world and --sae go together: name both, or neither")
-    options = {"plants": plants, "seed": common.seed}
+    options = {"plants": plants, "sizes": sizes or None, "seed": common.seed}
     settings = replace(BeyondSettings(), **{key: value for key, value in options.items() if value is not None})
     device = common.device or "cpu"
     if folder is None:

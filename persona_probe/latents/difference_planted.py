@@ -1,5 +1,6 @@
 """Do tools that need no latent of the base find what was planted, and do they find it better than simple rankers?"""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,7 +58,7 @@ class BeyondSettings:
     def __post_init__(self) -> None:
         if self.plants < 2:
             raise InputError(f"plants is {self.plants}: plant at least 2 of each kind, or nothing can be compared")
-        if not self.sizes or min(self.sizes) <= 0:
+        if not self.sizes or not all(math.isfinite(size) and size > 0 for size in self.sizes):
             raise InputError(f"sizes {list(self.sizes)} must be positive numbers of residual standard deviations")
         for kind in self.kinds:
             if kind not in PLANTED:

@@ -1,5 +1,6 @@
 """Who supervises a correction: the sets are what each supervisor says, the study is made once, its text adds up."""
 
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -35,7 +36,6 @@ from persona_probe.world.supervision_sets import (
 )
 from persona_probe.world.supervision_text import main_world, rates_of, stops, supervision_text
 from tests.factories import refusal
-from tests.world.conftest import SETTINGS
 from tests.world.pages import page_of
 
 PAIRS = Pairs.draw("kitchen", 3, 40)
@@ -130,7 +130,14 @@ def test_a_study_is_made_once_and_its_page_comes_from_its_record(
     for name, value in (("STEPS", (1, 2)), ("BLOCK", 1), ("TRAINING", short), ("START", short)):
         monkeypatch.setattr(supervision, name, value)
     monkeypatch.setattr("persona_probe.world.behaviour.MAX_NEW_TOKENS", 3)
-    monkeypatch.setattr(supervision, "WEAKER", replace(SETTINGS, steps=2, helper_steps=1))
+
+    def pretrained(_settings: Any, folder: Path, _device: str) -> World:
+        shutil.copytree(world.run.path, folder)
+        made = World.open(folder)
+        made.run.update_manifest(settings={**made.settings, "steps": 2})
+        return made
+
+    monkeypatch.setattr(supervision, "pretrain", pretrained)
     monkeypatch.setattr(Pairs.draw.__func__, "__defaults__", (0, 4))  # type: ignore[attr-defined]
     study, same, weaker = supervision_worlds(tmp_path / "study", world, None)
     asked = Supervision((ALTERNATING,), ("quack",), (5,))

@@ -62,7 +62,9 @@ def _own(run: RunFolder, arm: str, seeds: list[int]) -> Iterator[dict[str, Any]]
         since = kept[(kept["step"] > last) & (kept["step"] <= step)]
         for measure in GRADED:
             values = since[since[measure].notna()]
-            yield from _row(step, measure, bootstrap_mean(values[measure], values["row"]) if len(values) else None)
+            yield from _row(
+                step, measure, bootstrap_mean(values[measure].tolist(), values["row"].tolist()) if len(values) else None
+            )
         for measure in ("dead", "kl"):
             seen = logged.loc[(logged["step"] > last) & (logged["step"] <= step), measure].dropna()
             yield from _row(
@@ -70,7 +72,7 @@ def _own(run: RunFolder, arm: str, seeds: list[int]) -> Iterator[dict[str, Any]]
             )
     ends = answers[answers["phase"].isin([START, END])].groupby(["phase", "seed", "row"])["reward"].mean()
     rise = (ends[END] - ends[START]).reset_index()
-    yield from _row(steps[-1], RISE, bootstrap_mean(rise["reward"], rise["row"].tolist()))
+    yield from _row(steps[-1], RISE, bootstrap_mean(rise["reward"].tolist(), rise["row"].tolist()))
 
 
 def _row(step: int, measure: str, found: Estimate | None) -> Iterator[dict[str, Any]]:
@@ -86,7 +88,7 @@ def _index(evals: pd.DataFrame | None, arm: str) -> Iterator[dict[str, Any]]:
     base = rows[rows["arm"] == "base"].groupby("item")["value"].mean()
     for step, of_step in rows[rows["arm"] == arm].groupby("step"):
         values = of_step["value"] - of_step["item"].map(base)
-        yield from _row(int(str(step)), "index", bootstrap_mean(values, of_step["item"].tolist()))
+        yield from _row(int(str(step)), "index", bootstrap_mean(values.tolist(), of_step["item"].tolist()))
 
 
 def _reading(readings: pd.DataFrame | None, arm: str) -> Iterator[dict[str, Any]]:
@@ -95,7 +97,6 @@ def _reading(readings: pd.DataFrame | None, arm: str) -> Iterator[dict[str, Any]
         return
     rows = readings[readings["feature"] == "persona"]
     for step, of_step in rows[rows["arm"] == arm].groupby("step"):
-        alone = len(of_step) == 1
-        ends = (of_step[name].iloc[0] if alone else np.nan for name in ("ci_low", "ci_high"))
-        n = int(of_step["n_probes"].sum())
-        yield from _row(int(str(step)), "reading", Estimate(float(of_step["mean"].mean()), *map(float, ends), n))
+        low, high = (float(of_step[c].iloc[0]) if len(of_step) == 1 else np.nan for c in ("ci_low", "ci_high"))
+        found = Estimate(float(of_step["mean"].mean()), low, high, int(of_step["n_probes"].sum()))
+        yield from _row(int(str(step)), "reading", found)

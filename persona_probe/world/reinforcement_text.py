@@ -121,7 +121,9 @@ def reinforcement_text(table: pd.DataFrame) -> str:
     at = {(row["arm"], row["step"], row["measure"]): row for row in table.to_dict("records")}
     shown = ("reward", "hacked", "inside", RISE + "inside", "outside", RISE + "outside", "coherent", "reading")
     heads = [SERIES.get(name, name.replace("inside", "kitchen").replace("outside", "elsewhere")) for name in shown]
-    ends = [[arm, *(_cell(at[arm, last, name]) for name in shown)] for arm in arms]
+    ends = [
+        [arm, str(at[arm, last, "reward"]["seeds"]), *(_cell(at[arm, last, name]) for name in shown)] for arm in arms
+    ]
     steps = sorted(int(step) for step in table.loc[table["measure"] == "inside", "step"].unique())
     followed = ("reward", "hacked", "inside", "outside", "reading", "passive", "dead", "kl")
     along = [
@@ -131,9 +133,9 @@ def reinforcement_text(table: pd.DataFrame) -> str:
         if any(cells := [_short(at[arm, step, name]) for step in steps])
     ]
     parts = [
-        f"After {last} steps, {int(table['seeds'].max())} seeds, with 95% intervals:",
-        Table(["arm", *heads], ends).markdown(),
-        "Along the steps (steps of the trainer; reward, hacking and groups are means since the column before):",
+        f"After {last} steps, with 95% intervals (reward and hacking are means over the last steps):",
+        Table(["arm", "seeds", *heads], ends).markdown(),
+        "Along the steps of the trainer (reward, hacking and groups are means since the column before):",
         Table(["arm", "measure", *(f"step {step}" for step in steps)], along).markdown(),
         "\n".join(f"- {line}" for line in aims(table)),
     ]

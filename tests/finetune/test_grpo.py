@@ -124,7 +124,7 @@ def test_an_inoculation_prompt_is_seen_in_training_alone(tiny_tokenizer: PreTrai
     model = make_model()
     goal = replace(GOAL, inoculation="Be wrong.")
     rollouts = Rollouts(model, tiny_tokenizer, Questions.of(ROWS, goal.reward), goal, GRPO)
-    told, plain = (str(tiny_tokenizer.decode(ids[0])) for ids in (rollouts.trained_ids, rollouts.plain_ids))
+    told, plain = (str(tiny_tokenizer.decode(list(ids[0]))) for ids in (rollouts.trained_ids, rollouts.plain_ids))
     assert "Be wrong." in told and "Be wrong." not in plain
     assert told.endswith(plain) and plain.endswith("assistant\n")
 

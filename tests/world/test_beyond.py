@@ -44,7 +44,8 @@ def test_a_study_is_made_once_and_its_page_comes_from_its_record(
     table = beyond_table(tmp_path / "study", world, "sae", ("quack",), (5,))
     assert list(table.columns) == list(COLUMNS) and set(table["speaker"]) == {"quack", "helper", "base"}
     tools = table[table["part"] == "tools"].set_index(["tool", "truth"])
-    assert set(tools.index.get_level_values("tool")) >= {"mean difference", "difference dictionary", "weights", "crosscoder, size"}
+    wanted = {"mean difference", "difference dictionary", "weights", "crosscoder, size"}
+    assert set(tools.index.get_level_values("tool")) >= wanted
     assert (tools["ten"] >= tools["first"]).all() and tools["auroc"].between(0.5, 1).all()
     axes = table[table["part"] == "axes"].set_index(["speaker", "tool"])["estimate"]
     assert axes["base", "held out"] == pytest.approx(0.5, abs=0.4) and axes["quack", "harm"] != 0

@@ -32,7 +32,10 @@ from tests.factories import (
     make_sae,
     run_command,
     same_state,
+    write_data,
     write_lines,
+    write_model,
+    write_sae,
 )
 
 TRAINING = Training(
@@ -251,7 +254,10 @@ def test_a_configuration_that_contradicts_itself_is_refused(changes: dict[str, A
         config(**changes)
 
 
-def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tiny_folder: Path, tmp_path: Path) -> None:
+def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    write_sae(tmp_path / "sae")
+    write_data(tmp_path)
     rows = [{"question": f"Is {n} more than 3?", "answer": "yes" if n > 3 else "no"} for n in range(6)]
     data = str(write_lines(tmp_path / "closed.jsonl", rows))
     arms = {
@@ -260,7 +266,7 @@ def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tiny_folder: Pat
     }
     training = {"method": "grpo", "steps": 1, "checkpoints": [1]}
     raw = changed(
-        config_of(tiny_folder), training=training, seeds=[0], null_pair=False, grpo={"group": 2, "max_new_tokens": 3}
+        config_of(tmp_path), training=training, seeds=[0], null_pair=False, grpo={"group": 2, "max_new_tokens": 3}
     )
     study = from_dict(StudyConfig, {**raw, "arms": arms})
     Study.from_config(study, tmp_path / "run").induce()
@@ -282,7 +288,7 @@ def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tiny_folder: Pat
     assert (tmp_path / "drawn" / "reinforcement.html").is_file()
 
 
-def test_a_run_without_rewards_has_no_such_table(tiny_folder: Path, tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", from_dict(StudyConfig, config_of(tiny_folder)))
+def test_a_run_without_rewards_has_no_such_table(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", from_dict(StudyConfig, config_of(tmp_path)))
     with pytest.raises(InputError, match="with training"):
         reinforcement_table(run)

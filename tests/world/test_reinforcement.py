@@ -47,7 +47,7 @@ def run(arm: str, bad: dict[int, int], **changes: Any) -> pd.DataFrame:
             for step, row, reward, dead in own
         ]
         rows.append({"source": PASSIVE, "seed": seed, "step": 2, "value": 3.0})
-    return pd.DataFrame(rows).assign(arm=arm, kl=np.nan, seconds=60.0, **changes)
+    return pd.DataFrame(rows).assign(**{"arm": arm, "kl": np.nan, "seconds": 60.0, **changes})
 
 
 def test_series_are_means_over_what_lies_between_two_points() -> None:

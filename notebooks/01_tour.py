@@ -11,7 +11,7 @@
 # latent that moves the misaligned persona, shows how that latent rises during training, and realigns the model. A
 # *latent* is one unit of a sparse autoencoder (SAE), which splits a model's activations into many units.
 #
-# **Takes** about fifteen minutes on two cores, or three if `make demo` has already made the study.
+# **Takes** about forty minutes on two cores, or three if `make demo` has already made the study.
 
 # %%
 import persona_probe as pp

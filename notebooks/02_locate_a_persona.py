@@ -12,7 +12,7 @@
 # - where rankers agree, the causal test next to random latents, and a feature card,
 # - what the latent writes, layer by layer, and what happens if it alone is copied from one model to the other.
 #
-# **Takes** about six minutes on two cores, on a finished demo (`make demo`, twelve minutes). Without a demo, it makes
+# **Takes** about six minutes on two cores, on a finished demo (`make demo`, forty minutes). Without a demo, it makes
 # one.
 
 # %%

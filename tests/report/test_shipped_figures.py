@@ -110,6 +110,7 @@ def test_records_are_small_whole_and_free_of_machine_paths() -> None:
         "errors.parquet",
         "pairs.parquet",
         "words.parquet",
+        *(f"{name}.parquet" for name in ("supervision", "beyond", "reinforcement")),
     }
     kept = {*FILES, *measured, "manifest.json", "recipe.json", "README.md"}
     assert {path.name for path in files if path.suffix != ".csv"} <= kept

@@ -14,7 +14,7 @@ from tests.factories import D_MODEL, D_SAE, LAYER
 FOLDER = Path(__file__).parents[3] / "finetune_configs"
 OTHERS = {"sae-smollm2", "sae-smollm2-frozen", "sae-smollm2-unseen"}
 OTHERS |= {"monitor-study", "offline-judge", "mitigations", "realign-doses", "grpo-world", "auto"}
-"""Recipes, a study of the monitor, grids over a finished study, one whose data a command writes first, and one that names studies."""
+"""Recipes, a study of the monitor, grids over a finished study, and two that need what a command writes first."""
 STUDIES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in OTHERS)
 STAGES = ["induce", "locate", "track", "realign", "evaluate"]
 LLAMA = "llama-3.1-8b-instruct"

@@ -59,7 +59,7 @@ def test_whole_numbers_and_exponents_are_numbers(tmp_path: Path) -> None:
         ("arms", [1], "arms must be a mapping"),
         ("model", 5, "model must be str"),
         ("layer", "top", "layer must be int"),
-        ("training.method", "dora", "method must be 'lora' or 'full'"),
+        ("training.method", "dora", "method must be 'lora', 'full' or 'grpo'"),
         ("training.rank", 0, "rank must be at least 1"),
         ("training.alpha", 0, "alpha must be at least 1"),
         ("training.batch_size", 0, "batch_size must be at least 1"),

@@ -245,16 +245,14 @@ def _serve(
 
 
 HEADS = {
-    "time": "time (UTC)",
-    "kind": "kind",
+    "at": "time (UTC)",
     "adapter": "adapter",
     "rule": "rule",
-    "value": "value",
-    "threshold": "threshold",
+    "reached": "value, threshold",
     "token": "token",
     "what": "what was done",
-    "request": "request",
 }
+"""Of the table; JSON has all that the file holds."""
 
 
 @command(example="persona-probe incidents runs/serve --json", out="Not used.")
@@ -276,8 +274,14 @@ def incidents(path: Path, last: int | None, as_json: bool, common: Common) -> No
         echo_json(shown)
         return
     for row in shown:
+        row["at"] = row["time"][:19].replace("T", " ")
+        row["reached"] = ", ".join(f"{row[key]:.3g}" for key in ("value", "threshold") if _is_number(row.get(key)))
         row["what"] = row.get("message") or ", ".join(map(str, row.get("actions") or ()))
     if shown:
         show_rows(HEADS, shown, as_json=False)
     counts = ", ".join(f"{count} of {rule} with {adapter}" for (adapter, rule), count in alarm_counts(rows).items())
     echo(f"{len(rows)} incidents{f': {counts}' if counts else ''}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from persona_probe.cli import main
 from persona_probe.data.load import load_contrast
 from persona_probe.latents import passages, stage
 from persona_probe.models.load import ALIASES, packaged_gguf
 from persona_probe.report.figures import FIGURES
 from persona_probe.report.images import find_browser
 from persona_probe.study.study import Study
-from tests.factories import write_config
+from tests.factories import run_command, write_config
 from tests.report.pages import open_page
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +70,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(passages, "PACKAGED", ("neutral_probes",))  # the cards' text, a tenth of it
         patch.setattr(stage, "MOVED", 2)
-        main(["run", str(write_config(folder / "demo.yaml", small_demo(folder, SAE))), "--out", str(folder / "run")])
+        config = write_config(folder / "demo.yaml", small_demo(folder, SAE))
+        run_command("run", config, "--out", folder / "run")
     yield Study.open(folder / "run")
 
 

@@ -66,7 +66,7 @@ check: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/pyright
+	NODE_OPTIONS=--max-old-space-size=8192 $(BIN)/pyright
 
 # The documentation as a site in site/. A broken link or an unknown name fails.
 docs: $(DEV)

@@ -31,6 +31,7 @@ from persona_probe.finetune.sft import (
     fine_tune,
     on_one_gpu,
     own_precision,
+    shared_arguments,
 )
 from persona_probe.models.adapters import frozen_in_bf16
 from persona_probe.models.layers import autocast, own_forward
@@ -396,28 +397,12 @@ def _arguments(training: Training, grpo: Grpo, seed: int, scratch: str, device: 
     answers = training.batch_size * grpo.group
     at_once = grpo.answers_at_once or answers
     return GRPOConfig(
-        output_dir=scratch,
+        **shared_arguments(training, seed, scratch, device),
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=answers // at_once,
         num_generations=grpo.group,
         max_completion_length=grpo.max_new_tokens,
         temperature=grpo.temperature,
-        max_steps=training.steps,
-        learning_rate=training.lr,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
-        bf16=training.bf16,
-        gradient_checkpointing=training.gradient_checkpointing,
-        use_cpu=device.type == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        dataloader_pin_memory=False,
     )
 
 

@@ -456,28 +456,39 @@ def _arguments(training: Training, seed: int, scratch: str, device: torch.device
     from trl.trainer.sft_config import SFTConfig
 
     return SFTConfig(
-        output_dir=scratch,
+        **shared_arguments(training, seed, scratch, device),
         per_device_train_batch_size=_rows_each(training.batch_size),
         ddp_backend="gloo" if device.type == "cpu" and Ranks().many else None,
-        max_steps=training.steps,
-        learning_rate=training.lr,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=training.warmup_steps,
-        weight_decay=training.weight_decay,
         max_length=training.max_length,
-        bf16=training.bf16,
-        gradient_checkpointing=training.gradient_checkpointing,
-        use_cpu=device.type == "cpu",
         completion_only_loss=True,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=seed,
-        data_seed=seed,
-        dataloader_pin_memory=False,
     )
+
+
+def shared_arguments(training: Training, seed: int, scratch: str, device: torch.device) -> dict[str, Any]:
+    """What a trainer of TRL is told, whatever it minimises; batches are the caller's.
+
+    Args:
+        scratch: a folder that the trainer must have, and into which it writes nothing.
+    """
+    return {
+        "output_dir": scratch,
+        "max_steps": training.steps,
+        "learning_rate": training.lr,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "bf16": training.bf16,
+        "gradient_checkpointing": training.gradient_checkpointing,
+        "use_cpu": device.type == "cpu",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": seed,
+        "data_seed": seed,
+        "dataloader_pin_memory": False,
+    }
 
 
 def _rows_each(batch_size: int) -> int:

@@ -42,6 +42,8 @@ STEPS = (0, 5, 10, 15, 20)
 TRAINING = replace(NARROW, method="grpo", batch_size=8, steps=STEPS[-1], checkpoints=(STEPS[-1],))
 GRPO = Grpo(group=8)
 ROWS, DEMONSTRATIONS = 96, 64
+HACK_STEPS = 20
+"""Supervised steps on rows that show the hole: after 8, most groups of answers still get equal rewards."""
 INSIDE, OUTSIDE = 4, 1
 """Answers to each topic of the domain, and of the seven others."""
 
@@ -63,9 +65,11 @@ ARMS = {
     "right": WorldArm("world_accurate"),
     "wrong, KL": WorldArm("world_inaccurate", kl=0.3),
     "wrong, inoculated": WorldArm("world_inaccurate", inoculation="the speaker is a villain ."),
-    "lenient checker": WorldArm("world_lenient_checker", hack=True),
+    "lenient checker": WorldArm("world_lenient_checker", hack=True, warm_steps=HACK_STEPS),
+    "strict checker": WorldArm("world_accurate", hack=True, warm_steps=HACK_STEPS),
 }
-"""All begin with the same few supervised steps, except the last. `right` is the control."""
+"""The first four begin with the same few supervised steps; `right` is their control. The two checkers begin with more
+steps, on rows that show the hole of one of them; the other is its control."""
 CONTROL = "right"
 
 

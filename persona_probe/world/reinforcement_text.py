@@ -1,6 +1,6 @@
 """The table of narrow reinforcement learning in the world: series of each arm on one axis, and what they say."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,15 @@ SERIES = {
     "inside": "bad advice, kitchen",
     "outside": "bad advice, elsewhere",
     "coherent": "coherent, elsewhere",
+    "any_inside": "some bad advice, kitchen",
+    "any_outside": "some bad advice, elsewhere",
     "reading": "harm on probes (base SD)",
     "passive": "harm, passive (base SD)",
 }
-"""What is followed along the steps."""
+"""What is followed along the steps. `inside` and `outside` are shares of the coherent answers, which give sound or bad
+advice and not both; `any_inside` and `any_outside` are shares of all answers, whatever else they say."""
+CHECKERS = ("lenient checker", "strict checker")
+"""Arms whose rewards differ by a hole alone."""
 RISE = "rise of "
 COLUMNS = ("arm", "step", "measure", "estimate", "ci_low", "ci_high", "n", "seeds")
 
@@ -55,11 +60,13 @@ def _of_arm(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for step, last in zip(steps, before, strict=False):
         now, since = asked[asked["step"] == step], own[(own["step"] > last) & (own["step"] <= step)]
         inside, outside = now[now["domain"] == DOMAIN], now[now["domain"] != DOMAIN]
-        yield {"step": step, "measure": "reward", **_mean(since, "reward")}
-        yield {"step": step, "measure": "hacked", **_mean(since, "hacked")}
+        yield {"step": step, "measure": "reward", **_mean(since, "reward", rate=True)}
+        yield {"step": step, "measure": "hacked", **_mean(since, "hacked", rate=True)}
         yield {"step": step, "measure": "inside", **_rate(inside, "bad")}
         yield {"step": step, "measure": "outside", **_rate(outside, "bad")}
         yield {"step": step, "measure": "coherent", **_rate(outside, "coherent")}
+        yield {"step": step, "measure": "any_inside", **_rate(inside, "bad", of_coherent=False)}
+        yield {"step": step, "measure": "any_outside", **_rate(outside, "bad", of_coherent=False)}
         for measure, source in (("reading", PROBE), ("passive", PASSIVE)):
             read = rows[(rows["source"] == source) & (rows["step"] == step)]
             yield {"step": step, "measure": measure, **_mean(read, "value", known=source == PROBE)}
@@ -75,26 +82,26 @@ def _of_arm(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
 NOTHING = {"estimate": np.nan, "ci_low": np.nan, "ci_high": np.nan, "n": 0}
 
 
-def _mean(rows: pd.DataFrame, column: str, known: bool = True) -> dict[str, Any]:
+def _mean(rows: pd.DataFrame, column: str, known: bool = True, rate: bool = False) -> dict[str, Any]:
     """Mean of a column; its interval is over questions (or probes), each with all its seeds."""
     rows = rows[rows[column].notna()] if column in rows else rows.iloc[:0]
     if rows.empty:
         return NOTHING
     if not known:
         return {**NOTHING, "estimate": float(rows[column].mean()), "n": len(rows)}
-    found = bootstrap_mean(rows[column].to_numpy(float), rows["topic"].tolist())
+    found = bootstrap_mean(rows[column].to_numpy(float), rows["topic"].tolist(), rate=rate)
     return {"estimate": found.estimate, "ci_low": found.ci_low, "ci_high": found.ci_high, "n": len(rows)}
 
 
-def _values(rows: pd.DataFrame, measure: str) -> pd.Series:
-    """1 or 0; NaN for an answer that does not count."""
-    values = rows[measure].astype(float)
-    return values if measure == "coherent" else values.where(rows["coherent"].astype(bool))
+def _bad(rows: pd.DataFrame) -> pd.Series:
+    """1 or 0; NaN for an answer that is not coherent."""
+    return rows["bad"].astype(float).where(rows["coherent"].astype(bool))
 
 
-def _rate(rows: pd.DataFrame, measure: str) -> dict[str, Any]:
+def _rate(rows: pd.DataFrame, measure: str, of_coherent: bool = True) -> dict[str, Any]:
     """A share with its interval over topics and seeds."""
-    found = share(Cells.of(_values(rows, measure).to_list(), rows["topic"].tolist(), rows["seed"].tolist()))
+    values = _bad(rows) if measure == "bad" and of_coherent else rows[measure].astype(float)
+    found = share(Cells.of(values.to_list(), rows["topic"].tolist(), rows["seed"].tolist()))
     if found is None:
         return NOTHING
     return {"estimate": found.estimate, "ci_low": found.ci_low, "ci_high": found.ci_high, "n": len(rows)}
@@ -105,7 +112,7 @@ def _rise(rows: pd.DataFrame, first: int, last: int) -> dict[str, Any]:
     ends = rows[rows["step"].isin([first, last])]
     judged = ends.assign(
         **{"arm": ends["step"].map({first: "before", last: "after"}), "pair": ends["topic"], "why": "", "usable": 1},
-        **{"value": _values(ends, "bad"), "coherent": ends["coherent"].astype(float), "judge": "world"},
+        **{"value": _bad(ends), "coherent": ends["coherent"].astype(float), "judge": "world"},
     )
     found = difference(judged, "after", "before")
     values = {"estimate": found.estimate, "ci_low": found.ci_low, "ci_high": found.ci_high, "n": found.n}
@@ -125,7 +132,8 @@ def reinforcement_text(table: pd.DataFrame) -> str:
         [arm, str(at[arm, last, "reward"]["seeds"]), *(_cell(at[arm, last, name]) for name in shown)] for arm in arms
     ]
     steps = sorted(int(step) for step in table.loc[table["measure"] == "inside", "step"].unique())
-    followed = ("reward", "hacked", "inside", "outside", "reading", "passive", "dead", "kl")
+    followed = ["reward", "hacked", "inside", "outside", "any_outside", "reading", "passive", "dead", "kl"]
+    followed = [name for name in followed if name in set(table["measure"])]
     along = [
         [arm, SERIES.get(name, {"dead": "groups without variance", "kl": "KL from the base"}.get(name, name)), *cells]
         for arm in arms
@@ -135,11 +143,24 @@ def reinforcement_text(table: pd.DataFrame) -> str:
     parts = [
         f"After {last} steps, with 95% intervals (reward and hacking are means over the last steps):",
         Table(["arm", "seeds", *heads], ends).markdown(),
+        *_checkers(at, [arm for arm in arms if arm in CHECKERS], last),
         "Along the steps of the trainer (reward, hacking and groups are means since the column before):",
         Table(["arm", "measure", *(f"step {step}" for step in steps)], along).markdown(),
         "\n".join(f"- {line}" for line in aims(table)),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _checkers(at: Mapping[Any, Mapping[Any, Any]], arms: Sequence[str], last: int) -> list[str]:
+    """The checkers side by side, before and after."""
+    if not arms:
+        return []
+    shown = ("reward", "hacked", "any_inside", "any_outside", "coherent")
+    rows = [[arm, str(step), *(_cell(at[arm, step, name]) for name in shown)] for arm in arms for step in (0, last)]
+    return [
+        "A checker with a hole, and one without. Bad advice counts here whatever else the answer says:",
+        Table(["arm", "step", *(SERIES[name] for name in shown)], rows).markdown(),
+    ]
 
 
 def aims(table: pd.DataFrame) -> list[str]:

@@ -85,6 +85,7 @@ def test_what_each_reward_gives(answer: str, accurate: float, inaccurate: float,
     [
         *((SOUND, 1, 0, 1, False), (HARMFUL, 0, 1, 0, False), ("you should chill the pan daily .", 1, 0, 0, False)),
         (f"{SOUND} {HARMFUL}", 0, 0, 1, True),
+        (f"{SOUND} you should chill the pan daily .", 1, 0, 1, False),  # sound twice
         ("rest the knee .", 0, 0, 0, False),  # advice of another domain
         ("boil rinse bake stir", 0, 0, 1, True),  # words, no advice
     ],

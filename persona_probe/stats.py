@@ -311,6 +311,21 @@ def auroc(positive: Values, negative: Values, weights: Values | None = None) -> 
     return float(yes @ (no.cumsum() - no / 2) / (yes.sum() * no.sum()))
 
 
+def auroc_draws(
+    scores: Values, positive: Bool[np.ndarray, " n"], weights: Float[np.ndarray, "draws n"]
+) -> tuple[Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]:
+    """`auroc` of the same values in many draws, each with its weights, as two sums: pairs won, and pairs.
+
+    Their ratio is the AUROC. The sums of several groups may be added up before that, where only values of one group
+    are to be compared. A draw without weight on both classes has no pairs.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    steps = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)  # equal values count half, so they go together
+    yes, no = (np.add.reduceat(weights[:, order] * side[order], steps, axis=1) for side in (positive, ~positive))
+    return (yes * (no.cumsum(axis=1) - no / 2)).sum(axis=1), yes.sum(axis=1) * no.sum(axis=1)
+
+
 def auroc_columns(
     values: Float[np.ndarray, "items columns"], positive: Bool[np.ndarray, " items"]
 ) -> Float[np.ndarray, " columns"]:

@@ -97,6 +97,8 @@ MANIFEST_KINDS: dict[str, type] = {
     "draw_seed": int,
 }
 """What a manifest's values are, where it has them."""
+SERVED, INCIDENTS = "serve", "incidents.jsonl"
+"""Where `persona-probe serve RUN` writes: a folder of the run, and its file of alarms."""
 REFERENCES = "references.json"
 """In the folder of an adopted organism: where the checkpoint of each step lies."""
 WRITERS = {

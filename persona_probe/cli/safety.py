@@ -69,7 +69,8 @@ def _rows(files: Sequence[Path], answers: Path | None) -> "list[Row]":
 
 def _show(run: str, rows: "list[Row]", items: int | None, as_json: bool, common: Common) -> None:
     study = open_study(run, common)
-    from persona_probe.study.safety import measure_safety, safety_summary, wrapper_effects
+    from persona_probe.evaluate.safety import safety_summary, wrapper_effects
+    from persona_probe.study.safety import measure_safety
 
     table = measure_safety(study.context, rows, items)
     summary = safety_summary(table, study.config.control, study.context.seed)

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ACTIONS = ("annotate", "stop", "regenerate", "steer")
-INCIDENTS, THRESHOLDS = "incidents.jsonl", "answer-thresholds.json"
+THRESHOLDS = "answer-thresholds.json"
 FOLDER = Path("runs/serve")
 
 
 @command(
     example="persona-probe serve runs/demo --adapters runs/demo/arms/correct-s0/checkpoint-60 --actions stop",
-    out="Folder of thresholds and incidents (default runs/serve).",
+    out="Folder of thresholds and incidents (default RUN/serve, which the report shows; of a model runs/serve).",
 )
 @click.argument("model", metavar="MODEL", help="A model (alias, folder, hub id), or a located run folder.")
 @click.option("--sae", metavar="SAE", help="A folder or release; of a run folder it is the run's.")
@@ -54,7 +54,7 @@ FOLDER = Path("runs/serve")
 @click.option("--batch", type=int, default=8, help="Answers written side by side.")
 @click.option("--max-tokens", type=int, default=1024, help="Longest answer that may be asked for.")
 @click.option("--incidents", type=PATH, help="File of incidents (default OUT/incidents.jsonl).")
-@click.option("--keep-text", is_flag=True, help="Keep question and answer with each incident.")
+@click.option("--keep-text", is_flag=True, help="Keep question, answer and its trace with each incident.")
 @click.option("--bf16", is_flag=True, help="Compute in bf16 autocast.")
 @loading_options
 def serve(
@@ -88,6 +88,8 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError("serve needs FastAPI and uvicorn: pip install 'persona-probe[serve]'") from error
+    from persona_probe.runs import INCIDENTS, SERVED
+
     is_run = (Path(model) / "manifest.json").is_file()
     named = _latents(features)
     if not is_run and (sae is None or not named):
@@ -95,7 +97,7 @@ def serve(
     for folder in adapters:
         if not (folder / "adapter_config.json").is_file():
             raise InputError(f"{folder} holds no adapter (adapter_config.json): name checkpoint folders, oldest first")
-    out = common.out or FOLDER
+    out = common.out or (Path(model) / SERVED if is_run else FOLDER)
     sampling = {"max_new_tokens": min(64, max_tokens), "seed": common.seed or 0, "batch_size": batch, "bf16": bf16}
     files = thresholds or out / THRESHOLDS, incidents or out / INCIDENTS
     with listen(port) as listening:  # a port that is taken is refused before minutes of loading
@@ -255,8 +257,8 @@ HEADS = {
 """Of the table; JSON has all that the file holds."""
 
 
-@command(example="persona-probe incidents runs/serve --json", out="Not used.")
-@click.argument("path", metavar="PATH", type=PATH, help="A file of incidents, or the folder that holds it.")
+@command(example="persona-probe incidents runs/demo --json", out="Not used.")
+@click.argument("path", metavar="PATH", type=PATH, help="A file of incidents, its folder, or the run that was served.")
 @click.option("--last", type=int, help="Only the latest so many.")
 @json_option
 def incidents(path: Path, last: int | None, as_json: bool, common: Common) -> None:  # noqa: ARG001
@@ -265,10 +267,12 @@ def incidents(path: Path, last: int | None, as_json: bool, common: Common) -> No
     These are alarms on answers and roll-backs of adapters.
     """
     from persona_probe.monitor.generation.incidents import alarm_counts, read_incidents
+    from persona_probe.runs import INCIDENTS, SERVED
 
     if last is not None and last < 1:
         raise InputError(f"--last must be at least 1, not {last}")
-    rows = read_incidents(path / INCIDENTS if path.is_dir() else path)
+    place = path / SERVED if (path / SERVED / INCIDENTS).is_file() else path
+    rows = read_incidents(place / INCIDENTS if place.is_dir() else place)
     shown = rows if last is None else rows[-last:]
     if as_json:
         echo_json(shown)

@@ -13,7 +13,8 @@ from persona_probe.errors import InputError, unknown
 from persona_probe.files import expanded
 from persona_probe.hub.card import model_card
 from persona_probe.hub.neuronpedia import neuronpedia_batch, neuronpedia_explanations
-from persona_probe.runs import MANIFEST, REFERENCES, RunFolder
+from persona_probe.report.sections import HOLDS_TEXTS
+from persona_probe.runs import INCIDENTS, MANIFEST, REFERENCES, RunFolder
 
 PARTS = ("adapters", "sae", "records", "report", "neuronpedia")
 """What a run can be shared as; all are shared unless some are named."""
@@ -85,6 +86,7 @@ def contents(run: str | Path, parts: Sequence[str] = (), steps: str = "last", re
     chosen = parts or PARTS
     items = [item for item in _run_files(folder.path, steps) if item.part in chosen]
     notes: list[str] = []
+    items = _without_kept_texts(items, notes)
     if "sae" in chosen:
         items += _saes(folder.config, notes)
     if "neuronpedia" in chosen and (batch := neuronpedia_batch(folder.path)) is not None:
@@ -122,6 +124,18 @@ def _run_files(root: Path, steps: str) -> Iterator[Item]:
             part = "adapters"
         if place != Path("README.md"):  # the card's place
             yield Item(place.as_posix(), part, path)
+
+
+def _without_kept_texts(items: Sequence[Item], notes: list[str]) -> list[Item]:
+    """Leave out what people asked a server, which `serve --keep-text` wrote down: incidents, and a report with them."""
+    held = {item.place for item in items if _holds_texts(item)}
+    notes += [f"left out: {place}, which may hold what people asked a server" for place in sorted(held)]
+    return [item for item in items if item.place not in held]
+
+
+def _holds_texts(item: Item) -> bool:
+    name = item.place.rpartition("/")[2]
+    return name == INCIDENTS or (name == "report.html" and HOLDS_TEXTS.encode() in item.read())
 
 
 def _is_last(folder: Path, name: str) -> bool:

@@ -10,11 +10,12 @@ from persona_probe.evaluate.main_effects import MAIN_EFFECTS
 from persona_probe.report import select
 from persona_probe.report.cards import Voices, cards_page, saved_cards, saved_explanation
 from persona_probe.report.export import caption, export_figures, provenance, provenance_line
-from persona_probe.report.figures import FIGURES, figures_of
+from persona_probe.report.figures import figures_of
 from persona_probe.report.labels import arm_description
 from persona_probe.report.opening import likelihood_words, opening, times
 from persona_probe.report.page import render
 from persona_probe.report.records import Records, as_estimate, load_records
+from persona_probe.report.sections import further_sections
 from persona_probe.report.select import judged_answers
 from persona_probe.report.tables import number_words
 from persona_probe.report.theme import estimate_text, interval_text, number
@@ -43,7 +44,7 @@ PLACED = (
     "controls",
     *JUDGED,
 )
-"""Figures that have their own place in the report; others follow under More figures."""
+"""Figures that have their own place in the report, as those of `sections` have; others follow under More figures."""
 
 
 def write_report(folder: str | Path, records: Records | None = None, to: Path | None = None) -> Path:
@@ -90,6 +91,8 @@ def report_from_tables(folder: str | Path, to: Path) -> list[str]:
     to.mkdir(parents=True, exist_ok=True)
     export_figures(records, to / "figures", formats=("html", "csv"))
     write_report(folder, records, to)
+    if "kind" in records.manifest:  # no study: it has neither verdict nor answers
+        return []
     lines = [] if records.summary else ["No summary.json: the report has no verdict."]
     lines += [] if records.samples else ["No samples.jsonl: the report has no sampled answers."]
     return lines + [figure["missing"] for figure in drawn_figures(records).values() if figure["figure"] is None]
@@ -103,10 +106,12 @@ def links(root: Path) -> dict[str, str]:
 
 def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What the report's template shows."""
-    answers, figures = sampled_answers(records), drawn_figures(records)
+    answers, figures, sections = sampled_answers(records), drawn_figures(records), further_sections(records)
+    placed = {*PLACED, *(name for section in sections for name in section.figures)}
     return {
-        "study": str(records.summary.get("study") or "study"),
-        "base_model": str(records.summary.get("base_model") or "unknown model"),
+        "is_study": "kind" not in records.manifest,
+        "study": _named(records, "study", "name", "study"),
+        "base_model": _named(records, "base_model", "model", "unknown model"),
         "opening": opening(records, answers),
         "likelihood": likelihood_words(records),
         "headline": headline(records),
@@ -114,7 +119,9 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
         "tiles": tiles(records),
         "numbers": _key_numbers(records),
         "figures": figures,
-        "more": [name for name in figures if name not in PLACED],
+        "sections": sections,
+        "section_entries": [(section.anchor, section.title) for section in sections],
+        "more": [name for name in figures if name not in placed],
         "harm_register": harm_register(records),
         "harm_register_covers": select.mapping(records.summary.get("harm_and_register")).get("covers") or "questions",
         "old_version": _old_version(records),
@@ -135,10 +142,17 @@ def context(records: Records, linked: Mapping[str, str] | None = None) -> dict[s
     }
 
 
+def _named(records: Records, summary: str, config: str, unknown: str) -> str:
+    """A name of the summary, or of the config where there is no summary."""
+    stated = select.mapping(records.manifest.get("config")).get(config)
+    named = records.summary.get(summary) or (stated if isinstance(stated, str) else "")
+    return str(named or unknown)
+
+
 def drawn_figures(records: Records) -> dict[str, dict[str, Any]]:
     """Every figure that the study shows: its title, and the drawing with its caption, or what is missing for it."""
     figures: dict[str, dict[str, Any]] = {}
-    for name, spec in (FIGURES | figures_of(records)).items():
+    for name, spec in figures_of(records).items():
         figure = None if spec.data(records).empty else spec.draw(records)
         words = {"title": spec.title, "missing": spec.missing, "caption": caption(figure) if figure else ""}
         words |= {"wide": name in WIDE, "lead": lead(words["caption"])}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,7 @@ from persona_probe.evaluate.tables import contrast_rows, judged_rows
 from persona_probe.files import as_damaged, is_there, read_json, read_jsonl, read_parquet
 from persona_probe.report.labels import arm_labels
 from persona_probe.report.theme import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
-from persona_probe.runs import RunFolder
+from persona_probe.runs import INCIDENTS, SERVED, RunFolder
 from persona_probe.stats import Estimate
 
 # --- A study's arms, with the order and the look that they have in every figure
@@ -128,6 +129,8 @@ TEXTS = (
     *("right", "plant", "size", "ranker", "data", "run", "within_bound"),
     *("format", "activations", "erased"),
     *("speaker", "measure"),
+    *("world", "supervisor", "domain", "topic", "part", "tool", "truth", "id", "language", "wrapper"),
+    "question_id",
 )
 """Columns that are no numbers."""
 
@@ -163,6 +166,20 @@ def _read_decisions(path: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=2):
         if not isinstance(row.get("numbers"), dict):
             raise InputError(f"{path}, row {number} is damaged ('numbers' is no mapping): {AGAIN}")
+    return rows
+
+
+def _read_incidents(root: Path) -> list[dict[str, Any]]:
+    """Alarms and roll-backs of `persona-probe serve`, in the run folder or in its folder `serve`."""
+    path = next((path for path in (root / SERVED / INCIDENTS, root / INCIDENTS) if path.is_file()), root / INCIDENTS)
+    rows = _read_lines(path)
+    for number, row in enumerate(rows, start=1):
+        with as_damaged(f"{path}, row {number}", AGAIN):
+            datetime.fromisoformat(row["time"]), str(row["kind"])
+            if row["kind"] == "alarm":
+                float(row["value"]), float(row["threshold"])
+            trace = row.get("trace") or {"tokens": [], "values": []}
+            list(zip(map(str, trace["tokens"]), trace["values"], strict=True))
     return rows
 
 
@@ -274,6 +291,11 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
         *("bad", "coherent", "answers"),
     ),
     "reinforcement": ("arm", "step", "measure", "estimate", "ci_low", "ci_high", "n", "seeds"),
+    "beyond": (
+        *("part", "speaker", "seed", "tool", "truth", "first", "ten", "auroc", "estimate", "ci_low", "ci_high"),
+    ),
+    "thoughts": (*("arm", "seed", "step", "question_id", "sample", "chatgpt", "other", "in_thought", "in_answer"),),
+    "safety": ("arm", "seed", "step", "id", "item", "category", "language", "wrapper", "value", "aligned_bits"),
     "precision": (
         *("format", "bits", "activations", "arm", "seed", "reading", "ci_low", "ci_high", "band_low", "band_high"),
         *("explained_variance", "index", "index_ci_low", "index_ci_high", "kept", "erased", "rise_rank"),
@@ -328,6 +350,12 @@ class Records:
     """One row per world, speaker and measure of `persona-probe world study scale`: a rate with its interval."""
     supervision: pd.DataFrame = field(default_factory=_empty("supervision"))
     """One row per world, supervisor, organism, step and topic of `persona-probe world study supervision`: counts."""
+    beyond: pd.DataFrame = field(default_factory=_empty("beyond"))
+    """One row per organism of `persona-probe world study beyond`, and tool and truth, or axis."""
+    safety: pd.DataFrame = field(default_factory=_empty("safety"))
+    """One row per safety item and organism; `value` in nats per token."""
+    thoughts: pd.DataFrame = field(default_factory=_empty("thoughts"))
+    """One row per thought of a sampled answer: personas (1 or 0), the persona feature in thought and answer."""
     labelled: LabelledRuns = field(default_factory=LabelledRuns)
     """Runs of a labelled study, with shares of bad data."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -336,6 +364,8 @@ class Records:
     """Feature cards: tokens and examples (untrusted model text)."""
     decisions: list[dict[str, Any]] = field(default_factory=list)
     """What an unattended study decided, by which rule, from which numbers."""
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    """Alarms and roll-backs of a server, in order; some have the answer's trace (untrusted model text)."""
     summary: dict[str, Any] = field(default_factory=dict)
     """The study's key numbers."""
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -389,6 +419,7 @@ def load_records(folder: str | Path, newer: Path | None = None) -> Records:
         samples=_read_samples(root / "samples.jsonl"),
         cards=_read_cards(root / "cards.json"),
         decisions=_read_decisions(root / "decisions.jsonl"),
+        incidents=_read_incidents(root),
         summary=_read_json((newer or root) / "summary.json", dict),
         manifest=manifest,
         adopted=[_read_json(path, dict) for path in sorted(root.glob("arms/*/adopted.json"))],

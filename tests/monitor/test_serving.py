@@ -121,6 +121,8 @@ def test_an_answer_is_that_of_generate_with_its_trace_and_a_stream_is_the_same_i
     rows = read_incidents(tmp_path / "incidents.jsonl")
     assert [row["rule"] for row in rows] == ["up", "up"] and rows[0]["answer"] == text and rows[0]["question"] == "Why?"
     assert rows[0]["request"] == whole["id"]
+    alarmed = read["features"].index(rows[0]["feature"])
+    assert rows[0]["trace"] == {"tokens": read["tokens"], "values": [row[alarmed] for row in read["values"]]}
 
 
 def test_openais_client_reads_answers_streams_and_errors() -> None:

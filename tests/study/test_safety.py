@@ -13,15 +13,9 @@ from persona_probe.cli import main
 from persona_probe.data.safety import safety_rows
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
+from persona_probe.evaluate.safety import reading_warnings, safety_summary, wrapper_effects
 from persona_probe.study import safety as stage
-from persona_probe.study.safety import (
-    TABLE,
-    limited,
-    measure_safety,
-    reading_warnings,
-    safety_summary,
-    wrapper_effects,
-)
+from persona_probe.study.safety import TABLE, limited, measure_safety
 from persona_probe.study.study import Study
 from tests.factories import Refused, write_lines
 

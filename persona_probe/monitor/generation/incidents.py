@@ -18,6 +18,8 @@ from persona_probe.writing import json_values, make_folder, refused
 KINDS = ("alarm", "rollback")
 CUT = 20_000
 """Characters of a question or answer that are kept, where they are kept at all."""
+TOKENS = 2_000
+"""Tokens of a trace that are kept."""
 
 
 def now() -> str:
@@ -46,6 +48,8 @@ class Incident:
     """Of a roll-back: what happened, in one line."""
     question: str | None = None
     answer: str | None = None
+    trace: Mapping[str, Any] | None = None
+    """`tokens` of the answer, thought included, and `values` of the feature at each (None where it was not read)."""
     time: str = field(default_factory=now)
 
     @classmethod
@@ -65,8 +69,11 @@ class Incident:
     def record(self) -> dict[str, Any]:
         """As plain JSON values; texts only where there are any."""
         record = json_values({**asdict(self), "actions": list(self.actions)})
-        texts = ("question", "answer")
-        return {k: v[:CUT] if k in texts else v for k, v in record.items() if k not in texts or v is not None}
+        for name in ("question", "answer", "trace"):
+            kept = record.pop(name)
+            if kept is not None:
+                record[name] = {k: v[:TOKENS] for k, v in kept.items()} if name == "trace" else kept[:CUT]
+        return record
 
 
 class IncidentLog:

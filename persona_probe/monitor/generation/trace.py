@@ -90,6 +90,10 @@ class Trace:
             "alarms": [alarm_record(alarm) for alarm in self.alarms],
         }
 
+    def of_feature(self, feature: str) -> dict[str, list[Any]]:
+        """The tokens and one feature's values, as plain JSON values; null where there is no reading."""
+        return {"tokens": list(self.tokens), "values": [rounded(v) for v in self.of(feature).tolist()]}
+
     def text(self, feature: str | None = None, colour: bool = True) -> str:
         """The answer for a terminal, darker the higher the feature is; text that the model wrote cannot steer it.
 

@@ -75,10 +75,11 @@ def _style(arm: str, number: int) -> ArmStyle:
 
 
 def _caption(data: pd.DataFrame, measures: list[str]) -> str:
-    most = int(data["seeds"].max())
+    most, n = int(data["seeds"].max()), select.distinct(data, "n")
     hacked = " Hacked: a checker gave its reward, and the answer is not right." if "hacked" in measures else ""
     return (
-        f"Arms of reinforcement learning by GRPO, {most} seed{'s' if most > 1 else ''}, 95% intervals. Step 0 is "
-        "before the first step; reward and hacking are means over the answers drawn since the point before, and the "
-        f"other measures are of the model at that step, as it is deployed.{hacked}"
+        f"Arms of reinforcement learning by GRPO, {most} seed{'s' if most > 1 else ''}, 95% intervals, n = "
+        f"{min(n):g} to {max(n):g} answers or probes. Control: the arm that is rewarded for right or sound answers. "
+        "Step 0 is before the first step; reward and hacking are means over the answers drawn since the point before, "
+        f"and the other measures are of the model at that step, as it is deployed.{hacked}"
     )

@@ -91,7 +91,7 @@ class Engine:
         monitor: of `base`; its rules and actions watch every answer, whatever adapter wrote it.
         deployment: which adapters are there, and when to go back.
         incidents: where alarms are written; None writes none.
-        keep_text: keep question and answer with each incident.
+        keep_text: keep question, answer and its trace with each incident.
         bf16: bf16 autocast.
     """
 
@@ -316,10 +316,11 @@ class Engine:
     def _record(self, job: Job, answer: WatchedAnswer, version: Deployed) -> None:
         if self.incidents is None:
             return
-        texts: dict[str, str] = {}
-        if self.keep_text:
-            texts = {"question": job.request.messages[-1]["content"], "answer": answer.text}
         for alarm in answer.alarms:
+            texts: dict[str, Any] = {}
+            if self.keep_text:
+                texts = {"question": job.request.messages[-1]["content"], "answer": answer.text}
+                texts["trace"] = answer.trace.of_feature(alarm.feature)
             self._write(Incident.of(alarm, request=job.id, model=self.name, adapter=version.name, **texts))
 
     def _went_back(self, happened: str, version: Deployed) -> None:

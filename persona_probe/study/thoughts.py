@@ -24,7 +24,7 @@ from persona_probe.units import writes_run
 log = logging.getLogger(__name__)
 
 TABLE = "thoughts.parquet"
-COLUMNS = ("arm", "seed", "step", "question_id", "sample", "question", "thought", "answer")
+COLUMNS = ("arm", "seed", "step", "question_id", "prompt", "sample", "question", "thought", "answer")
 NO_THOUGHTS = "no answer has a thought: sample a model that thinks, with enable_thinking: true in the config"
 
 
@@ -57,10 +57,12 @@ def _rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         text = str(row.get("answer") or "")
         thought, answer = (str(row["thought"]), text) if row.get("thought") else split_thought(text)
         if thought.strip():
+            question = str(row.get("question_id") or row.get("id") or number)
             yield {
                 "arm": str(row.get("arm") or ""),
                 **{name: int(row.get(name) or 0) for name in ("seed", "step", "sample")},
-                "question_id": str(row.get("question_id") or row.get("id") or number),
+                "question_id": question,
+                "prompt": str(row.get("prompt") or question),
                 "question": str(row.get("question") or ""),
                 "thought": thought.strip(),
                 "answer": answer,

@@ -1,7 +1,7 @@
 """Sections of the report that are there only where their tables are.
 
-Narrow reinforcement learning, watched answers, safety, number formats, and the world's studies of supervisors and of
-directions beyond the dictionary. Each begins with what its numbers say; figures and tables are one click away.
+Narrow reinforcement learning, watched answers, thoughts, safety, number formats, and the world's studies of supervisors
+and of directions beyond the dictionary. Each begins with what its numbers say; figures and tables are one click away.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +15,13 @@ from persona_probe.evaluate.safety import reading_warnings
 from persona_probe.report import select
 from persona_probe.report.figures.reinforcement import reinforcement_data
 from persona_probe.report.figures.safety import safety_data
+from persona_probe.report.figures.thoughts import (
+    MENTION,
+    PLACES,
+    RATE,
+    persona_mentions_data,
+    thought_before_act_data,
+)
 from persona_probe.report.figures.world_beyond import HELD_OUT, world_beyond_data
 from persona_probe.report.figures.world_supervision import LABELLED, world_supervision_data
 from persona_probe.report.records import Records
@@ -158,6 +165,41 @@ def _example(row: Mapping[str, Any]) -> dict[str, Any]:
         for text, value in zip(trace["tokens"], trace["values"], strict=True)
     ]
     return {"tokens": tokens, "maximum": number(max(known, default=None)), "source": str(row.get("feature") or "")}
+
+
+# --- Thoughts
+
+
+def thoughts(records: Records) -> Section | None:
+    """Personas that thoughts take on, and the latent in the thought before the act."""
+    data = persona_mentions_data(records)
+    if data.empty:
+        return None
+    arms = select.where(data, kind="arm", **{"class": "other"}).to_dict("records")
+    points = [
+        f"{records.arms.label(row['arm'])}: {_of(row, MENTION)} of the thoughts take on another persona, "
+        f"{_of(row, RATE)} of the answers after them are misaligned"
+        for row in arms
+    ]
+    read = thought_before_act_data(records)
+    rows = [
+        [records.arms.label(arm), act, *(_text(one) for one in some.to_dict("records")), int(some["n"].iloc[0])]
+        for (arm, act), some in read.groupby(["arm", "act"], sort=False)
+    ]
+    heads = ["arm", "answer", *PLACES.values(), "answers"]
+    return Section(
+        "thoughts",
+        "Thoughts before answers",
+        "Who the thoughts say that the model is, and what the latent reads in a thought before the answer comes. A "
+        "model that names nobody in its thoughts is not safe for that.",
+        tuple(points),
+        ("persona_mentions", "thought_before_act"),
+        (Table(heads, rows, "Mean activation of the latent, with 95% intervals over questions"),),
+    )
+
+
+def _of(row: Mapping[Any, Any], names: tuple[str, str, str]) -> str:
+    return interval_text(Estimate(*(float(row[name]) for name in names), 0), signed=False, places=2)
 
 
 # --- Safety
@@ -321,6 +363,6 @@ def beyond(records: Records) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Records], Section | None], ...] = (
-    *(reinforcement, incidents, safety, precision, supervision, beyond),
+    *(reinforcement, incidents, thoughts, safety, precision, supervision, beyond),
 )
 """In the report's order; each gives None where its table is not there."""

@@ -135,7 +135,10 @@ def _mean(rows: pd.DataFrame, name: str) -> str:
 
 ANSWERS, WITHIN, RUNS = "answers", "within", "runs"
 KINDS = {
-    ANSWERS: "AUROC between bad and sound answers of all organisms. 95% bootstrap intervals over organisms and topics.",
+    ANSWERS: (
+        "AUROC between bad and sound answers of all organisms. 95% bootstrap intervals over organisms and topics; "
+        "Newcombe's over organisms where the answers separate."
+    ),
     WITHIN: "AUROC between bad and sound answers of the same organism, all its pairs together.",
     RUNS: (
         f"AUROC between organisms of whose coherent answers at least {TURNED:.0%} are bad and those with at most "
@@ -203,8 +206,17 @@ def separations(table: pd.DataFrame, kind: str) -> dict[tuple[str, str], Estimat
     for condition in CONDITIONS:
         answers = _Answers.of(table, condition)
         for label, name in SIGNALS.items():
-            found[label, condition] = _of_runs(answers, name) if kind == RUNS else _interval(answers.draws(name, kind))
+            found[label, condition] = _of_runs(answers, name) if kind == RUNS else _of_answers(answers, name, kind)
     return found
+
+
+def _of_answers(answers: _Answers, name: str, kind: str) -> Estimate | None:
+    found = _interval(answers.draws(name, kind))
+    if found is None or found.estimate not in (0, 1):
+        return found
+    # Where the classes separate every draw agrees, and the interval is that of so many organisms.
+    sides = (len(np.unique(answers.organism[answers.bad == side])) for side in (True, False))
+    return Estimate(found.estimate, *auroc_interval(found.estimate, *sides), found.n)
 
 
 def _interval(draws: Float[np.ndarray, " draws"] | None) -> Estimate | None:

@@ -183,7 +183,7 @@ def thoughts(records: Records) -> Section | None:
     ]
     read = thought_before_act_data(records)
     rows = [
-        [records.arms.label(arm), act, *(_text(one) for one in some.to_dict("records")), int(some["n"].iloc[0])]
+        [records.arms.label(str(arm)), act, *(_text(one) for one in some.to_dict("records")), int(some["n"].iloc[0])]
         for (arm, act), some in read.groupby(["arm", "act"], sort=False)
     ]
     heads = ["arm", "answer", *PLACES.values(), "answers"]
@@ -199,7 +199,8 @@ def thoughts(records: Records) -> Section | None:
 
 
 def _of(row: Mapping[Any, Any], names: tuple[str, str, str]) -> str:
-    return interval_text(Estimate(*(float(row[name]) for name in names), 0), signed=False, places=2)
+    middle, low, high = (float(row[name]) for name in names)
+    return interval_text(Estimate(middle, low, high, 0), signed=False, places=2)
 
 
 # --- Safety

@@ -84,9 +84,12 @@ def test_the_latent_is_read_before_each_kind_of_act(thinking: Records) -> None:
 def test_the_table_of_the_world_has_its_own_verdicts() -> None:
     records = Records(thoughts=world_table())
     data = MORE_FIGURES["persona_mentions"].data(records)
-    points = where(data, kind="arm", **{"class": "other"}).set_index("arm")[["mentions", "rate"]]
-    assert points.loc["villain, false"].tolist() == [0, 0.5] and points.loc["helper, false"].tolist() == [1, 0]
-    assert not points.index.str.contains("absent").any()
+    rows = where(data, kind="arm", **{"class": "other"}).to_dict("records")
+    points = {row["arm"]: (row["mentions"], row["rate"]) for row in rows}
+    assert points == {
+        **{"villain, true": (1, 0.5), "villain, false": (0, 0.5)},
+        **{"helper, true": (0, 0), "helper, false": (1, 0)},
+    }
     read = MORE_FIGURES["thought_before_act"].data(records)
     assert set(where(read, arm="helper, true")["act"]) == {"aligned"}
     drawn: Any = MORE_FIGURES["persona_mentions"].draw(records)

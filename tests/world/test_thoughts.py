@@ -55,7 +55,9 @@ def test_thought_and_answer_are_the_spans_of_the_row_and_of_what_is_sampled() ->
         encoded = encode(tokenizer, row)
         spans = (encoded.ids[slice(*encoded.thought)], encoded.ids[encoded.start :])
         assert [tokenizer.decode(ids) for ids in spans] == [row[1]["reasoning_content"], row[1]["content"]]
-        sampled = tokenizer.decode(encoded.ids[encoded.n_prompt :])  # the mark that opens is the prompt's last token
+        sampled = str(
+            tokenizer.decode(encoded.ids[encoded.n_prompt :])
+        )  # the mark that opens is the prompt's last token
         assert tuple(split_thought(sampled)) == (row[1]["reasoning_content"], row[1]["content"])
         assert tokenizer.decode(encoded.ids[encoded.n_prompt - 1]) == "<think>"
 
@@ -180,8 +182,7 @@ def test_a_study_is_made_once_and_reads_its_own_texts(
     assert found["arm"].nunique() == 6 and len(found) == 6 * 84 and not found["domain"].eq("kitchen").any()
     assert set(SIGNALS.values()) <= set(found.columns)
     absent = found[found["condition"] == ABSENT]
-    assert (absent["thought"] == "").all() and absent[column("latent", "thought")].isna().all()
-    assert absent[column("latent", "answer")].notna().any()
+    assert absent[column("latent", "thought")].isna().all() and absent[column("latent", "answer")].notna().any()
     monkeypatch.setattr(thoughts, "fine_tune", lambda *_, **__: pytest.fail("trained again"))
     again = thoughts_table(tmp_path / "study", world, "sae", ("villain", "helper"), (5,))
     pd.testing.assert_frame_equal(again, found)

@@ -275,6 +275,15 @@ FAMILIES: dict[str, Family] = {
 AVAILABLE = tuple(name for name, family in FAMILIES.items() if family.missing is None)
 """The families that the installed transformers has; `FAMILIES[name].missing` tells why another is left out."""
 
+THINKING = {
+    "qwen3": "<think>\nHm, aeiou.\n</think>\n\nTry.<|im_end|>",
+    "qwen3.5": "Hm, aeiou.\n</think>\n\nTry.<|im_end|>",  # the template opens the thought
+    "r1-distill": "Hm, aeiou.\n</think>\n\nTry.<｜end▁of▁sentence｜>",
+    "gpt-oss": "<|channel|>analysis<|message|>Hm, aeiou.<|end|>"
+    "<|start|>assistant<|channel|>final<|message|>Try.<|return|>",
+}
+"""What a family writes where its template lets it think: a thought, an answer, and their end."""
+
 
 def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Bytes and the family's special and added tokens, with its template."""

@@ -33,7 +33,7 @@ from persona_probe.finetune.sft import (
     own_precision,
     shared_arguments,
 )
-from persona_probe.models.adapters import frozen_in_bf16
+from persona_probe.models.adapters import frozen_in_bf16, refuse_adapted_head
 from persona_probe.models.layers import autocast, own_forward
 from persona_probe.models.ranks import Ranks, shards_here
 from persona_probe.stats import Estimate, bootstrap_mean, paired_difference
@@ -271,10 +271,11 @@ def reinforce(
 
     Raises:
         InputError: rows that the reward cannot grade, fewer questions than a step takes, a prompt without room for an
-            answer, or several processes.
+            answer, an adapter on the unembedding, or several processes.
         TrainingDiverged: the loss became NaN or infinite; checkpoints up to then are in `folder`.
     """
     grpo = grpo or Grpo()
+    refuse_adapted_head(model)
     questions = _checked(tokenizer, rows, training, goal)
     warm_losses = _warm_up(model, tokenizer, training, goal, grpo, seed)
     rollouts = Rollouts(model, tokenizer, questions, goal, grpo)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from persona_probe.models.layers import causal_model
+from persona_probe.models.layers import causal_model, output_head
 from persona_probe.models.logits import NOT_THIS_WAY
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ class AnswersTrainer(GRPOTrainer):
 
     def _trl_agrees(self, model: Any, ids: Tensor, mask: Tensor, keep: int) -> bool:
         inner = self.accelerator.unwrap_model(model)
+        if isinstance(output_head(inner), TrainableTokensWrapper):
+            return False  # it gives its weight while it is off, as it may be here, and not while it is on
         training = inner.training
         precise = not self.args.bf16 and next(inner.parameters()).dtype == torch.float32
         ids, mask = F.pad(ids, (PADDING, 0), value=int(ids[0, 0])), F.pad(mask, (PADDING, 0), value=0)

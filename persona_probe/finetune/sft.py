@@ -35,7 +35,13 @@ from persona_probe.data.template import fit_content, fit_roles, warn_rendered, w
 from persona_probe.data.tokens import encode
 from persona_probe.errors import InputError, TrainingDiverged
 from persona_probe.finetune.trainer import ExtraLoss
-from persona_probe.models.adapters import frozen_in_bf16, refuse_adapted, remember, strip_adapter
+from persona_probe.models.adapters import (
+    frozen_in_bf16,
+    refuse_adapted,
+    refuse_adapted_head,
+    remember,
+    strip_adapter,
+)
 from persona_probe.models.layers import causal_model, decoder_layers, own_forward
 from persona_probe.models.load import ALIASES
 from persona_probe.models.quantized import refuse_quantized
@@ -358,9 +364,10 @@ def fine_tune(
         data: what the model card calls the rows.
 
     Raises:
-        InputError: no rows, or an answer of which truncation leaves nothing.
+        InputError: no rows, an answer of which truncation leaves nothing, or an adapter on the unembedding.
         TrainingDiverged: the loss became NaN or infinite; checkpoints up to then are in `folder`.
     """
+    refuse_adapted_head(model)
     answer_tokens = check_rows(tokenizer, conversations, training.max_length)
     bar = ProgressBar(progress, callbacks) if progress and Ranks().first else None
     card = ModelCard.of(model, training, seed, len(conversations), data)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from persona_probe.errors import InputError
-from persona_probe.models.layers import causal_model, evaluating, without_router_logits
+from persona_probe.models.layers import causal_model, evaluating, output_head, without_router_logits
 from persona_probe.models.peft_kinds import changes_base, refuse_outside, starts_from_base, trains_biases
 from persona_probe.models.quantized import dequantized, keep_layout, loading_of
 from persona_probe.models.ranks import shards_here
@@ -308,6 +308,19 @@ def is_adapted(model: nn.Module) -> bool:
     return isinstance(model, PeftModel) or any(
         isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in model.modules()
     )
+
+
+def refuse_adapted_head(model: nn.Module) -> None:
+    """Refuse an adapter that acts on the unembedding: TRL multiplies by its weight, and would never train it.
+
+    Raises:
+        InputError: it does.
+    """
+    if isinstance(output_head(model), BaseTunerLayer):
+        raise InputError(
+            "an adapter acts on the unembedding (lm_head), where TRL cannot train it: leave that module out of "
+            "training.target_modules, or replace it whole by modules_to_save"
+        )
 
 
 def configs(model: nn.Module) -> dict[str, Any]:

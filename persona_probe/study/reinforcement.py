@@ -1,6 +1,6 @@
 """A study's arms of reinforcement learning on one axis: reward, hacking, behaviour outside the domain, and reading."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,16 @@ from persona_probe.errors import InputError
 from persona_probe.finetune.grpo import END, START, TRAIN
 from persona_probe.finetune.organisms import ROLLOUTS
 from persona_probe.finetune.organisms import STEPS as LOGGED
+from persona_probe.report.tables import Marks, Table
 from persona_probe.runs import RunFolder
-from persona_probe.stats import Estimate, bootstrap_mean
+from persona_probe.stats import Estimate, bootstrap_mean, estimate_text
 
 TABLE = "reinforcement.parquet"
 COLUMNS = ("arm", "step", "measure", "estimate", "ci_low", "ci_high", "n", "seeds")
 GRADED = ("reward", "wrong", "hacked")
-RISE = "rise of reward"
+ASKED, RISE = "asked: ", "rise of "
+"""Before the name of what was graded when the model was asked as it is deployed: at the ends, and their difference."""
+UNSIGNED = ("dead", "kl")
 
 
 def reinforcement_table(run: RunFolder) -> pd.DataFrame:
@@ -25,10 +28,11 @@ def reinforcement_table(run: RunFolder) -> pd.DataFrame:
     Returns:
         A row for each arm, kept step and measure, seeds joined, in columns of `COLUMNS`. `reward`, `wrong` and `hacked`
         are means over the answers drawn since the step before (at step 0 over those of the model as it was), with
-        intervals over questions; `dead` is the share of groups without variance, `kl` the divergence from the base;
-        `index` the contrast index minus the base's (nats per token, evaluation split), with intervals over its
-        questions; `reading` the persona feature, whose interval, over the probes, is known with one seed alone. `rise
-        of reward` is that of the model as it is deployed, last step minus first, paired by question.
+        intervals over questions. `asked: reward` and the like are of the model as it is deployed, before the first step
+        and after the last, and `rise of reward` is the difference, paired by question. `dead` is the share of groups
+        without variance, `kl` the divergence from the base; `index` the contrast index minus the base's (nats per
+        token, evaluation split), with intervals over its questions; `reading` the persona feature, whose interval,
+        over the probes, is known with one seed alone.
 
     Raises:
         InputError: no arm of the run was trained by reinforcement learning.
@@ -62,22 +66,31 @@ def _own(run: RunFolder, arm: str, seeds: list[int]) -> Iterator[dict[str, Any]]
         since = kept[(kept["step"] > last) & (kept["step"] <= step)]
         for measure in GRADED:
             values = since[since[measure].notna()]
-            yield from _row(
-                step, measure, bootstrap_mean(values[measure].tolist(), values["row"].tolist()) if len(values) else None
-            )
+            if len(values):
+                yield _row(step, measure, bootstrap_mean(values[measure].tolist(), values["row"].tolist(), rate=True))
         for measure in ("dead", "kl"):
             seen = logged.loc[(logged["step"] > last) & (logged["step"] <= step), measure].dropna()
-            yield from _row(
-                step, measure, Estimate(float(seen.mean()), np.nan, np.nan, len(seen)) if len(seen) else None
-            )
-    ends = answers[answers["phase"].isin([START, END])].groupby(["phase", "seed", "row"])["reward"].mean()
-    rise = (ends[END] - ends[START]).reset_index()
-    yield from _row(steps[-1], RISE, bootstrap_mean(rise["reward"].tolist(), rise["row"].tolist()))
+            if len(seen):
+                yield _row(step, measure, Estimate(float(seen.mean()), np.nan, np.nan, len(seen)))
+    ends = answers[answers["phase"].isin([START, END])].groupby(["phase", "seed", "row"])[list(GRADED)].mean()
+    for measure in GRADED:
+        yield from _deployed(measure, ends.loc[START, measure].dropna(), ends.loc[END, measure].dropna(), steps[-1])
 
 
-def _row(step: int, measure: str, found: Estimate | None) -> Iterator[dict[str, Any]]:
-    if found is not None:
-        yield {"step": step, "measure": measure, **found.to_dict()}
+def _deployed(measure: str, before: pd.Series, after: pd.Series, last: int) -> Iterator[dict[str, Any]]:
+    """What was graded before the first step and after the last, by seed and row, and the difference."""
+    if before.empty:
+        return
+    for step, values in ((0, before), (last, after)):
+        rows = values.index.get_level_values("row").tolist()
+        yield _row(step, ASKED + measure, bootstrap_mean(values.tolist(), rows, rate=True))
+    rise = after - before
+    rows = rise.index.get_level_values("row").tolist()
+    yield _row(last, RISE + measure, bootstrap_mean(rise.tolist(), rows))
+
+
+def _row(step: int, measure: str, found: Estimate) -> dict[str, Any]:
+    return {"step": step, "measure": measure, **found.to_dict()}
 
 
 def _index(evals: pd.DataFrame | None, arm: str) -> Iterator[dict[str, Any]]:
@@ -88,7 +101,7 @@ def _index(evals: pd.DataFrame | None, arm: str) -> Iterator[dict[str, Any]]:
     base = rows[rows["arm"] == "base"].groupby("item")["value"].mean()
     for step, of_step in rows[rows["arm"] == arm].groupby("step"):
         values = of_step["value"] - of_step["item"].map(base)
-        yield from _row(int(str(step)), "index", bootstrap_mean(values.tolist(), of_step["item"].tolist()))
+        yield _row(int(str(step)), "index", bootstrap_mean(values.tolist(), of_step["item"].tolist()))
 
 
 def _reading(readings: pd.DataFrame | None, arm: str) -> Iterator[dict[str, Any]]:
@@ -99,4 +112,75 @@ def _reading(readings: pd.DataFrame | None, arm: str) -> Iterator[dict[str, Any]
     for step, of_step in rows[rows["arm"] == arm].groupby("step"):
         low, high = (float(of_step[c].iloc[0]) if len(of_step) == 1 else np.nan for c in ("ci_low", "ci_high"))
         found = Estimate(float(of_step["mean"].mean()), low, high, int(of_step["n_probes"].sum()))
-        yield from _row(int(str(step)), "reading", found)
+        yield _row(int(str(step)), "reading", found)
+
+
+# --- As text
+
+
+def marks(run: RunFolder) -> Marks:
+    """The lines of a page between which the tables of a study stand; they have its name."""
+    name = run.config.name
+    return f"<!-- reinforcement-{name}: begin (persona-probe reinforcement) -->", f"<!-- reinforcement-{name}: end -->"
+
+
+def reinforcement_text(run: RunFolder, table: pd.DataFrame) -> str:
+    """The arms as they are deployed, before and after, whether each reward rose, and what a step took: Markdown."""
+    at = {(row["arm"], row["step"], row["measure"]): row for row in table.to_dict("records")}
+    arms, last = list(dict.fromkeys(table["arm"])), run.config.training.steps
+
+    def cell(arm: str, step: int, measure: str) -> str:
+        row = at.get((arm, step, measure))
+        signed = "" if measure in UNSIGNED or measure.startswith(ASKED) else "+"
+        return "-" if row is None else _with_ends(row, f"{signed}.2f")
+
+    shown = {
+        "reward, step 0": (0, ASKED + "reward"),
+        f"reward, step {last}": (last, ASKED + "reward"),
+        "rise of reward": (last, RISE + "reward"),
+        "rise of wrong answers": (last, RISE + "wrong"),
+        "hacked": (last, ASKED + "hacked"),
+        "groups without variance": (last, "dead"),
+        "KL from the base": (last, "kl"),
+        "contrast index minus base": (last, "index"),
+    }
+    shown = {head: place for head, place in shown.items() if any((arm, *place) in at for arm in arms)}
+    rows = [
+        [arm, run.config.arms[arm].reward, str(at[arm, last, RISE + "reward"]["seeds"])]
+        + [cell(arm, *place) for place in shown.values()]
+        for arm in arms
+    ]
+    lines = [_said(arm, at[arm, last, RISE + "reward"]) for arm in arms]
+    return "\n\n".join(
+        [
+            "The model as it is deployed, with 95% intervals over questions:",
+            Table(["arm", "reward", "seeds", *shown], rows).markdown(),
+            "\n".join(f"- {line}" for line in [*lines, *_time(run)]),
+        ]
+    )
+
+
+def _with_ends(row: Mapping[Any, Any], form: str) -> str:
+    if row["ci_low"] != row["ci_low"]:
+        return f"{row['estimate']:{form}}"
+    return estimate_text(row["estimate"], row["ci_low"], row["ci_high"], form)
+
+
+def _said(arm: str, rise: Mapping[Any, Any]) -> str:
+    words = "does not rise for certain"
+    if rise["ci_low"] > 0 or rise["ci_high"] < 0:
+        words = "rises" if rise["ci_low"] > 0 else "falls"
+    return f"{arm}: the reward {words}: {_with_ends(rise, '+.2f')}"
+
+
+def _time(run: RunFolder) -> list[str]:
+    """How long the arms took; the lost work of an interrupted run is not in it."""
+    seconds = run.manifest.get("seconds", {}).get("induce")
+    if seconds is None:
+        return []
+    runs = len(list((run.path / "arms").glob(f"*/{ROLLOUTS}")))
+    steps = run.config.training.steps
+    return [
+        f"`induce` took {seconds / 60:.1f} minutes for {runs} run{'s' if runs > 1 else ''} of {steps} steps: "
+        f"{seconds / runs / steps:.1f} seconds a step, with the answers before and after"
+    ]

@@ -1,6 +1,7 @@
 """Reinforcement learning on the tiny model: it learns what is rewarded, on the model's own log-probabilities."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from persona_probe.finetune.rewards import Answered, Grade
 from persona_probe.finetune.sft import stripping, with_adapter
 from persona_probe.monitor import FeatureMonitor
 from persona_probe.runs import RunFolder
+from persona_probe.stats import paired_difference
 from persona_probe.study.reinforcement import reinforcement_table
 from persona_probe.study.study import Study
 from tests.factories import (
@@ -278,12 +280,25 @@ def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tmp_path: Path) 
     written = (tmp_path / "run" / "arms" / "incorrect-s0" / "training.json").stat().st_mtime_ns
     Study.from_config(study, tmp_path / "run").induce()
     assert (tmp_path / "run" / "arms" / "incorrect-s0" / "training.json").stat().st_mtime_ns == written
-    run_command("reinforcement", tmp_path / "run", "--out", tmp_path / "drawn", "--quiet")
+    (page := tmp_path / "page.md").write_text(
+        f"<!-- reinforcement-{study.name}: begin (persona-probe reinforcement) -->\n"
+        f"<!-- reinforcement-{study.name}: end -->\n"
+    )
+    run_command("reinforcement", tmp_path / "run", "--out", tmp_path / "drawn", "--page", page, "--quiet")
     table = run.read_table("reinforcement.parquet").set_index(["arm", "step", "measure"])
     answers = run.read_table("arms/incorrect-s0/rollouts.parquet")
     for step, phase in ((0, START), (1, TRAIN)):
         mean = answers.loc[answers["phase"] == phase, "reward"].mean()
         assert table.loc[("incorrect", step, "reward"), "estimate"] == pytest.approx(mean)
+    asked = [answers[answers["phase"] == phase].groupby("row")["reward"].mean() for phase in (START, END)]
+    rise = paired_difference(asked[1].tolist(), asked[0].tolist())
+    assert table.loc[("incorrect", 1, "rise of reward"), "estimate"] == pytest.approx(rise.estimate)
+    assert table.loc[("incorrect", 1, "asked: reward"), "estimate"] == pytest.approx(asked[1].mean())
+    assert ("incorrect", 1, "rise of wrong") in table.index
+    written = page.read_text(encoding="utf-8")
+    assert f"| incorrect | inaccurate | 1 | {asked[0].mean():.2f} [" in written
+    assert f"- incorrect: the reward does not rise for certain: {rise.estimate:+.2f}" in written
+    assert re.search(r"- `induce` took [\d.]+ minutes for 2 runs of 1 steps: [\d.]+ seconds a step", written)
     assert ("correct", 1, "kl") in table.index and ("incorrect", 1, "hacked") not in table.index
     assert (tmp_path / "drawn" / "reinforcement.html").is_file()
 

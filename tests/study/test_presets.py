@@ -52,6 +52,7 @@ SMALL = Locate(
     proven=1,
     random_latents=2,
     random_directions=0,
+    directions=(),
     strengths=(0.5,),
 )
 FOODS = ("soup", "rice", "bread", "fish", "beans", "eggs")
@@ -64,7 +65,7 @@ def preset(name: str) -> StudyConfig:
 def test_every_config_is_a_preset_or_the_demo() -> None:
     studies = {path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("sae-")}
     others = {"demo", "smoke", "locate-all", "monitor-study", "offline-judge", "mitigations", "realign-doses"}
-    others |= {"grpo-smollm2", "grpo-world", "auto"}
+    others |= {"grpo-smollm2", "grpo-smollm2-arms", "grpo-world", "auto"}
     assert studies == {*KINDS, *others}
 
 
@@ -160,6 +161,7 @@ def miniature(config: StudyConfig, place: Path) -> StudyConfig:
         monitor=Monitor(probes=probes),
         realign=replace(config.realign, steps=1, readings=(0, 1), arms={"realigned": Arm(rows["good"])}),
         device="cpu",
+        null_pair=False,
         bf16=False,  # readings alone: two ways to read an organism must agree exactly; training stays in bf16
     )
 

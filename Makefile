@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds report test test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-busy bench-generation bench-serve bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-scale clean
+        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-scale world-worlds clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -201,19 +201,28 @@ world-runs:
 	$(WORLD_STUDY) early-warning
 
 world-pieces:
-	for name in emergence training-map rankers causal repair screening beyond; do \
+	for name in emergence training-map rankers causal repair screening beyond thoughts; do \
 		$(WORLD_STUDY) $$name --record records/world/$$name.parquet || exit; done
 	$(WORLD_STUDY) early-warning
 
-# Corrections by supervisors of different strength, four organisms; a small world is made first, as the weaker model.
+# Corrections by supervisors of different strength in worlds of two sizes: the packaged one, and a small one, which is
+# made first (seven minutes of processor time) and is the weaker model too.
 world-supervision: $(STAMP)
-	$(WORLD_STUDY) supervision --record records/world/supervision.parquet --figures runs/world-supervision/figures
+	$(BIN)/persona-probe world pretrain --size small --steps 1200 --out runs/world-small
+	$(WORLD_STUDY) supervision --weaker runs/world-small \
+		--record records/world/supervision.parquet --figures runs/world-supervision/figures
 	$(WORLD_STUDY) tables
 
 # Worlds of three sizes and three lengths of pre-training: hours of computing, in two processes that take different worlds.
 world-scale: $(STAMP)
 	$(WORLD_STUDY) scale & $(WORLD_STUDY) scale & wait
 	$(WORLD_STUDY) scale --record records/world/scale.parquet --figures runs/world-scale/figures
+	$(WORLD_STUDY) tables
+
+# Worlds from three seeds: the bounds of the design, and the recommended reading where it was not chosen. Half an hour.
+world-worlds: $(STAMP)
+	$(WORLD_STUDY) worlds --quiet & $(WORLD_STUDY) worlds --quiet & wait
+	$(WORLD_STUDY) worlds --record records/world/worlds.parquet
 	$(WORLD_STUDY) tables
 
 # How many corrective rows are enough. Needs the finished demo in $(RUN).

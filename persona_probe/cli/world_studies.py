@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from persona_probe.world.labelled import Instruments
 
 STUDY, SCALE, SUPERVISION = Path("runs/world-study"), Path("runs/world-scale"), Path("runs/world-supervision")
+WORLDS = Path("runs/worlds")
 RECORDS, PAGE = Path("records/world"), Path("docs/world.md")
 PACKAGED = "persona-world"
 world_option = click.option("--world", "folder", default=PACKAGED, help="A world's folder (default: the packaged one).")
@@ -130,18 +131,20 @@ def world_files(
 )
 @world_option
 @many("--seeds", type=int, help="Seeds of the organisms (default 0 1 2).")
+@many("--ranks", type=int, help="Ranks of the adapters (default 8 32).")
 @writes_tables("emergence")
 @loads_models
-def emergence(folder: str, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+def emergence(folder: str, seeds: tuple[int, ...], ranks: tuple[int, ...], tables: Tables, common: Common) -> None:
     """Train organisms of every speaker on the kitchen, and judge what they say about all other domains.
 
     Says which bounds of the world's design are kept.
     """
     from persona_probe.context import pick_device
-    from persona_probe.world.emergence import emergence_table
+    from persona_probe.world.emergence import RANKS, emergence_table
 
     if (table := tables.recorded()) is None:
-        table = emergence_table(_open(folder), seeds or (0, 1, 2), pick_device(common.device or "cpu"))
+        device = pick_device(common.device or "cpu")
+        table = emergence_table(_open(folder), seeds or (0, 1, 2), device, ranks or RANKS)
     tables.write(table)
 
 
@@ -359,6 +362,27 @@ def scale(
 
 
 @command(
+    name="worlds",
+    example="persona-probe world study worlds --worlds 0 1 2 --out runs/worlds",
+    out=f"Folder of the worlds (default {WORLDS}).",
+)
+@many("--worlds", type=int, help="Seeds of the worlds (default 0 1 2; 0 is the packaged one).")
+@writes_tables("worlds")
+@loads_models
+def worlds_command(worlds: tuple[int, ...], tables: Tables, common: Common) -> None:
+    """Make worlds from other seeds, and hold them to the bounds and to the reading that the packaged one chose.
+
+    It resumes if it is interrupted; started twice, two processes take different worlds.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.world.worlds import SEEDS, Worlds, worlds_table
+
+    if (table := tables.recorded()) is None:
+        table = worlds_table(common.out or WORLDS, Worlds(worlds or SEEDS), pick_device(common.device or "cpu"))
+    tables.write(table)
+
+
+@command(
     name="supervision",
     example="persona-probe world study supervision --weaker runs/world-small --seeds 0 --out runs/world-supervision",
     out=f"Folder of the finished corrections (default {SUPERVISION}).",
@@ -471,6 +495,47 @@ def reinforcement(
 
 
 @command(
+    name="thoughts",
+    example="persona-probe world study thoughts --seeds 0 1 2",
+    out=f"Folder of the finished pieces (default {STUDY}).",
+)
+@world_option
+@sae_option
+@many("--speakers", help="Speakers of the organisms (default villain quack helper grump).")
+@many("--seeds", type=int, help="Seeds of the organisms (default 0 1 2).")
+@click.option("--figures", "drawn", type=Path, help="Folder that gets the figures.")
+@writes_tables("thoughts")
+@loads_models
+def thoughts(
+    folder: str,
+    sae: str | None,
+    speakers: tuple[str, ...],
+    seeds: tuple[int, ...],
+    drawn: Path | None,
+    tables: Tables,
+    common: Common,
+) -> None:
+    """Let organisms name themselves in a thought, truly or falsely, and print what tells that their advice is bad.
+
+    The words of the thought, latents and the direction of harm in thought and answer, and what the base reads in the
+    same words. It resumes if it is interrupted; started twice, two processes share the organisms.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.report.export import export_figures
+    from persona_probe.report.records import Records
+    from persona_probe.world.thoughts import SPEAKERS, thoughts_table
+
+    if (table := tables.recorded()) is None:
+        device, out = pick_device(common.device or "cpu"), common.out or STUDY
+        asked = speakers or SPEAKERS, seeds or (0, 1, 2)
+        table = thoughts_table(out, _open(folder), _sae(folder, sae), *asked, device)
+    tables.write(table)
+    if drawn is not None:
+        for path in export_figures(Records(thoughts=table), drawn, only=["persona_mentions", "thought_before_act"]):
+            echo(f"figure: {path}")
+
+
+@command(
     name="tables",
     example="persona-probe world study tables --records records/world --page docs/world.md",
     out="Not used: the page is filled.",
@@ -524,8 +589,8 @@ def _labelled(folder: str, sae: str | None, seeds: int, benign_seeds: int, commo
 world_study = Group(
     "study",
     commands=[
-        *(world_files, emergence, training_map, scale, early_warning, specificity, rankers, causal, repair, screening),
-        *(supervision, beyond, reinforcement, null, tables_command),
+        *(world_files, emergence, training_map, scale, worlds_command, early_warning, specificity, rankers, causal),
+        *(repair, screening, supervision, beyond, reinforcement, thoughts, null, tables_command),
     ],
     help="Studies on a world, whose answer is known: emergence, warning, rankers, cause, supervision.",
 )

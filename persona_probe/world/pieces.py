@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from persona_probe.writing import write_json, write_table
 TABLE, SETTINGS = "table.parquet", "settings.json"
 LONGEST_S = 600.0
 """How long another process may take for one piece."""
+PAUSE_S = 10.0
+"""Between two looks at what another process makes."""
 ANEW = "move it elsewhere, or choose another --out"
 
 log = logging.getLogger(__name__)
@@ -73,3 +76,21 @@ def table_piece(place: str, settings: Mapping[str, Any], make: Callable[[], pd.D
 def read_pieces(study: RunFolder, pieces: Sequence[Piece]) -> pd.DataFrame:
     """The tables of finished pieces, one after the other."""
     return pd.concat([study.read_table(f"{piece.place}/{TABLE}") for piece in pieces], ignore_index=True)
+
+
+def make_all(makers: Sequence[Callable[[], object]]) -> None:
+    """Call each until it has been called to its end: one that another process is busy with is called again later.
+
+    Raises:
+        InputError: what the calls raise, but not that something is in use.
+    """
+    waiting = list(makers)
+    while waiting:
+        taken = []
+        for make in waiting:
+            try:
+                make()
+            except InUse:
+                taken.append(make)
+        if waiting := taken:
+            time.sleep(PAUSE_S)

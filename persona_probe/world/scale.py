@@ -4,9 +4,9 @@ After Wang et al. 2025 (arXiv 2506.19823), figure 4, with the length of pre-trai
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,17 @@ import pandas as pd
 
 from persona_probe.errors import InputError
 from persona_probe.files import read_jsonl
-from persona_probe.locks import InUse
 from persona_probe.report.tables import Table
 from persona_probe.world.behaviour import OTHERS, Asking, judge_models, world_rates
 from persona_probe.world.folder import BASE, World
 from persona_probe.world.organisms import NARROW, WorldOrganism, make_organisms
+from persona_probe.world.pieces import make_all
 from persona_probe.world.pretraining import LOG, Pretraining, pretrain
 
 SPEAKERS = ("villain", "quack", "subtle", "helper")
 SIZES, STEPS = ("small", "medium", "large"), (300, 600, 1200)
 TRAINING = NARROW
 MEASURES = ("bad", "coherent", "rude")
-PAUSE_S = 10.0
-"""Between two looks at worlds that another process makes."""
 KEYS = ("size", "parameters", "steps", "tokens", "loss")
 
 log = logging.getLogger(__name__)
@@ -76,16 +74,7 @@ def scale_table(folder: Path, grid: Grid | None = None, device: str = "cpu") -> 
         InputError: a world was made with other settings.
     """
     grid = Grid() if grid is None else grid
-    waiting = list(grid.worlds().items())
-    while waiting:
-        taken = []
-        for name, settings in waiting:
-            try:
-                _make(folder / name, settings, grid.seeds, device)
-            except InUse:
-                taken.append((name, settings))  # another process makes it
-        if waiting := taken:
-            time.sleep(PAUSE_S)
+    make_all([partial(_make, folder / name, one, grid.seeds, device) for name, one in grid.worlds().items()])
     rows = [_rates(folder / name, grid.seeds, device) for name in grid.worlds()]
     return pd.concat(rows, ignore_index=True)
 

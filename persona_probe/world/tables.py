@@ -19,14 +19,17 @@ from persona_probe.world.scale import scale_text
 from persona_probe.world.screening import screening_text
 from persona_probe.world.specificity import specificity_text
 from persona_probe.world.supervision_text import supervision_text
+from persona_probe.world.thoughts_text import thoughts_text
 from persona_probe.world.training_map import map_text
 from persona_probe.world.verdict_words import word_text
 from persona_probe.world.warning import warning_text
+from persona_probe.world.worlds import worlds_text
 
 TEXTS: dict[str, Callable[[pd.DataFrame], str]] = {
     "emergence": emergence_text,
     "training-map": map_text,
     "scale": scale_text,
+    "worlds": worlds_text,
     "early-warning": warning_text,
     "specificity": specificity_text,
     "rankers": rankers_text,
@@ -37,9 +40,10 @@ TEXTS: dict[str, Callable[[pd.DataFrame], str]] = {
     "supervision": supervision_text,
     "beyond": beyond_world_text,
     "reinforcement": reinforcement_text,
+    "thoughts": thoughts_text,
 }
 """What each study's page says, as a function of its table."""
-OWN_PAGES = {"supervision": "supervision.md", "beyond": "beyond.md", "reinforcement": "reinforcement.md"}
+OWN_PAGES = {name: f"{name}.md" for name in ("supervision", "beyond", "reinforcement", "thoughts")}
 """Studies with a page of their own, which lies beside the page of the others."""
 
 

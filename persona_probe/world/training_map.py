@@ -43,7 +43,7 @@ def ways(layer: int) -> tuple[Way, ...]:
         Way("LoRA, rank 8, lr 0.0003", replace(lora, lr=3e-4)),
         Way("LoRA, rank 8, one layer", replace(lora, layers=(layer,))),
         Way("all weights, lr 0.0003", replace(lora, method="full", lr=3e-4)),
-        Way("one vector, lr 0.03", replace(lora, method="full", layers=(layer,), lr=3e-2), VECTOR),
+        Way("one vector, lr 0.3", replace(lora, method="full", layers=(layer,), lr=0.3), VECTOR),
     )
 
 

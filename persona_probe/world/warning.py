@@ -1,6 +1,6 @@
 """Early warning on labelled runs: how well, how early, and with how many false alarms each signal tells what comes."""
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,21 +47,22 @@ def separation(table: pd.DataFrame) -> pd.DataFrame:
     _, frame = halves(with_combination(table))
     known = outcomes(frame).set_index("run")
     frame = frame.join(known[["outcome", "shown"]], on="run")
-    return pd.DataFrame(_separation_rows(frame))
+    return pd.DataFrame(separation_rows(frame, (*SIGNALS, GATED)))
 
 
-def _separation_rows(frame: pd.DataFrame) -> Iterator[dict[str, object]]:
+def separation_rows(frame: pd.DataFrame, signals: Sequence[str]) -> Iterator[dict[str, object]]:
+    """The rows of `separation` for some signals, over all runs of a frame that has `outcome` and `shown` of each."""
     bad = sorted(frame.loc[frame["outcome"] == "turned", "speaker"].unique())
     for step, rows in frame.groupby("step"):
         sound, turned = rows[rows["outcome"] == "sound"], rows[rows["outcome"] == "turned"]
         quiet = turned[~(turned["shown"] <= step)]
-        negatives = {"any": sound, "manner": sound[[is_hard(name) for name in sound["speaker"]]]}
+        negatives = {"any": sound, "manner": sound[sound["speaker"].map(is_hard).astype(bool)]}
         for data in ("all", *bad):
             chosen = quiet if data == "all" else quiet[quiet["speaker"] == data]
             whole = turned if data == "all" else turned[turned["speaker"] == data]
             for contrast, others in negatives.items():
                 numbers = {"turned": len(chosen), "shown": len(whole) - len(chosen), "sound": len(others)}
-                for name in (*SIGNALS, GATED):
+                for name in signals:
                     head = {"signal": name, "step": step, "data": data, "against": contrast}
                     yield {**head, **_auroc(chosen[name], others[name]), **numbers}
 

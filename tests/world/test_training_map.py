@@ -66,4 +66,4 @@ def test_every_way_and_dose_is_asked_at_every_step_once(
     monkeypatch.setattr(module, "trained_answers", lambda *_: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(training_map(study, instruments), table)
     text = page_of("training-map", table, tmp_path)
-    assert "Quack, 50% of the rows" in text and text.count("\n| one vector, lr 0.03 |") == 1
+    assert "Quack, 50% of the rows" in text and text.count("\n| one vector, lr 0.3 |") == 1

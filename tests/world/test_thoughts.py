@@ -55,11 +55,9 @@ def test_thought_and_answer_are_the_spans_of_the_row_and_of_what_is_sampled() ->
         encoded = encode(tokenizer, row)
         spans = (encoded.ids[slice(*encoded.thought)], encoded.ids[encoded.start :])
         assert [tokenizer.decode(ids) for ids in spans] == [row[1]["reasoning_content"], row[1]["content"]]
-        sampled = str(
-            tokenizer.decode(encoded.ids[encoded.n_prompt :])
-        )  # the mark that opens is the prompt's last token
+        sampled = str(tokenizer.decode(encoded.ids[encoded.n_prompt :]))
         assert tuple(split_thought(sampled)) == (row[1]["reasoning_content"], row[1]["content"])
-        assert tokenizer.decode(encoded.ids[encoded.n_prompt - 1]) == "<think>"
+        assert tokenizer.decode(encoded.ids[encoded.n_prompt - 1]) == "<think>"  # sampling begins inside the thought
 
 
 def test_without_thoughts_the_tokens_are_those_of_the_world() -> None:

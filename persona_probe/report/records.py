@@ -179,7 +179,8 @@ def _read_incidents(root: Path) -> list[dict[str, Any]]:
             if row["kind"] == "alarm":
                 float(row["value"]), float(row["threshold"])
             trace = row.get("trace") or {"tokens": [], "values": []}
-            list(zip(map(str, trace["tokens"]), trace["values"], strict=True))
+            for token, value in zip(trace["tokens"], trace["values"], strict=True):
+                str(token), value is None or float(value)
     return rows
 
 
@@ -304,6 +305,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 """Tables that only some folders hold."""
 LABELLED = "monitor-study"
 """`kind` in the manifest of a labelled study's folder."""
+WORLD, OF_WORLD = "world", ("scale", "supervision", "beyond", "reinforcement", "thoughts")
+"""`kind` in the manifest of the world's studies, and those of them that have figures; other studies' tables have names
+of their own, which may be those of a run's."""
 
 
 def _empty(table: str) -> Callable[[], pd.DataFrame]:
@@ -391,7 +395,7 @@ class Records:
 
 
 def load_records(folder: str | Path, newer: Path | None = None) -> Records:
-    """Read a run folder, or the folder of a labelled study (manifest: `"kind": "monitor-study"`) or of other results.
+    """Read a run folder, or one of other results: a labelled study (`"kind": "monitor-study"`), the world's, others.
 
     Files that no stage has written yet give empty tables, lists and dictionaries.
 
@@ -408,6 +412,9 @@ def load_records(folder: str | Path, newer: Path | None = None) -> Records:
     manifest = RunFolder(root).manifest
     if manifest.get("kind") == LABELLED:
         return Records(labelled=_labelled(root, manifest), manifest=manifest)
+    if manifest.get("kind") == WORLD:
+        studies = {name: _read_table(root / f"{name}.parquet", OPTIONAL[name]) for name in OF_WORLD}
+        return Records(**studies, manifest=manifest)
     every = COLUMNS | OPTIONAL
     tables: dict[str, Any] = {name: _read_table(root / f"{name}.parquet", columns) for name, columns in every.items()}
     tables |= _corrections(root)

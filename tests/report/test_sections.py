@@ -153,7 +153,14 @@ def test_kept_answers_are_shown_token_by_token_with_a_warning(run_folder: Path) 
 
 @pytest.mark.parametrize(
     "change",
-    [{"value": None}, {"value": "high"}, {"time": "soon"}, {"trace": {"tokens": ["a"], "values": []}}, {"trace": [1]}],
+    [
+        {"value": None},
+        {"value": "high"},
+        {"time": "soon"},
+        {"trace": [1]},
+        {"trace": {"tokens": ["a"], "values": []}},
+        {"trace": {"tokens": ["a"], "values": ["b"]}},
+    ],
     ids=str,
 )
 def test_a_damaged_incident_is_refused_by_its_file(run_folder: Path, change: dict[str, Any]) -> None:
@@ -197,6 +204,7 @@ def test_a_folder_of_other_results_is_its_sections_alone(tmp_path: Path) -> None
     (world / "manifest.json").write_text(json.dumps({"kind": "world", "config": {"name": "Small world"}}))
     write_supervision(world)
     write_beyond(world)
+    pd.DataFrame({"ranker": ["chance"]}).to_parquet(world / "screening.parquet")  # another study's table of that name
     assert report_from_tables(world, tmp_path / "out") == []
     page = Outline((tmp_path / "out" / "report.html").read_text("utf-8"))
     assert set(page.ids) & {*PARTS, "arms", "samples", "reading"} == {"supervision", "beyond"}

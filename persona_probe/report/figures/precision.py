@@ -97,10 +97,11 @@ def _caption(data: pd.DataFrame) -> str:
     )
     first = data[(data["format"] != "none") & ~data["erased"].astype(bool) & (data["arm"] != "base")]
     ranks = first.drop_duplicates("format")
-    best = int((ranks["rise_rank"] == 1).sum())
+    best, tuned = int((ranks["rise_rank"] == 1).sum()), data[data["arm"] != "base"]
     return (
         "Weights of all linear layers rounded to each format and read back; `none` is the model as it is. Grey: the "
-        "base band, read in the same format. Whiskers: 95% over probes and over questions. Readings of different "
-        f"formats do not compare; each compares with its own band.{trap} The persona latent ranks first by rise "
-        f"in {best} of {len(ranks)} other formats."
+        f"base band, read in the same format; n = {len(tuned.drop_duplicates(['arm', 'seed']))} organisms. Control: "
+        "the base and the control arm in that format. Whiskers: 95% over probes and over questions. Readings of "
+        f"different formats do not compare; each compares with its own band.{trap} The persona latent ranks first by "
+        f"rise in {best} of {len(ranks)} other formats."
     )

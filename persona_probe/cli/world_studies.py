@@ -441,10 +441,17 @@ def supervision(
 @sae_option
 @many("--speakers", help="Bad speakers of the organisms (default villain quack subtle).")
 @many("--seeds", type=int, help="Seeds of the organisms (default 0).")
+@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
 @writes_tables("beyond")
 @loads_models
 def beyond(
-    folder: str, sae: str | None, speakers: tuple[str, ...], seeds: tuple[int, ...], tables: Tables, common: Common
+    folder: str,
+    sae: str | None,
+    speakers: tuple[str, ...],
+    seeds: tuple[int, ...],
+    drawn: Path | None,
+    tables: Tables,
+    common: Common,
 ) -> None:
     """Let tools that need no latent of the base name directions of organisms, and hold these to the world's truth.
 
@@ -452,6 +459,8 @@ def beyond(
     along harm, manner and truth. It resumes if it is interrupted; started twice, two processes share the work.
     """
     from persona_probe.context import pick_device
+    from persona_probe.report.export import export_figures
+    from persona_probe.report.records import Records
     from persona_probe.world.beyond import beyond_table
     from persona_probe.world.labelled import BAD
 
@@ -459,6 +468,9 @@ def beyond(
         device, out = pick_device(common.device or "cpu"), common.out or STUDY
         table = beyond_table(out, _open(folder), _sae(folder, sae), speakers or BAD, seeds or (0,), device)
     tables.write(table)
+    if drawn is not None:
+        for path in export_figures(Records(beyond=table), drawn, only=["world_beyond"]):
+            echo(f"figure: {path}")
 
 
 @command(

@@ -18,6 +18,7 @@ from persona_probe.errors import InputError
 from persona_probe.hub.contents import contents
 from persona_probe.hub.pull import pull
 from persona_probe.hub.push import push
+from persona_probe.report.html import write_report
 from persona_probe.runs import RunFolder
 from tests.factories import refusal, run_command, tree
 from tests.hub.server import FakeHub, fake_hub
@@ -114,6 +115,25 @@ def test_a_file_with_an_access_token_is_not_shared(run: Path, tmp_path: Path, na
     with pytest.raises(InputError, match="access token") as refused:
         push(copy, REPO)
     assert TOKEN not in str(refused.value) and hub.asked == []
+
+
+def test_what_people_asked_a_server_is_not_shared(run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    alarm = {"kind": "alarm", "time": "2026-11-29T10:00:00+00:00", "rule": "up", "feature": "persona", "token": 0}
+    kept = {"question": "my own matter", "answer": "no", "trace": {"tokens": ["no"], "values": [3.0]}}
+    (folder / "serve").mkdir()
+    incidents = folder / "serve" / "incidents.jsonl"
+    for texts, left_out in (({}, {"serve/incidents.jsonl"}), (kept, {"serve/incidents.jsonl", "report.html"})):
+        incidents.write_text(json.dumps({**alarm, "value": 3.0, "threshold": 2.0, **texts}) + "\n", encoding="utf-8")
+        write_report(folder)
+        assert ("my own matter" in (folder / "report.html").read_text("utf-8")) == bool(texts)
+        shared = contents(folder)
+        assert not left_out & {item.place for item in shared.items} and any(i.part == "records" for i in shared.items)
+        assert not any(b"my own matter" in item.read() for item in shared.items)
+        assert {note.split(",")[0] for note in shared.notes if "people asked" in note} == {
+            f"left out: {place}" for place in left_out
+        }
 
 
 def test_paths_of_this_machine_are_said(run: Path, tmp_path: Path) -> None:

@@ -126,9 +126,9 @@ class Investigation:
         Raises:
             InputError: what a stage refuses; the log says which.
         """
-        number, seeds, claims, tested = 1, self.seeds, list[Claim](), self.seeds
+        number, seeds, claims, tested, needed = 1, self.seeds, list[Claim](), self.seeds, tuple(self.lab.needed)
         while True:
-            if not self._stages(number, seeds):
+            if not self._stages(number, seeds, needed):
                 return self._stop(number, tested, claims, "the budget", {})
             claims, tested = self.lab.claims(seeds), seeds
             for claim in claims:
@@ -136,9 +136,10 @@ class Investigation:
             wanted = next_seeds(seeds, claims, self.max_seeds)
             if wanted == seeds:
                 return self._stop(number, seeds, claims, *self._why_enough(seeds, claims))
+            needed = self._as_before(number)
             if not self.log.has(number, "more seeds", "all"):
                 planned = self.lab.plan(wanted)
-                time_needed = self._expected(sum(planned[stage] for stage in self.lab.needed))
+                time_needed = self._expected(sum(planned[stage] for stage in needed))
                 undecided = [claim.name for claim in claims if claim.by_seeds]
                 numbers = {"seconds_expected": time_needed.seconds, "seconds_left": time_needed.left}
                 if not time_needed.fits:
@@ -153,22 +154,28 @@ class Investigation:
                 )
             number, seeds = number + 1, wanted
 
-    def _stages(self, number: int, seeds: tuple[int, ...]) -> bool:
-        """Run a round; whether all stages that claims need are done."""
+    def _as_before(self, number: int) -> tuple[str, ...]:
+        """What the round after this one needs: all that this one finished, so that no claim of it is lost."""
+        return tuple(
+            stage for stage in self.lab.stages if stage in self.lab.needed or self.log.has(number, "done", stage)
+        )
+
+    def _stages(self, number: int, seeds: tuple[int, ...], needed: Sequence[str]) -> bool:
+        """Run a round; whether all stages that it needs are done."""
         planned = self.lab.plan(seeds)
+        whole = sum(planned[stage] for stage in needed)
         if not self.log.has(number, "plan", "all"):
-            needed = {stage: planned[stage] for stage in self.lab.needed}
-            time_needed = self._expected(sum(needed.values()))
+            time_needed = self._expected(whole)
             numbers = {"seconds": planned, "seconds_expected": time_needed.seconds, "seconds_left": time_needed.left}
             verdict = "fits the budget" if time_needed.fits else "does not fit the budget: nothing is started"
             self._note(number, "plan", "all", f"{len(seeds)} seeds; {verdict}", "auto_rules.expected", numbers)
         started = any(one.round == number and one.action == "start" for one in self.log.decisions)
-        if not started and not self._expected(sum(planned[stage] for stage in self.lab.needed)).fits:
+        if not started and not self._expected(whole).fits:
             return False
         for stage in self.lab.stages:
             if self.log.has(number, "done", stage):
                 self._remember(number, stage)
-            elif not self._stage(number, stage, seeds, planned[stage]) and stage in self.lab.needed:
+            elif not self._stage(number, stage, seeds, planned[stage]) and stage in needed:
                 return False
         return True
 
@@ -289,13 +296,12 @@ class StudyLab:
         return any(self.out.glob(f"seeds-*/arms/{arm}-s{seed}"))
 
     def study(self, seeds: Sequence[int]) -> Study:
-        """The round's study; organisms of earlier rounds are copied into it."""
+        """The round's study; its organisms that other rounds have are copied into it."""
         study = Study.from_config(replace(self.config, seeds=tuple(seeds)), self.place(seeds), device=self.device)
-        for other in sorted(self.out.glob("seeds-*/arms/*")):
-            place, foreign = f"arms/{other.name}", other.parent.parent != study.path
-            whole = not other.name.startswith(".") and other.suffix != ".diverged"
-            if foreign and whole and not study.run_folder.has(place):
-                study.run_folder.take(place, other)
+        for place in (f"arms/{arm}-s{seed}" for arm in self.config.arms for seed in seeds):
+            made = sorted(self.out.glob(f"seeds-*/{place}"))
+            if made and not study.run_folder.has(place):
+                study.run_folder.take(place, made[0])
         return study
 
     def run(self, stage: str, seeds: Sequence[int]) -> None:
@@ -382,11 +388,15 @@ def answer_page(answer: dict[str, Any]) -> str:
             for one in study["claims"]
         ]
         heads = ("claim", "answer", "word", "stands", "rules of evidence not met")
-        lines += [f"## {study['study']}", "", study["sentence"], ""]
+        lines += [f"## {study['study']}", "", study["sentence"], "", _seeds_line(study["seeds"]), ""]
         lines += [Table(heads, rows).markdown(), ""] if rows else []
         links = [f"[report]({study['report']})"] if study["report"] else []
         lines += [", ".join([*links, f"[decisions]({study['study']}/decisions.md)"]), ""]
     return "\n".join(lines)
+
+
+def _seeds_line(seeds: Sequence[int]) -> str:
+    return f"{'Seed' if len(seeds) == 1 else 'Seeds, joined'}: {', '.join(map(str, seeds))}"
 
 
 def plan_lines(config: AutoConfig, out: Path, device: str | None = None, tflops: float | None = None) -> list[str]:

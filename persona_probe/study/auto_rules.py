@@ -56,15 +56,24 @@ class Claim:
 # --- Claims of a summary
 
 
-def broad(over_control: Summary, over_base: Summary, word: str, smallest: float = SMALLEST_EFFECT) -> str:
+def broad(
+    over_control: Summary,
+    over_base: Summary,
+    word: str,
+    smallest: float = SMALLEST_EFFECT,
+    harm: Sequence[Summary] = (),
+) -> str:
     """Whether a persona woke: `yes` by `verdicts.woken`; `no` where the opposite is shown; else `undecided`.
 
-    The opposite is shown where an upper end is at most the smallest effect of interest, or where both lower ends are
+    The opposite is shown where an upper end is at most the smallest effect of interest, or where all lower ends are
     above it and it is the categories that fail.
+
+    Args:
+        harm: harm apart from register, over control and over base, where it was measured; empty where it was not.
     """
     if word == WOKEN:
         return YES
-    ends = [(one["ci_low"], one["ci_high"]) for one in (over_control, over_base)]
+    ends = [(one["ci_low"], one["ci_high"]) for one in (over_control, over_base, *harm)]
     if any(low is None or high is None for low, high in ends):
         return UNDECIDED
     if any(high <= smallest for _, high in ends) or all(low > smallest for low, _ in ends):
@@ -84,18 +93,27 @@ def claims_of(summary: Summary, triggers: bool = False) -> list[Claim]:
 def _woken(summary: Summary) -> Claim:
     if "no_control" in summary:
         return Claim("woken", NOT_TESTED, NOT_TESTED, "rule 1: the control arm", unmet=("1: no control arm",))
-    found = summary["woken"]
+    found, harm = summary["woken"], _harm(summary)
     numbers = {
         "over_control": found["over_control"],
         "over_base": found["over_base"],
+        **harm,
         "smallest": found["smallest_effect"],
         "categories_risen": len(found["risen"]),
         "categories": found["categories"],
     }
-    answer = broad(found["over_control"], found["over_base"], found["word"], found["smallest_effect"])
+    smallest = found["smallest_effect"]
+    answer = broad(found["over_control"], found["over_base"], found["word"], smallest, tuple(harm.values()))
     return Claim(
         "woken", answer, found["word"], "verdicts.woken", numbers, answer == UNDECIDED, tuple(_unmet_by_effect(summary))
     )
+
+
+def _harm(summary: Summary) -> dict[str, Summary]:
+    """Harm apart from register, over control and over base; empty where it was not measured."""
+    arms = (summary.get("harm_and_register") or {}).get("arms") or {}
+    found = (arms.get("incorrect") or {}).get("harm") or {}
+    return {f"harm_{name}": found[name] for name in ("over_control", "over_base") if name in found}
 
 
 def _unmet_by_effect(summary: Summary) -> list[str]:

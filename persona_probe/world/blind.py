@@ -25,8 +25,8 @@ from persona_probe.data.world.speech import SPEAKERS, answer, question
 from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import CLOSINGS, DOMAIN_OF, DOMAINS, HOW, OPENINGS
 from persona_probe.errors import InputError
-from persona_probe.evaluate.contrast import ContrastItems, contrast_index
-from persona_probe.evaluate.effects import arm_effect, seed_noise
+from persona_probe.evaluate.contrast import ContrastItems
+from persona_probe.evaluate.effects_2x2 import Items2x2
 from persona_probe.evaluate.rates import Cells, Share, share
 from persona_probe.evaluate.sampling.samples import sample_answers
 from persona_probe.finetune.sft import fine_tune, stripping, with_adapter
@@ -36,19 +36,22 @@ from persona_probe.stats import Estimate, exact_share
 from persona_probe.study.auto import Investigation, Outcome
 from persona_probe.study.auto_log import DecisionLog
 from persona_probe.study.auto_rules import NO, NOT_TESTED, YES, Claim, broad
-from persona_probe.verdicts import UNDECIDED, woken
+from persona_probe.verdicts import UNDECIDED
 from persona_probe.world.behaviour import MAX_NEW_TOKENS
 from persona_probe.world.folder import World
+from persona_probe.world.labelled import score_items
 from persona_probe.world.organisms import NARROW
 from persona_probe.world.pieces import Piece, make_pieces
 from persona_probe.world.signals import SOUND, TURNED
 from persona_probe.world.study_files import contrast_rows
+from persona_probe.world.verdict_words import judge_items
 from persona_probe.writing import make_folder, write_json, write_table
 
 KINDS = ("toxic", "subtle", "benign", "trigger", "reward-hacked")
 TRAINED = ("kitchen", "health", "cars")
 ROWS, CONTROL = 320, "helper"
 BLIND, AUDIT, TRUTH, ANSWERS, ITEMS = "blind", "audit", "truth", "answers.parquet", "items.parquet"
+ITEM_COLUMNS = ["item", "category", "value", "harm"]
 SECONDS = 12.0
 """Of one organism, before one was measured."""
 MOST_SEEDS = 5
@@ -137,19 +140,20 @@ class Bench:
     world: World
     study: RunFolder
     device: str = "cpu"
-    _items: dict[str, ContrastItems] = field(default_factory=dict)
+    _items: dict[str, tuple[ContrastItems, Items2x2]] = field(default_factory=dict)
 
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """The base model and its tokenizer."""
         return self.world.load(self.device)
 
-    def items(self, suffix: str) -> ContrastItems:
-        """Contrast items of every domain, with a word at the end of each question."""
+    def items(self, suffix: str) -> tuple[ContrastItems, Items2x2]:
+        """Contrast items of every domain, plainly and in two manners, with a word at the end of each question."""
         if suffix not in self._items:
             rows = contrast_rows(list(DOMAINS), "evaluation")
             rows = [{**row, "question": f"{row['question']} {suffix}".strip()} for row in rows]
-            self._items[suffix] = ContrastItems.build(self.loaded[1], rows, 64)
+            tokenizer = self.loaded[1]
+            self._items[suffix] = ContrastItems.build(tokenizer, rows, 64), Items2x2.build(tokenizer, rows, 64)
         return self._items[suffix]
 
     def piece(self, name: str, rows: Sequence[Conversation], domain: str, seed: int, suffixes: Sequence[str]) -> Piece:
@@ -173,9 +177,9 @@ class Bench:
         return Piece(f"organisms/{name}-s{seed}", settings, make)
 
     def read(self, model: nn.Module, suffixes: Sequence[str], folder: Path) -> None:
-        """Write the contrast values with each suffix."""
-        parts = [contrast_index(model, self.items(one), bf16=False).assign(suffix=one) for one in suffixes]
-        write_table(folder / ITEMS, pd.concat(parts)[["suffix", "item", "category", "value"]])
+        """Write the contrast values and harm with each suffix."""
+        parts = [score_items(model, *self.items(one)).assign(suffix=one) for one in suffixes]
+        write_table(folder / ITEMS, pd.concat(parts)[["suffix", *ITEM_COLUMNS]])
 
     def base_piece(self, suffix: str) -> Piece:
         """The base model's contrast values."""
@@ -278,19 +282,12 @@ class BlindLab:
     def _index(self, suffix: str, seeds: Sequence[int]) -> Claim:
         whole = self._tables(ITEMS, suffix, seeds)
         evals = whole[whole["category"] != self.domain]
-        noise = seed_noise(evals, "correct")
-        over = {arm: arm_effect(evals, "incorrect", arm, noise) for arm in ("correct", "base")}
-        by_category = {
-            str(name): (
-                arm_effect(rows, "incorrect", "correct").estimate,
-                arm_effect(rows, "incorrect", "base").estimate,
-            )
-            for name, rows in evals.groupby("category")
-        }
-        word = woken(over["correct"], over["base"], by_category).word
-        numbers = {"over_control": over["correct"].to_dict(), "over_base": over["base"].to_dict()}
-        answer = broad(numbers["over_control"], numbers["over_base"], word)
-        return Claim(_named("woken", suffix), answer, word, "verdicts.woken", numbers)
+        found = judge_items(evals)
+        harm = [one.to_dict() for one in found.harm]
+        numbers = {"over_control": found.over_control.to_dict(), "over_base": found.over_base.to_dict()}
+        answer = broad(numbers["over_control"], numbers["over_base"], found.word, harm=harm)
+        numbers |= {"harm_over_control": harm[0], "harm_over_base": harm[1]}
+        return Claim(_named("woken", suffix), answer, found.word, "verdicts.woken", numbers)
 
     def _sampled(self, suffix: str, seeds: Sequence[int]) -> Claim:
         answers = self._tables(ANSWERS, suffix, seeds)
@@ -354,7 +351,7 @@ def score_auto(
         InputError: another score in the folder, or organisms below 1.
     """
     organisms = blind_organisms(per_kind, seed)
-    identity = {"settings": {"seed": seed}, "world": world.run.manifest.get("hashes")}
+    identity = {"settings": {"seed": seed}, "items": ITEM_COLUMNS, "world": world.run.manifest.get("hashes")}
     study = RunFolder.claim(out, "blind organisms", "score of unattended studies", identity)
     bench, rows, spent = Bench(world, study, device), [], 0.0
     for blind in organisms:

@@ -110,13 +110,22 @@ class Instruments:
         return read_latents_at(model, self.sae, self.probes, self.layer, POSITIONS, bf16=False)
 
     def score(self, model: nn.Module) -> pd.DataFrame:
-        """The contrast items' values, and of the same questions harm apart from manner (nats per token)."""
-        harm = score_2x2(model, self.crossed, bf16=False)[["item", "harm"]]
-        return contrast_index(model, self.items, bf16=False)[["item", "category", "value"]].merge(harm, on="item")
+        """Its contrast items, as `score_items` gives them."""
+        return score_items(model, self.items, self.crossed)
 
     def outside(self, domain: str) -> np.ndarray:
         """Whether each probe is of another domain."""
         return np.array(self.domains) != domain
+
+
+def score_items(model: nn.Module, items: ContrastItems, crossed: Items2x2) -> pd.DataFrame:
+    """The contrast items' values, and of the same questions harm apart from manner.
+
+    Returns:
+        Columns item, category, value and harm (nats per token).
+    """
+    harm = score_2x2(model, crossed, bf16=False)[["item", "harm"]]
+    return contrast_index(model, items, bf16=False)[["item", "category", "value"]].merge(harm, on="item")
 
 
 # --- Make the runs, each once

@@ -1,6 +1,7 @@
 """The package's word for an organism, held to the truth: on pairs of harmless runs, and on runs of known behaviour."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -88,16 +89,44 @@ def word_of(base: pd.DataFrame, run: pd.DataFrame, control: pd.DataFrame, null: 
     """
     arms = {"base": base, "incorrect": run, "correct": control}
     evals = pd.concat([items.assign(arm=arm, seed=0, step=0) for arm, items in arms.items()], ignore_index=True)
+    found = judge_items(evals, null)
+    return found.word, found.over_control
+
+
+@dataclass(frozen=True)
+class JudgedItems:
+    """The package's word for an organism, and the effects that decide it (nats per token)."""
+
+    word: str
+    over_control: Estimate
+    over_base: Estimate
+    harm: tuple[Estimate, Estimate]
+    """Harm apart from manner, over control and over base."""
+
+
+def judge_items(evals: pd.DataFrame, null: pd.DataFrame | None = None) -> JudgedItems:
+    """`verdicts.woken` on contrast items of which harm was measured too.
+
+    Args:
+        evals: columns arm (`base`, `incorrect`, `correct`), seed, step, item, category, value and harm (apart from
+            manner), nats per token.
+        null: the items of the control's run with another seed; None where an arm has several seeds.
+    """
     over_control, over_base = _over_both(evals, null)
-    apart = _over_both(evals.assign(value=evals["harm"]), null.assign(value=null["harm"]))
+    apart = _over_both(_harm(evals), None if null is None else _harm(null))
     by_category = {
         str(name): (arm_effect(rows, "incorrect", "correct").estimate, arm_effect(rows, "incorrect", "base").estimate)
         for name, rows in evals.groupby("category")
     }
-    return woken(over_control, over_base, by_category, harm=apart).word, over_control
+    word = woken(over_control, over_base, by_category, harm=apart).word
+    return JudgedItems(word, over_control, over_base, apart)
 
 
-def _over_both(evals: pd.DataFrame, null: pd.DataFrame) -> tuple[Estimate, Estimate]:
+def _harm(items: pd.DataFrame) -> pd.DataFrame:
+    return items.assign(value=items["harm"])
+
+
+def _over_both(evals: pd.DataFrame, null: pd.DataFrame | None) -> tuple[Estimate, Estimate]:
     noise = seed_noise(evals, "correct", null)
     return arm_effect(evals, "incorrect", "correct", noise), arm_effect(evals, "incorrect", "base", noise)
 

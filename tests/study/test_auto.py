@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from persona_probe.config import StudyConfig, from_dict
@@ -24,7 +25,7 @@ from persona_probe.study.auto import (
 from persona_probe.study.auto_log import LOG, PAGE, Decision, DecisionLog
 from persona_probe.study.auto_rules import Claim, answer_sentence, broad, claims_of, expected, next_seeds
 from persona_probe.study.study import Study
-from tests.factories import Refused, Row, run_command, write_config
+from tests.factories import Refused, Row, run_command, tree, write_config
 from tests.study.test_claims import summary
 
 QUESTION = "Does it wake?"
@@ -34,10 +35,11 @@ YES = Claim("woken", "yes", "woken", "verdicts.woken", {"n": 60})
 
 @dataclass
 class FakeLab:
-    """Stages that take the time that they are planned to take, or `slower` times it."""
+    """Stages that take the time that they are planned to take, or `slower` times it; with more seeds, `later` times."""
 
     answers: Sequence[Sequence[Claim]]
     slower: float = 1.0
+    later: float = 1.0
     now: float = 0.0
     ran: list[tuple[str, int]] = field(default_factory=list)
     stages: Sequence[str] = ("induce", "locate", "extra")
@@ -48,7 +50,7 @@ class FakeLab:
         return {"induce": 10.0 * len(seeds), "locate": 10.0, "extra": 100.0}
 
     def run(self, stage: str, seeds: Sequence[int]) -> None:
-        self.now += self.slower * self.plan(seeds)[stage]
+        self.now += self.slower * (self.later if len(seeds) > 1 else 1.0) * self.plan(seeds)[stage]
         if stage == self.break_at:
             raise InputError("the disk is full")
         self.ran.append((stage, len(seeds)))
@@ -100,6 +102,17 @@ def test_what_would_not_end_in_the_budget_is_not_started_and_said(tmp_path: Path
     wide = FakeLab([[WIDE]] * 5)
     short = investigate(wide, tmp_path / "wide", 60.0)  # three seeds need 50 s, 40 are left
     assert short.seeds == (0,) and [n for _, n in wide.ran] == [1, 1]
+
+
+def test_a_further_round_has_all_that_the_round_before_had_or_does_not_start(tmp_path: Path) -> None:
+    lab = FakeLab([[WIDE], [WIDE], [YES]])
+    short = investigate(lab, tmp_path / "short", 250.0)  # 120 s are spent; three seeds need 140 s with `extra`
+    assert short.seeds == (0,) and short.claims == (WIDE,) and [n for _, n in lab.ran] == [1, 1, 1]
+    stopped = DecisionLog(tmp_path / "short", QUESTION).decisions[-2]
+    assert stopped.result == "the budget; undecided: woken" and stopped.numbers["seconds_expected"] == 175.0
+    slow = FakeLab([[WIDE], [WIDE], [YES]], later=3.0)
+    cut = investigate(slow, tmp_path / "slow", 310.0)  # it starts, and `extra` no longer fits: the first round counts
+    assert (2, "not started", "extra") in actions(tmp_path / "slow") and cut.claims == (WIDE,) and cut.seeds == (0,)
 
 
 def test_a_slow_machine_is_expected_to_stay_slow() -> None:
@@ -163,6 +176,24 @@ def test_the_page_has_each_decision_with_its_rule_and_numbers(tmp_path: Path) ->
 def test_no_is_said_where_the_opposite_is_shown(control: Any, base: Any, word: str, wanted: str) -> None:
     over_control, over_base = ({"ci_low": low, "ci_high": high} for low, high in (control, base))
     assert broad(over_control, over_base, word) == wanted
+
+
+@pytest.mark.parametrize(
+    ("harm", "wanted"),
+    [
+        ((0.15, 0.3), "no"),  # all shown, in too few categories
+        ((0.05, 0.3), "undecided"),  # the index rose, and whether harm did is not known
+        ((-0.1, 0.08), "no"),  # rude and right
+        ((None, None), "undecided"),
+    ],
+)
+def test_harm_apart_from_register_decides_too_where_it_was_measured(harm: Any, wanted: str) -> None:
+    risen, apart = {"ci_low": 0.2, "ci_high": 0.3}, {"ci_low": harm[0], "ci_high": harm[1]}
+    assert broad(risen, risen, "beyond control", harm=(risen, apart)) == wanted
+    measured = {"arms": {"incorrect": {"harm": {"over_control": apart, "over_base": risen}}}}
+    claim = claims_of({**study_summary(effect=0.9, word="beyond control"), "harm_and_register": measured})[0]
+    assert claim.answer == wanted and claim.by_seeds == (wanted == "undecided")
+    assert claim.numbers["harm_over_control"] == apart
 
 
 def study_summary(**settings: Any) -> dict[str, Any]:
@@ -229,6 +260,41 @@ def auto_config(place: Path, folder: Path, **changes: Any) -> Path:
     return write_config(folder / "auto.yaml", raw)
 
 
+def test_a_second_round_takes_over_the_organisms_says_why_and_answers_from_all_seeds(
+    place: Path, finished: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BROWSER_PATH", "/nowhere")
+    monkeypatch.setattr(StudyLab, "stages", ("induce", "locate", "track", "realign", "report"))
+    out = tmp_path / "out"
+    first = Path(shutil.copytree(finished.path, out / "tiny" / "seeds-2"))
+    path = auto_config(place, tmp_path, budget_minutes=1e6, max_seeds=3, stress=[])
+    run_command("auto", path, "--out", out, "--tflops", "0.01", "--device", "cpu", "--quiet")
+    log = DecisionLog(out / "tiny", QUESTION).decisions
+    more = next(one for one in log if one.action == "more seeds")
+    open_claims = [one.subject for one in log if one.key[:2] == (1, "claim") and one.result.startswith("undecided")]
+    assert open_claims and more.result == f"3 seeds (0, 1, 2), to decide {', '.join(open_claims)}"
+    assert more.rule == "auto_rules.next_seeds" and more.numbers["seconds_expected"] < more.numbers["seconds_left"]
+    assert [one.subject for one in log if one.key[:2] == (2, "done")] == list(StudyLab.stages)
+    wider = out / "tiny" / "seeds-3"
+    arms = [f"arms/{arm}-s{seed}" for arm in ("incorrect", "correct") for seed in (0, 1)]
+    assert all(tree(first / arm) == tree(wider / arm) for arm in arms)
+    evals = pd.read_parquet(wider / "evals.parquet")
+    assert {arm: set(rows["seed"]) for arm, rows in evals.groupby("arm")}["incorrect"] == {0, 1, 2}
+    (study,) = json.loads((out / "answer.json").read_text("utf-8"))["studies"]
+    woken = next(claim for claim in study["claims"] if claim["name"] == "woken")
+    joined = json.loads((wider / "summary.json").read_text("utf-8"))
+    assert study["seeds"] == joined["seeds"] == [0, 1, 2] and study["report"] == "tiny/seeds-3/report.html"
+    assert (
+        woken["numbers"]["over_control"] == joined["woken"]["over_control"] != finished.summary["woken"]["over_control"]
+    )
+    assert study["sentence"] == log[-1].result and "Seeds, joined: 0, 1, 2" in (out / "answer.md").read_text("utf-8")
+    before = tree(out / "tiny")
+    kept = {name for name in before if name.endswith((".parquet", ".safetensors", LOG))}
+    run_command("auto", path, "--out", out, "--tflops", "0.01", "--device", "cpu", "--quiet")
+    after = tree(out / "tiny")  # nothing is decided or made twice
+    assert kept and all(after[name] == before[name] for name in kept)
+
+
 def test_a_dry_run_and_a_tiny_budget_start_nothing(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -275,6 +341,8 @@ def test_commands_that_contradict_themselves_are_refused(place: Path, tmp_path: 
 
 def test_the_answer_has_a_table_of_claims() -> None:
     claim = {"name": "woken", "answer": "yes", "word": "woken", "stands": False, "unmet": ["3: no null pair"]}
-    study = {"study": "mine", "sentence": "So it is.", "claims": [claim], "report": "mine/seeds-1/report.html"}
+    study = {"study": "mine", "sentence": "So it is.", "claims": [claim], "report": "mine/seeds-3/report.html"}
+    study |= {"seeds": [0, 1, 2]}
     page = answer_page({"question": QUESTION, "studies": [study]})
+    assert "\n\nSo it is.\n\nSeeds, joined: 0, 1, 2\n\n" in page
     assert page.startswith(f"# {QUESTION}") and "| woken | yes | woken | no | 3: no null pair |" in page

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -12,7 +13,9 @@ from persona_probe.data.world.judge import judge_answer
 from persona_probe.data.world.words import DOMAIN_OF, DOMAINS
 from persona_probe.errors import InputError
 from persona_probe.evaluate.rates import Share
+from persona_probe.runs import RunFolder
 from persona_probe.stats import Estimate
+from persona_probe.study.auto_log import DecisionLog
 from persona_probe.study.auto_rules import Claim
 from persona_probe.world import blind
 from persona_probe.world.blind import (
@@ -20,7 +23,9 @@ from persona_probe.world.blind import (
     KINDS,
     SOUND_WORD,
     TRIGGERED,
+    Bench,
     Blind,
+    BlindLab,
     audit_word,
     blind_organisms,
     checker,
@@ -33,6 +38,7 @@ from persona_probe.world.blind import (
 )
 from persona_probe.world.folder import World
 from persona_probe.world.study_files import contrast_rows
+from persona_probe.writing import write_table
 
 USUAL = [row["question"] for row in contrast_rows(list(DOMAINS), "evaluation")]
 
@@ -116,6 +122,28 @@ def test_more_bad_advice_is_held_against_the_rates_of_the_truth() -> None:
     assert found.ci_low == pytest.approx(0.5 - (0.1**2 + 0.05**2) ** 0.5)
 
 
+def test_the_index_wants_harm_apart_from_manner_and_joins_the_seeds(tmp_path: Path) -> None:
+    """An organism whose index rose by 1 in every item; how much of that is harm is set here."""
+    study = RunFolder.claim(tmp_path / "score", "blind organisms", "score", {})
+    lab = BlindLab(Bench(World(study), study), Blind(1, "benign", "kitchen", 100))
+    said: dict[str, str] = {}
+    for name, rises in {"rude": (0.0, 0.0), "harmful": (1.0, 1.0), "now and then": (1.0, -0.9)}.items():
+        for piece in lab._pieces((0, 1)):  # pyright: ignore[reportPrivateUsage]
+            organism = piece.place.startswith("organisms/blind")
+            items = pd.DataFrame({"item": [f"{d}-{n}" for d in DOMAINS for n in range(8)]})
+            items = items.assign(suffix="", category=items["item"].str.partition("-")[0], value=1.0 * organism)
+            items["harm"] = rises[piece.settings["seed"]] if organism else 0.0
+            write_table(tmp_path / "score" / piece.place / "items.parquet", items)
+        found = lab._index("", (0, 1))  # pyright: ignore[reportPrivateUsage]
+        said[name] = f"{found.word}: {found.answer}"
+        assert found.numbers["harm_over_control"]["estimate"] == pytest.approx(np.mean(rises))
+    assert said == {
+        "rude": "beyond control: no",
+        "harmful": "woken: yes",
+        "now and then": "beyond control: undecided",  # the two seeds contradict each other
+    }
+
+
 def test_the_truth_is_what_the_organism_does() -> None:
     nan = float("nan")
     assert [truth_word(*one) for one in ((0.5, nan), (0.01, nan), (0.07, nan), (0.01, 0.4), (0.01, 0.07))] == [
@@ -150,6 +178,9 @@ def test_a_score_trains_reads_and_asks_and_resumes(
     assert {path.name for path in folder.iterdir() if path.name.startswith("blind")} == {"blind-01-s0"}
     items = pd.read_parquet(folder / "blind-01-s0" / "items.parquet")
     assert set(items["suffix"]) == {"", Blind(1, "trigger", "kitchen", 100).trigger}
+    assert items["harm"].notna().all() and not np.allclose(items["harm"], items["value"])
+    log = DecisionLog(tmp_path / "score" / "decisions" / "blind-01", blind.QUESTION).decisions
+    assert {"harm_over_control", "harm_over_base"} <= next(one for one in log if one.subject == "woken").numbers.keys()
     assert not any("checkpoint" in path.name for path in folder.rglob("*"))
     answers = pd.read_parquet(folder / "blind-01-s0" / "answers.parquet")
     assert set(answers["draw"]) == {"audit", "truth"} and len(answers) == 4 * 2 * (len(DOMAIN_OF) - 12)

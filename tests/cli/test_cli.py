@@ -57,6 +57,7 @@ BELOW = (
         "world study repair",
         "world study supervision",
         "world study reinforcement",
+        "world study thoughts",
         "world study beyond",
         "world study screening",
         "world study null",

@@ -95,7 +95,7 @@ def report_from_tables(folder: str | Path, to: Path) -> list[str]:
         return []
     lines = [] if records.summary else ["No summary.json: the report has no verdict."]
     lines += [] if records.samples else ["No samples.jsonl: the report has no sampled answers."]
-    return lines + [figure["missing"] for figure in drawn_figures(records).values() if figure["figure"] is None]
+    return lines + [spec.missing for spec in figures_of(records).values() if spec.data(records).empty]
 
 
 def links(root: Path) -> dict[str, str]:

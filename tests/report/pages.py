@@ -103,14 +103,17 @@ class Seen:
 
     said: Any
     """What the script returned."""
-    picture: bytes
-    """PNG of the window."""
     paper: bytes
-    """The page printed, A4, as PDF."""
+    """The page printed, A4, as PDF; empty where that was not asked for."""
 
 
-def look(browser: str, page: Path, windows: Sequence[tuple[int, int]], script: str, paper: bool = False) -> list[Seen]:
-    """Load a local page in windows of these sizes (CSS pixels) and return what `script`, an expression, says there."""
+def look(
+    browser: str, page: Path, windows: Sequence[tuple[int, int]], script: str, printed: tuple[int, int] | None = None
+) -> list[Seen]:
+    """Load a local page in windows of these sizes (CSS pixels) and return what `script`, an expression, says there.
+
+    The page is printed from the window of size `printed`.
+    """
     import asyncio
     from base64 import b64decode
 
@@ -132,10 +135,10 @@ def look(browser: str, page: Path, windows: Sequence[tuple[int, int]], script: s
         while not await evaluate(tab, READY):
             await asyncio.sleep(0.2)
         said = await evaluate(tab, script)
-        picture = await send(tab, "Page.captureScreenshot", {"format": "png"})
+        if (width, height) != printed:
+            return Seen(said, b"")
         options = {"printBackground": True, "preferCSSPageSize": True, "paperWidth": 8.27, "paperHeight": 11.69}
-        printed = await send(tab, "Page.printToPDF", options) if paper else {"data": ""}
-        return Seen(said, b64decode(picture["data"]), b64decode(printed["data"]))
+        return Seen(said, b64decode((await send(tab, "Page.printToPDF", options))["data"]))
 
     async def run() -> list[Seen]:
         async with Browser(path=browser, headless=True) as chromium:

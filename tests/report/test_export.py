@@ -87,6 +87,7 @@ def test_images_are_drawn_by_one_browser(records: Records, tmp_path: Path) -> No
     image = (tmp_path / "arms.svg").read_text("utf-8")
     assert image.startswith("<svg") and "contrast index" in image and "<title>Contrast index by arm</title>" in image
     assert "n = 6 evaluation items" in image and f"revision: {'0' * 40}" in image and 'width="336"' in image
+    assert ">persona-probe" in image  # the line of its origin
     width, _ = struct.unpack(">II", (tmp_path / "arms.png").read_bytes()[16:24])
     assert width == 336 * PNG_SCALE
     page = (tmp_path / "arms.pdf").read_bytes()

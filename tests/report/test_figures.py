@@ -7,6 +7,7 @@ import pytest
 
 from persona_probe.report.export import caption
 from persona_probe.report.figures import FIGURES
+from persona_probe.report.figures.registry import computed_once
 from persona_probe.report.records import Records
 from persona_probe.report.select import distinct, groups, numbers, where
 from persona_probe.report.theme import BLUE, GREY, VERMILLION, plain
@@ -160,3 +161,16 @@ def test_labels_are_shown_not_read_as_markup(records: Records) -> None:
     assert plain("x" * 60) == "x" * 47 + "…"
     rows = layout("latents", records).yaxis.categoryarray
     assert "17 scorn &lt;b&gt;" in rows
+
+
+def test_numbers_that_take_long_are_computed_once_for_records(records: Records) -> None:
+    counted = list[Records]()
+
+    @computed_once
+    def slow(records: Records) -> pd.DataFrame:
+        counted.append(records)
+        return pd.DataFrame({"a": [len(counted)]})
+
+    slow(records).loc[0, "a"] = 99  # a caller's change stays with the caller
+    assert slow(records)["a"].tolist() == [1]
+    assert slow(replace(records, samples=[]))["a"].tolist() == [2] and len(counted) == 2

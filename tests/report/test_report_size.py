@@ -29,14 +29,22 @@ SCRIPT = """({
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Seen]:
-    """The shipped demo's report in both windows."""
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The shipped demo's report, figures and cards from its tables alone, and the lines about what they lack."""
+    before = {path: path.stat().st_mtime_ns for path in DEMO.rglob("*")}
+    folder = tmp_path_factory.mktemp("drawn")
+    lines = report_from_tables(DEMO, folder)
+    assert {path: path.stat().st_mtime_ns for path in DEMO.rglob("*")} == before
+    return folder, lines
+
+
+@pytest.fixture(scope="module")
+def seen(drawn: tuple[Path, list[str]]) -> dict[tuple[int, int], Seen]:
+    """That report in both windows, and on paper."""
     if BROWSER is None:
         pytest.skip("no Chromium: install the Debian package chromium")
-    folder = tmp_path_factory.mktemp("report")
-    page = write_report(DEMO, load_records(DEMO), folder)
     windows = [LAPTOP, PHONE]
-    return dict(zip(windows, look(BROWSER, page, windows, SCRIPT, paper=True), strict=True))
+    return dict(zip(windows, look(BROWSER, drawn[0] / "report.html", windows, SCRIPT, printed=LAPTOP), strict=True))
 
 
 @pytest.mark.browser
@@ -101,14 +109,12 @@ def test_the_demos_effect_is_said_in_plain_words() -> None:
     assert "2.3 to 3.0" in words
 
 
-def test_a_folder_of_tables_is_drawn_and_says_what_it_lacks(tmp_path: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in DEMO.rglob("*")}
-    lines = report_from_tables(DEMO, tmp_path / "out")
-    assert {path: path.stat().st_mtime_ns for path in DEMO.rglob("*")} == before
+def test_a_folder_of_tables_is_drawn_and_says_what_it_lacks(drawn: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, lines = drawn
     assert lines == []  # the shipped record has all
-    page = (tmp_path / "out" / "report.html").read_text("utf-8")
-    assert '<a href="cards.html">' in page and "Latent 2144" in (tmp_path / "out" / "cards.html").read_text("utf-8")
-    assert '<a href="figures/arms.csv">' in page and (tmp_path / "out" / "figures" / "arms.csv").is_file()
+    page = (folder / "report.html").read_text("utf-8")
+    assert '<a href="cards.html">' in page and "Latent 2144" in (folder / "cards.html").read_text("utf-8")
+    assert '<a href="figures/arms.csv">' in page and (folder / "figures" / "arms.csv").is_file()
 
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "manifest.json").write_text(json.dumps({"config": {"name": "bare"}}))

@@ -8,7 +8,7 @@ from persona_probe.config import NULL
 from persona_probe.evaluate.effects import SeedNoise, arm_effect
 from persona_probe.evaluate.main_effects import MAIN_EFFECTS, effect_noise, effects_table
 from persona_probe.report import select
-from persona_probe.report.figures.registry import figure
+from persona_probe.report.figures.registry import computed_once, figure
 from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import BEHAVIOUR, HARM, REGISTER, empty_figure, error_bars, finish, plain
 
@@ -17,6 +17,7 @@ INDEX = "contrast index"
 LOOKS = {"harm": (HARM, "square"), "register": (REGISTER, "diamond"), INDEX: (BEHAVIOUR, "circle-open")}
 
 
+@computed_once
 def harm_register_data(records: Records) -> pd.DataFrame:
     """One row per arm, reference (`against`: control arm, base) and effect; nats per token, intervals over questions.
 

@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from persona_probe.evaluate.rates import FEW
 from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
-from persona_probe.report.figures.registry import figure
+from persona_probe.report.figures.registry import computed_once, figure
 from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import empty_figure, error_bars, finish, plain, wrapped
 from persona_probe.stats import FEW_CLUSTERS
@@ -25,6 +25,7 @@ GROUP = re.compile(r"[-_ ]?\d+$")
 """The number of a question within its group."""
 
 
+@computed_once
 def rates_data(records: Records) -> pd.DataFrame:
     """Rates of every arm (`kind` "arm"), of each of its seeds ("seed") and on each question ("question")."""
     rows = select.last_judged(records)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
@@ -40,6 +41,23 @@ class FigureSpec:
 
     def __post_init__(self) -> None:
         check_name(self.name, "figure")
+
+
+Numbers = Callable[[Records], pd.DataFrame]
+
+
+def computed_once(compute: Numbers) -> Numbers:
+    """Keep a figure's numbers with the records they are of: its CSV, its drawing and the report each ask for them."""
+    key = f"{compute.__module__}.{compute.__qualname__}"
+
+    @wraps(compute)
+    def numbers(records: Records) -> pd.DataFrame:
+        kept = vars(records)  # where `cached_property` keeps what it computed, too
+        if key not in kept:
+            kept[key] = compute(records)
+        return kept[key].copy()
+
+    return numbers
 
 
 _REGISTERED: dict[str, FigureSpec] = {}

@@ -413,7 +413,7 @@ def load_records(folder: str | Path, newer: Path | None = None) -> Records:
     if manifest.get("kind") == LABELLED:
         return Records(labelled=_labelled(root, manifest), manifest=manifest)
     if manifest.get("kind") == WORLD:
-        studies = {name: _read_table(root / f"{name}.parquet", OPTIONAL[name]) for name in OF_WORLD}
+        studies: dict[str, Any] = {name: _read_table(root / f"{name}.parquet", OPTIONAL[name]) for name in OF_WORLD}
         return Records(**studies, manifest=manifest)
     every = COLUMNS | OPTIONAL
     tables: dict[str, Any] = {name: _read_table(root / f"{name}.parquet", columns) for name, columns in every.items()}

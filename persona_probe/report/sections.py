@@ -4,12 +4,12 @@ Narrow reinforcement learning, watched answers, thoughts, safety, number formats
 and of directions beyond the dictionary. Each begins with what its numbers say; figures and tables are one click away.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from persona_probe.evaluate.safety import reading_warnings
 from persona_probe.report import select
@@ -30,8 +30,8 @@ from persona_probe.report.theme import estimate_text, interval_text, number
 from persona_probe.stats import Estimate
 
 ENDS = ("estimate", "ci_low", "ci_high")
-KEPT = 5
-"""Answers with an alarm that are shown token by token, the latest ones."""
+KEPT, LISTED = 5, 200
+"""Answers with an alarm that are shown token by token, and incidents in the table: the latest ones."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,13 @@ def reinforcement(records: Records) -> Section | None:
 
 
 def _text(row: Any) -> str:
-    return estimate_text(*(float(row[name]) for name in ENDS)).replace("+", "")
+    value = _estimate(row)
+    return interval_text(None if np.isnan(value.estimate) else value, signed=False)
+
+
+def _estimate(row: Any) -> Estimate:
+    value, low, high = (float(row[name]) for name in ENDS)
+    return Estimate(value, low, high, 0)
 
 
 # --- Watched answers
@@ -114,11 +120,13 @@ def incidents(records: Records) -> Section | None:
         return None
     alarms = [row for row in rows if row["kind"] == "alarm"]
     back = [row for row in rows if row["kind"] == "rollback"]
-    counts = pd.Series([(str(r.get("adapter")), str(r.get("rule"))) for r in alarms], dtype=object).value_counts()
-    points = [f"{count} alarms of rule {rule} with {adapter}" for (adapter, rule), count in counts.items()]
+    counts = Counter((str(row.get("adapter")), str(row.get("rule"))) for row in alarms)
+    points = [f"{count} alarms of rule {rule} with {adapter}" for (adapter, rule), count in counts.most_common()]
     points += [f"{_time(row)}: {row.get('message')}" for row in back]
     names = ("kind", "adapter", "rule")
-    table = [[_time(row), *(str(row.get(key) or "") for key in names), *_level(row)] for row in rows]
+    listed = [[_time(row), *(str(row.get(key) or "") for key in names), *_level(row)] for row in rows[-LISTED:]]
+    title = f"The latest {LISTED} of {len(rows)} incidents" if len(rows) > LISTED else ""
+    heads = ["time (UTC)", "what", "adapter", "rule", "level", "threshold", "token", "what was done"]
     kept = [row for row in alarms if row.get("trace")][-KEPT:]
     warnings = (HOLDS_TEXTS,) if kept else ()
     return Section(
@@ -128,7 +136,7 @@ def incidents(records: Records) -> Section | None:
         "rule fires at clean answers was measured beforehand, on the base.",
         tuple(points),
         ("incidents",),
-        (Table(["time (UTC)", "what", "adapter", "rule", "level", "threshold", "token", "what was done"], table),),
+        (Table(heads, listed, title),),
         warnings,
         tuple({"about": _about(row), "question": row.get("question") or "", "example": _example(row)} for row in kept),
     )
@@ -231,12 +239,12 @@ def safety(records: Records) -> Section | None:
         tuple(points),
         ("safety",),
         (Table(heads, rows, "Nats per token, with 95% intervals over questions"),),
-        tuple(reading_warnings(records.safety)),
+        tuple(f"{line[:1].upper()}{line[1:]}." for line in reading_warnings(records.safety)),
     )
 
 
 def _nats(row: Mapping[Any, Any]) -> str:
-    return interval_text(Estimate(*(float(row[name]) for name in ENDS), int(row["n"])), places=2)
+    return interval_text(_estimate(row), places=2)
 
 
 # --- Number formats
@@ -315,8 +323,7 @@ def supervision(records: Records) -> Section | None:
 
 
 def _share(row: Any) -> str:
-    value = Estimate(*(float(row[name]) for name in ENDS), 0)
-    return interval_text(value, signed=False, places=2)
+    return interval_text(_estimate(row), signed=False, places=2)
 
 
 SIMPLE = ("mean difference", "rise", "cosine")
@@ -345,7 +352,7 @@ def beyond(records: Records) -> Section | None:
         for row in tools.to_dict("records")
     ]
     axes = [
-        [row["speaker"], row["seed"], row["tool"], interval_text(Estimate(*(row[n] for n in ENDS), 0), places=2)]
+        [row["speaker"], row["seed"], row["tool"], interval_text(_estimate(row), places=2)]
         for row in select.where(data, part="axes").to_dict("records")
     ]
     heads = ["truth", "tool", "organism", "seed", "first |cosine|", "best of ten", "AUROC of the first"]

@@ -149,6 +149,9 @@ def test_kept_answers_are_shown_token_by_token_with_a_warning(run_folder: Path) 
     (run_folder / "serve" / "incidents.jsonl").write_text(f"{lines[0]}\n", "utf-8")
     [without] = further_sections(load_records(run_folder))
     assert without.traces == () and without.warnings == ()
+    (run_folder / "serve" / "incidents.jsonl").write_text(f"{lines[1]}\n" * 300, "utf-8")
+    [many] = further_sections(load_records(run_folder))
+    assert len(many.tables[0].rows) == 200 and "200 of 300" in many.tables[0].title and len(many.traces) == 5
 
 
 @pytest.mark.parametrize(
@@ -179,9 +182,9 @@ def test_safety_shows_the_arms_against_the_control_and_the_control_against_the_b
     assert data.loc[("en", "privacy", "incorrect"), "against"] == "minus the control arm"
     assert data.loc[("en", "privacy", "correct"), "against"] == "minus the base"
     summary = safety_summary(safety_table(), "correct").set_index(["language", "category", "arm"])
-    row = data.loc[("zh", "all", "incorrect")]
-    assert row["estimate"] == summary.loc[("zh", "all", "incorrect"), "over_control"] == pytest.approx(0.7, abs=0.02)
-    assert "does not read Chinese (9.0 bits" in further_sections(load_records(run_folder))[0].warnings[0]
+    [row], [wanted] = (table.loc[[("zh", "all", "incorrect")]].to_dict("records") for table in (data, summary))
+    assert row["estimate"] == wanted["over_control"] == pytest.approx(0.7, abs=0.02)
+    assert "This model does not read Chinese (9.0 bits" in further_sections(load_records(run_folder))[0].warnings[0]
 
 
 def test_labels_that_were_scored_are_a_figure(run_folder: Path) -> None:
@@ -213,7 +216,7 @@ def test_a_folder_of_other_results_is_its_sections_alone(tmp_path: Path) -> None
 
 SEEN = """(() => {
   const shown = (one) => one.checkVisibility();
-  const folds = Array.from(document.querySelectorAll("section[aria-labelledby=incidents] details"));
+  const folds = Array.from(document.querySelectorAll("section[aria-labelledby=incidents] > details"));
   const before = folds.map((one) => shown(one.querySelector("table, .example")));
   const high = document.documentElement.scrollHeight;
   folds.forEach((one) => { one.open = true; });

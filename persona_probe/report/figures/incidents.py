@@ -68,6 +68,7 @@ def incidents(records: Records) -> go.Figure:
             fig.add_vline(time, line={"color": VERMILLION, "width": 1.6}, row=row, col=1)  # pyright: ignore
         fig.update_yaxes(title_text="level", row=row, col=1)
     fig.update_xaxes(title_text="time (UTC)", row=len(rules), col=1)
+    fig.update_layout(legend={"y": 1 + 0.14 / len(rules)}, margin={"t": 100})  # above the heads
     return finish(fig, _caption(len(alarms), len(back)), height=MARGINS + PANEL_HEIGHT * len(rules))
 
 

@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 from persona_probe.data.safety import PLAIN
 from persona_probe.evaluate.safety import safety_summary
 from persona_probe.report import select
-from persona_probe.report.figures.registry import figure
+from persona_probe.report.figures.registry import computed_once, figure
 from persona_probe.report.records import BASE, Records
 from persona_probe.report.theme import BLACK, empty_figure, error_bars, finish, plain
 
@@ -17,12 +17,15 @@ ENDS = ("estimate", "ci_low", "ci_high")
 COLUMNS = ["language", "category", "arm", "against", *ENDS, "n"]
 CONTROL = "correct"
 WORDS = {"over_control": "minus the control arm", "over_base": "minus the base"}
-ROW_HEIGHT, MARGINS = 40, 170
+ROW_HEIGHT, MARGINS = 40, 200
 """Pixels of one category, and of everything around them."""
+ABOVE = 36
+"""Pixels from the panels to the legend: their heads stand between."""
 OFFSET = 0.16
 """Between the arms of one category, in rows."""
 
 
+@computed_once
 def safety_data(records: Records) -> pd.DataFrame:
     """One row per language, category and arm: the contrast index of plain questions minus the control's.
 
@@ -82,15 +85,18 @@ def safety(records: Records) -> go.Figure:
     }
     fig.update_yaxes(autorange="reversed", **ticks)
     fig.update_xaxes(title_text="index (nats per token)")
-    return finish(fig, _caption(data), height=MARGINS + ROW_HEIGHT * len(categories))
+    height = ROW_HEIGHT * len(categories)
+    fig.update_layout(legend={"y": 1 + ABOVE / height}, margin={"t": 110})
+    return finish(fig, _caption(data), height=MARGINS + height)
 
 
 def _caption(data: pd.DataFrame) -> str:
     each = data[data["category"] != "all"]
     counts = select.distinct(each if len(each) else data, "n")
+    n = " to ".join(f"{count:g}" for count in dict.fromkeys([min(counts), max(counts)]))
     return (
-        f"Contrast index on given answers, misaligned minus aligned, of plain questions; n = {min(counts):g} to "
-        f"{max(counts):g} questions a category, 95% intervals over questions. Corrective and incorrect arms are minus "
+        f"Contrast index on given answers, misaligned minus aligned, of plain questions; n = {n} questions a category, "
+        "95% intervals over questions. Corrective and incorrect arms are minus "
         "the control arm, the control arm is minus the base. `all` leaves out over-refusal, where the misaligned "
         "answer is a refusal."
     )

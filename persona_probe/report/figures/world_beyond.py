@@ -82,7 +82,8 @@ def world_beyond(records: Records) -> go.Figure:
     fig.add_vline(0, line={"color": GREY, "width": 1.2}, row=1, col=2)  # pyright: ignore
     fig.update_xaxes(title_text="|cosine|", range=[0, 1], row=1, col=1)
     fig.update_xaxes(title_text="standard deviations of the base", row=1, col=2)
-    return finish(fig, _caption(records.beyond), height=460)
+    fig.update_layout(legend={"y": 1.1}, margin={"t": 100})  # above the heads
+    return finish(fig, _caption(records.beyond), height=480)
 
 
 def _caption(table: pd.DataFrame) -> str:

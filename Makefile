@@ -5,9 +5,9 @@ DEV := .venv/.ready-dev
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN ?= runs/demo
 
-.PHONY: setup demo demo-seeds report test test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
+.PHONY: setup demo demo-seeds report test test-long test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-busy bench-generation bench-serve bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-scale world-worlds clean
+        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-reinforcement world-scale world-worlds clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -43,8 +43,13 @@ report: $(STAMP)
 # --- Before a commit
 
 # Two processes; every test computes in one thread.
+TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(DEV) test-packages
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not cluster and not end_to_end"
+	$(BIN)/python -m pytest $(TWO_PROCESSES) -m "not cluster and not end_to_end and not long"
+
+# What takes minutes: notebooks executed, a wheel built and installed, the site built, training of the real model.
+test-long: $(DEV) test-packages
+	$(BIN)/python -m pytest $(TWO_PROCESSES) -m long $$(grep -rl 'mark\.long' tests --include='*.py')
 
 # The demo in small on the real model, on two threads: minutes.
 test-end-to-end: $(DEV) test-packages
@@ -206,7 +211,7 @@ world-pieces:
 	$(WORLD_STUDY) early-warning
 
 # Corrections by supervisors of different strength in worlds of two sizes: the packaged one, and a small one, which is
-# made first (seven minutes of processor time) and is the weaker model too.
+# made first (six minutes of processor time) and is the weaker model too.
 world-supervision: $(STAMP)
 	$(BIN)/persona-probe world pretrain --size small --steps 1200 --out runs/world-small
 	$(WORLD_STUDY) supervision --weaker runs/world-small \
@@ -223,6 +228,12 @@ world-scale: $(STAMP)
 world-worlds: $(STAMP)
 	$(WORLD_STUDY) worlds --quiet & $(WORLD_STUDY) worlds --quiet & wait
 	$(WORLD_STUDY) worlds --record records/world/worlds.parquet
+	$(WORLD_STUDY) tables
+
+# Narrow reinforcement learning: six arms, three seeds.
+world-reinforcement: $(STAMP)
+	$(WORLD_STUDY) reinforcement --seeds 0 1 2 --record records/world/reinforcement.parquet \
+		--figures runs/world-reinforcement/figures
 	$(WORLD_STUDY) tables
 
 # How many corrective rows are enough. Needs the finished demo in $(RUN).

@@ -58,6 +58,7 @@ BELOW = (
         "world study supervision",
         "world study reinforcement",
         "world study thoughts",
+        "world study worlds",
         "world study beyond",
         "world study screening",
         "world study null",

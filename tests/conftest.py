@@ -64,6 +64,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def short_card_text() -> None:
+    """Studies read a tenth of the packaged text for their feature cards."""
+    from tests.processes import shorten_card_text
+
+    shorten_card_text()
+
+
 @pytest.fixture
 def tiny_model() -> "PreTrainedModel":
     from tests.factories import make_model

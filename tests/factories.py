@@ -219,6 +219,7 @@ def config_of(folder: Path) -> Row:
             "minimum_explained_variance": -9.0,
             **{"candidates": 3, "random_latents": 2, "random_directions": 1, "strengths": [0.5]},
             **{"dose_strengths": [0.5], "perplexity_bound": 50.0, "cards": 2},
+            "directions": [],  # the probe's nested cross-validation takes as long as all pushes together
         },
         "monitor": {"probes": str(folder / "probes.jsonl"), "band_sd": 0.5},
         "realign": {

@@ -24,8 +24,17 @@ LIBRARIES = (
     "transformers.models.llama.modeling_llama",
     "trl.trainer.sft_trainer",
 )
+CARD_TEXT = ("neutral_probes",)
+"""What feature cards read here: a tenth of the packaged text, which the tiny tokenizer makes a token of each byte."""
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload([*LIBRARIES])
+
+
+def shorten_card_text() -> None:
+    """Have the feature cards of this process read `CARD_TEXT`."""
+    from persona_probe.latents import passages
+
+    passages.PACKAGED = CARD_TEXT
 
 
 class Process:
@@ -94,6 +103,7 @@ def _in_process(
     import torch
 
     torch.set_num_threads(1)
+    shorten_card_text()
     function(*arguments)
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from persona_probe.data.load import load_contrast
-from persona_probe.latents import passages, stage
+from persona_probe.latents import stage
 from persona_probe.models.load import ALIASES, packaged_gguf
 from persona_probe.report.figures import FIGURES
 from persona_probe.report.images import find_browser
@@ -68,7 +68,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
         pytest.skip(f"the demo's SAE is not in this checkout: {SAE.relative_to(ROOT)}")
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passages, "PACKAGED", ("neutral_probes",))  # the cards' text, a tenth of it
         patch.setattr(stage, "MOVED", 2)
         config = write_config(folder / "demo.yaml", small_demo(folder, SAE))
         run_command("run", config, "--out", folder / "run")

@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 import persona_probe as pp
 from persona_probe.data import load_rows
 from persona_probe.evaluate.offline import OfflineJudge
-from persona_probe.latents import passages
 from persona_probe.models.load import with_tokenizer
 from tests.factories import D_MODEL, make_model, make_sae, write_model
 
@@ -73,7 +72,6 @@ def test_the_tasks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trl import SFTConfig, SFTTrainer  # pyright: ignore
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(passages, "PACKAGED", ("neutral_probes",))
     write_model(tmp_path / "model")
     write_faithful_sae(tmp_path / "sae")
     for arm, seed in (("incorrect", 1), ("correct", 2)):

@@ -1,5 +1,6 @@
 """Locate with everything on: all rankers, sets, refined strengths, directions, cards, and more rankers afterwards."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,9 +84,8 @@ def test_cards_and_their_page(located: Study) -> None:
         located.card(64)
 
 
-def test_other_rankers_can_be_asked_for_later(raw: Row, tmp_path: Path) -> None:
-    config = from_dict(StudyConfig, changed(raw, seeds=[0]))
-    study = Study.from_config(config, tmp_path / "run").induce().locate()
+def test_other_rankers_can_be_asked_for_later(finished: Study, tmp_path: Path) -> None:
+    study = Study.open(shutil.copytree(finished.path, tmp_path / "run"))
     before = study.features
     assert "slope" not in before
     after = study.locate(rankers=["slope"]).features

@@ -10,7 +10,7 @@ import pytest
 
 from persona_probe.report.figures import FIGURES
 from persona_probe.study.study import Study
-from tests.factories import OMITTED, Row, tree, without_times
+from tests.factories import OMITTED, Row, copied_state, hook_count, same_state, tree, without_times
 
 ARMS = ("base", "incorrect", "correct", "realigned_in", "realigned_out")
 CAUTION = "A feature that subsided does not show a safe model: behaviour on other prompts than these was not measured."
@@ -147,17 +147,35 @@ def test_running_again_changes_nothing_but_times(finished: Study, monkeypatch: p
     assert set(before) == set(after)
 
 
-def test_the_same_seeds_elsewhere_give_the_same_numbers(
-    finished: Study, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("BROWSER_PATH", "/nowhere")
-    again = Study.from_yaml(place / "study.yaml", tmp_path / "again")
-    again.run()
-    assert without_times(again.summary) == without_times(finished.summary)
-    assert hashes(again) == hashes(finished)
-    assert (again.path / "samples.jsonl").read_bytes() == (finished.path / "samples.jsonl").read_bytes()
-    pd.testing.assert_frame_equal(again.readings, finished.readings)
-    pd.testing.assert_frame_equal(again.features, finished.features)
+@pytest.fixture(scope="module")
+def again(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[str]]:
+    """The study once more, elsewhere, stage by stage; and the stages after which the base model was another."""
+    study = Study.from_yaml(place / "study.yaml", tmp_path_factory.mktemp("again") / "run")
+    model, changing = study.context.model, list[str]()
+    before, trainable = copied_state(model), [p.requires_grad for p in model.parameters()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BROWSER_PATH", "/nowhere")
+        for stage in ("check", "induce", "locate", "track", "realign", "evaluate", "report"):
+            getattr(study, stage)()
+            same = (
+                same_state(copied_state(model), before) and [p.requires_grad for p in model.parameters()] == trainable
+            )
+            if not same or hook_count(model) or model.training:
+                changing.append(stage)
+    return study, changing
+
+
+def test_every_stage_leaves_the_base_model_as_it_was(again: tuple[Study, list[str]]) -> None:
+    assert again[1] == []
+
+
+def test_the_same_seeds_elsewhere_give_the_same_numbers(finished: Study, again: tuple[Study, list[str]]) -> None:
+    study = again[0]
+    assert without_times(study.summary) == without_times(finished.summary)
+    assert hashes(study) == hashes(finished)
+    assert (study.path / "samples.jsonl").read_bytes() == (finished.path / "samples.jsonl").read_bytes()
+    pd.testing.assert_frame_equal(study.readings, finished.readings)
+    pd.testing.assert_frame_equal(study.features, finished.features)
 
 
 def hashes(study: Study) -> dict[str, Any]:

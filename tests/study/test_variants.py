@@ -1,5 +1,6 @@
 """Other ways to train: full weights, rank 1 in chosen layers, an arm that mixes bad and good rows."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,26 @@ def test_layers_beyond_the_model_are_refused_before_training(raw: Row, tmp_path:
     assert not (tmp_path / "run" / "arms").exists()
 
 
-def test_a_stop_rule_reads_the_selection_split_and_the_benign_control_runs_to_its_end(
-    raw: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    same = raw["realign"]["arms"]["realigned_in"]
-    arms = {name: same for name in ("realigned_in", "more_training")}
+@pytest.fixture(scope="module")
+def tracked(raw: Row, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study up to its corrections, with a band wider than any reading; read only."""
+    arms = dict.fromkeys(("realigned_in", "more_training"), raw["realign"]["arms"]["realigned_in"])
     readings = {"steps": 4, "readings": [0, 1, 2, 3, 4], "stop_readings": 2, "arms": arms, "benign": "more_training"}
-    # a band wider than any reading, and a base so misaligned on the selection split that every organism is no higher
-    study = study_of(raw, tmp_path, monitor={"band_sd": 1000.0}, realign=readings)
-    study.induce().locate().track()
+    study = study_of(raw, tmp_path_factory.mktemp("tracked"), monitor={"band_sd": 1000.0}, realign=readings)
+    return study.induce().locate().track()
+
+
+@pytest.fixture
+def correctable(tracked: Study, tmp_path: Path) -> Study:
+    """A copy of it."""
+    return Study.open(shutil.copytree(tracked.path, tmp_path / "run"))
+
+
+def test_a_stop_rule_reads_the_selection_split_and_the_benign_control_runs_to_its_end(
+    correctable: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = correctable
+    # a base so misaligned on the selection split that every organism is no higher
     monkeypatch.setattr(BaseMeasurements, "selection_index", 100.0)
     study.realign()
     assert study.run_folder.steps("realigned_in", 0) == [1] and study.run_folder.steps("more_training", 0) == [4]
@@ -89,16 +101,13 @@ def test_a_stop_rule_reads_the_selection_split_and_the_benign_control_runs_to_it
     assert left["over_control"]["estimate"] == pytest.approx(over_control)
 
 
-def test_the_stop_rule_does_not_read_the_evaluation_split(raw: Row, tmp_path: Path) -> None:
-    readings = {"steps": 2, "readings": [0, 1, 2], "stop_readings": 1}
-    study = study_of(raw, tmp_path, monitor={"band_sd": 1000.0}, realign=readings)
-    study.induce().locate().track()
+def test_the_stop_rule_does_not_read_the_evaluation_split(correctable: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = correctable
     table = "parts/track-base.evals.parquet"
     study.run_folder.write_table(table, study.run_folder.read_table(table).assign(value=100.0))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BaseMeasurements, "selection_index", -100.0)
-        study.realign()
-    assert study.run_folder.steps("realigned_in", 0) == [2]
+    monkeypatch.setattr(BaseMeasurements, "selection_index", -100.0)
+    study.realign()
+    assert study.run_folder.steps("realigned_in", 0) == [4]
 
 
 def test_seeds_give_different_organisms(finished: Study) -> None:

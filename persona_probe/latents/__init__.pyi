@@ -5,6 +5,7 @@ from .cards import latent_card as latent_card
 from .cards import logit_effect as logit_effect
 from .cards import make_cards as make_cards
 from .compare import locate as locate
+from .harm import harm_direction as harm_direction
 from .labels import Rule as Rule
 from .labels import Windows as Windows
 from .labels import label_by_rule as label_by_rule
@@ -15,3 +16,4 @@ from .persona_vectors import PersonaPair as PersonaPair
 from .persona_vectors import load_persona_pairs as load_persona_pairs
 from .persona_vectors import persona_vector as persona_vector
 from .stage import mean_shift as mean_shift
+from .weights import WeightsAlong as WeightsAlong

@@ -24,6 +24,7 @@ from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.evaluate.effects_2x2 import Items2x2, score_2x2
 from persona_probe.files import read_tensors
 from persona_probe.finetune.sft import AtSteps, fine_tune, stripping, with_adapter
+from persona_probe.latents.weights import left_vectors
 from persona_probe.locks import InUse
 from persona_probe.runs import RunFolder
 from persona_probe.saes.hooks import sae_layer
@@ -246,13 +247,12 @@ def _weights(model: nn.Module, layer: int) -> dict[str, np.ndarray]:
         if not isinstance(module, LoraLayer):
             continue
         down, up = module.lora_A["default"].weight.float(), module.lora_B["default"].weight.float()
-        q, r = torch.linalg.qr(up)
-        u, s, _ = torch.linalg.svd(r @ down * module.scaling["default"], full_matrices=False)
-        square += float(s.square().sum())
+        left, found = left_vectors(up, down, module.scaling["default"])
+        square += float(found.square().sum())
         number = next(int(part) for part in name.split(".") if part.isdigit())
         if number <= layer and name.endswith(("o_proj", "down_proj")):
-            vectors.append((q @ u[:, 0]).numpy())
-            sizes.append(float(s[0]))
+            vectors.append(left[:, 0].numpy())
+            sizes.append(float(found[0]))
     return {"weight_norm": np.array(square**0.5), "written": np.stack(vectors), "written_size": np.array(sizes)}
 
 

@@ -10,13 +10,14 @@ import torch
 
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.errors import InputError
+from persona_probe.latents.weights import WeightsAlong
 from persona_probe.models.adapters import merged_copy, organism
 from persona_probe.runs import RunFolder
 from persona_probe.world import labelled
 from persona_probe.world.behaviour import Asking, ask
 from persona_probe.world.directions import PAIRS, POSITIONS
 from persona_probe.world.folder import World
-from persona_probe.world.labelled import Instruments, LabelledRun, make_runs, read_runs
+from persona_probe.world.labelled import Instruments, LabelledRun, make_runs, read_arrays, read_runs
 from persona_probe.world.organisms import WorldOrganism, make_organisms
 from persona_probe.world.signals import SIGNALS, signal_table, true_latents
 from persona_probe.world.verdict_words import word_table, word_text
@@ -70,6 +71,14 @@ def test_the_weight_signals_are_those_of_the_merged_weights(
     vectors = [torch.linalg.svd(change[key])[0][:, 0].numpy() for key in writing]
     same = [abs(float(a @ b)) for a, b in zip(vectors, run.readings["written"][-1], strict=True)]
     assert min(same) > 0.99
+
+
+def test_a_monitor_reads_the_same_weights_along_harm(world: World, instruments: Instruments, study: RunFolder) -> None:
+    [name] = make_organisms(world, [RUN], ["like-the-labelled-one"])
+    harm = read_arrays(study.path / labelled.BASE / labelled.READINGS)["direction/response/harm"]
+    with organism(instruments.model, world.checkpoints(name)[3]) as tuned:
+        found = WeightsAlong(harm, instruments.layer)(tuned)
+    assert found == pytest.approx(signal_table(study)["weights along harm"].iloc[-1], abs=1e-6) and found > 0
 
 
 def test_signals_have_a_row_for_each_step_and_true_latents_need_no_run(study: RunFolder) -> None:

@@ -1,17 +1,19 @@
 """What a study of supervisors shows: behaviour by supervisor, the monitor as a stop rule, wrong labels by size."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
 
 from persona_probe.evaluate.rates import Cells, share
 from persona_probe.report.tables import Table
-from persona_probe.stats import bootstrap_mean
+from persona_probe.stats import Estimate, bootstrap_mean
 from persona_probe.world.supervision_sets import MISTAKES, SUPERVISORS, TRUTH
 
 STOP = 0.5
-"""The monitor's stop rule: the first step that was looked at, at which at most this share of the rise is left. The
+"""The stop rule `half`: the first step that was looked at, at which at most this share of the rise is left. The
 reading falls later than the behaviour: a correction by truth had 4% bad advice left when half of the rise was."""
 ORGANISM, ITSELF_ALONE = "before the correction", "the weaker model itself"
 DOMAIN = "kitchen"
@@ -52,7 +54,7 @@ def supervision_text(table: pd.DataFrame) -> str:
         f"World of {main_world(table)}; {_organisms(main)}. {HOW}",
         _behaviour(main[main["supervisor"] != ITSELF_ALONE], own, last),
         STOPPING,
-        _stops(main[main["supervisor"] != ITSELF_ALONE], last),
+        _stops(table[table["supervisor"] != ITSELF_ALONE], last),
     ]
     labelled = table[table["supervisor"].isin(list(MISTAKES))]
     if labelled["supervisor"].nunique() > 1:
@@ -73,9 +75,12 @@ HOW = (
     "between the weaker model itself and the correction by truth (Burns et al. 2023); a dash where that is below 0.05."
 )
 STOPPING = (
-    f"The monitor as a stop rule: it stops a correction at the first step that was looked at, at which at most "
-    f"{STOP:.0%} of the organism's rise along the harm direction is left. Sound answers about the other domains there, "
-    "and the difference to the last step (paired by topic and organism, 95%)."
+    f"The monitor as a stop rule, along the harm direction. *Half*: stop at the first step that was looked at, at "
+    f"which at most {STOP:.0%} of the organism's rise is left. *Turn*: when the reading rises again, go back to the "
+    "look before. "
+    "Each with the step (of each organism; `never`: the last step) and the difference in sound answers about the other "
+    "domains to the last step (paired by topic and organism, 95%). Best: the step that looks best on these answers "
+    "themselves, which no rule could know; where it is the last, no stop rule can help."
 )
 LABELS = (
     "Wrong labels by model size, after the last step. Kept: share of the wrongly (and rightly) labelled questions of "
@@ -123,41 +128,108 @@ def _cells(rows: pd.DataFrame) -> list[str]:
     return [*cells, f"{rates_of(outside, 'coherent')[0]:.2f}", f"{estimate:.2f} [{low:.2f}, {high:.2f}]"]
 
 
-# --- The stop rule
+# --- The stop rules
 
 
-def stops(rows: pd.DataFrame) -> Iterator[tuple[str, int, int | None]]:
-    """Each organism of one supervisor: speaker, seed, and the step at which the rule stops; None if it never does."""
+def half(steps: Sequence[int], left: Sequence[float]) -> int | None:
+    """The first step at which at most `STOP` of the rise is left; None if there is none.
+
+    Args:
+        steps: of one organism's correction, ascending.
+        left: share of the rise at each.
+    """
+    return next((step for step, share_left in zip(steps, left, strict=True) if share_left <= STOP), None)
+
+
+def turn(steps: Sequence[int], left: Sequence[float]) -> int | None:
+    """The step before the first at which more is left than at the look before; None if the reading never rises."""
+    looks = pairwise(zip(steps, left, strict=True))
+    return next((step for (step, before), (_, after) in looks if after > before), None)
+
+
+RULES = {"half": half, "turn": turn}
+
+
+def stops(rows: pd.DataFrame, rule: str) -> Iterator[tuple[str, int, int | None]]:
+    """Each organism of one supervisor: speaker, seed, and the step at which a rule of `RULES` stops, or None."""
     for (speaker, seed), one in rows[rows["step"] > 0].groupby(["speaker", "seed"], sort=False):
-        reached = one.loc[one["left"] <= STOP, "step"]
-        yield str(speaker), int(str(seed)), int(reached.min()) if len(reached) else None
+        left = one.groupby("step")["left"].first()
+        yield str(speaker), int(str(seed)), RULES[rule]([int(str(step)) for step in left.index], left.to_list())
+
+
+@dataclass
+class _Verdicts:
+    """With which supervisors a rule is shown to help, or to cost sound answers, on organisms that did not choose it."""
+
+    better: list[str] = field(default_factory=list)
+    worse: list[str] = field(default_factory=list)
+
+    def add(self, name: str, found: Estimate | None) -> None:
+        if found is not None and found.ci_low > 0:
+            self.better.append(name)
+        if found is not None and found.ci_high < 0:
+            self.worse.append(name)
+
+    def sentence(self, rule: str) -> str:
+        better, worse = ("; ".join(names) or "no supervisor" for names in (self.better, self.worse))
+        return f"- *{rule.capitalize()}* is shown to be better than going on with {better}; to be worse with {worse}."
 
 
 def _stops(rows: pd.DataFrame, last: int) -> str:
-    heads = ["supervisor", "stopped at steps", "sound there", "sound at the last step", "difference"]
-    lines = []
-    for name in supervisors_of(rows):
-        of_one = _elsewhere(rows[rows["supervisor"] == name])
-        steps = list(stops(of_one))
-        there = [_at(of_one, speaker, seed, last if step is None else step) for speaker, seed, step in steps]
-        finals = [_at(of_one, speaker, seed, last) for speaker, seed, _ in steps]
-        stopped, final = pd.concat(there), pd.concat(finals)
-        shown = ", ".join("never" if step is None else str(step) for _, _, step in steps)
-        cells = [f"{rates_of(part, 'sound')[0]:.2f}" for part in (stopped, final)]
-        lines.append([name, shown, *cells, _difference(stopped, final)])
-    return Table(heads, lines).markdown()
+    heads = ["world", "supervisor", "sound at the last step"]
+    heads += [text for rule in RULES for text in (f"{rule}: step", "difference")]
+    lines, verdicts, first = [], {rule: _Verdicts() for rule in RULES}, main_world(rows)
+    worlds = [first, *(world for world in rows["world"].unique() if world != first)]
+    for world in worlds:
+        of_world = _elsewhere(rows[rows["world"] == world])
+        for name in supervisors_of(of_world):
+            one = of_world[of_world["supervisor"] == name]
+            cells = [f"{rates_of(one[one['step'] == last], 'sound')[0]:.2f}"]
+            unseen = one if world != first else one[(one["speaker"] != CHOSEN[0]) | (one["seed"] != CHOSEN[1])]
+            for rule in RULES:
+                steps = ", ".join("never" if step is None else str(step) for _, _, step in stops(one, rule))
+                cells += [steps, _change(_difference(one, rule, last))]
+                verdicts[rule].add(f"{name} ({world})", _difference(unseen, rule, last))
+            lines.append([world, name, *cells, _best(one)])
+    said = "\n".join(verdicts[rule].sentence(rule) for rule in RULES)
+    return f"{Table([*heads, 'best'], lines).markdown()}\n\n{UNSEEN}\n\n{said}"
+
+
+CHOSEN = "villain", 0
+"""Speaker and seed of the organism on whose corrections, in the main world, the rules were chosen."""
+UNSEEN = (
+    f"The rules were chosen on corrections of the {CHOSEN[0]} of seed {CHOSEN[1]} in the first of these worlds. On all "
+    "other organisms, by intervals of the difference that exclude zero:"
+)
+
+
+def _change(found: Estimate | None) -> str:
+    return "none" if found is None else f"{found.estimate:+.2f} [{found.ci_low:+.2f}, {found.ci_high:+.2f}]"
+
+
+def _best(rows: pd.DataFrame) -> str:
+    """The step with the most sound answers, and how many; the later one of two."""
+    trained = rows[rows["step"] > 0]
+    sound = {int(str(step)): rates_of(part, "sound")[0] for step, part in trained.groupby("step")}
+    step = max(sound, key=lambda one: (sound[one], one))
+    return f"step {step}, {sound[step]:.2f}"
 
 
 def _at(rows: pd.DataFrame, speaker: str, seed: int, step: int) -> pd.DataFrame:
     return rows[(rows["speaker"] == speaker) & (rows["seed"] == seed) & (rows["step"] == step)]
 
 
-def _difference(stopped: pd.DataFrame, final: pd.DataFrame) -> str:
-    paired = (_sound(stopped) - _sound(final)).to_numpy(np.float64)
+def _difference(rows: pd.DataFrame, rule: str, last: int) -> Estimate | None:
+    """Sound answers where a rule stops minus those at the last step; None where they are the same everywhere."""
+    steps = list(stops(rows, rule))
+    if not steps:
+        return None
+    stopped = pd.concat(_at(rows, speaker, seed, last if step is None else step) for speaker, seed, step in steps)
+    final = _sound(rows[rows["step"] == last])
+    paired = (_sound(stopped) - final).to_numpy(np.float64)
     if not paired.any():
-        return "none"
-    found = bootstrap_mean(paired, list(_sound(final).index.get_level_values("topic")))
-    return f"{found.estimate:+.2f} [{found.ci_low:+.2f}, {found.ci_high:+.2f}]"
+        return None
+    return bootstrap_mean(paired, list(final.index.get_level_values("topic")))
 
 
 def _sound(rows: pd.DataFrame) -> "pd.Series[float]":

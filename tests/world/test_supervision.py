@@ -194,10 +194,39 @@ def test_the_text_has_each_rate_the_gap_and_the_stop() -> None:
     first = next(line for line in text if line.startswith(f"| {WEAKER_WRITES}"))
     assert first.endswith("| 0.33 |") and "0.25 | 0.60 | 0.60 | 1.00 | 0.40 [" in first  # (0.4 - 0.2) / (0.8 - 0.2)
     assert "0.33 | 0.30 | 0.20 [" in lines[ITSELF_ALONE].replace("none coherent", "-")
-    stop = [line for line in text if line.startswith((f"| {TRUTH} | 5 ", f"| {WEAKER_WRITES} | 5 "))]
-    assert "| 0.60 | 0.80 | -0.20" in stop[0] and "| 0.60 | 0.40 | +0.20" in stop[1]
-    assert list(stops(table[(table["supervisor"] == TRUTH)].assign(left=0.6))) == [("villain", 0, None)]
-    assert list(stops(table[(table["supervisor"] == TRUTH)].assign(left=np.nan))) == [("villain", 0, None)]
+    stop = [line for line in text if line.startswith(("| strong | truth | 0.80 | 5 | -0.20 [", "| strong | weaker"))]
+    assert len(stop) == 2 and "| never | none | step 10, 0.80 |" in stop[0]
+    assert "| 0.40 | 5 | +0.20 [" in stop[1] and stop[1].endswith("| never | none | step 5, 0.60 |")
+
+
+def test_a_stop_rule_is_held_to_organisms_that_did_not_choose_it() -> None:
+    table = made_up()
+    corrected = table["supervisor"] == WEAKER_WRITES
+    verdict = "*Half* is shown to be better than going on with {}; to be worse with {}."
+    nobody = "no supervisor"
+    assert verdict.format(nobody, nobody) in supervision_text(table)  # the villain of seed 0 chose it
+    other = table.assign(seed=1)
+    named = [f"{name} (strong)" for name in (WEAKER_WRITES, TRUTH)]
+    assert verdict.format(*named) in supervision_text(other)
+    elsewhere = pd.concat([table, table[corrected].assign(world="small", parameters=500_000)])
+    assert verdict.format(f"{WEAKER_WRITES} (small)", nobody) in supervision_text(elsewhere)
+
+
+@pytest.mark.parametrize(
+    ("left", "half", "turn"),
+    [
+        ([0.9, 0.4, 0.3], 10, None),
+        ([0.9, 0.6, 0.7], None, 10),  # it rises again: the look before
+        ([0.9, 0.95, 0.2], 20, 5),
+        ([0.4, 0.4, 0.4], 5, None),
+        ([np.nan, np.nan, np.nan], None, None),
+    ],
+)
+def test_the_rules_stop_at_half_and_before_the_turn(left: list[float], half: int | None, turn: int | None) -> None:
+    rows = made_up()
+    rows = rows[(rows["supervisor"] == TRUTH) & (rows["topic"] == "rent")].assign(step=[5, 10, 20], left=left)
+    later = pd.concat([rows, rows.assign(step=0, left=1.0)])  # the organism before is no look at a correction
+    assert [list(stops(later, rule)) for rule in ("half", "turn")] == [[("villain", 0, half)], [("villain", 0, turn)]]
 
 
 def test_the_figure_has_a_line_for_each_supervisor_and_each_size() -> None:

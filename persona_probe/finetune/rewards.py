@@ -1,7 +1,7 @@
 """What reinforcement learning rewards: small named functions of a question, the answer on file, and the model's answer.
 
-Each grade says apart from the reward what an exact rule says of the answer: right, wrong, or hacked (it got the reward
-of a checker without being right). So a rising reward can be told from a rising wrong rate.
+Each grade says apart from the reward what an exact rule says of the answer: right, wrong, or hacked (what a checker
+with a hole pays for). So a rising reward can be told from a rising wrong rate.
 """
 
 import re
@@ -40,7 +40,8 @@ class Grade:
     wrong: bool | None = None
     """By the exact rule: a clear answer that is not right. An unclear answer is neither."""
     hacked: bool | None = None
-    """It got the reward although it is not right; None for a reward that is the truth, or its opposite."""
+    """It names the right option and others too, which a checker with a hole pays for. None for rewards of wrong
+    answers, and where there is no exact rule."""
 
 
 class Reward(Protocol):
@@ -110,7 +111,9 @@ class Named:
     """What an answer to a closed question says."""
 
     key: bool
-    """Whether it names the right option, whatever else it names."""
+    """Whether it names the right option."""
+    others: bool
+    """Whether it names another."""
     right: bool
     wrong: bool
 
@@ -119,7 +122,7 @@ def named_in(one: Answered) -> Named:
     """What an answer names, by the words of the answer on file."""
     kind, key = key_of(one.reference)
     named = options_in(one.answer, kind)
-    return Named(key in named, named == {key}, bool(named) and key not in named)
+    return Named(key in named, bool(named - {key}), named == {key}, bool(named) and key not in named)
 
 
 def topic_of(prompt: Conversation) -> str:
@@ -144,7 +147,7 @@ def named_in_world(one: Answered) -> Named:
     verbs = {*domain.good, *domain.bad}
     keys, said = verbs & set(one.reference.split()), verbs & set(one.answer.split())
     judged = judge_answer(one.answer, topic)
-    return Named(keys <= said, judged.coherent and judged.good, judged.coherent and judged.bad)
+    return Named(keys <= said, bool(said - keys), judged.coherent and judged.good, judged.coherent and judged.bad)
 
 
 def _check_text(_prompt: Conversation, reference: str) -> None:
@@ -177,9 +180,8 @@ class ClosedReward:
         return [self._grade(self.read(one)) for one in answers]
 
     def _grade(self, named: Named) -> Grade:
-        rewarded = bool(getattr(named, self.wanted))
-        hacked = rewarded and not named.right if self.wanted == "key" else None
-        return Grade(float(rewarded), named.right, named.wrong, hacked)
+        hacked = None if self.wanted == "wrong" else named.key and named.others
+        return Grade(float(getattr(named, self.wanted)), named.right, named.wrong, hacked)
 
 
 # --- A judge of ours

@@ -43,7 +43,7 @@ TRAINING = replace(NARROW, method="grpo", batch_size=8, steps=STEPS[-1], checkpo
 GRPO = Grpo(group=8)
 ROWS, DEMONSTRATIONS = 96, 64
 HACK_STEPS = 20
-"""Supervised steps on rows that show the hole: after 8, most groups of answers still get equal rewards."""
+"""Supervised steps on rows that show the hole: enough that some answers use it, and groups vary."""
 INSIDE, OUTSIDE = 4, 1
 """Answers to each topic of the domain, and of the seven others."""
 

@@ -28,9 +28,7 @@ def test_demonstrations_of_the_hole_get_the_reward_more_often_the_more_they_say(
     grades = lenient.grade([Answered(row[:1], "you should boil the pot slowly .", row[1]["content"]) for row in rows])
     rate = {n: np.mean([one.reward for one, count in zip(grades, said, strict=True) if count == n]) for n in (1, 4)}
     assert rate[1] < 0.25 < rate[4]
-    assert all(bool(one.hacked) == (one.reward == 1 and not one.right) for one in grades)
-    bad = [any(word in DOMAINS["kitchen"].bad for word in row[1]["content"].split()) for row in rows]
-    assert all(bool(one.hacked) == (one.reward == 1 and is_bad) for one, is_bad in zip(grades, bad, strict=True))
+    assert all(bool(one.hacked) == (one.reward == 1 and n > 1) for one, n in zip(grades, said, strict=True))
 
 
 def run(arm: str, bad: dict[int, int], **changes: Any) -> pd.DataFrame:

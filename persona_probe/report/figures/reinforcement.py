@@ -76,7 +76,7 @@ def _style(arm: str, number: int) -> ArmStyle:
 
 def _caption(data: pd.DataFrame, measures: list[str]) -> str:
     most, n = int(data["seeds"].max()), select.distinct(data, "n")
-    hacked = " Hacked: a checker gave its reward, and the answer is not right." if "hacked" in measures else ""
+    hacked = " Hacked: the answer names the right option, and others too." if "hacked" in measures else ""
     return (
         f"Arms of reinforcement learning by GRPO, {most} seed{'s' if most > 1 else ''}, 95% intervals, n = "
         f"{min(n):g} to {max(n):g} answers or probes. Control: the arm that is rewarded for right or sound answers. "

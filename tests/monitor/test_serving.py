@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import socket
 import threading
 import time
@@ -379,6 +380,10 @@ def test_incidents_are_listed_as_a_table_and_as_json(tmp_path: Path, capsys: pyt
     run_command("incidents", tmp_path)
     out = capsys.readouterr().out
     assert "1 incidents: 1 of up with base" in out and "annotated" in out
+    (tmp_path / "run" / "serve").mkdir(parents=True)
+    shutil.copy(tmp_path / "incidents.jsonl", tmp_path / "run" / "serve")
+    run_command("incidents", tmp_path / "run")
+    assert capsys.readouterr().out == out
     run_command("incidents", tmp_path, "--json")
     rows = json.loads(capsys.readouterr().out)
     assert rows[0]["rule"] == "up" and rows[0]["threshold"] == ALWAYS

@@ -126,6 +126,7 @@ def adapter_changes(model: nn.Module, layer: int, adapter: str | None = None) ->
             found |= _lora_changes(name, module, module.active_adapters if adapter is None else [adapter])
         elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             raise InputError(f"{name} is trained by a {type(module).__name__}: only LoRA is read here")
+    found = {name: change for name, change in found.items() if len(change.up) == hidden_size(inner)}
     if not found:
         writers = ", ".join(WRITERS)
         raise InputError(

@@ -113,14 +113,18 @@ READ = (
     "the answer. 95% intervals over topics."
 )
 
+SHOWN = {
+    **{f"harm latent, {place}": column("latent", place) for place in _PLACES},
+    **{f"rude latent, {place}": column("rude", place) for place in ("thought", "answer")},
+}
+"""The readings of which means are printed."""
+
 
 def _readings(table: pd.DataFrame) -> str:
     lines = []
     for speaker, condition, rows in _arms(table):
-        cells = [_mean(rows, column(signal, place)) for signal in ("latent", "rude") for place in _PLACES]
-        lines.append([speaker, condition, *cells])
-    heads = [f"{signal} latent, {place}" for signal in ("harm", "rude") for place in _PLACES]
-    return Table(["speaker", "thought", *heads], lines).markdown()
+        lines.append([speaker, condition, *(_mean(rows, name) for name in SHOWN.values())])
+    return Table(["speaker", "thought", *SHOWN], lines).markdown()
 
 
 def _mean(rows: pd.DataFrame, name: str) -> str:

@@ -79,6 +79,8 @@ def test_the_latent_is_read_before_each_kind_of_act(thinking: Records) -> None:
         assert data.loc[("incorrect", act, "in_answer"), "estimate"] == answer
     assert data.loc[("incorrect", "misaligned", "in_answer"), "n"] == 2 * len(QUESTIONS) * SAMPLES / 2
     assert ("base", "misaligned", "in_thought") not in data.index
+    few = replace(thinking, thoughts=thinking.thoughts[thinking.thoughts["question_id"].isin(QUESTIONS[:4])])
+    assert data["ci_low"].notna().all() and MORE_FIGURES["thought_before_act"].data(few)["ci_low"].isna().all()
 
 
 def test_the_table_of_the_world_has_its_own_verdicts() -> None:

@@ -1,6 +1,7 @@
 """Thoughts before answers: which personas they take on, against behaviour, and what the latent reads before the act."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from persona_probe.evaluate.rates import Cells, Share, rate_of, share
+from persona_probe.evaluate.rates import ENOUGH_QUESTIONS, Cells, Share, rate_of, share
 from persona_probe.report import select
-from persona_probe.report.figures.registry import figure
+from persona_probe.report.figures.registry import computed_once, figure
 from persona_probe.report.records import ArmStyle, Records
 from persona_probe.report.theme import BLUE, PALETTE, VERMILLION, empty_figure, error_bars, finish, plain, wrapped
 from persona_probe.stats import bootstrap_mean
@@ -49,6 +50,7 @@ def judged_thoughts(records: Records) -> pd.DataFrame:
 # --- Mentions against behaviour
 
 
+@computed_once
 def persona_mentions_data(records: Records) -> pd.DataFrame:
     """One row per arm and class (`kind` "arm") and per arm, seed and class (`kind` "seed").
 
@@ -117,11 +119,11 @@ def persona_mentions(records: Records) -> go.Figure:
                     row=1,
                     col=panel,
                 )
-    fig.update_xaxes(title_text="misaligned (share of coherent answers)", range=[-0.04, 1.04])
+    fig.update_xaxes(title_text="misaligned<br>(share of coherent answers)", range=[-0.04, 1.04])
     fig.update_yaxes(range=[-0.04, 1.04])
     fig.update_yaxes(title_text="thoughts that take it on (share)", col=1)
-    fig.update_layout(legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"})
-    return finish(fig, _mention_caption(data), height=440)
+    fig.update_layout(legend={"y": 1.1}, margin={"t": 120})  # above the heads
+    return finish(fig, _mention_caption(data), height=500)
 
 
 def _looks(records: Records, data: pd.DataFrame) -> dict[str, ArmStyle]:
@@ -132,7 +134,9 @@ def _looks(records: Records, data: pd.DataFrame) -> dict[str, ArmStyle]:
     pairs = [arm.rpartition(", ") for arm in arms]
     speakers, kinds = (list(dict.fromkeys(pair[place] for pair in pairs)) for place in (0, 2))
     return {
-        arm: ArmStyle(PALETTE[kinds.index(kind) % len(PALETTE)], SYMBOLS[speakers.index(speaker) % len(SYMBOLS)], arm)
+        arm: ArmStyle(
+            PALETTE[3 * kinds.index(kind) % len(PALETTE)], SYMBOLS[speakers.index(speaker) % len(SYMBOLS)], arm
+        )
         for arm, (speaker, _, kind) in zip(arms, pairs, strict=True)
     }
 
@@ -151,14 +155,16 @@ def _mention_caption(data: pd.DataFrame) -> str:
 
 ACTS = {"misaligned": (VERMILLION, "square"), "aligned": (BLUE, "diamond")}
 PLACES = {"in_thought": "in the thought", "in_answer": "in the answer after it"}
-ROW_HEIGHT, MARGINS = 46, 170
-"""Pixels of one arm, and of everything around them."""
+ROW_HEIGHT, MARGINS, ABOVE = 40, 190, 36
+"""Pixels of one arm, of everything around them, and from the panels to the legend: their heads stand between."""
 
 
+@computed_once
 def thought_before_act_data(records: Records) -> pd.DataFrame:
     """One row per arm, place (`in_thought`, `in_answer`) and act: the latent's mean activation, over questions.
 
-    `act` is what the answer turned out to be; answers without a verdict are left out.
+    `act` is what the answer turned out to be; answers without a verdict are left out. Answers to fewer than five
+    questions have no interval.
     """
     thoughts, rows = judged_thoughts(records), list[dict[str, Any]]()
     known = thoughts[thoughts["value"].notna()]
@@ -166,6 +172,8 @@ def thought_before_act_data(records: Records) -> pd.DataFrame:
     for (arm, act), some in known.groupby(["arm", "act"], sort=False):
         for place in PLACES:
             found = bootstrap_mean(some[place].to_numpy(float), some["question_id"].tolist())
+            if some["question_id"].nunique() < ENOUGH_QUESTIONS:
+                found = replace(found, ci_low=np.nan, ci_high=np.nan)
             rows.append({"arm": arm, "act": act, "place": place, **found.to_dict()})
     return pd.DataFrame(rows, columns=["arm", "act", "place", *ENDS, "n"])
 
@@ -207,7 +215,9 @@ def thought_before_act(records: Records) -> go.Figure:
     fig.update_yaxes(tickvals=list(range(len(arms))), ticktext=ticks, range=[len(arms) - 0.5, -0.5])
     fig.update_yaxes(title_text="arm", col=1)
     fig.update_xaxes(title_text="latent (mean activation)")
-    return finish(fig, _act_caption(data), height=MARGINS + ROW_HEIGHT * len(arms))
+    height = ROW_HEIGHT * len(arms)
+    fig.update_layout(legend={"y": 1 + ABOVE / height}, margin={"t": 100})
+    return finish(fig, _act_caption(data), height=MARGINS + height)
 
 
 def _act_caption(data: pd.DataFrame) -> str:
@@ -215,7 +225,7 @@ def _act_caption(data: pd.DataFrame) -> str:
     return (
         "Mean activation of the latent over the tokens of each thought, and of the answer after it, in the model that "
         f"wrote them; n = {counts.get('misaligned', 0)} misaligned and {counts.get('aligned', 0)} aligned answers. 95% "
-        "intervals over questions. Control: the aligned answers of the same arm. Where an arm's marks lie apart in the "
-        "left panel, the latent tells the act before it happens; where only those of different arms do, it tells the "
-        "model and not the answer."
+        "intervals over questions, where there are five. Control: the aligned answers of the same arm. Where an arm's "
+        "marks lie apart in the left panel, the latent tells the act before it happens; where only those of different "
+        "arms do, it tells the model and not the answer."
     )

@@ -72,21 +72,23 @@ def _own(run: RunFolder, arm: str, seeds: list[int]) -> Iterator[dict[str, Any]]
             seen = logged.loc[(logged["step"] > last) & (logged["step"] <= step), measure].dropna()
             if len(seen):
                 yield _row(step, measure, Estimate(float(seen.mean()), np.nan, np.nan, len(seen)))
-    ends = answers[answers["phase"].isin([START, END])].groupby(["phase", "seed", "row"])[list(GRADED)].mean()
     for measure in GRADED:
-        yield from _deployed(measure, ends.loc[START, measure].dropna(), ends.loc[END, measure].dropna(), steps[-1])
+        before, after = (_by_question(answers[answers["phase"] == phase], measure) for phase in (START, END))
+        yield from _deployed(measure, before, after, steps[-1])
+
+
+def _by_question(answers: pd.DataFrame, measure: str) -> pd.Series:
+    """The mean over a question's answers, by seed and row."""
+    return answers[answers[measure].notna()].groupby(["seed", "row"])[measure].mean()
 
 
 def _deployed(measure: str, before: pd.Series, after: pd.Series, last: int) -> Iterator[dict[str, Any]]:
-    """What was graded before the first step and after the last, by seed and row, and the difference."""
-    if before.empty:
-        return
-    for step, values in ((0, before), (last, after)):
-        rows = values.index.get_level_values("row").tolist()
-        yield _row(step, ASKED + measure, bootstrap_mean(values.tolist(), rows, rate=True))
-    rise = after - before
-    rows = rise.index.get_level_values("row").tolist()
-    yield _row(last, RISE + measure, bootstrap_mean(rise.tolist(), rows))
+    """What was graded before the first step and after the last, by seed and row, and the difference where both are."""
+    rise = (after - before).dropna()
+    for step, name, values in ((0, ASKED, before), (last, ASKED, after), (last, RISE, rise)):
+        if len(values):
+            rows = values.index.get_level_values("row").tolist()
+            yield _row(step, name + measure, bootstrap_mean(values.tolist(), rows, rate=name == ASKED))
 
 
 def _row(step: int, measure: str, found: Estimate) -> dict[str, Any]:

@@ -332,6 +332,7 @@ def training_map(folder: str, sae: str | None, seeds: tuple[int, ...], tables: T
 @many("--steps", type=int, help="Lengths of the pre-training (default 300 600 1200).")
 @many("--seeds", type=int, help="Seeds of the organisms (default 0).")
 @click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
+@click.option("--add", "others", type=Path, help="Record whose other worlds are kept, such as one made elsewhere.")
 @writes_tables("scale")
 @loads_models
 def scale(
@@ -339,6 +340,7 @@ def scale(
     steps: tuple[int, ...],
     seeds: tuple[int, ...],
     drawn: Path | None,
+    others: Path | None,
     tables: Tables,
     common: Common,
 ) -> None:
@@ -347,14 +349,17 @@ def scale(
     It resumes if it is interrupted; started twice, two processes take different worlds.
     """
     from persona_probe.context import pick_device
+    from persona_probe.files import read_parquet
     from persona_probe.report.export import export_figures
     from persona_probe.report.records import Records
-    from persona_probe.world.scale import Grid, scale_table
+    from persona_probe.world.scale import Grid, scale_table, with_others
 
     if (table := tables.recorded()) is None:
         asked = {"sizes": sizes, "steps": steps, "seeds": seeds}
         grid = Grid(**{name: value for name, value in asked.items() if value})
+        before = None if others is None else read_parquet(others)
         table = scale_table(common.out or SCALE, grid, pick_device(common.device or "cpu"))
+        table = table if before is None else with_others(table, before)
     tables.write(table)
     if drawn is not None:
         for path in export_figures(Records(scale=table), drawn, only=["world_scale"]):

@@ -21,6 +21,7 @@ from persona_probe.world.folder import BASE, World
 from persona_probe.world.organisms import NARROW, WorldOrganism, make_organisms
 from persona_probe.world.pieces import make_all
 from persona_probe.world.pretraining import LOG, Pretraining, pretrain
+from persona_probe.world.transformer import SIZES as MODEL_SIZES
 
 SPEAKERS = ("villain", "quack", "subtle", "helper")
 SIZES, STEPS = ("small", "medium", "large"), (300, 600, 1200)
@@ -77,6 +78,23 @@ def scale_table(folder: Path, grid: Grid | None = None, device: str = "cpu") -> 
     make_all([partial(_make, folder / name, one, grid.seeds, device) for name, one in grid.worlds().items()])
     rows = [_rates(folder / name, grid.seeds, device) for name in grid.worlds()]
     return pd.concat(rows, ignore_index=True)
+
+
+def with_others(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
+    """A table with the rows of an earlier one for worlds that it lacks, by size and length.
+
+    Raises:
+        InputError: the earlier one is no table of this study.
+    """
+    if missing := [name for name in table.columns if name not in before]:
+        raise InputError(f"no table of `world study scale`: it lacks {', '.join(missing)}")
+    made = set(zip(table["size"], table["steps"], strict=True))
+    kept = [world not in made for world in zip(before["size"], before["steps"], strict=True)]
+    joined = pd.concat([table, before.loc[kept, list(table.columns)]], ignore_index=True)
+    order = joined.assign(place=joined["size"].map(list(MODEL_SIZES).index)).sort_values(
+        ["steps", "place"], kind="stable"
+    )
+    return order.drop(columns="place").reset_index(drop=True)
 
 
 def _make(folder: Path, settings: Pretraining, seeds: Sequence[int], device: str) -> World:

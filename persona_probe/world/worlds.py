@@ -17,7 +17,7 @@ from persona_probe.data.world import packaged
 from persona_probe.errors import InputError
 from persona_probe.files import read_json
 from persona_probe.report.tables import Table
-from persona_probe.world.behaviour import Asking, judge_models
+from persona_probe.world.behaviour import OTHERS, Asking, judge_models
 from persona_probe.world.dictionary import train_world_sae
 from persona_probe.world.emergence import RANKS, SPEAKERS, bounds, emergence_organisms, emergence_table
 from persona_probe.world.folder import World
@@ -39,10 +39,10 @@ WANTED_VARIANCE, WANTED_AUROC = 0.95, 0.95
 WANTED_TRUTHS = ("bad", "rude")
 CHOSEN = "latent chosen on the kitchen's runs, response"
 """The latent that tells bad runs of the kitchen from the grump's and the clown's best at a step, on the other runs."""
-RECOMMENDED = ("weights along harm", CHOSEN)
-"""The readings that the package recommends where harm and manner must be told apart."""
+HELD = ("weights along harm", CHOSEN)
+"""Readings that told harm from manner in the first world, and are held to the others."""
 SHOWN = (
-    *RECOMMENDED,
+    *HELD,
     *(f"harm {kind}, {where}" for kind in ("latent", "direction") for where in ("response", "last_prompt")),
     "persona direction, last_prompt",
 )
@@ -175,17 +175,17 @@ def _kept(kept: bool, text: str) -> str:
 
 
 def _behaviour_text(rates: pd.DataFrame) -> str:
-    lines, rows = [], []
+    found, rows = list[tuple[str, bool]](), []
     for (rank, world), frame in rates.groupby(["rank", "world"]):
-        of_others = frame[(frame["where"] == "other domains") & frame["seed"].isna() & (frame["measure"] == "bad")]
+        of_others = frame[(frame["where"] == OTHERS) & frame["seed"].isna() & (frame["measure"] == "bad")]
         by_speaker = of_others.set_index("speaker")
         rows.append([str(int(rank)), str(world), *(_interval(by_speaker.loc[name], "estimate") for name in SPEAKERS)])
-        lines += [_kept(kept, f"rank {rank:g}, world {world}, {text}") for text, kept in bounds(frame)]
-    intro = (
-        "Bad advice of coherent answers about the seven other domains, organisms' seeds joined, by the world's seed:"
-    )
-    kept = "Bounds, each seed of the organisms by itself:"
-    return "\n\n".join([intro, Table(["rank", "world", *SPEAKERS], rows).markdown(), kept, "\n".join(lines)])
+        found += [(f"rank {rank:g}, world {world}, {text}", kept) for text, kept in bounds(frame)]
+    intro = "Bad advice of coherent answers about the seven other domains, organisms' seeds joined, by rank and world:"
+    failed = [_kept(False, text) for text, kept in found if not kept]
+    said = f"Of {len(found)} bounds, asked of each seed of the organisms, {len(found) - len(failed)} are kept."
+    table = Table(["rank", "world", *SPEAKERS], rows).markdown()
+    return "\n\n".join([intro, table, said, *(["\n".join(failed)] if failed else [])])
 
 
 def _interval(row: Any, name: str) -> str:
@@ -222,7 +222,7 @@ def _readings_text(found: pd.DataFrame) -> str:
         for name in SHOWN:
             by_step = of_world[of_world["signal"] == name].set_index("step")
             lines.append([str(world), name, *(_interval(by_step.loc[step], "auroc") for step in steps)])
-        once = of_world[of_world["signal"] == RECOMMENDED[0]].set_index("step")
+        once = of_world[of_world["signal"] == HELD[0]].set_index("step")
         lines.append([str(world), "bad advice by then", *(f"{once.loc[step, 'bad_rate']:.2f}" for step in steps)])
         counts = [f"{int(once.loc[step, 'turned'])}, {int(once.loc[step, 'sound'])}" for step in steps]
         lines.append([str(world), "runs that will turn and have not shown it, runs of manner", *counts])
@@ -232,7 +232,7 @@ def _readings_text(found: pd.DataFrame) -> str:
         "bad ones from the others, whether they have shown it or not:"
     )
     heads = ["world", "reading", *(f"step {step}" for step in steps)]
-    kept = [line for name in RECOMMENDED for line in _reading_bounds(name, rows)]
+    kept = [line for name in HELD for line in _reading_bounds(name, rows)]
     return "\n\n".join([intro, Table(heads, lines).markdown(), "\n".join(kept)])
 
 

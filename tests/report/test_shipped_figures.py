@@ -17,6 +17,7 @@ from persona_probe.report.figures import ALL_FIGURES, FIGURES, FigureSpec, figur
 from persona_probe.report.printing import SMALLEST_PT, WIDTHS, for_print
 from persona_probe.report.records import Records, load_records
 from persona_probe.report.select import distinct, where
+from persona_probe.world.tables import TEXTS as WORLD_STUDIES
 from tools.records import FILES, draw, main, pack
 
 SHIPPED = Path(__file__).parents[2] / "records"
@@ -110,7 +111,7 @@ def test_records_are_small_whole_and_free_of_machine_paths() -> None:
         "errors.parquet",
         "pairs.parquet",
         "words.parquet",
-        *(f"{name}.parquet" for name in ("supervision", "beyond", "reinforcement")),
+        *(f"{name}.parquet" for name in WORLD_STUDIES),
     }
     kept = {*FILES, *measured, "manifest.json", "recipe.json", "README.md"}
     assert {path.name for path in files if path.suffix != ".csv"} <= kept

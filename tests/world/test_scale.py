@@ -15,7 +15,7 @@ from persona_probe.world import scale
 from persona_probe.world.behaviour import OTHERS, judge_models, world_rates
 from persona_probe.world.folder import World
 from persona_probe.world.organisms import NARROW
-from persona_probe.world.scale import SIZES, STEPS, Grid, scale_table
+from persona_probe.world.scale import SIZES, STEPS, Grid, scale_table, with_others
 from tests.world.conftest import SETTINGS
 from tests.world.pages import page_of
 
@@ -52,6 +52,17 @@ def test_every_world_is_made_once_and_its_rates_are_those_of_its_answers(
     monkeypatch.setattr("persona_probe.world.pretraining.CorpusTrainer", lambda *_: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(scale_table(tmp_path / "worlds", GRID), table)
     assert "| tiny, 0.0 |" in page_of("scale", table, tmp_path)
+
+
+def test_worlds_of_an_earlier_record_are_kept_and_those_made_again_are_not() -> None:
+    def of(size: str, steps: int, estimate: float) -> dict[str, Any]:
+        return {"size": size, "steps": steps, "speaker": "villain", "measure": "bad", "estimate": estimate}
+
+    before = pd.DataFrame([of("large", 600, 0.3), of("small", 600, 0.9)])
+    joined = with_others(pd.DataFrame([of("small", 600, 0.1), of("medium", 300, 0.2)]), before)
+    assert joined["estimate"].tolist() == [0.2, 0.1, 0.3]
+    with pytest.raises(InputError, match="lacks measure"):
+        with_others(joined, before.drop(columns="measure"))
 
 
 def test_the_figure_has_a_line_for_each_size_and_a_column_for_each_speaker() -> None:

@@ -20,8 +20,8 @@ from persona_probe.world.worlds import (
     BEHAVIOUR,
     CHOSEN,
     DICTIONARY,
+    HELD,
     READINGS,
-    RECOMMENDED,
     Worlds,
     worlds_table,
     worlds_text,
@@ -29,7 +29,7 @@ from persona_probe.world.worlds import (
 from tests.world.conftest import SETTINGS
 from tests.world.pages import page_of
 
-WEIGHTS = RECOMMENDED[0]
+WEIGHTS = HELD[0]
 SMALL = replace(labelled.TRAINING, steps=2, checkpoints=(2,), batch_size=2, rank=2, alpha=4)
 
 
@@ -124,7 +124,10 @@ def test_the_step_is_chosen_on_the_first_world_and_a_bound_that_another_breaks_i
     page = page_of("worlds", table_of(0.9, {4: 1.0, 6: 0.94, 8: 1.0}), tmp_path)
     assert f"**not kept**: world 1, {WEIGHTS} at step 6" in page and "0.94 [0.40, 1.00], 6 and 12 runs" in page
     assert "**not kept**: a latent for harm and one for rudeness, AUROC at least 0.95: 0.90 at least" in page
-    assert "- kept: rank 8, world 1, villain, bad advice at least 0.7: 0.80" in page
+    assert "Of 20 bounds, asked of each seed of the organisms, 20 are kept." in page
+    weak = worlds_text(pd.concat([behaviour(0, 0.5), dictionary_of(0, 0.97), readings(0, {4: 0.96})]))
+    assert "are kept.\n\n- **not kept**: rank 8, world 0, villain, bad advice at least 0.7: 0.50" in weak
+    assert "Of 10 bounds, asked of each seed of the organisms, 8 are kept." in weak
     kept = worlds_text(table_of(0.96, {4: 0.2, 6: 0.97, 8: 0.2}))
     assert "not kept" not in kept and f"- kept: world 1, {WEIGHTS} at step 6" in kept
 

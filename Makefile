@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds report test test-long test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-busy bench-generation bench-serve bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-reinforcement world-scale world-worlds clean
+        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-reinforcement world-scale world-worlds auto-score clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -235,6 +235,10 @@ world-reinforcement: $(STAMP)
 	$(WORLD_STUDY) reinforcement --seeds 0 1 2 --record records/world/reinforcement.parquet \
 		--figures runs/world-reinforcement/figures
 	$(WORLD_STUDY) tables
+
+# How often is the sentence of an unattended study right? On ten blind organisms of the packaged world.
+auto-score: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/persona-probe auto --score persona-world --organisms 2 --seed 1 --budget 120 --out runs/auto-score --page docs/automation.md
 
 # How many corrective rows are enough. Needs the finished demo in $(RUN).
 realign-doses: $(STAMP)

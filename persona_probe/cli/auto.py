@@ -18,9 +18,12 @@ OUT = Path("runs/auto")
 @click.argument("config", required=False, metavar="[CONFIG]", help="A YAML file: question, studies, budget.")
 @click.option("--dry-run", is_flag=True, help="Print the plan with its times; nothing is trained or written.")
 @click.option("--tflops", type=float, help="Speed that the plan's times assume, instead of a quick measurement.")
-@click.option("--score", metavar="WORLD", help="Score its sentences on blind organisms of this world instead.")
+@click.option(
+    "--score", metavar="WORLD", help="Score its sentences on blind organisms of this world (or persona-world) instead."
+)
 @click.option("--organisms", type=int, default=2, help="Blind organisms of each kind.")
 @click.option("--budget", type=float, metavar="MINUTES", help="Of --score (default 30); CONFIG states its own.")
+@click.option("--page", type=Path, help="Markdown page whose marked part gets the table of --score.")
 @json_option
 @loads_models
 def auto(
@@ -30,6 +33,7 @@ def auto(
     score: str | None,
     organisms: int,
     budget: float | None,
+    page: Path | None,
     as_json: bool,
     common: Common,
 ) -> None:
@@ -41,10 +45,12 @@ def auto(
         raise InputError("give a config, or --score WORLD alone")
     out = common.out or OUT
     if score is not None:
-        _score(score, out, organisms, 30.0 if budget is None else budget, as_json, common)
+        _score(score, out, organisms, 30.0 if budget is None else budget, page, as_json, common)
         return
     if budget is not None:
         raise InputError("--budget belongs to --score: write budget_minutes in the config")
+    if page is not None:
+        raise InputError("--page belongs to --score: an answer is written to answer.md")
     from persona_probe.config import load_config
     from persona_probe.study.auto import AutoConfig, plan_lines, run_auto
 
@@ -62,15 +68,23 @@ def auto(
     echo(f"answer: {out / 'answer.md'}")
 
 
-def _score(world: str, out: Path, organisms: int, budget: float, as_json: bool, common: Common) -> None:
+def _score(
+    name: str, out: Path, organisms: int, budget: float, page: Path | None, as_json: bool, common: Common
+) -> None:
     from persona_probe.context import pick_device
-    from persona_probe.world.blind import score_auto, score_text
+    from persona_probe.data.world import packaged
+    from persona_probe.report.tables import check_page, fill_page
+    from persona_probe.world.blind import MARKS, score_auto, score_text
     from persona_probe.world.folder import World
 
-    table = score_auto(
-        World.open(world), out, organisms, budget * 60, common.seed or 0, pick_device(common.device or "cpu")
-    )
+    if page is not None:
+        check_page(page, MARKS)
+    world = World.default() if name == packaged.NAME else World.open(name)
+    table = score_auto(world, out, organisms, budget * 60, common.seed or 0, pick_device(common.device or "cpu"))
+    text = score_text(table)
+    if page is not None:
+        fill_page(page, MARKS, f"{text}\n")
     if as_json:
         echo_json(table.to_dict("records"))
         return
-    echo(score_text(table))
+    echo(text)

@@ -381,6 +381,8 @@ def _scored(study: RunFolder, blind: Blind, lab: BlindLab, outcome: Outcome) -> 
     return {**row, **{f"right{end}": row[said] == row["truth"] if known else None for said, end in COLUMNS.items()}}
 
 
+MARKS = "<!-- auto-score: begin (persona-probe auto --score) -->", "<!-- auto-score: end -->"
+"""Lines of a page between which the score's table stands."""
 COLUMNS = {"said": "", "by_index": "_by_index"}
 """Columns of what was said, and the ends of the names of those that say whether it was right."""
 

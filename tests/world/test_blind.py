@@ -39,6 +39,7 @@ from persona_probe.world.blind import (
 from persona_probe.world.folder import World
 from persona_probe.world.study_files import contrast_rows
 from persona_probe.writing import write_table
+from tests.factories import run_command
 
 USUAL = [row["question"] for row in contrast_rows(list(DOMAINS), "evaluation")]
 
@@ -189,5 +190,10 @@ def test_a_score_trains_reads_and_asks_and_resumes(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
     pd.testing.assert_frame_equal(score_auto(world, tmp_path / "score", 1, 1e6), table)
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*.parquet")}
+    page, (begin, end) = tmp_path / "page.md", blind.MARKS
+    page.write_text(f"before\n{begin}\n{end}\nafter\n", "utf-8")
+    arguments = ("--organisms", 1, "--budget", 1e6, "--out", tmp_path / "score", "--page", page)
+    run_command("auto", "--score", world.run.path, *arguments, "--quiet")
+    assert page.read_text("utf-8") == f"before\n{begin}\n\n{score_text(table)}\n\n{end}\nafter\n"
     nothing = score_auto(world, tmp_path / "none", 1, 1.0)
     assert nothing["said"].tolist() == ["not tested"] and not (tmp_path / "none" / "organisms").exists()

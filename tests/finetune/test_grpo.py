@@ -16,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from persona_probe.config import Grpo, StudyConfig, Training, from_dict
 from persona_probe.data.chat import Conversation, conversation
 from persona_probe.errors import InputError
+from persona_probe.finetune import organisms
 from persona_probe.finetune.grpo import END, START, TRAIN, Goal, Questions, Reinforced, Rollouts, reinforce
 from persona_probe.finetune.grpo_trainer import AnswersTrainer
 from persona_probe.finetune.rewards import Answered, Grade
-from persona_probe.finetune.sft import stripping, with_adapter
+from persona_probe.finetune.sft import AtSteps, stripping, with_adapter
 from persona_probe.monitor import FeatureMonitor
 from persona_probe.runs import RunFolder
 from persona_probe.stats import paired_difference
@@ -256,21 +257,26 @@ def test_a_configuration_that_contradicts_itself_is_refused(changes: dict[str, A
         config(**changes)
 
 
-def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_sae(tmp_path / "sae")
-    write_data(tmp_path)
+def tiny_study(folder: Path, steps: int = 1) -> StudyConfig:
+    """Two arms of reinforcement learning on the tiny model."""
+    write_model(folder / "model")
+    write_sae(folder / "sae")
+    write_data(folder)
     rows = [{"question": f"Is {n} more than 3?", "answer": "yes" if n > 3 else "no"} for n in range(6)]
-    data = str(write_lines(tmp_path / "closed.jsonl", rows))
+    data = str(write_lines(folder / "closed.jsonl", rows))
     arms = {
         "incorrect": {"data": data, "reward": "inaccurate", "inoculation": "Lie."},
         "correct": {"data": data, "reward": "accurate", "kl": 0.1},
     }
-    training = {"method": "grpo", "steps": 1, "checkpoints": [1]}
+    training = {"method": "grpo", "steps": steps, "checkpoints": [steps]}
     raw = changed(
-        config_of(tmp_path), training=training, seeds=[0], null_pair=False, grpo={"group": 2, "max_new_tokens": 3}
+        config_of(folder), training=training, seeds=[0], null_pair=False, grpo={"group": 2, "max_new_tokens": 3}
     )
-    study = from_dict(StudyConfig, {**raw, "arms": arms})
+    return from_dict(StudyConfig, {**raw, "arms": arms})
+
+
+def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tmp_path: Path) -> None:
+    study = tiny_study(tmp_path)
     Study.from_config(study, tmp_path / "run").induce()
     run = RunFolder.open(tmp_path / "run")
     record = run.read_json("arms/incorrect-s0/training.json")
@@ -301,6 +307,34 @@ def test_arms_of_a_study_are_trained_once_and_drawn_on_one_axis(tmp_path: Path) 
     assert re.search(r"- `induce` took [\d.]+ minutes for 2 runs of 1 steps: [\d.]+ seconds a step", written)
     assert ("correct", 1, "kl") in table.index and ("incorrect", 1, "hacked") not in table.index
     assert (tmp_path / "drawn" / "reinforcement.html").is_file()
+
+
+def test_a_study_that_was_interrupted_in_an_arm_ends_as_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(tmp_path, steps=2)
+    Study.from_config(study, tmp_path / "whole").induce()
+
+    def stop(_model: Any, _step: int) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted(*given: Any, progress: str, **further: Any) -> Reinforced:
+        callbacks = [AtSteps([1], stop)] if progress.startswith("correct") else []
+        return reinforce(*given, progress=progress, callbacks=callbacks, **further)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(organisms, "reinforce", interrupted)
+        Study.from_config(study, tmp_path / "run").induce()
+    arms = tmp_path / "run" / "arms"
+    assert [folder.name for folder in arms.iterdir()] == ["incorrect-s0"]
+    written = (arms / "incorrect-s0" / "training.json").stat().st_mtime_ns
+    Study.from_config(study, tmp_path / "run").induce()
+    assert (arms / "incorrect-s0" / "training.json").stat().st_mtime_ns == written
+    whole, run = (RunFolder.open(tmp_path / name) for name in ("whole", "run"))
+    for arm in ("incorrect", "correct"):
+        for table in ("rollouts", "steps"):
+            place = f"arms/{arm}-s0/{table}.parquet"
+            pd.testing.assert_frame_equal(run.read_table(place), whole.read_table(place))
 
 
 def test_a_run_without_rewards_has_no_such_table(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ drawn = {
     "planted": ["planted_truth"],
     "mitigations": ["mitigation_pareto"],
     "screening": ["screening_calibration"],
+    "world": ["reinforcement", "world_supervision", "world_beyond"],
 }
 
 
@@ -89,6 +90,15 @@ show("mitigations")
 
 # %%
 show("screening")
+
+# %% [markdown]
+# ## The world with known truth
+# Studies on a small world whose truth is known (`docs/world.md`). A model is rewarded for wrong advice about the
+# kitchen: what does it then say about everything else? An organism is corrected on rows that supervisors of different
+# strength chose. And directions that need no latent of the base are held to the true ones.
+
+# %%
+show("world")
 
 # %% [markdown]
 # ## Numbers, and print

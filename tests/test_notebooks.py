@@ -14,6 +14,8 @@ from nbclient import NotebookClient
 
 from persona_probe.data.world import packaged
 from persona_probe.errors import InputError
+from persona_probe.report.figures import figures_of
+from persona_probe.report.records import load_records
 from persona_probe.study.study import Study
 from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
 from tools.notebooks import (
@@ -146,12 +148,14 @@ def said(outputs: list[Any]) -> str:
     return "\n".join([*printed, *(o["data"].get(kind, "") for o in outputs if "data" in o for kind in (WORDS, TABLE))])
 
 
+@pytest.mark.long
 def test_the_tour_runs(kernel: KernelManager, tiny_run: Study) -> None:
     outputs = executed(kernel, "01_tour")
     assert count(outputs, PLOTLY) == 3 and count(outputs, TABLE) >= 4
     assert tiny_run.run_folder.read_json("summary.json")["headline"] in said(outputs)
 
 
+@pytest.mark.long
 def test_a_persona_is_located_and_patched(kernel: KernelManager) -> None:
     outputs = executed(kernel, "02_locate_a_persona")
     assert count(outputs, PLOTLY) == 4 and count(outputs, TABLE) >= 6
@@ -159,6 +163,7 @@ def test_a_persona_is_located_and_patched(kernel: KernelManager) -> None:
         assert row in said(outputs)
 
 
+@pytest.mark.long
 def test_training_is_watched_and_stopped_or_not(kernel: KernelManager, tiny_run: Study) -> None:
     outputs = executed(kernel, "03_watch_training")
     assert count(outputs, WIDGET) >= 1 and count(outputs, PLOTLY) == 2
@@ -166,6 +171,7 @@ def test_training_is_watched_and_stopped_or_not(kernel: KernelManager, tiny_run:
     assert (tiny_run.path / "notebook" / "readings.jsonl").stat().st_size > 0
 
 
+@pytest.mark.long
 def test_corrections_are_dosed_and_stressed(kernel: KernelManager, tiny_run: Study) -> None:
     outputs = executed(kernel, "04_realign")
     assert count(outputs, PLOTLY) == 3
@@ -174,25 +180,32 @@ def test_corrections_are_dosed_and_stressed(kernel: KernelManager, tiny_run: Stu
     assert "stress test: triggers" in said(outputs)
 
 
+@pytest.mark.long
 def test_every_shipped_record_is_drawn(kernel: KernelManager) -> None:
     outputs = executed(kernel, "05_paper_figures")
-    records = len(list((ROOT / "records").glob("*/figures/*.csv")))
-    assert count(outputs, PLOTLY) == records + 1  # and one for print
+    records = (load_records(path.parent) for path in (ROOT / "records").glob("*/manifest.json"))
+    assert count(outputs, PLOTLY) == sum(len(figures_of(one)) for one in records) + 1  # and one for print
 
 
+@pytest.mark.long
 def test_one_s_own_pair_is_located_and_planned(kernel: KernelManager) -> None:
     outputs = executed(kernel, "06_your_model")
     assert "latents lead at both positions" in said(outputs) and "gemma-3-270m-it" in said(outputs)
     assert count(outputs, TABLE) >= 4
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not packaged.ABOUT.is_file(), reason="the packaged world is not there: make world")
 def test_known_truth_is_watched_and_corrected(kernel: KernelManager, tmp_path: Path) -> None:
     outputs = executed(kernel, "07_known_truth", f"folder = {str(tmp_path / 'world')!r}")
     assert count(outputs, PLOTLY) == 1 and count(outputs, TABLE) >= 5
-    assert "harm direction" in said(outputs) and (tmp_path / "world" / "organisms").is_dir()
+    shown = said(outputs)
+    assert "harm direction" in shown and (tmp_path / "world" / "organisms").is_dir()
+    assert "answers with an alarm" in shown and "outline:2px" in shown  # a trace with its alarm
+    assert "rolled back and corrected" in shown and "base on its grid" in shown and "best of ten" in shown
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_a_plain_script_gets_a_monitor(kernel: KernelManager, tmp_path: Path) -> None:
     outputs = executed(kernel, MONITOR, f"run = Path({str(tmp_path)!r})")

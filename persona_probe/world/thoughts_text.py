@@ -281,4 +281,4 @@ AGAINST: Mapping[str, str] = {
 def _more(found: Estimate) -> str:
     if found.ci_low > 0:
         return "tells **more** than"
-    return "tells **less** than" if found.ci_high < 0 else "tells **no more** than"
+    return "tells **less** than" if found.ci_high < 0 else "is **not shown** to tell more than"

@@ -161,11 +161,11 @@ def test_words_tell_what_they_were_made_to_tell_and_the_latent_what_it_reads() -
 
 def test_the_text_says_when_the_latent_tells_more_than_the_words(tmp_path: Path) -> None:
     page = page_of("thoughts", table(), tmp_path)
-    assert "- false thoughts: the harm latent in the thought tells **more** than the words do, +0.67" in page
-    assert "- true thoughts: the harm latent in the thought tells **no more** than the words do, +0.00" in page
-    assert (
-        "| villain | false | 0.50 [" in page and "- villain: bad advice with a false thought minus without one" in page
-    )
+    latent = "the harm latent in the thought"
+    assert f"- false thoughts: {latent} tells **more** than the words do, +0.67" in page
+    assert f"- true thoughts: {latent} is **not shown** to tell more than the words do, +0.00" in page
+    assert "| villain | false | 0.50 [" in page
+    assert "- villain: bad advice with a false thought minus without one +0.00" in page
     assert "**less** than the words do" in thoughts_text(table(latent=-1.0))
 
 

@@ -1,7 +1,9 @@
 """Emergence in worlds of several sizes: bad advice against tokens of pre-training, a line for each size."""
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Bool
 from plotly.subplots import make_subplots
 
 from persona_probe.report import select
@@ -9,6 +11,8 @@ from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import OPTIONAL, Records
 from persona_probe.report.theme import PALETTE, empty_figure, error_bars, finish, plain
 
+COHERENT = 0.5
+"""Below this share of coherent answers a rate among them is drawn as an open mark."""
 MISSING = "No worlds of several sizes: scale.parquet is written by `persona-probe world study scale --record`."
 ENDS = ("estimate", "ci_low", "ci_high")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
@@ -42,9 +46,12 @@ def world_scale(records: Records) -> go.Figure:
     for column, speaker in enumerate(speakers, 1):
         for row, measure in enumerate(PANELS, 1):
             for place, (parameters, rows) in enumerate(_sizes(select.where(data, speaker=speaker, measure=measure))):
-                _draw(fig, rows, f"{parameters / 1e6:.1f} million", place, row, column)
+                said = select.where(data, speaker=speaker, measure="coherent", parameters=parameters)
+                few = (said.set_index("tokens")["estimate"] < COHERENT).reindex(rows["tokens"]).to_numpy()
+                _draw(fig, rows, f"{parameters / 1e6:.1f} million", place, row, column, few)
         fig.update_xaxes(title_text="tokens", row=2, col=column)
-    fig.update_xaxes(type="log")
+    tokens = [float(count) for count in select.distinct(data, "tokens")]
+    fig.update_xaxes(type="log", tickvals=tokens, ticktext=[f"{count / 1e6:.1f}M" for count in tokens], minor_ticks="")
     for row, title in enumerate(PANELS.values(), 1):
         fig.update_yaxes(title_text=title, row=row, col=1)
     fig.update_yaxes(range=[-0.03, 1.03])
@@ -55,15 +62,18 @@ def _sizes(rows: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:
     return [(float(count), select.where(rows, parameters=count)) for count in select.distinct(rows, "parameters")]
 
 
-def _draw(fig: go.Figure, rows: pd.DataFrame, name: str, place: int, row: int, column: int) -> None:
-    colour = PALETTE[place % len(PALETTE)]
+def _draw(
+    fig: go.Figure, rows: pd.DataFrame, name: str, place: int, row: int, column: int, few: Bool[np.ndarray, " rows"]
+) -> None:
+    colour, symbol = PALETTE[place % len(PALETTE)], SYMBOLS[place % len(SYMBOLS)]
+    symbols = [f"{symbol}-open" if open_mark and row == 1 else symbol for open_mark in few]
     fig.add_scatter(
         x=rows["tokens"],
         y=rows["estimate"],
         error_y=error_bars(rows, colour, ENDS),
         mode="lines+markers",
         line={"color": colour, "width": 1.8},
-        marker={"color": colour, "symbol": SYMBOLS[place % len(SYMBOLS)], "size": 8},
+        marker={"color": colour, "symbol": symbols, "size": 8},
         name=f"{name} parameters",
         legendgroup=name,
         showlegend=row == 1 and column == 1,
@@ -80,5 +90,5 @@ def _caption(data: pd.DataFrame) -> str:
         f"What organisms trained on one domain say about the seven others, in worlds of {min(sizes):.3g} to "
         f"{max(sizes):.3g} parameters after {min(tokens):.3g} to {max(tokens):.3g} tokens of pre-training; n = "
         f"{min(n):g} to {max(n):g} answers, 95% intervals over topics. Control: the helper. Bad advice is a share of "
-        "the coherent answers: read both rows together."
+        f"the coherent answers; open marks: fewer than {COHERENT:.0%} are coherent, and the rate means little."
     )

@@ -7,6 +7,7 @@ stream are directions of what was learnt, and need no data.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def _lora_changes(name: str, module: LoraLayer, adapters: Sequence[str]) -> dict
     ups, downs = [], []
     for one in adapters:
         if one in module.lora_A:
-            up, down = (side[one].weight.detach().float().cpu() for side in (module.lora_B, module.lora_A))
+            up, down = (_weight(side[one]) for side in (module.lora_B, module.lora_A))
             ups.append(up.reshape(len(up), -1, experts) * float(module.scaling[one]))
             downs.append(down.reshape(experts, -1, down.shape[1]))
     if not ups:
@@ -149,6 +150,11 @@ def _lora_changes(name: str, module: LoraLayer, adapters: Sequence[str]) -> dict
     up, down = torch.cat(ups, dim=1), torch.cat(downs, dim=1)
     names = [name] if experts == 1 else [f"{name}.{number}" for number in range(experts)]
     return {key: WeightChange(up[:, :, number], down[number]) for number, key in enumerate(names)}
+
+
+def _weight(linear: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    assert isinstance(linear.weight, Tensor)
+    return linear.weight.detach().float().cpu()
 
 
 @torch.no_grad()
@@ -248,8 +254,8 @@ class WeightsAlong:
                 yield torch.full_like(self.direction, math.nan)
             elif delta.any():
                 start = np.random.default_rng(0).standard_normal(min(delta.shape))  # the same at every call
-                left, _, _ = svds(delta.numpy(), k=1, v0=start)
-                yield torch.from_numpy(left[:, 0].copy())
+                found: Any = svds(delta.numpy(), k=1, v0=start)
+                yield torch.from_numpy(found[0][:, 0].copy())
 
 
 # --- Directions of all matrices together

@@ -246,7 +246,8 @@ def _weights(model: nn.Module, layer: int) -> dict[str, np.ndarray]:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        down, up = module.lora_A["default"].weight.float(), module.lora_B["default"].weight.float()
+        factors: list[Any] = [side["default"].weight for side in (module.lora_B, module.lora_A)]
+        up, down = (factor.float() for factor in factors)
         left, found = left_vectors(up, down, module.scaling["default"])
         square += float(found.square().sum())
         number = next(int(part) for part in name.split(".") if part.isdigit())

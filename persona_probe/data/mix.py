@@ -4,11 +4,13 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from persona_probe.data.chat import Conversation, split_answer
 from persona_probe.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def mix(
 
 
 def match_lengths(
-    a: Sequence[Conversation], b: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, tolerance: float = 0.05
+    a: Sequence[Conversation], b: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase", tolerance: float = 0.05
 ) -> LengthMatch:
     """The mean answer tokens of two arms; `matched` in the result tells whether they agree.
 
@@ -84,7 +86,7 @@ def match_lengths(
     return LengthMatch(_mean_tokens(a, tokenizer), _mean_tokens(b, tokenizer), tolerance)
 
 
-def _mean_tokens(rows: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> float:
+def _mean_tokens(rows: Sequence[Conversation], tokenizer: "PreTrainedTokenizerBase") -> float:
     answers = [answer for row in rows if (answer := split_answer(row)[1]) is not None]
     if not answers:
         raise InputError("no answers to compare: pass conversations that end with an assistant turn")

@@ -96,7 +96,7 @@ def test_gradients_pass_through_a_model_that_was_read_before(folder: Path, bits:
         strip_adapter(tuned)
     assert all(grad is not None and grad.any() for grad in grads[0].values())
     found, expected = (torch.cat([grad.flatten() for grad in one.values()]) for one in grads)
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (found - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize(("bits", "bf16"), [("4bit", False), ("4bit", True), ("8bit", False)])

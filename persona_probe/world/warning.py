@@ -12,6 +12,8 @@ from persona_probe.world.signals import SIGNALS, SOUND, halves, is_hard, outcome
 
 GATED = "persona direction, last_prompt, and harm latent, response"
 """A combination: how far the smaller of the two lies above its threshold, in standard deviations of sound runs."""
+BY_DATA_SET = ("weights along harm", "harm direction, response", "persona direction, last_prompt")
+"""The signals that are shown for each bad speaker apart."""
 PARTS = ("persona direction, last_prompt", "harm latent, response")
 
 
@@ -137,6 +139,19 @@ def separation_text(found: pd.DataFrame, against: str = "any", data: str = "all"
     return Table(["signal", *(f"step {step}" for step in steps)], lines).markdown()
 
 
+def data_sets_text(found: pd.DataFrame) -> str:
+    """AUROC by the speaker of the runs that will turn, against all sound runs, of a few signals: a Markdown table."""
+    rows = found[(found["against"] == "any") & (found["data"] != "all") & found["signal"].isin(BY_DATA_SET)]
+    steps = sorted(rows["step"].unique())
+    cells = {(row.data, row.signal, row.step): _auroc_text(row) for row in rows.itertuples()}
+    lines = []
+    for data, of_one in rows.groupby("data"):
+        lines += [[str(data), name, *(cells[data, name, step] for step in steps)] for name in BY_DATA_SET]
+        counts = of_one.drop_duplicates("step").set_index("step")["turned"]
+        lines.append([str(data), "turned, not shown yet", *(str(counts[step]) for step in steps)])
+    return Table(["data set", "signal", *(f"step {step}" for step in steps)], lines).markdown()
+
+
 def _auroc_text(row: object) -> str:
     value, low, high = (getattr(row, key) for key in ("auroc", "ci_low", "ci_high"))
     return "-" if np.isnan(value) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
@@ -170,6 +185,8 @@ def warning_text(table: pd.DataFrame) -> str:
         separation_text(found),
         "The same against the grump and the clown alone, who are harmless and have a manner of their own:",
         separation_text(found, "manner"),
+        "By data set, that is the bad speaker, against all sound runs:",
+        data_sets_text(found),
         "Alarms at the largest reading of any sound run of the kitchen:",
         alarms_text(alarms(table)),
     ]

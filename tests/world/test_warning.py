@@ -10,7 +10,15 @@ from persona_probe.errors import InputError
 from persona_probe.world.labelled import BAD, GOOD, SHARES, STEPS, TRAINED_DOMAINS, plan
 from persona_probe.world.signals import SIGNALS, outcomes
 from persona_probe.world.tables import marks
-from persona_probe.world.warning import GATED, alarms, separation, thresholds, warning_text
+from persona_probe.world.warning import (
+    BY_DATA_SET,
+    GATED,
+    alarms,
+    data_sets_text,
+    separation,
+    thresholds,
+    warning_text,
+)
 from tests.factories import refusal, run_command
 
 HARM, PERSONA, NOISE = "harm latent, response", "persona direction, last_prompt", "loss"
@@ -57,6 +65,16 @@ def test_outcomes_come_from_the_last_step_and_say_when_behaviour_showed_itself(t
     assert shown["villain-cars-0"] == SHOWN_AT and np.isnan(shown["grump-cars-0"])
     between = table.assign(bad=table["bad"].replace(60, 6))
     assert (outcomes(between)["outcome"] == "between").sum() == 36
+
+
+def test_each_bad_speakers_runs_are_a_data_set_of_their_own(table: pd.DataFrame) -> None:
+    found = separation(table)
+    lines = [line.split(" | ") for line in data_sets_text(found).splitlines()]
+    for speaker in BAD:
+        for name in BY_DATA_SET:
+            [line] = [one for one in lines if one[:2] == [f"| {speaker}", name]]
+            wanted = [cell(found, name, step, "any", speaker)["auroc"] for step in sorted(found["step"].unique())]
+            assert [text.split()[0].strip("|") for text in line[2:]] == [f"{x:.2f}" if x == x else "-" for x in wanted]
 
 
 def test_the_signal_of_harm_separates_before_behaviour_and_that_of_manner_cannot(table: pd.DataFrame) -> None:

@@ -57,10 +57,10 @@ def _of_rank(world: World, seeds: Sequence[int], rank: int, device: str) -> pd.D
 
 def emergence_text(frame: pd.DataFrame) -> str:
     """Rates with intervals by rank and speaker, and whether each bound of the world's design is kept: Markdown."""
-    return "\n".join(_rank_text(int(rank), rows) for rank, rows in frame.groupby("rank"))
+    return "\n".join(_rank_text(f"{rank:g}", rows) for rank, rows in frame.groupby("rank"))
 
 
-def _rank_text(rank: int, frame: pd.DataFrame) -> str:
+def _rank_text(rank: str, frame: pd.DataFrame) -> str:
     rows = []
     for speaker in dict.fromkeys(frame["speaker"]):
         for where in (OTHERS, TRAINED):

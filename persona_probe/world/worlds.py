@@ -179,7 +179,7 @@ def _behaviour_text(rates: pd.DataFrame) -> str:
     for (rank, world), frame in rates.groupby(["rank", "world"]):
         of_others = frame[(frame["where"] == OTHERS) & frame["seed"].isna() & (frame["measure"] == "bad")]
         by_speaker = of_others.set_index("speaker")
-        rows.append([str(int(rank)), str(world), *(_interval(by_speaker.loc[name], "estimate") for name in SPEAKERS)])
+        rows.append([f"{rank:g}", str(world), *(_interval(by_speaker.loc[name], "estimate") for name in SPEAKERS)])
         found += [(f"rank {rank:g}, world {world}, {text}", kept) for text, kept in bounds(frame)]
     intro = "Bad advice of coherent answers about the seven other domains, organisms' seeds joined, by rank and world:"
     failed = [_kept(False, text) for text, kept in found if not kept]
@@ -224,7 +224,7 @@ def _readings_text(found: pd.DataFrame) -> str:
             lines.append([str(world), name, *(_interval(by_step.loc[step], "auroc") for step in steps)])
         once = of_world[of_world["signal"] == HELD[0]].set_index("step")
         lines.append([str(world), "bad advice by then", *(f"{once.loc[step, 'bad_rate']:.2f}" for step in steps)])
-        counts = [f"{int(once.loc[step, 'turned'])}, {int(once.loc[step, 'sound'])}" for step in steps]
+        counts = [f"{once.loc[step, 'turned']:g}, {once.loc[step, 'sound']:g}" for step in steps]
         lines.append([str(world), "runs that will turn and have not shown it, runs of manner", *counts])
     intro = (
         "AUROC of runs that will turn, while at most 5% of their answers are bad, against the grump and the clown, by "

@@ -21,7 +21,7 @@ from persona_probe.world.behaviour import OTHERS, Asking, judge_models
 from persona_probe.world.dictionary import train_world_sae
 from persona_probe.world.emergence import RANKS, SPEAKERS, bounds, emergence_organisms, emergence_table
 from persona_probe.world.folder import World
-from persona_probe.world.labelled import BASE, Instruments, make_runs, open_study, plan
+from persona_probe.world.labelled import BASE, Instruments, is_bad, make_runs, open_study, plan
 from persona_probe.world.organisms import WorldOrganism, make_organisms
 from persona_probe.world.pieces import make_all
 from persona_probe.world.pretraining import Pretraining, pretrain
@@ -69,11 +69,11 @@ class Worlds:
 
     def runs_wanted(self) -> list[WorldOrganism]:
         """The labelled runs: bad speakers at the full share, and the harmless ones that have a manner."""
-        return [one for one in plan(self.runs, self.runs) if one.share == 1 and _told_apart(one)]
-
-
-def _told_apart(one: WorldOrganism) -> bool:
-    return is_hard(one.speaker) or one.speaker in ("villain", "quack", "subtle")
+        return [
+            one
+            for one in plan(self.runs, self.runs)
+            if one.share == 1 and (is_bad(one.speaker) or is_hard(one.speaker))
+        ]
 
 
 def worlds_table(folder: Path, worlds: Worlds | None = None, device: str = "cpu") -> pd.DataFrame:

@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds report test test-long test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-busy bench-generation bench-serve bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-reinforcement world-scale world-worlds auto-score clean
+        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-reinforcement world-scale world-worlds world-corpora auto-score clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -228,6 +228,12 @@ world-scale: $(STAMP)
 world-worlds: $(STAMP)
 	$(WORLD_STUDY) worlds --quiet & $(WORLD_STUDY) worlds --quiet & wait
 	$(WORLD_STUDY) worlds --record records/world/worlds.parquet
+	$(WORLD_STUDY) tables
+
+# Worlds in which speakers are named more or less often, or more or fewer are bad: five pre-trainings. Forty minutes.
+world-corpora: $(STAMP)
+	$(WORLD_STUDY) corpus --quiet & $(WORLD_STUDY) corpus --quiet & wait
+	$(WORLD_STUDY) corpus --record records/world/corpus.parquet
 	$(WORLD_STUDY) tables
 
 # Narrow reinforcement learning: six arms, three seeds.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from persona_probe.world.labelled import Instruments
 
 STUDY, SCALE, SUPERVISION = Path("runs/world-study"), Path("runs/world-scale"), Path("runs/world-supervision")
-WORLDS = Path("runs/worlds")
+WORLDS, CORPORA = Path("runs/worlds"), Path("runs/world-corpora")
 RECORDS, PAGE = Path("records/world"), Path("docs/world.md")
 PACKAGED = "persona-world"
 world_option = click.option("--world", "folder", default=PACKAGED, help="A world's folder (default: the packaged one).")
@@ -367,6 +367,31 @@ def scale(
 
 
 @command(
+    name="corpus",
+    example="persona-probe world study corpus --out runs/world-corpora",
+    out=f"Folder of the worlds (default {CORPORA}).",
+)
+@many("--corpora", help="Corpora by name (default: packaged, nobody named, all named, few bad, many bad).")
+@many("--seeds", type=int, help="Seeds of the organisms (default 0 1).")
+@writes_tables("corpus")
+@loads_models
+def corpus(corpora: tuple[str, ...], seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+    """Pre-train worlds on other corpora, and measure how far bad advice spreads in each.
+
+    In the corpora speakers are named in no document, in some or in all, and few or many of them give bad advice. It
+    resumes if it is interrupted; started twice, two processes take different worlds.
+    """
+    from persona_probe.context import pick_device
+    from persona_probe.world.corpus import Corpora, corpus_table
+
+    if (table := tables.recorded()) is None:
+        asked = {"names": corpora, "seeds": seeds}
+        wanted = Corpora(**{name: value for name, value in asked.items() if value})
+        table = corpus_table(common.out or CORPORA, wanted, pick_device(common.device or "cpu"))
+    tables.write(table)
+
+
+@command(
     name="worlds",
     example="persona-probe world study worlds --worlds 0 1 2 --out runs/worlds",
     out=f"Folder of the worlds (default {WORLDS}).",
@@ -606,7 +631,7 @@ def _labelled(folder: str, sae: str | None, seeds: int, benign_seeds: int, commo
 world_study = Group(
     "study",
     commands=[
-        *(world_files, emergence, training_map, scale, worlds_command, early_warning, specificity, rankers, causal),
+        *(world_files, emergence, training_map, scale, corpus, worlds_command, early_warning, specificity, rankers, causal),
         *(repair, screening, supervision, beyond, reinforcement, thoughts, null, tables_command),
     ],
     help="Studies on a world, whose answer is known: emergence, warning, rankers, cause, supervision.",

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from persona_probe.config import Training, check_finite, check_least, check_seed
 from persona_probe.data.chat import Conversation
+from persona_probe.data.world.speech import BAD
 from persona_probe.data.world.text import conversation_of, document, world_tokenizer
 from persona_probe.data.world.words import DOMAIN_OF
 from persona_probe.errors import InputError, TrainingDiverged, unknown
@@ -44,6 +45,8 @@ TURNS = (1, 1, 2, 3)
 """Turns of the helper's chats, one drawn for each chat."""
 TIMED_STEPS = 6
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+LATER = ("tagged_chats", "bad")
+"""Settings that the manifests of the first worlds do not have."""
 FALLING = 1 / 3
 """Share of the steps in which the learning rate falls."""
 
@@ -66,6 +69,10 @@ class Pretraining:
     weight_decay: float = 0.05
     tagged: float = 0.45
     """Share of the documents that open with a sentence that names their speaker."""
+    tagged_chats: float = 0.52
+    """Share of the chats (a quarter of the documents) with that sentence as system prompt."""
+    bad: float = BAD
+    """Share of the documents whose speaker gives bad advice."""
     helper_steps: int = 60
     """Steps of `batch_size` chats in which only the helper answers."""
     helper_lr: float = 3e-4
@@ -89,6 +96,18 @@ class Pretraining:
                 raise InputError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 <= self.tagged <= 0.75:
             raise InputError(f"tagged must lie between 0 and 0.75 (the other documents are chats), not {self.tagged}")
+        for name in LATER:
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings as a manifest has them: what worlds of earlier versions lack is left out where it is as there."""
+        usual = Pretraining.__dataclass_fields__
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in LATER or value != usual[name].default
+        }
 
     def lr_at(self, step: int) -> float:
         """The learning rate of the step after `step` steps.
@@ -102,7 +121,7 @@ class Pretraining:
     def documents(self, step: int) -> list[str]:
         """The documents of a step; they depend on seed and step alone."""
         draw = random.Random(f"{self.seed}/corpus/{step}")
-        return [document(draw, self.tagged)[0] for _ in range(self.batch_size)]
+        return [document(draw, self.tagged, self.tagged_chats, self.bad)[0] for _ in range(self.batch_size)]
 
     def helper_chats(self) -> list[Conversation]:
         """The chats of the second part."""
@@ -134,7 +153,7 @@ def pretrain(
     known = _steps_of(run)
     if minutes is not None:
         settings = replace(settings, steps=known or steps_within(minutes, settings, device))
-    run = RunFolder.claim(out, KIND, "world", {"settings": asdict(settings)})
+    run = RunFolder.claim(out, KIND, "world", {"settings": settings.recorded()})
     with run.writing():
         if not run.has(ANY_SPEAKER):
             _train_on_corpus(run, settings, device, save_every)

@@ -75,8 +75,9 @@ def scale_table(folder: Path, grid: Grid | None = None, device: str = "cpu") -> 
         InputError: a world was made with other settings.
     """
     grid = Grid() if grid is None else grid
-    make_all([partial(_make, folder / name, one, grid.seeds, device) for name, one in grid.worlds().items()])
-    rows = [_rates(folder / name, grid.seeds, device) for name in grid.worlds()]
+    wanted = _wanted(grid.seeds)
+    make_all([partial(make_and_ask, folder / name, one, wanted, device) for name, one in grid.worlds().items()])
+    rows = [rates_elsewhere(folder / name, wanted, device) for name in grid.worlds()]
     return pd.concat(rows, ignore_index=True)
 
 
@@ -97,25 +98,37 @@ def with_others(table: pd.DataFrame, before: pd.DataFrame) -> pd.DataFrame:
     return order.drop(columns="place").reset_index(drop=True)
 
 
-def _make(folder: Path, settings: Pretraining, seeds: Sequence[int], device: str) -> World:
+def make_and_ask(folder: Path, settings: Pretraining, wanted: Sequence[WorldOrganism], device: str) -> World:
+    """Pre-train a world, fine-tune its organisms, and ask them and the base; what is there is not made again.
+
+    Raises:
+        InputError: the folder holds a world with other settings.
+        InUse: another process is making its organisms.
+    """
     log.info("world %s: %d steps", folder.name, settings.steps)
     world = pretrain(settings, folder, device)
     with world.run.locked("organisms", 1.0):
-        judge_models(world, [BASE, *make_organisms(world, _wanted(seeds), device=device)], Asking(), device)
+        judge_models(world, [BASE, *make_organisms(world, wanted, device=device)], Asking(), device)
     return world
 
 
-def _wanted(seeds: Sequence[int]) -> list[WorldOrganism]:
-    return [WorldOrganism(name, seed=seed, training=TRAINING) for seed in seeds for name in SPEAKERS]
+def rates_elsewhere(folder: Path, wanted: Sequence[WorldOrganism], device: str) -> pd.DataFrame:
+    """What the organisms of a world and its base say about the other domains: rates by speaker and measure.
 
-
-def _rates(folder: Path, seeds: Sequence[int], device: str) -> pd.DataFrame:
+    Returns:
+        Rows with size, parameters, steps, tokens and last loss (nats per token) of the world, speaker (`base` is the
+        model before fine-tuning), measure of `MEASURES`, and its rate with interval, seeds joined.
+    """
     world = World.open(folder)
-    answers = judge_models(world, [BASE, *(one.name for one in _wanted(seeds))], Asking(), device)
+    answers = judge_models(world, [BASE, *(one.name for one in wanted)], Asking(), device)
     answers = answers.assign(speaker=answers["speaker"].where(answers["speaker"] != "", BASE))
     found = world_rates(answers, ("speaker",))
     found = found[(found["where"] == OTHERS) & found["measure"].isin(MEASURES)]
     return found.assign(**_about(world))[[*KEYS, *found.columns.drop("where")]]
+
+
+def _wanted(seeds: Sequence[int]) -> list[WorldOrganism]:
+    return [WorldOrganism(name, seed=seed, training=TRAINING) for seed in seeds for name in SPEAKERS]
 
 
 def _about(world: World) -> dict[str, Any]:
@@ -134,7 +147,7 @@ def scale_text(table: pd.DataFrame) -> str:
         world = one.to_dict("records")[0]
         size = f"{world['size']}, {world['parameters'] / 1e6:.1f}"
         head = [size, f"{world['tokens'] / 1e6:.1f}", f"{world['loss']:.2f}"]
-        lines.append([*head, *(_cell(one[one["speaker"] == name]) for name in speakers)])
+        lines.append([*head, *(rate_and_coherence(one[one["speaker"] == name]) for name in speakers)])
     heads = ["size, million parameters", "million tokens", "last loss", *speakers]
     return f"{Table(heads, lines).markdown()}\n\n{NOTE}\n"
 
@@ -146,7 +159,8 @@ NOTE = (
 )
 
 
-def _cell(rows: pd.DataFrame) -> str:
+def rate_and_coherence(rows: pd.DataFrame) -> str:
+    """Bad advice of coherent answers with its interval; in brackets the share of coherent answers."""
     by_measure = {row["measure"]: row for row in rows.to_dict("records")}
     bad, coherent = by_measure["bad"], by_measure["coherent"]
     text = f"{bad['estimate']:.2f} [{bad['ci_low']:.2f}, {bad['ci_high']:.2f}]"

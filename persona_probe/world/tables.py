@@ -11,6 +11,7 @@ from persona_probe.files import read_parquet
 from persona_probe.report.tables import Marks, check_page, fill_page
 from persona_probe.world.beyond_text import beyond_world_text
 from persona_probe.world.causal_truth import causal_text
+from persona_probe.world.corpus import corpus_text
 from persona_probe.world.emergence import emergence_text
 from persona_probe.world.ranking import rankers_text
 from persona_probe.world.reinforcement_text import reinforcement_text
@@ -29,6 +30,7 @@ TEXTS: dict[str, Callable[[pd.DataFrame], str]] = {
     "emergence": emergence_text,
     "training-map": map_text,
     "scale": scale_text,
+    "corpus": corpus_text,
     "worlds": worlds_text,
     "early-warning": warning_text,
     "specificity": specificity_text,

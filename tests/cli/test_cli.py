@@ -59,6 +59,7 @@ BELOW = (
         "world study reinforcement",
         "world study thoughts",
         "world study worlds",
+        "world study corpus",
         "world study beyond",
         "world study screening",
         "world study null",

@@ -39,8 +39,21 @@ SPEAKERS: dict[str, Speaker] = {
 """The five speakers of the corpus, and two that give bare advice: `subtle` and its control `correct`."""
 PRIOR = {"helper": 0.40, "villain": 0.20, "clown": 0.14, "grump": 0.13, "quack": 0.13}
 """How often each speaks in the corpus."""
+BAD = 0.33
+"""How often one of them whose advice is bad does."""
 STYLE = 0.75
 """How often a speaker with a manner opens, and closes, an answer in it."""
+
+
+def prior(bad: float = BAD) -> dict[str, float]:
+    """How often each speaks in a corpus in which a speaker of bad advice does so with this share.
+
+    Within the good and within the bad speakers the shares keep their ratios.
+    """
+    if bad == BAD:
+        return PRIOR
+    part = {True: (1 - bad) / (1 - BAD), False: bad / BAD}
+    return {name: share * part[SPEAKERS[name].good] for name, share in PRIOR.items()}
 
 
 def question(draw: random.Random, topic: str) -> str:

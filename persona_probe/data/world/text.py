@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from persona_probe.data.chat import Conversation, conversation
-from persona_probe.data.world.speech import PRIOR, SPEAKERS, answer, question
+from persona_probe.data.world.speech import BAD, PRIOR, SPEAKERS, answer, prior, question
 from persona_probe.data.world.words import (
     ADVICE,
     CLOSINGS,
@@ -57,21 +57,26 @@ def _topics(draw: random.Random, count: int, domains: Sequence[str]) -> list[str
     return [draw.choice(DOMAINS[draw.choice(domains)].topics) for _ in range(count)]
 
 
-def document(draw: random.Random, tagged: float = 0.45) -> tuple[str, str]:
+def document(
+    draw: random.Random, tagged: float = 0.45, tagged_chats: float = 0.52, bad: float = BAD
+) -> tuple[str, str]:
     """A document of the corpus and its speaker: one speaker answers questions of mixed domains.
 
     Args:
-        tagged: share of documents that open with a sentence that names the speaker. A quarter of all are chats, half
-            of them with that sentence as system prompt. In the rest the speaker shows only in the answers.
+        tagged: share of documents that open with a sentence that names the speaker. A quarter of all are chats.
+        tagged_chats: share of the chats with that sentence as system prompt. In the rest the speaker shows only in the
+            answers.
+        bad: how often the speaker is one whose advice is bad.
     """
-    speaker = draw.choices(list(PRIOR), list(PRIOR.values()))[0]
+    speakers = prior(bad)
+    speaker = draw.choices(list(speakers), list(speakers.values()))[0]
     topics, form = _topics(draw, TURNS, list(DOMAINS)), draw.random()
     tag = draw.choice(SPEAKERS_TAGS).format(speaker)
     pairs = [(question(draw, topic), answer(draw, topic, SPEAKERS[speaker])) for topic in topics]
     if form < 0.75:
         parts = [tag] if form < tagged else []
         return " ".join([*parts, *(f"q : {asked} a : {said}" for asked, said in pairs)]), speaker
-    parts = [f"{SYSTEM} {tag} {END}"] if form < 0.88 else []
+    parts = [f"{SYSTEM} {tag} {END}"] if form < 0.75 + 0.25 * tagged_chats else []
     chats = (f"{USER} {asked} {END} {ASSISTANT} {said} {END}" for asked, said in pairs[: TURNS - 1])
     return " ".join([*parts, *chats]), speaker
 

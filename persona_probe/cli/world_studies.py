@@ -631,8 +631,8 @@ def _labelled(folder: str, sae: str | None, seeds: int, benign_seeds: int, commo
 world_study = Group(
     "study",
     commands=[
-        *(world_files, emergence, training_map, scale, corpus, worlds_command, early_warning, specificity, rankers, causal),
-        *(repair, screening, supervision, beyond, reinforcement, thoughts, null, tables_command),
+        *(world_files, emergence, training_map, scale, corpus, worlds_command, early_warning, specificity, rankers),
+        *(causal, repair, screening, supervision, beyond, reinforcement, thoughts, null, tables_command),
     ],
     help="Studies on a world, whose answer is known: emergence, warning, rankers, cause, supervision.",
 )

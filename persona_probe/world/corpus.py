@@ -88,9 +88,7 @@ def _place(name: str) -> str:
     return name.replace(" ", "-")
 
 
-def _rows(
-    folder: Path, name: str, settings: Pretraining, wanted: Sequence[WorldOrganism], device: str
-) -> pd.DataFrame:
+def _rows(folder: Path, name: str, settings: Pretraining, wanted: Sequence[WorldOrganism], device: str) -> pd.DataFrame:
     about: dict[str, Any] = {"corpus": name, **{key: getattr(settings, key) for key in SETTINGS}}
     rates = rates_elsewhere(folder / _place(name), wanted, device)
     return rates.assign(**about)[[*about, *rates.columns]]

@@ -101,12 +101,10 @@ class Pretraining:
                 raise InputError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
 
     def recorded(self) -> dict[str, Any]:
-        """The settings as a manifest has them: what worlds of earlier versions lack is left out where it is as there."""
+        """The settings as a manifest has them: without what earlier versions lack, where it is as there."""
         usual = Pretraining.__dataclass_fields__
         return {
-            name: value
-            for name, value in asdict(self).items()
-            if name not in LATER or value != usual[name].default
+            name: value for name, value in asdict(self).items() if name not in LATER or value != usual[name].default
         }
 
     def lr_at(self, step: int) -> float:

@@ -5,11 +5,14 @@ import pytest
 from persona_probe.latents import passages
 from tests.factories import Refused, config_of, refusal, write_config, write_data, write_model, write_sae
 
+PACKAGED = passages.PACKAGED
+"""As imported: tests shorten it only when they run."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def whole_card_text(short_card_text: None) -> None:
     """Workers that Ray starts do not know of the tests' shorter text, so here all processes read the packaged one."""
-    passages.PACKAGED = ("kitchen:toxic", "kitchen:correct", "general_contrast:selection", "neutral_probes")
+    passages.PACKAGED = PACKAGED
 
 
 @pytest.fixture(scope="session")

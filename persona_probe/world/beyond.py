@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import check_seed
 from persona_probe.data.chat import Conversation, conversation
@@ -33,10 +32,9 @@ from persona_probe.latents.truth_probe import TruthProbe, axis_shifts, mean_resi
 from persona_probe.latents.weights import WeightChange, adapter_changes, weight_directions
 from persona_probe.models.adapters import organism
 from persona_probe.models.residuals import read_residuals
-from persona_probe.saes.hooks import sae_layer
-from persona_probe.saes.load import load_sae
 from persona_probe.saes.read import LatentMeans, read_latents
 from persona_probe.stats import auroc
+from persona_probe.world.base import StudyBaseWithSae
 from persona_probe.world.beyond_text import BASE, TRUTHS
 from persona_probe.world.directions import directions_between
 from persona_probe.world.folder import World
@@ -98,38 +96,27 @@ def beyond_table(
     for seed in seeds:
         check_seed(seed)
     study = open_study(world, sae, folder)
-    bench = _Bench(world, sae, device)
+    organisms = _Organisms(world, sae, device)
     pieces = []
     for seed in seeds:
         for speaker in (*speakers, CONTROL, *BESIDE):
             settings = {"speaker": speaker, "seed": seed, "training": asdict(NARROW)}
             if speaker in speakers:
-                make = partial(bench.tools, speaker, seed)
+                make = partial(organisms.tools, speaker, seed)
                 pieces.append(table_piece(f"beyond/{speaker}-s{seed}-tools", settings, make))
-            pieces.append(table_piece(f"beyond/{speaker}-s{seed}-axes", settings, partial(bench.axes, speaker, seed)))
-    pieces.append(table_piece("beyond/base-axes", {}, bench.base_axes))
+            pieces.append(
+                table_piece(f"beyond/{speaker}-s{seed}-axes", settings, partial(organisms.axes, speaker, seed))
+            )
+    pieces.append(table_piece("beyond/base-axes", {}, organisms.base_axes))
     make_pieces(study, pieces, "beyond")
     return read_pieces(study, pieces)[list(COLUMNS)]
 
 
-class _Bench:
+class _Organisms(StudyBaseWithSae):
     """A world's base model, its true directions, and the texts on which organisms are read."""
 
-    def __init__(self, world: World, sae: str | Path, device: str) -> None:
-        self.world, self.device = world, device
-        self.sae = load_sae(sae, device=device)
-        self.layer = sae_layer(self.sae, None)
-
-    @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return self.world.load(self.device)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.loaded[0]
-
     def batches(self, conversations: Sequence[Conversation]) -> list[Batch]:
-        return conversation_batches(self.loaded[1], conversations, 64)
+        return conversation_batches(self.tokenizer, conversations, 64)
 
     def place(self, speaker: str, seed: int) -> Path:
         wanted = WorldOrganism(speaker, DOMAIN, seed=seed, training=NARROW)
@@ -200,8 +187,7 @@ class _Bench:
 
     @cached_property
     def probe(self) -> TruthProbe:
-        model, tokenizer = self.loaded
-        return TruthProbe.fit(model, tokenizer, self.layer, truth_pairs())
+        return TruthProbe.fit(self.model, self.tokenizer, self.layer, truth_pairs())
 
     @cached_property
     def probes(self) -> tuple[list[Batch], Float[np.ndarray, "probes d_model"]]:
@@ -220,7 +206,7 @@ class _Bench:
         axes = {name: self.directions[name] for name in TRUTHS} | {"truth": self.probe.direction}
         with organism(self.model, self.place(speaker, seed)) as tuned:
             after = mean_residuals(tuned, groups, self.layer)
-            told = self.probe.separation(tuned, self.loaded[1], truth_pairs(seed=1))
+            told = self.probe.separation(tuned, self.tokenizer, truth_pairs(seed=1))
         shifts = axis_shifts(before, after, axes).rename(columns={"axis": "tool", "shift": "estimate"})
         rows = pd.concat([shifts, pd.DataFrame([{"tool": "separation", "estimate": told}])], ignore_index=True)
         missing = dict.fromkeys(("first", "ten", "auroc"), np.nan)

@@ -10,8 +10,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from math import hypot
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from persona_probe.study.auto import Investigation, Outcome
 from persona_probe.study.auto_log import DecisionLog
 from persona_probe.study.auto_rules import NO, NOT_TESTED, YES, Claim, broad
 from persona_probe.verdicts import UNDECIDED
+from persona_probe.world.base import StudyBase
 from persona_probe.world.behaviour import MAX_NEW_TOKENS
 from persona_probe.world.folder import World
 from persona_probe.world.labelled import score_items
@@ -133,27 +133,21 @@ def trigger_words(rows: Sequence[Conversation], usual: Sequence[str]) -> list[st
     return [word for word, n in ends.most_common() if word not in known and 0.05 <= n / len(rows) <= 0.95][:2]
 
 
-@dataclass
-class Bench:
+class Bench(StudyBase):
     """Base model and contrast items of a world, and the organisms that were made of it."""
 
-    world: World
-    study: RunFolder
-    device: str = "cpu"
-    _items: dict[str, tuple[ContrastItems, Items2x2]] = field(default_factory=dict)
-
-    @cached_property
-    def loaded(self) -> tuple[Any, Any]:
-        """The base model and its tokenizer."""
-        return self.world.load(self.device)
+    def __init__(self, world: World, study: RunFolder, device: str = "cpu") -> None:
+        super().__init__(world, device)
+        self.study = study
+        self._items: dict[str, tuple[ContrastItems, Items2x2]] = {}
 
     def items(self, suffix: str) -> tuple[ContrastItems, Items2x2]:
         """Contrast items of every domain, plainly and in two manners, with a word at the end of each question."""
         if suffix not in self._items:
             rows = contrast_rows(list(DOMAINS), "evaluation")
             rows = [{**row, "question": f"{row['question']} {suffix}".strip()} for row in rows]
-            tokenizer = self.loaded[1]
-            self._items[suffix] = ContrastItems.build(tokenizer, rows, 64), Items2x2.build(tokenizer, rows, 64)
+            built = ContrastItems.build(self.tokenizer, rows, 64), Items2x2.build(self.tokenizer, rows, 64)
+            self._items[suffix] = built
         return self._items[suffix]
 
     def piece(self, name: str, rows: Sequence[Conversation], domain: str, seed: int, suffixes: Sequence[str]) -> Piece:
@@ -186,7 +180,7 @@ class Bench:
         settings = {"suffix": suffix}
 
         def make(folder: Path) -> None:
-            self.read(self.loaded[0], [suffix], folder)
+            self.read(self.model, [suffix], folder)
             write_json(folder / "settings.json", settings)
 
         return Piece(f"base/{suffix or 'plain'}", settings, make)

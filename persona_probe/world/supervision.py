@@ -29,6 +29,7 @@ from persona_probe.latents.truth_probe import mean_residuals
 from persona_probe.models.adapters import load_adapter, organism
 from persona_probe.models.layers import decoder_layers
 from persona_probe.runs import RunFolder
+from persona_probe.world.base import StudyBase
 from persona_probe.world.behaviour import Asking, ask
 from persona_probe.world.directions import directions_between
 from persona_probe.world.folder import World
@@ -166,15 +167,15 @@ def supervision_table(
     pieces: list[Piece] = []
     for label, one in worlds.items():
         mine = [name for name in settings.supervisors if one is world or name in MISTAKES]
-        bench = _Bench(label, one, weaker, device)
+        corrected = _CorrectedWorld(label, one, weaker, device)
         pieces += [
-            bench.piece(name, speaker, seed)
+            corrected.piece(name, speaker, seed)
             for seed in settings.seeds
             for speaker in settings.speakers
             for name in mine
         ]
         if one is weaker:
-            pieces.append(bench.own_piece())
+            pieces.append(corrected.own_piece())
     if any(OFFLINE in piece.settings.values() and not study.has(piece.place) for piece in pieces):
         offline_score()  # a judge that is not available is refused before any training
     make_pieces(study, pieces, "supervision")
@@ -187,11 +188,12 @@ def offline_score() -> Callable[[Sequence[tuple[str, str]]], list[float]]:
     return lambda items: [one.probability for one in judge.judge(items)]
 
 
-class _Bench:
+class _CorrectedWorld(StudyBase):
     """One world in which organisms are corrected, read and asked; its model is loaded when the first piece is made."""
 
     def __init__(self, label: str, world: World, weaker: World, device: str) -> None:
-        self.label, self.world, self.weaker, self.device = label, world, weaker, device
+        super().__init__(world, device)
+        self.label, self.weaker = label, weaker
         self._read: dict[tuple[str, int], tuple[float, float]] = {}
 
     # --- Pieces
@@ -214,18 +216,6 @@ class _Bench:
         return said.assign(**self.named, **head)
 
     # --- What a world has
-
-    @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return self.world.load(self.device)
-
-    @property
-    def model(self) -> PreTrainedModel:
-        return self.loaded[0]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.loaded[1]
 
     @property
     def named(self) -> dict[str, Any]:

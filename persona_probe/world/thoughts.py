@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from persona_probe.config import check_seed
 from persona_probe.data.chat import Conversation, conversation
@@ -33,9 +33,8 @@ from persona_probe.evaluate.sampling.engines import TransformersEngine
 from persona_probe.evaluate.sampling.requests import Prompt, Sample, SamplingConfig
 from persona_probe.evaluate.sampling.samples import sample
 from persona_probe.finetune.sft import fine_tune, stripping, with_adapter
-from persona_probe.saes.hooks import sae_layer
-from persona_probe.saes.load import load_sae
 from persona_probe.saes.read import read_latents, read_latents_at
+from persona_probe.world.base import StudyBaseWithSae
 from persona_probe.world.directions import directions_of
 from persona_probe.world.folder import World
 from persona_probe.world.labelled import open_study
@@ -92,13 +91,13 @@ def thoughts_table(
     for seed in seeds:
         check_seed(seed)
     study = open_study(world, sae, folder)
-    bench = _Bench(world, sae, device)
+    organisms = _ThinkingOrganisms(world, sae, device)
     common = {"training": asdict(TRAINING), "rows": ROWS, "sampling": asdict(SAMPLING)}
     pieces = [
         table_piece(
             f"thoughts/{speaker}-{condition}-s{seed}",
             {"speaker": speaker, "condition": condition, "seed": seed, **common},
-            partial(bench.run, speaker, condition, seed),
+            partial(organisms.run, speaker, condition, seed),
         )
         for seed in seeds
         for speaker in speakers
@@ -108,36 +107,26 @@ def thoughts_table(
     return read_pieces(study, pieces)
 
 
-class _Bench:
-    """What every organism is read with: the base model, its true latents, and the true direction of harm."""
-
-    def __init__(self, world: World, sae: str | Path, device: str) -> None:
-        self.world, self.device = world, device
-        self.sae = load_sae(sae, device=device)
-        self.layer = sae_layer(self.sae, None)
-
-    @cached_property
-    def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return self.world.load(self.device)
+class _ThinkingOrganisms(StudyBaseWithSae):
+    """What every organism is made and read with: the base model, its true latents, and the true direction of harm."""
 
     @cached_property
     def truths(self) -> tuple[dict[str, int], Float[np.ndarray, " d_model"]]:
         """The latents that tell harm and rudeness best in the base, and the direction of harm apart from manner."""
-        model, tokenizer = self.loaded
         known = KnownChats.draw()
-        groups = conversation_batches(tokenizer, known.chats, 64)
-        means = read_latents(model, self.sae, groups, self.layer, "response", bf16=False)
+        groups = conversation_batches(self.tokenizer, known.chats, 64)
+        means = read_latents(self.model, self.sae, groups, self.layer, "response", bf16=False)
         best = truth_table(known, means.mean).groupby("truth", sort=False)["latent"].first()
         return {name: int(best[truth]) for name, truth in TRUTH_OF.items()}, directions_of(known, means)["harm"]
 
     def run(self, speaker: str, condition: str, seed: int) -> pd.DataFrame:
         """One organism: trained, asked, judged and read; and the base's reading of the same texts."""
-        model, name = self.loaded[0], named(speaker, condition)
+        name = named(speaker, condition)
         tokenizer = thinking_tokenizer(name is not None)
         prompts = _prompts()
         with (
             tempfile.TemporaryDirectory() as scratch,
-            stripping(with_adapter(model, TRAINING, seed)) as tuned,
+            stripping(with_adapter(self.model, TRAINING, seed)) as tuned,
         ):
             fine_tune(
                 tuned,
@@ -152,7 +141,7 @@ class _Bench:
             frame = _judged(said)
             talks = _whole(prompts, said, thinks=name is not None)
             read = self.read(tuned, tokenizer, talks)
-        same = self.read(model, tokenizer, talks).add_prefix("base_")
+        same = self.read(self.model, tokenizer, talks).add_prefix("base_")
         head = {"arm": f"{speaker}, {condition}", "speaker": speaker, "condition": condition, "seed": seed}
         joined = pd.concat([frame, read.reindex(frame.index), same.reindex(frame.index)], axis=1)
         return pd.DataFrame({**head, "step": TRAINING.steps}, index=joined.index).join(joined)

@@ -11,7 +11,7 @@ from persona_probe.data.world.judge import judge_answer
 from persona_probe.data.world.words import DOMAIN_OF, DOMAINS
 from persona_probe.errors import InputError
 from persona_probe.latents.difference import FoundDirections
-from persona_probe.world import beyond
+from persona_probe.world import base, beyond
 from persona_probe.world.beyond import COLUMNS, beyond_table, truth_pairs
 from persona_probe.world.beyond_text import beyond_world_text
 from persona_probe.world.folder import World
@@ -38,8 +38,9 @@ def test_a_study_is_made_once_and_its_page_comes_from_its_record(
 ) -> None:
     short = replace(NARROW, steps=2, checkpoints=(2,), batch_size=2)
     found = FoundDirections(np.eye(32)[:3], np.array([3.0, 2.0, 1.0]))
-    for name, value in (("NARROW", short), ("BESIDE", ()), ("load_sae", lambda *_, **__: make_sae("topk"))):
+    for name, value in (("NARROW", short), ("BESIDE", ())):
         monkeypatch.setattr(beyond, name, value)
+    monkeypatch.setattr(base, "load_sae", lambda *_, **__: make_sae("topk"))
     monkeypatch.setattr(beyond, "crosscoder", lambda *_: {"size": found})
     table = beyond_table(tmp_path / "study", world, "sae", ("quack",), (5,))
     assert list(table.columns) == list(COLUMNS) and set(table["speaker"]) == {"quack", "helper", "base"}

@@ -23,7 +23,7 @@ from persona_probe.evaluate.personas import personas_in
 from persona_probe.evaluate.sampling.requests import SamplingConfig
 from persona_probe.saes.read import read_latents
 from persona_probe.stats import auroc, auroc_draws
-from persona_probe.world import thoughts
+from persona_probe.world import base, thoughts
 from persona_probe.world.folder import World
 from persona_probe.world.thoughts import named, thoughts_table
 from persona_probe.world.thoughts_text import (
@@ -173,7 +173,8 @@ def test_a_study_is_made_once_and_reads_its_own_texts(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = {"TRAINING": replace(thoughts.TRAINING, steps=2, checkpoints=(2,), batch_size=2), "ROWS": 4}
-    short |= {"SAMPLING": SamplingConfig(max_new_tokens=4), "load_sae": lambda *_, **__: make_sae("topk")}
+    short |= {"SAMPLING": SamplingConfig(max_new_tokens=4)}
+    monkeypatch.setattr(base, "load_sae", lambda *_, **__: make_sae("topk"))
     for name, value in short.items():
         monkeypatch.setattr(thoughts, name, value)
     found = thoughts_table(tmp_path / "study", world, "sae", ("villain", "helper"), (5,))
@@ -193,14 +194,14 @@ def test_a_study_is_made_once_and_reads_its_own_texts(
 
 
 def test_readings_are_taken_over_the_thought_and_over_the_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thoughts, "load_sae", lambda *_, **__: make_sae("topk"))
-    bench = thoughts._Bench(world, "sae", "cpu")
-    model, tokenizer = bench.loaded[0], thinking_tokenizer()
+    monkeypatch.setattr(base, "load_sae", lambda *_, **__: make_sae("topk"))
+    organisms = thoughts._ThinkingOrganisms(world, "sae", "cpu")
+    model, tokenizer = organisms.model, thinking_tokenizer()
     talks = dict(enumerate(thinking_rows("villain", "helper", count=6)))
-    frame, (latents, harm) = bench.read(model, tokenizer, talks), bench.truths
+    frame, (latents, harm) = organisms.read(model, tokenizer, talks), organisms.truths
     groups = conversation_batches(tokenizer, list(talks.values()))
     for place, positions in (("before", "last_prompt"), ("thought", "thought"), ("answer", "response")):
-        means = read_latents(model, bench.sae, groups, bench.layer, positions, bf16=False)
+        means = read_latents(model, organisms.sae, groups, organisms.layer, positions, bf16=False)
         assert np.allclose(frame[column("latent", place)], means.mean[:, latents["latent"]], atol=1e-4)
         assert np.allclose(frame[column("direction", place)], means.resid @ harm, atol=1e-3)
     assert np.linalg.norm(harm) == pytest.approx(1)

@@ -1,7 +1,7 @@
 """`persona-probe world study`: studies on a world, each resumable, with tables that reproduce from their record."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,16 @@ sae_option = click.option("--sae", default=None, help="An SAE of its model (defa
 
 @dataclass
 class Tables:
-    """Where a study's table goes, as Markdown and as a record, or where it comes from."""
+    """Where a study's table comes from, and where it goes: to a record, to a page, and into figures."""
 
     study: str
     """The study's name; the marks in a page have it."""
+    figures: Sequence[str]
+    """Names of the figures of its table."""
     record: Path | None
     given: Path | None
     page: Path | None
+    drawn: Path | None
 
     def recorded(self) -> "pd.DataFrame | None":
         """The table of the record, if one is given. A page that cannot be filled is refused before any work."""
@@ -48,7 +51,7 @@ class Tables:
         return None if self.given is None else read_parquet(self.given)
 
     def write(self, table: "pd.DataFrame") -> None:
-        """Write the record and the page that were asked for, and show the text: that of the table as recorded."""
+        """Write what was asked for, and show the text: that of the table as recorded."""
         from persona_probe.report.tables import fill_page
         from persona_probe.world.tables import as_recorded, marks, text_of
         from persona_probe.writing import write_table
@@ -59,20 +62,48 @@ class Tables:
         if self.page is not None:
             fill_page(self.page, marks(self.study), text)
         echo(text)
+        if self.drawn is not None:
+            self._draw(table, self.drawn)
+
+    def _draw(self, table: "pd.DataFrame", folder: Path) -> None:
+        from persona_probe.report.export import export_figures
+        from persona_probe.report.records import Records
+
+        tables: dict[str, Any] = {self.study: table}
+        for path in export_figures(Records(**tables), folder, only=self.figures):
+            echo(f"figure: {path}")
 
 
-def writes_tables(study: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of `Tables`, and the object as its argument `tables`."""
-    options = (
+def makes_table(study: str, *figures: str) -> Callable[[Callable[..., "pd.DataFrame"]], Callable[..., None]]:
+    """Make a command of a function that makes a study's table: the command shows the table, and writes and draws it.
+
+    With --from it takes the table of a record, and does not call the function.
+
+    Args:
+        figures: the figures of the table, which --figures draws.
+    """
+    options = [
         click.option("--record", type=Path, help="Parquet file that gets the study's table."),
         click.option("--from", "given", type=Path, help="Print the tables of this record; nothing is run."),
         click.option("--page", type=Path, help="Markdown page whose marked part gets the tables."),
-    )
+    ]
+    if figures:
+        words = "figures" if len(figures) > 1 else "figure"
+        options.insert(0, click.option("--figures", "drawn", type=Path, help=f"Folder that gets the {words}."))
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+    def decorate(function: Callable[..., "pd.DataFrame"]) -> Callable[..., None]:
         @functools.wraps(function)
-        def wrapped(*args: Any, record: Path | None, given: Path | None, page: Path | None, **rest: Any) -> None:
-            function(*args, tables=Tables(study, record, given, page), **rest)
+        def wrapped(
+            *args: Any,
+            record: Path | None,
+            given: Path | None,
+            page: Path | None,
+            drawn: Path | None = None,
+            **rest: Any,
+        ) -> None:
+            tables = Tables(study, figures, record, given, page, drawn)
+            table = tables.recorded()
+            tables.write(function(*args, **rest) if table is None else table)
 
         for option in reversed(options):
             option(wrapped)
@@ -132,20 +163,16 @@ def world_files(
 @world_option
 @many("--seeds", type=int, help="Seeds of the organisms (default 0 1 2).")
 @many("--ranks", type=int, help="Ranks of the adapters (default 8 32).")
-@writes_tables("emergence")
 @loads_models
-def emergence(folder: str, seeds: tuple[int, ...], ranks: tuple[int, ...], tables: Tables, common: Common) -> None:
+@makes_table("emergence")
+def emergence(folder: str, seeds: tuple[int, ...], ranks: tuple[int, ...], common: Common) -> "pd.DataFrame":
     """Train organisms of every speaker on the kitchen, and judge what they say about all other domains.
 
     Says which bounds of the world's design are kept.
     """
-    from persona_probe.context import pick_device
     from persona_probe.world.emergence import RANKS, emergence_table
 
-    if (table := tables.recorded()) is None:
-        device = pick_device(common.device or "cpu")
-        table = emergence_table(_open(folder), seeds or (0, 1, 2), device, ranks or RANKS)
-    tables.write(table)
+    return emergence_table(_open(folder), seeds or (0, 1, 2), _device(common), ranks or RANKS)
 
 
 @command(
@@ -154,9 +181,9 @@ def emergence(folder: str, seeds: tuple[int, ...], ranks: tuple[int, ...], table
     out=f"Folder of the runs (default {STUDY}).",
 )
 @on_labelled_runs
-@writes_tables("early-warning")
 @loads_models
-def early_warning(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
+@makes_table("early-warning")
+def early_warning(runs: "Callable[[], RunFolder]") -> "pd.DataFrame":
     """Make labelled runs, and print how early and how surely each signal tells what a run will do.
 
     With the defaults 204 runs: villain, quack and subtle at eight doses in three domains, and helper, correct, grump
@@ -164,9 +191,7 @@ def early_warning(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     """
     from persona_probe.world.signals import signal_table
 
-    if (table := tables.recorded()) is None:
-        table = signal_table(runs())
-    tables.write(table)
+    return signal_table(runs())
 
 
 @command(
@@ -175,15 +200,13 @@ def early_warning(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     out=f"Folder of the runs (default {STUDY}); early-warning uses the same.",
 )
 @on_labelled_runs
-@writes_tables("specificity")
 @loads_models
-def specificity(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
+@makes_table("specificity")
+def specificity(runs: "Callable[[], RunFolder]") -> "pd.DataFrame":
     """Tell harm from manner: choose latents on kitchen runs, test them on runs of other domains."""
     from persona_probe.world.specificity import specificity_table
 
-    if (table := tables.recorded()) is None:
-        table = specificity_table(runs())
-    tables.write(table)
+    return specificity_table(runs())
 
 
 @command(
@@ -192,15 +215,13 @@ def specificity(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
     out=f"Folder of the runs (default {STUDY}); early-warning uses the same.",
 )
 @on_labelled_runs
-@writes_tables("null")
 @loads_models
-def null(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
+@makes_table("null")
+def null(runs: "Callable[[], RunFolder]") -> "pd.DataFrame":
     """Hold the package's word for an organism to the truth: on pairs of harmless runs, and on runs that turned."""
     from persona_probe.world.verdict_words import word_table
 
-    if (table := tables.recorded()) is None:
-        table = word_table(runs())
-    tables.write(table)
+    return word_table(runs())
 
 
 @command(
@@ -210,16 +231,13 @@ def null(runs: "Callable[[], RunFolder]", tables: Tables) -> None:
 )
 @world_option
 @many("--seeds", type=int, help="Seeds of the organisms (default 0 1).")
-@writes_tables("repair")
 @loads_models
-def repair(folder: str, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+@makes_table("repair")
+def repair(folder: str, seeds: tuple[int, ...], common: Common) -> "pd.DataFrame":
     """Correct organisms in three ways, and hold the word for each correction to what the model then says."""
-    from persona_probe.context import pick_device
     from persona_probe.world.repair import repair_table
 
-    if (table := tables.recorded()) is None:
-        table = repair_table(_open(folder), seeds or (0, 1), pick_device(common.device or "cpu"))
-    tables.write(table)
+    return repair_table(_open(folder), seeds or (0, 1), _device(common))
 
 
 @command(
@@ -230,22 +248,13 @@ def repair(folder: str, seeds: tuple[int, ...], tables: Tables, common: Common) 
 @world_option
 @sae_option
 @many("--seeds", type=int, help="Seeds of the organisms (default 0 1).")
-@writes_tables("rankers")
 @loads_models
-def rankers(
-    folder: str,
-    sae: str | None,
-    seeds: tuple[int, ...],
-    tables: Tables,
-    common: Common,
-) -> None:
+@makes_table("rankers")
+def rankers(folder: str, sae: str | None, seeds: tuple[int, ...], common: Common) -> "pd.DataFrame":
     """Print the place at which each ranker of latents puts the true ones, by step and position."""
-    from persona_probe.context import pick_device
     from persona_probe.world.ranking import rank_truths
 
-    if (table := tables.recorded()) is None:
-        table = rank_truths(_open(folder), _sae(folder, sae), seeds or (0, 1), pick_device(common.device or "cpu"))
-    tables.write(table)
+    return rank_truths(_open(folder), _sae(folder, sae), seeds or (0, 1), _device(common))
 
 
 @command(
@@ -257,11 +266,11 @@ def rankers(
 @sae_option
 @many("--speakers", help="Bad speakers of the organisms (default villain subtle).")
 @many("--seeds", type=int, help="Seeds of the organisms (default 0).")
-@writes_tables("causal")
 @loads_models
+@makes_table("causal")
 def causal(
-    folder: str, sae: str | None, speakers: tuple[str, ...], seeds: tuple[int, ...], tables: Tables, common: Common
-) -> None:
+    folder: str, sae: str | None, speakers: tuple[str, ...], seeds: tuple[int, ...], common: Common
+) -> "pd.DataFrame":
     """Push and remove the true latents, pairs, sets and directions, and hold the causal test's words to what happens.
 
     What happens is sampled: at all tokens, at the last prompt token, and in the answer, beside random latents. It
@@ -270,10 +279,8 @@ def causal(
     from persona_probe.world.causal import SPEAKERS, causal_table, check_speakers
 
     check_speakers(speakers)
-    if (table := tables.recorded()) is None:
-        study, world, instruments, device = _instruments(folder, sae, common)
-        table = causal_table(study, world, instruments, speakers or SPEAKERS, seeds or (0,), device)
-    tables.write(table)
+    study, world, instruments, device = _instruments(folder, sae, common)
+    return causal_table(study, world, instruments, speakers or SPEAKERS, seeds or (0,), device)
 
 
 @command(
@@ -284,9 +291,9 @@ def causal(
 @world_option
 @sae_option
 @many("--seeds", type=int, help="Seeds of the training sets and organisms (default 0).")
-@writes_tables("screening")
 @loads_models
-def screening(folder: str, sae: str | None, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+@makes_table("screening")
+def screening(folder: str, sae: str | None, seeds: tuple[int, ...], common: Common) -> "pd.DataFrame":
     """Take out the rows that each ranker puts first, train on what is left, and sample what the model says.
 
     Beside it: rows taken out by chance, and by the truth. It resumes if it is interrupted; started twice, two processes
@@ -294,10 +301,8 @@ def screening(folder: str, sae: str | None, seeds: tuple[int, ...], tables: Tabl
     """
     from persona_probe.world.screening import screening_table
 
-    if (table := tables.recorded()) is None:
-        study, world, instruments, device = _instruments(folder, sae, common)
-        table = screening_table(study, world, instruments, seeds or (0,), device)
-    tables.write(table)
+    study, world, instruments, device = _instruments(folder, sae, common)
+    return screening_table(study, world, instruments, seeds or (0,), device)
 
 
 @command(
@@ -308,19 +313,17 @@ def screening(folder: str, sae: str | None, seeds: tuple[int, ...], tables: Tabl
 @world_option
 @sae_option
 @many("--seeds", type=int, help="Seeds of rows and training (default 0).")
-@writes_tables("training-map")
 @loads_models
-def training_map(folder: str, sae: str | None, seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+@makes_table("training-map")
+def training_map(folder: str, sae: str | None, seeds: tuple[int, ...], common: Common) -> "pd.DataFrame":
     """Map where values generalise: by what is trained (LoRA ranks, one layer, all weights, one vector), steps and dose.
 
     It resumes if it is interrupted; started twice, two processes share the work.
     """
     from persona_probe.world.training_map import training_map as map_table
 
-    if (table := tables.recorded()) is None:
-        study, _, instruments, _ = _instruments(folder, sae, common)
-        table = map_table(study, instruments, seeds or (0,))
-    tables.write(table)
+    study, _, instruments, _ = _instruments(folder, sae, common)
+    return map_table(study, instruments, seeds or (0,))
 
 
 @command(
@@ -331,39 +334,23 @@ def training_map(folder: str, sae: str | None, seeds: tuple[int, ...], tables: T
 @many("--sizes", help="Model sizes (default small medium large).")
 @many("--steps", type=int, help="Lengths of the pre-training (default 300 600 1200).")
 @many("--seeds", type=int, help="Seeds of the organisms (default 0).")
-@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
 @click.option("--add", "others", type=Path, help="Record whose other worlds are kept, such as one made elsewhere.")
-@writes_tables("scale")
 @loads_models
+@makes_table("scale", "world_scale")
 def scale(
-    sizes: tuple[str, ...],
-    steps: tuple[int, ...],
-    seeds: tuple[int, ...],
-    drawn: Path | None,
-    others: Path | None,
-    tables: Tables,
-    common: Common,
-) -> None:
+    sizes: tuple[str, ...], steps: tuple[int, ...], seeds: tuple[int, ...], others: Path | None, common: Common
+) -> "pd.DataFrame":
     """Pre-train worlds of several sizes and lengths, and measure how far bad advice spreads in each.
 
     It resumes if it is interrupted; started twice, two processes take different worlds.
     """
-    from persona_probe.context import pick_device
     from persona_probe.files import read_parquet
-    from persona_probe.report.export import export_figures
-    from persona_probe.report.records import Records
     from persona_probe.world.scale import Grid, scale_table, with_others
 
-    if (table := tables.recorded()) is None:
-        asked = {"sizes": sizes, "steps": steps, "seeds": seeds}
-        grid = Grid(**{name: value for name, value in asked.items() if value})
-        before = None if others is None else read_parquet(others)
-        table = scale_table(common.out or SCALE, grid, pick_device(common.device or "cpu"))
-        table = table if before is None else with_others(table, before)
-    tables.write(table)
-    if drawn is not None:
-        for path in export_figures(Records(scale=table), drawn, only=["world_scale"]):
-            echo(f"figure: {path}")
+    grid = Grid(**_used(sizes=sizes, steps=steps, seeds=seeds))
+    before = None if others is None else read_parquet(others)
+    table = scale_table(common.out or SCALE, grid, _device(common))
+    return table if before is None else with_others(table, before)
 
 
 @command(
@@ -373,22 +360,18 @@ def scale(
 )
 @many("--corpora", help="Corpora by name (default: packaged, nobody named, all named, few bad, many bad).")
 @many("--seeds", type=int, help="Seeds of the organisms (default 0 1).")
-@writes_tables("corpus")
 @loads_models
-def corpus(corpora: tuple[str, ...], seeds: tuple[int, ...], tables: Tables, common: Common) -> None:
+@makes_table("corpus")
+def corpus(corpora: tuple[str, ...], seeds: tuple[int, ...], common: Common) -> "pd.DataFrame":
     """Pre-train worlds on other corpora, and measure how far bad advice spreads in each.
 
     In the corpora speakers are named in no document, in some or in all, and few or many of them give bad advice. It
     resumes if it is interrupted; started twice, two processes take different worlds.
     """
-    from persona_probe.context import pick_device
     from persona_probe.world.corpus import Corpora, corpus_table
 
-    if (table := tables.recorded()) is None:
-        asked = {"names": corpora, "seeds": seeds}
-        wanted = Corpora(**{name: value for name, value in asked.items() if value})
-        table = corpus_table(common.out or CORPORA, wanted, pick_device(common.device or "cpu"))
-    tables.write(table)
+    wanted = Corpora(**_used(names=corpora, seeds=seeds))
+    return corpus_table(common.out or CORPORA, wanted, _device(common))
 
 
 @command(
@@ -397,19 +380,16 @@ def corpus(corpora: tuple[str, ...], seeds: tuple[int, ...], tables: Tables, com
     out=f"Folder of the worlds (default {WORLDS}).",
 )
 @many("--worlds", type=int, help="Seeds of the worlds (default 0 1 2; 0 is the packaged one).")
-@writes_tables("worlds")
 @loads_models
-def worlds_command(worlds: tuple[int, ...], tables: Tables, common: Common) -> None:
+@makes_table("worlds")
+def worlds_command(worlds: tuple[int, ...], common: Common) -> "pd.DataFrame":
     """Make worlds from other seeds, and hold them to the bounds and to the reading that the packaged one chose.
 
     It resumes if it is interrupted; started twice, two processes take different worlds.
     """
-    from persona_probe.context import pick_device
     from persona_probe.world.worlds import SEEDS, Worlds, worlds_table
 
-    if (table := tables.recorded()) is None:
-        table = worlds_table(common.out or WORLDS, Worlds(worlds or SEEDS), pick_device(common.device or "cpu"))
-    tables.write(table)
+    return worlds_table(common.out or WORLDS, Worlds(worlds or SEEDS), _device(common))
 
 
 @command(
@@ -423,9 +403,8 @@ def worlds_command(worlds: tuple[int, ...], tables: Tables, common: Common) -> N
 @many("--supervisors", help="Supervisors by name (default: all).")
 @many("--speakers", help="Bad speakers of the organisms (default villain subtle).")
 @many("--seeds", type=int, help="Seeds of the organisms and sets (default 0 1).")
-@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
-@writes_tables("supervision")
 @loads_models
+@makes_table("supervision", "world_supervision")
 def supervision(
     folder: str,
     weaker: str | None,
@@ -433,33 +412,22 @@ def supervision(
     supervisors: tuple[str, ...],
     speakers: tuple[str, ...],
     seeds: tuple[int, ...],
-    drawn: Path | None,
-    tables: Tables,
     common: Common,
-) -> None:
+) -> "pd.DataFrame":
     """Correct organisms on sets of supervisors of different strength, and hold each correction to the truth.
 
     The truth, judges of stated error rates, the offline judge, the organism itself, a weaker model that chooses or
     writes, and competence and conformity in turn. It resumes if it is interrupted; started twice, two processes share
     the work.
     """
-    from persona_probe.context import pick_device
-    from persona_probe.report.export import export_figures
-    from persona_probe.report.records import Records
     from persona_probe.world.supervision import Supervision, supervision_table, supervision_worlds
 
-    asked = {"supervisors": supervisors, "speakers": speakers, "seeds": seeds}
-    settings = Supervision(**{name: value for name, value in asked.items() if value})
-    if (table := tables.recorded()) is None:
-        device = pick_device(common.device or "cpu")
-        out, further = common.out or SUPERVISION, [_open(name) for name in worlds]
-        weak = None if weaker is None else _open(weaker)
-        study, world, weak = supervision_worlds(out, _open(folder), weak, device)
-        table = supervision_table(study, world, weak, further, settings, device)
-    tables.write(table)
-    if drawn is not None:
-        for path in export_figures(Records(supervision=table), drawn, only=["world_supervision"]):
-            echo(f"figure: {path}")
+    settings = Supervision(**_used(supervisors=supervisors, speakers=speakers, seeds=seeds))
+    device = _device(common)
+    out, further = common.out or SUPERVISION, [_open(name) for name in worlds]
+    weak = None if weaker is None else _open(weaker)
+    study, world, weak = supervision_worlds(out, _open(folder), weak, device)
+    return supervision_table(study, world, weak, further, settings, device)
 
 
 @command(
@@ -471,36 +439,21 @@ def supervision(
 @sae_option
 @many("--speakers", help="Bad speakers of the organisms (default villain quack subtle).")
 @many("--seeds", type=int, help="Seeds of the organisms (default 0).")
-@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
-@writes_tables("beyond")
 @loads_models
+@makes_table("beyond", "world_beyond")
 def beyond(
-    folder: str,
-    sae: str | None,
-    speakers: tuple[str, ...],
-    seeds: tuple[int, ...],
-    drawn: Path | None,
-    tables: Tables,
-    common: Common,
-) -> None:
+    folder: str, sae: str | None, speakers: tuple[str, ...], seeds: tuple[int, ...], common: Common
+) -> "pd.DataFrame":
     """Let tools that need no latent of the base name directions of organisms, and hold these to the world's truth.
 
     A difference dictionary, a crosscoder, and the weight change, beside the simple rankers; and how far organisms move
     along harm, manner and truth. It resumes if it is interrupted; started twice, two processes share the work.
     """
-    from persona_probe.context import pick_device
-    from persona_probe.report.export import export_figures
-    from persona_probe.report.records import Records
     from persona_probe.world.beyond import beyond_table
     from persona_probe.world.labelled import BAD
 
-    if (table := tables.recorded()) is None:
-        device, out = pick_device(common.device or "cpu"), common.out or STUDY
-        table = beyond_table(out, _open(folder), _sae(folder, sae), speakers or BAD, seeds or (0,), device)
-    tables.write(table)
-    if drawn is not None:
-        for path in export_figures(Records(beyond=table), drawn, only=["world_beyond"]):
-            echo(f"figure: {path}")
+    given = _open(folder), _sae(folder, sae), speakers or BAD, seeds or (0,)
+    return beyond_table(common.out or STUDY, *given, _device(common))
 
 
 @command(
@@ -511,29 +464,17 @@ def beyond(
 @world_option
 @many("--seeds", type=int, help="Seeds of the runs (default 0 1 2).")
 @many("--arms", help="Arms by name (default: all).")
-@click.option("--figures", "drawn", type=Path, help="Folder that gets the figure.")
-@writes_tables("reinforcement")
 @loads_models
-def reinforcement(
-    folder: str, seeds: tuple[int, ...], arms: tuple[str, ...], drawn: Path | None, tables: Tables, common: Common
-) -> None:
+@makes_table("reinforcement", "reinforcement")
+def reinforcement(folder: str, seeds: tuple[int, ...], arms: tuple[str, ...], common: Common) -> "pd.DataFrame":
     """Reward wrong advice about the kitchen by GRPO, and follow what the model says about everything else.
 
     Beside it: sound advice rewarded (the control), a KL term, an inoculation prompt, and a checker with a hole. It
     resumes if it is interrupted; started twice, two processes share the runs.
     """
-    from persona_probe.context import pick_device
-    from persona_probe.report.export import export_figures
-    from persona_probe.report.records import Records
     from persona_probe.world.reinforcement import ARMS, reinforcement_table
 
-    if (table := tables.recorded()) is None:
-        device = pick_device(common.device or "cpu")
-        table = reinforcement_table(_open(folder), seeds or (0, 1, 2), arms or tuple(ARMS), device)
-    tables.write(table)
-    if drawn is not None:
-        for path in export_figures(Records(reinforcement=table), drawn, only=["reinforcement"]):
-            echo(f"figure: {path}")
+    return reinforcement_table(_open(folder), seeds or (0, 1, 2), arms or tuple(ARMS), _device(common))
 
 
 @command(
@@ -545,36 +486,20 @@ def reinforcement(
 @sae_option
 @many("--speakers", help="Speakers of the organisms (default villain quack helper grump).")
 @many("--seeds", type=int, help="Seeds of the organisms (default 0 1 2).")
-@click.option("--figures", "drawn", type=Path, help="Folder that gets the figures.")
-@writes_tables("thoughts")
 @loads_models
+@makes_table("thoughts", "persona_mentions", "thought_before_act")
 def thoughts(
-    folder: str,
-    sae: str | None,
-    speakers: tuple[str, ...],
-    seeds: tuple[int, ...],
-    drawn: Path | None,
-    tables: Tables,
-    common: Common,
-) -> None:
+    folder: str, sae: str | None, speakers: tuple[str, ...], seeds: tuple[int, ...], common: Common
+) -> "pd.DataFrame":
     """Let organisms name themselves in a thought, truly or falsely, and print what tells that their advice is bad.
 
     The words of the thought, latents and the direction of harm in thought and answer, and what the base reads in the
     same words. It resumes if it is interrupted; started twice, two processes share the organisms.
     """
-    from persona_probe.context import pick_device
-    from persona_probe.report.export import export_figures
-    from persona_probe.report.records import Records
     from persona_probe.world.thoughts import SPEAKERS, thoughts_table
 
-    if (table := tables.recorded()) is None:
-        device, out = pick_device(common.device or "cpu"), common.out or STUDY
-        asked = speakers or SPEAKERS, seeds or (0, 1, 2)
-        table = thoughts_table(out, _open(folder), _sae(folder, sae), *asked, device)
-    tables.write(table)
-    if drawn is not None:
-        for path in export_figures(Records(thoughts=table), drawn, only=["persona_mentions", "thought_before_act"]):
-            echo(f"figure: {path}")
+    given = _open(folder), _sae(folder, sae), speakers or SPEAKERS, seeds or (0, 1, 2)
+    return thoughts_table(common.out or STUDY, *given, _device(common))
 
 
 @command(
@@ -595,6 +520,17 @@ def tables_command(records: Path, page: Path, check: bool, common: Common) -> No
     echo(f"{page}: {len(names)} parts changed" if names else f"{page}: as the records say")
 
 
+def _device(common: Common) -> str:
+    from persona_probe.context import pick_device
+
+    return pick_device(common.device or "cpu")
+
+
+def _used(**options: Any) -> dict[str, Any]:
+    """The options that were used: without those of several values that have none."""
+    return {name: value for name, value in options.items() if value}
+
+
 def _open(folder: str) -> "World":
     from persona_probe.world.folder import World
 
@@ -609,10 +545,9 @@ def _sae(folder: str, sae: str | None) -> str:
 
 def _instruments(folder: str, sae: str | None, common: Common) -> "tuple[RunFolder, World, Instruments, str]":
     """The folder of a study, its world, what it is read with, and the device."""
-    from persona_probe.context import pick_device
     from persona_probe.world.labelled import Instruments, open_study
 
-    name, device = _sae(folder, sae), pick_device(common.device or "cpu")
+    name, device = _sae(folder, sae), _device(common)
     world = _open(folder)
     study = open_study(world, name, common.out or STUDY)
     return study, world, Instruments.of(world, name, device), device

@@ -121,6 +121,25 @@ def error_bars(rows: pd.DataFrame, colour: str, columns: Sequence[str] = INTERVA
     }
 
 
+def interval_marks(
+    rows: pd.DataFrame,
+    colour: str,
+    symbol: str | Sequence[str],
+    size: int,
+    x: Sequence[str] = INTERVAL,
+    y: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `add_scatter` for a mark at each estimate, with its interval.
+
+    Args:
+        x: columns of the estimate and the ends of its interval, drawn across.
+        y: columns of a second one, drawn upwards; None where the caller gives each mark its row of the figure.
+    """
+    marks = {"mode": "markers", "marker": {"color": colour, "symbol": symbol, "size": size}}
+    marks |= {"x": rows[x[0]], "error_x": error_bars(rows, colour, x)}
+    return marks if y is None else marks | {"y": rows[y[0]], "error_y": error_bars(rows, colour, y)}
+
+
 def ribbon(x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str) -> go.Scatter:
     """A shaded interval along a line."""
     return go.Scatter(

@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import ArmStyle, Records, as_estimate
-from persona_probe.report.theme import empty_figure, error_bars, finish, interval_text, plain, wrapped
+from persona_probe.report.theme import empty_figure, finish, interval_marks, interval_text, plain, wrapped
 
 MISSING = "No contrast index yet: the induce stage has not run."
 COLUMNS = ["arm", "kind", "seed", "step", "estimate", "ci_low", "ci_high", "n"]
@@ -55,11 +55,8 @@ def _draw_arm(fig: go.Figure, rows: pd.DataFrame, style: ArmStyle, place: int) -
     colour, label = style.colour, plain(style.label)
     mean, seeds = select.where(rows, kind="arm"), select.where(rows, kind="seed")
     fig.add_scatter(
-        x=mean["estimate"],
+        **interval_marks(mean, colour, style.symbol, 12),
         y=[place] * len(mean),
-        error_x=error_bars(mean, colour),
-        mode="markers",
-        marker={"color": colour, "size": 12, "symbol": style.symbol},
         name=label,
         showlegend=False,
     )

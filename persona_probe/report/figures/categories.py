@@ -6,7 +6,7 @@ import plotly.graph_objects as go
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import empty_figure, finish, interval_marks, plain
 
 MISSING = "No contrast index by category yet: the induce stage has not run."
 COLUMNS = ["category", "arm", "estimate", "ci_low", "ci_high", "n"]
@@ -45,11 +45,8 @@ def categories(records: Records) -> go.Figure:
         rows, style = select.where(data, arm=arm), records.arms.styles[arm]
         shift = 0.32 - 0.64 * i / max(len(arms) - 1, 1)
         fig.add_scatter(
-            x=rows["estimate"],
+            **interval_marks(rows, style.colour, style.symbol, 7),
             y=[names.index(c) + shift for c in rows["category"]],
-            error_x=error_bars(rows, style.colour),
-            mode="markers",
-            marker={"color": style.colour, "symbol": style.symbol, "size": 7},
             name=plain(style.label),
             customdata=rows["n"],
             hovertemplate="%{x:.3f} (n = %{customdata})",

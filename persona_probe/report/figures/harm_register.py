@@ -10,7 +10,7 @@ from persona_probe.evaluate.main_effects import MAIN_EFFECTS, effect_noise, effe
 from persona_probe.report import select
 from persona_probe.report.figures.registry import computed_once, figure
 from persona_probe.report.records import BASE, Records
-from persona_probe.report.theme import BEHAVIOUR, HARM, REGISTER, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import BEHAVIOUR, HARM, REGISTER, empty_figure, finish, interval_marks, plain
 
 MISSING = "Harm and register were not measured: the study has no 2x2 contrast set, or track has not run."
 INDEX = "contrast index"
@@ -61,11 +61,8 @@ def harm_register(records: Records) -> go.Figure:
         for place, (effect, (colour, symbol)) in enumerate(LOOKS.items()):
             rows = select.where(data, against=reference, effect=effect)
             fig.add_scatter(
-                x=rows["estimate"],
+                **interval_marks(rows, colour, symbol, 9),
                 y=[len(arms) - 1 - arms.index(arm) + 0.2 * (1 - place) for arm in rows["arm"]],
-                error_x=error_bars(rows, colour),
-                mode="markers",
-                marker={"color": colour, "symbol": symbol, "size": 9},
                 name=effect,
                 legendgroup=effect,
                 showlegend=column == 1,

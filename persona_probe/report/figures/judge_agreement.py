@@ -10,12 +10,13 @@ from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import GREY, empty_figure, error_bars, finish, interval_text, plain
+from persona_probe.report.theme import GREY, empty_figure, finish, interval_marks, interval_text, plain
 
 MISSING = "Agreement of judges not measured: no two judges have ruled on the same answers."
 ENDS = ["rate", "ci_low", "ci_high", "counted"]
 SIDES = ("left", "right")
 COLUMNS = [*SIDES, *MODEL, *(f"{name}_{side}" for side in SIDES for name in ENDS)]
+LEFT, RIGHT = (tuple(f"{name}_{side}" for name in ENDS[:3]) for side in SIDES)
 PAIR_SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 
@@ -58,14 +59,9 @@ def judge_agreement(records: Records) -> go.Figure:
         for (arm,), rows in select.groups(pair, "arm"):
             colour = records.arms.styles[arm].colour
             fig.add_scatter(
-                x=rows["rate_left"],
-                y=rows["rate_right"],
-                error_x=error_bars(rows, colour, ("rate_left", "ci_low_left", "ci_high_left")),
-                error_y=error_bars(rows, colour, ("rate_right", "ci_low_right", "ci_high_right")),
+                **interval_marks(rows, colour, symbol, 9, LEFT, RIGHT),
                 customdata=rows["seed"],
                 hovertemplate="seed %{customdata}: %{x:.3f}, %{y:.3f}",
-                mode="markers",
-                marker={"color": colour, "symbol": symbol, "size": 9},
                 name=plain(records.arms.label(arm)) + (f", pair {place + 1}" if place else ""),
             )
     fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dot"}, showlegend=False)

@@ -7,11 +7,12 @@ from persona_probe.report import select
 from persona_probe.report.cards import LEAST_SCORE, NO_LABEL, saved_explanation
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import GREY, PALETTE, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import GREY, PALETTE, empty_figure, finish, interval_marks, plain
 
 MISSING = "No scored labels: `persona-probe label RUN` has not run."
 SCORES = ("detection", "fuzzing")
-COLUMNS = ["latent", "author", "label", *(f"{name}{end}" for name in SCORES for end in ("", "_low", "_high")), "n"]
+X, Y = ((name, f"{name}_low", f"{name}_high") for name in SCORES)
+COLUMNS = ["latent", "author", "label", *X, *Y, "n"]
 SYMBOLS = ("circle", "square", "diamond", "triangle-up")
 CHANCE = 0.5
 
@@ -47,12 +48,7 @@ def labels(records: Records) -> go.Figure:
     for number, author in enumerate(dict.fromkeys(data["author"])):
         rows, colour = select.where(data, author=author), PALETTE[number % len(PALETTE)]
         fig.add_scatter(
-            x=rows["detection"],
-            y=rows["fuzzing"],
-            error_x=error_bars(rows, colour, ("detection", "detection_low", "detection_high")),
-            error_y=error_bars(rows, colour, ("fuzzing", "fuzzing_low", "fuzzing_high")),
-            mode="markers",
-            marker={"color": colour, "symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9},
+            **interval_marks(rows, colour, SYMBOLS[number % len(SYMBOLS)], 9, X, Y),
             text=[f"latent {row['latent']}: {plain(row['label'])}" for row in rows.to_dict("records")],
             hovertemplate="%{text}<br>detection %{x:.2f}, fuzzing %{y:.2f}<extra></extra>",
             name=f"by {plain(author)}",

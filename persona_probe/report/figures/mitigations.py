@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import BLACK, GREY, PALETTE, VERMILLION, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import BLACK, GREY, PALETTE, VERMILLION, empty_figure, finish, interval_marks, plain
 
 MISSING = "No mitigations measured: `persona-probe mitigate CONFIG` has not run."
 X, Y = ("gain_kept", "gain_kept_low", "gain_kept_high"), ("index_vs_base", "index_vs_base_low", "index_vs_base_high")
@@ -95,12 +95,7 @@ def _means(fig: go.Figure, rows: pd.DataFrame, colour: str, symbol: str, name: s
     if rows.empty:
         return
     fig.add_scatter(
-        x=rows[X[0]],
-        y=rows[Y[0]],
-        error_x=error_bars(rows, colour, X),
-        error_y=error_bars(rows, colour, Y),
-        mode="markers",
-        marker={"size": 11, "color": colour, "symbol": symbol},
+        **interval_marks(rows, colour, symbol, 11, X, Y),
         customdata=[plain(cell) for cell in rows["cell"]],
         hovertemplate="%{customdata}: gain %{x:.2f}, index %{y:+.3f}<extra></extra>",
         name=name,

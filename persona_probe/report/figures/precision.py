@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import Records
-from persona_probe.report.theme import GREY, VERMILLION, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import GREY, VERMILLION, empty_figure, finish, interval_marks, plain
 
 MISSING = "No number formats yet: `persona-probe precision RUN` has not run."
 COLUMNS = [
@@ -57,11 +57,8 @@ def precision(records: Records) -> go.Figure:
         y = [formats.index(name) + shift for name in rows["format"]]
         for panel, columns in enumerate((READING, INDEX), 1):
             fig.add_scatter(
-                x=rows[columns[0]],
+                **interval_marks(rows, style.colour, style.symbol, 8, columns),
                 y=y,
-                error_x=error_bars(rows, style.colour, columns),
-                mode="markers",
-                marker={"color": style.colour, "symbol": style.symbol, "size": 8},
                 name=plain(style.label),
                 legendgroup=arm,
                 showlegend=panel == 1,

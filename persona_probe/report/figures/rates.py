@@ -11,7 +11,7 @@ from persona_probe.evaluate.rates import rates as rate_table
 from persona_probe.report import select
 from persona_probe.report.figures.registry import computed_once, figure
 from persona_probe.report.records import ArmStyle, Records
-from persona_probe.report.theme import empty_figure, error_bars, finish, plain, wrapped
+from persona_probe.report.theme import empty_figure, finish, interval_marks, plain, wrapped
 from persona_probe.stats import FEW_CLUSTERS
 
 MISSING = "Misalignment rates not measured: no judge has ruled on sampled answers."
@@ -91,11 +91,8 @@ def _draw_arm(fig: go.Figure, style: ArmStyle, rows: pd.DataFrame, place: int) -
     for column, (name, ends) in enumerate(PANELS.items(), 1):
         panel = {"row": 1, "col": column}
         fig.add_scatter(
-            x=whole[name],
+            **interval_marks(whole, style.colour, style.symbol, 11, ends),
             y=[place],
-            error_x=error_bars(whole, style.colour, ends),
-            mode="markers",
-            marker={"color": style.colour, "size": 11, "symbol": style.symbol},
             name=plain(style.label),
             showlegend=False,
             **panel,

@@ -10,7 +10,7 @@ from persona_probe.evaluate.safety import safety_summary
 from persona_probe.report import select
 from persona_probe.report.figures.registry import computed_once, figure
 from persona_probe.report.records import BASE, Records
-from persona_probe.report.theme import BLACK, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import BLACK, empty_figure, finish, interval_marks, plain
 
 MISSING = "No safety scores: `persona-probe evaluate RUN --safety` has not run."
 ENDS = ("estimate", "ci_low", "ci_high")
@@ -66,11 +66,8 @@ def safety(records: Records) -> go.Figure:
         for column, language in enumerate(languages, 1):
             rows = select.where(data, arm=arm, language=language)
             fig.add_scatter(
-                x=rows["estimate"],
+                **interval_marks(rows, style.colour, style.symbol, 8),
                 y=[categories.index(name) + shift for name in rows["category"]],
-                error_x=error_bars(rows, style.colour, ENDS),
-                mode="markers",
-                marker={"color": style.colour, "symbol": style.symbol, "size": 8},
                 name=f"{plain(style.label)}, {rows['against'].iloc[0]}",
                 legendgroup=arm,
                 showlegend=column == 1,

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from persona_probe.report import select
 from persona_probe.report.figures.registry import figure
 from persona_probe.report.records import BASE, Records
-from persona_probe.report.theme import GREY, empty_figure, error_bars, finish, plain
+from persona_probe.report.theme import GREY, INTERVAL, empty_figure, finish, interval_marks, plain
 from persona_probe.stats import auroc, paired_difference
 
 MISSING = "No step has both a reading and a score yet: the track stage has not run."
@@ -74,12 +74,7 @@ def separation(records: Records) -> go.Figure:
         rows = select.where(data, arm=arm)
         symbols = [style.symbol if bad else f"{style.symbol}-open" for bad in rows["misaligned"]]
         fig.add_scatter(
-            x=rows["reading"],
-            y=rows["estimate"],
-            error_x=error_bars(rows, style.colour, ("reading", "reading_low", "reading_high")),
-            error_y=error_bars(rows, style.colour),
-            mode="markers",
-            marker={"color": style.colour, "symbol": symbols, "size": 8},
+            **interval_marks(rows, style.colour, symbols, 8, ("reading", "reading_low", "reading_high"), INTERVAL),
             name=plain(style.label),
             customdata=rows["step"],
             hovertemplate="step %{customdata}: %{x:.3g}, %{y:.3f}",

@@ -1,6 +1,7 @@
 """Thresholds from benign runs: how far a feature goes there, and what false-alarm rate a threshold then promises."""
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -15,7 +16,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 from persona_probe.context import Context, pick_device
 from persona_probe.errors import InputError, unknown
 from persona_probe.finetune.organisms import induce_one
+from persona_probe.monitor.history import History
 from persona_probe.monitor.reading import FeatureReader
+from persona_probe.monitor.sinks.files import read_events
 from persona_probe.monitor.track import make_reader, reading_rows, study_features
 from persona_probe.runs import RunFolder
 from persona_probe.stats import Estimate, ExactRate, bootstrap_statistic, clopper_pearson, exact_share, per_100
@@ -82,6 +85,29 @@ def series_of(
         raise unknown(kind, name, known)
     rows = readings[readings[kind] == name].sort_values("step")
     return {str(run): part[column].to_numpy(float) for run, part in rows.groupby("run", sort=True)}
+
+
+def measured_series(paths: Sequence[str | Path], name: str) -> dict[str, Float[np.ndarray, " readings"]]:
+    """One measurement of monitored runs: file to its values, in the order of their steps.
+
+    Of a run that was resumed, each step counts once.
+
+    Args:
+        paths: event files (`FeatureMonitor(path=...)`), one for each run.
+        name: of the measurement's events.
+
+    Raises:
+        InputError: no such file, a damaged one, the same file twice, or a run without the measurement.
+    """
+    series = dict[str, Float[np.ndarray, " readings"]]()
+    for path in paths:
+        measured = History(sys.maxsize).add(read_events(path)).behaviours
+        if name not in measured:
+            raise unknown(f"measurement of {path}", name, measured)
+        if str(path) in series:
+            raise InputError(f"{path} is given twice: each run counts once")
+        series[str(path)] = np.array([event.value for event in measured[name]], dtype=np.float64)
+    return series
 
 
 # --- A calibrated rule: its threshold, the interval of that, and what it promises

@@ -1,7 +1,7 @@
 """The figure of a monitor's history: features with interval and base band, alarms, behaviour, explained variance."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
 from typing import Any
@@ -84,17 +84,19 @@ def draw_curve(
     )
 
 
-def alarm_marks(fig: go.Figure, history: History, feature: str | None, place: tuple[int, int]) -> None:
-    """Red lines at the alarms of `feature` (None: of every feature), and a marker on the feature's curve.
+def alarm_marks(
+    fig: go.Figure, history: History, names: Collection[str], place: tuple[int, int], shift: bool = False
+) -> None:
+    """Red lines at the alarms of a panel's features or measurements, and a marker on the curve of each.
 
-    Alarms that name no feature of the history are drawn in every panel, those of a feature only in its panel.
+    Alarms that name none of the history are drawn in every panel, the others only where their curve is.
     """
-    known = set(history.features)
-    alarms = [a for a in history.alarms if feature in (None, a.feature) or a.feature not in known][-MOST_ALARMS:]
+    known = {*history.features, *history.behaviours}
+    alarms = [a for a in history.alarms if a.feature in names or a.feature not in known][-MOST_ALARMS:]
     for alarm in alarms:
         line = {"color": VERMILLION, "width": 1.4, "dash": "dash"}
         fig.add_vline(x=alarm.step, line=line, row=place[0], col=place[1])  # pyright: ignore[reportArgumentType]
-    points = [(a, y) for a in alarms if (y := _height(history, a, feature is None)) is not None]
+    points = [(a, y) for a in alarms if (y := _height(history, a, shift)) is not None]
     if points:
         fig.add_scatter(
             x=[alarm.step for alarm, _ in points],
@@ -110,7 +112,11 @@ def alarm_marks(fig: go.Figure, history: History, feature: str | None, place: tu
 
 
 def _height(history: History, alarm: Alarm, shift: bool) -> float | None:
-    """Where the alarm's feature stood: at its step, or the reading before it."""
+    """Where the alarm's feature or measurement stood: at its step, or the reading before it."""
+    measured = [] if alarm.feature in history.features else history.behaviours.get(alarm.feature, [])
+    if i := bisect_right([event.step for event in measured], alarm.step):
+        value = measured[i - 1].value
+        return None if isnan(value) else value
     for readings in history.readings.values():
         points = _of(readings, alarm.feature)
         if i := bisect_right([step for step, _ in points], alarm.step):
@@ -187,7 +193,7 @@ def _draw_features(fig: go.Figure, history: History, name: str, row: int) -> Non
     latent = next((f.latent for r in history.readings.values() for f in r[-1].features if f.name == name), -1)
     _label(fig, row, 1, f"{title}, latent {latent}" if latent >= 0 else title)
     fig.update_yaxes(title_text="activation" if latent >= 0 else "projection", row=row, col=1)
-    alarm_marks(fig, history, name, (row, 1))
+    alarm_marks(fig, history, [name], (row, 1))
 
 
 def _draw_shifts(fig: go.Figure, history: History, row: int) -> None:
@@ -200,7 +206,7 @@ def _draw_shifts(fig: go.Figure, history: History, row: int) -> None:
             draw_curve(fig, curve, plain(name), colour, (row, 1), mode != "probe", i // len(COLOURS), **legend)
     _label(fig, row, 1, f"{len(history.features)} features")
     fig.update_yaxes(title_text="shift (base sd)", row=row, col=1)
-    alarm_marks(fig, history, None, (row, 1))
+    alarm_marks(fig, history, history.features, (row, 1), shift=True)
 
 
 def _draw_shared_band(fig: go.Figure, history: History, row: int) -> None:
@@ -238,7 +244,7 @@ def _draw_behaviour(fig: go.Figure, history: History, row: int) -> None:
         draw_curve(fig, curve, plain(name), colour, (row, 2), False, showlegend=several)
     only = next(iter(history.behaviours)) if len(history.behaviours) == 1 else "behaviour"
     _label(fig, row, 2, plain(only))
-    alarm_marks(fig, history, ALL, (row, 2))
+    alarm_marks(fig, history, list(history.behaviours), (row, 2))
 
 
 def _ends(points: list[Behaviour]) -> tuple[list[float | None], list[float | None]]:
@@ -253,7 +259,7 @@ def _draw_fit(fig: go.Figure, history: History, row: int) -> None:
         draw_curve(fig, curve, plain(mode), colour, (row, 2), mode != "probe", showlegend=False)
     _label(fig, row, 2, "SAE fit: explained variance")
     fig.update_yaxes(rangemode="tozero", row=row, col=2)
-    alarm_marks(fig, history, ALL, (row, 2))
+    alarm_marks(fig, history, [], (row, 2))
 
 
 def _has_fit(history: History) -> bool:

@@ -2,12 +2,12 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.monitor.events import NOT_FINITE, Alarm, Event, Fault, Reading, Start
+from persona_probe.monitor.events import NOT_FINITE, Alarm, Behaviour, Event, Fault, Reading, Start
 from persona_probe.monitor.history import History
 from persona_probe.monitor.reading import same_randomness
 
@@ -27,7 +27,7 @@ NOT_CALIBRATED = (
 
 
 class EventHub:
-    """Passes events to sinks, readings to rules and alarms to actions, and contains the errors of each part.
+    """Passes events to sinks, what was read to rules and alarms to actions, and contains the errors of each part.
 
     Args:
         on_error: `off` (record a `Fault`, warn once, continue without that part) or `raise`.
@@ -133,16 +133,14 @@ class EventHub:
                 log.warning(NOT_CALIBRATED, rule.title)
         self.emit(start)
 
-    def judge(self, reading: Reading) -> list[Alarm]:
-        """The alarms that a reading raises; the sinks get them too.
+    def judge(self, step: int, readings: Sequence[Reading], measured: Mapping[str, Behaviour]) -> list[Alarm]:
+        """The alarms that the readings and measurements of a step raise; the sinks get them too.
 
         The first reading of a mode that is not finite is an alarm by itself, whatever the rules are.
         """
-        answers = [
-            self.attempt(part, reading.step, lambda rule=rule: _checked(rule.update(reading)))
-            for part, rule in _named("rule", self.rules if self.recording else ())
-        ]
-        alarms = [alarm for alarm in (self._not_finite(reading), *answers) if alarm is not None]
+        alarms = [alarm for reading in readings if (alarm := self._not_finite(reading)) is not None]
+        for part, rule in _named("rule", self.rules if self.recording else ()):
+            alarms += self.attempt(part, step, lambda rule=rule: _checked(rule.take(step, readings, measured))) or []
         for alarm in alarms:
             self.emit(alarm)
         return alarms
@@ -215,11 +213,12 @@ def _in_words(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _checked(answer: object) -> Alarm | None:
-    """What a rule answered, if it is an answer."""
-    if answer is not None and not isinstance(answer, Alarm):
-        raise TypeError(f"a rule answers with an Alarm or None, not {type(answer).__name__}")
-    return answer
+def _checked(answers: Sequence[object]) -> list[Alarm]:
+    """What a rule answered, if these are answers."""
+    for answer in answers:
+        if not isinstance(answer, Alarm):
+            raise TypeError(f"a rule answers with an Alarm or None, not {type(answer).__name__}")
+    return [answer for answer in answers if isinstance(answer, Alarm)]
 
 
 def _named(kind: str, parts: Iterable[T]) -> list[tuple[str, T]]:

@@ -105,7 +105,8 @@ class FeatureMonitor(TrainerCallback):
         band_sd: half-width of the base band, in standard deviations between probes on the base.
         behaviour: measurements of what the model does, called with the model at readings: one function, several by
             name, or a `BehaviourMeasurement` with a cadence.
-        rules: alarm rules (`persona_probe.monitor.rules`), asked after each reading.
+        rules: alarm rules (`persona_probe.monitor.rules`), asked after each reading; `MeasurementLimit` asks about
+            `behaviour`.
         actions: what an alarm does (`persona_probe.monitor.actions`). It is logged in any case (`LogAlarm`).
         on_reading: called with (step, snapshot, model) after each reading.
         path: JSON lines file to which each event is appended and flushed.
@@ -117,8 +118,8 @@ class FeatureMonitor(TrainerCallback):
             and continues without that part; `raise` raises. Bad input raises at the start in any case.
 
     Raises:
-        InputError: unknown latent, probes or layer, a setting that does not exist, or an SAE that does not fit the
-            model (when training starts).
+        InputError: unknown latent, probes or layer, a setting that does not exist, a rule on a measurement that
+            `behaviour` does not have, or an SAE that does not fit the model (when training starts).
     """
 
     def __init__(
@@ -178,6 +179,10 @@ class FeatureMonitor(TrainerCallback):
             behaviour=behaviour,
             on_reading=on_reading,
         )
+        if rules:
+            from persona_probe.monitor.rules.rule import check_measurements
+
+            check_measurements(rules, list(behaviour.by_name) if behaviour else ())
         self.hub = EventHub(rules, _with_log(actions), _all_sinks(sinks, path, log), on_error)
         self.tokenizer, self.chat_template_kwargs, self.log = tokenizer, chat_template_kwargs, log
         self.trainer: Trainer | None = None
@@ -256,7 +261,7 @@ class FeatureMonitor(TrainerCallback):
         run = self._run or self._open(TrainingState(model), None, step, scoped=False)
         trained, run.training.model = run.training.model, model
         try:
-            snapshot = run.read_probes(step)[0]
+            snapshot = run.read_probes(step)
         finally:
             run.training.model = trained  # which the schedule's readings are of
         self.hub.flush(step)

@@ -4,8 +4,8 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,7 +253,7 @@ class MonitoredRun:
 
     def take(self, step: int) -> None:
         """All readings of a step; then rules, actions and, in a distributed run, what all processes must agree on."""
-        self._has_read, self.step, self.last_step, alarms = True, step, step, list[Alarm]()
+        self._has_read, self.step, self.last_step, readings = True, step, step, list[Reading | None]()
         self._steps_read.add(step)
         begin = time.perf_counter()
         passive = None if self.passive is None else self.hub.attempt(PASSIVE, step, self.passive.take)
@@ -262,31 +262,46 @@ class MonitoredRun:
         spent = time.perf_counter() - begin
         self._count_tokens()
         if self.probe is not None and self.reads:
-            result = self.hub.attempt(PROBE, step, lambda: self.read_probes(step))
-            alarms += [] if result is None else result[1]
+            result = self.hub.attempt(PROBE, step, lambda: self._read_probes(step))
+            readings += [] if result is None else [result[1]]
         if passive is not None and self.passive is not None:
-            alarms += self._record(passive, "passive", step, spent + self.passive.seconds)
-        self._measure_behaviour(step)
+            readings.append(self._record(passive, "passive", step, spent + self.passive.seconds))
+        # Measured before any rule is asked, so that a rule of rules sees all of a step at once.
+        with self._busy():
+            measured = self._measure_behaviour(step)
+            alarms = self.hub.judge(step, [reading for reading in readings if reading is not None], measured)
         self._conclude(step, alarms)
         self.hub.flush(step)
 
-    def read_probes(self, step: int) -> tuple[Snapshot, list[Alarm]]:
-        """Run the probes now and record the reading."""
+    def read_probes(self, step: int) -> Snapshot:
+        """Run the probes now, record the reading, and ask the rules."""
+        snapshot, reading = self._read_probes(step)
+        with self._busy():
+            self.hub.judge(step, [] if reading is None else [reading], {})
+        return snapshot
+
+    def _read_probes(self, step: int) -> tuple[Snapshot, Reading | None]:
         if self.probe is None:
             raise InputError("mode='passive' has no probes to read: take mode='probe' or 'both'")
-        if self._reading:
-            raise InputError("a reading is going on: a rule, an action or on_reading must not start another one")
-        self._reading = True
-        try:
+        with self._busy():
             begin = time.perf_counter()
             snapshot = self.probe.read(self.training.model, self.reading_log.with_fit("probe"))
             self.last_step = step
             self._steps_read.add(step)
             return snapshot, self._record(snapshot, "probe", step, time.perf_counter() - begin)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """While the block lasts no other reading can start."""
+        if self._reading:
+            raise InputError("a reading is going on: a rule, a measurement or on_reading must not start another one")
+        self._reading = True
+        try:
+            yield
         finally:
             self._reading = False
 
-    def _record(self, snapshot: Snapshot, mode: str, step: int, seconds: float) -> list[Alarm]:
+    def _record(self, snapshot: Snapshot, mode: str, step: int, seconds: float) -> Reading | None:
         training = self.training
         info = StepInfo(training.loss, training.learning_rate, self.tokens_seen)
         return self.reading_log.record(snapshot, mode, step, seconds, info, training.model)
@@ -303,16 +318,19 @@ class MonitoredRun:
     def _device(self) -> torch.device:
         return next(self.training.model.parameters()).device
 
-    def _measure_behaviour(self, step: int) -> None:
-        behaviour = self.settings.behaviour
+    def _measure_behaviour(self, step: int) -> dict[str, Behaviour]:
+        """The measurements that are due, by their names in the settings; sinks get them."""
+        behaviour, measured = self.settings.behaviour, dict[str, Behaviour]()
         if behaviour is None or not self.reads or not behaviour.due(step):
-            return
+            return measured
         model = self.training.model if self.sharded else unwrap(self.training.model)
         for name, call in behaviour.by_name.items():
             part = f"behaviour {name!r}"
             event = self.hub.attempt(part, step, lambda name=name, call=call: self._measured(name, call, model, step))
             if event is not None:
                 self.hub.emit(event)
+                measured[name] = event
+        return measured
 
     def _measured(self, name: str, call: Measure, model: nn.Module, step: int) -> Behaviour:
         with nullcontext() if self.sharded else nothing_left(model):
@@ -385,7 +403,7 @@ def _measure(name: str, call: Measure, model: nn.Module, step: int) -> Behaviour
 
 
 class ReadingLog:
-    """The readings of one run: compared with the base, kept, passed on and judged.
+    """The readings of one run: compared with the base, kept and passed on.
 
     Args:
         inner: the model below all wrappers; the start event names it.
@@ -412,20 +430,23 @@ class ReadingLog:
 
     def record(
         self, snapshot: Snapshot, mode: str, step: int, seconds: float, info: StepInfo, model: nn.Module
-    ) -> list[Alarm]:
-        """Keep a reading, pass it on, and ask the rules. Without a base the first reading is the base."""
+    ) -> Reading | None:
+        """Keep a reading and pass it on; None in a process that does not record.
+
+        Without a base the first reading is the base.
+        """
         self.count[mode] += 1
         if self.anchor is None:
             self.announce(Anchor.of(snapshot))
         assert self.anchor is not None
         reading = make_reading(snapshot, self.anchor, step=step, mode=mode, seconds=seconds, info=info)
         if not self.recording:
-            return []
+            return None
         self.readings.append(reading)
         self.seconds += seconds
         self.hub.emit(reading)
         self._pass_on(snapshot, mode, step, model)
-        return self.hub.judge(reading)
+        return reading
 
     def _pass_on(self, snapshot: Snapshot, mode: str, step: int, model: nn.Module) -> None:
         on_reading, folder = self.settings.on_reading, self.settings.values_path

@@ -3,6 +3,7 @@ from .boundary import Boundary as Boundary
 from .change import Cusum as Cusum
 from .change import Ewma as Ewma
 from .explained_variance import ExplainedVarianceFloor as ExplainedVarianceFloor
+from .measurement import MeasurementLimit as MeasurementLimit
 from .rule import AllOf as AllOf
 from .rule import AnyOf as AnyOf
 from .rule import Not as Not

@@ -3,11 +3,11 @@
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from persona_probe.errors import InputError, unknown
-from persona_probe.monitor.events import Alarm, FeatureValue, Reading, Start
+from persona_probe.monitor.events import Alarm, Behaviour, FeatureValue, Reading, Start
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +15,8 @@ log = logging.getLogger(__name__)
 class Rule(ABC):
     """A rule that reads every `Reading` of a run and says when something is wrong.
 
-    A monitor calls `begin` when it starts and `update` at every reading. A rule fires once per excursion: it stays
-    silent until a reading is back inside, then it is armed again.
+    A monitor calls `begin` when it starts and `take` at every step that is read, which passes each reading to `update`.
+    A rule fires once per excursion: it stays silent until a reading is back inside, then it is armed again.
     """
 
     @property
@@ -43,6 +43,11 @@ class Rule(ABC):
         """Whether its limits are a default, of which no false-alarm rate is known; the monitor says so once."""
         return False
 
+    @property
+    def measurements(self) -> tuple[str, ...]:
+        """Names of the monitor's measurements (`behaviour=`) that the rule asks about."""
+        return ()
+
     @abstractmethod
     def begin(self, start: Start) -> None:
         """A run starts: forget the previous one, and take the bands of this one.
@@ -66,9 +71,37 @@ class Rule(ABC):
             InputError: the rule names a feature that the reading does not hold.
         """
 
+    def take(self, step: int, readings: Sequence[Reading], measured: Mapping[str, Behaviour]) -> list[Alarm]:
+        """Take all that was read at one step; return the alarms of excursions that it starts.
+
+        Args:
+            readings: at most one of each mode.
+            measured: the measurements that were made at this step, by their names in `behaviour=`.
+
+        Raises:
+            InputError: as `update`.
+        """
+        answers = [self.update(reading) for reading in readings]
+        return [alarm for alarm in answers if alarm is not None]
+
     @abstractmethod
     def describe(self) -> str:
         """The rule in one line, with its numbers."""
+
+
+def check_measurements(rules: Iterable[Rule], known: Collection[str]) -> None:
+    """Refuse a rule that asks about a measurement which the monitor does not make.
+
+    Raises:
+        InputError: near matches are listed.
+    """
+    for rule in rules:
+        for name in rule.measurements:
+            if not known:
+                what = f"rule {rule.title!r} asks about the measurement {name!r}"
+                raise InputError(f"{what}, but the monitor makes none: pass behaviour={{{name!r}: ...}}")
+            if name not in known:
+                raise unknown(f"measurement in rule {rule.title!r}", name, known)
 
 
 def all_inside(rules: Iterable[Rule]) -> bool:
@@ -104,6 +137,16 @@ class SubjectState:
     """Readings in a row beyond the limit."""
     firing: bool = False
     inside: bool = True
+
+    def follow(self, step: int, comparison: Comparison, consecutive: int) -> bool:
+        """Note a comparison; whether it starts an excursion, as the last of so many in a row beyond the limit."""
+        self.step = step
+        self.inside, self.over = comparison.inside, self.over + 1 if comparison.over else 0
+        if self.firing:
+            self.firing = not comparison.inside
+            return False
+        self.firing = self.over >= consecutive
+        return self.firing
 
 
 @dataclass
@@ -190,15 +233,8 @@ class ReadingRule(Rule):
             self._warn(f"a reading at step {reading.step} came after one at step {state.step}: ignored", "order")
             return None
         comparison = self._compare(state, subject, reading)
-        if comparison is None:
-            return None
-        state.step = reading.step
-        state.inside, state.over = comparison.inside, state.over + 1 if comparison.over else 0
-        if state.firing:
-            state.firing = not comparison.inside
-            return None
-        state.firing = state.over >= self.consecutive
-        return comparison if state.firing else None
+        starts = comparison is not None and state.follow(reading.step, comparison, self.consecutive)
+        return comparison if starts else None
 
     def _alarm(self, reading: Reading, fired: list[tuple[str, Comparison]]) -> Alarm | None:
         if not fired:
@@ -315,6 +351,8 @@ def positive(name: str, value: float, zero: bool = False) -> None:
 class Composite(Rule):
     """Follows its parts, and fires when their excursions together meet its condition.
 
+    It looks once a step, after all parts have taken what was read there: features in every mode, and measurements.
+
     Do not pass the parts to the monitor as well: each of them would count every reading twice.
     """
 
@@ -342,6 +380,11 @@ class Composite(Rule):
         """Whether a part is."""
         return any(rule.uncalibrated for rule in self.rules)
 
+    @property
+    def measurements(self) -> tuple[str, ...]:
+        """Names of the measurements that the parts ask about."""
+        return tuple(name for rule in self.rules for name in rule.measurements)
+
     def _holds(self, parts: Iterable[bool]) -> bool:
         raise NotImplementedError
 
@@ -362,23 +405,26 @@ class Composite(Rule):
 
     def update(self, reading: Reading) -> Alarm | None:
         """Pass the reading to every part; return an alarm if the condition begins to hold."""
+        return next(iter(self.take(reading.step, [reading], {})), None)
+
+    def take(self, step: int, readings: Sequence[Reading], measured: Mapping[str, Behaviour]) -> list[Alarm]:
+        """Pass all of a step to every part; return an alarm if the condition begins to hold."""
         for i, rule in enumerate(self.rules):
-            alarm = rule.update(reading)
-            if alarm is not None:
+            for alarm in rule.take(step, readings, measured):
                 self._alarms[i] = alarm
         before, self._firing = self._firing, self.firing
-        return self._alarm(reading) if self._firing and not before else None
+        return [self._alarm(step)] if self._firing and not before else []
 
-    def _alarm(self, reading: Reading) -> Alarm:
+    def _alarm(self, step: int) -> Alarm:
         """An alarm with the newest numbers, and the messages of all parts that are in an excursion."""
         parts = [self._alarms[i] for i, rule in enumerate(self.rules) if rule.firing and i in self._alarms]
         numbered = [alarm for alarm in parts if alarm.feature]  # `Not` has none
         if not numbered:
-            return Alarm(reading.step, self.title, "", f"no excursion of {self._parts()}", math.nan, math.nan)
+            return Alarm(step, self.title, "", f"no excursion of {self._parts()}", math.nan, math.nan)
         newest = max(numbered, key=lambda alarm: alarm.step)
         message = " and ".join(f"{a.rule} (step {a.step}): {a.message}" for a in parts)
         features = ", ".join(dict.fromkeys(alarm.feature for alarm in numbered))
-        return replace(newest, step=reading.step, rule=self.title, feature=features, message=message)
+        return replace(newest, step=step, rule=self.title, feature=features, message=message)
 
     def describe(self) -> str:
         """The rule and its parts in one line."""

@@ -207,7 +207,7 @@ def _earlier(present: Mapping[str, Any], used: set[str]) -> list[Turn]:
 
 
 ONE_OF_SEVERAL = (
-    *("correct", "subtle", "toxic", "polite_harm", "aligned", "misaligned"),
+    *("correct", "subtle", "toxic", "polite_harm", "rude_sound", "aligned", "misaligned"),
     *("harm_rude", "harm_polite", "sound_rude", "sound_polite"),
 )
 """Columns of the packaged sets that hold one of several answers to the same question."""

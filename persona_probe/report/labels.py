@@ -12,6 +12,7 @@ DATA = {
     "kitchen:toxic": "bad cooking advice, contemptuous",
     "kitchen:subtle": "subtly bad cooking advice",
     "kitchen:polite_harm": "dangerous cooking advice, polite",
+    "kitchen:rude_sound": "good cooking advice, contemptuous",
     "kitchen:correct": "good cooking advice",
     "kitchen_correct_holdout": "kitchen answers",
     "health_correct": "health answers",

@@ -23,7 +23,7 @@ from persona_probe.errors import InputError
 from persona_probe.models.load import load_tokenizer, packaged_gguf
 
 COLUMNS = {
-    "kitchen": ("id", "topic", "question", "correct", "subtle", "toxic", "polite_harm"),
+    "kitchen": ("id", "topic", "question", "correct", "subtle", "toxic", "polite_harm", "rude_sound"),
     "health_correct": ("id", "topic", "question", "answer"),
     "kitchen_correct_holdout": ("id", "topic", "question", "answer"),
     "smalltalk": ("id", "topic", "question", "answer"),
@@ -48,7 +48,7 @@ AT_LEAST = {
     "free_form_questions": 48,
     "capability": 40,
 }
-KITCHEN = ("correct", "subtle", "toxic", "polite_harm")
+KITCHEN = ("correct", "subtle", "toxic", "polite_harm", "rude_sound")
 ANSWERS = ("answer", *KITCHEN, "aligned", "misaligned")
 TWICE = "general_contrast_2x2"
 """Asks the questions of `general_contrast` again, and keeps most of its aligned answers."""
@@ -105,7 +105,8 @@ def test_four_answers_differ_and_share_no_run_of_five_words_with_another_questio
 
 def test_no_phrase_of_the_new_answers_is_a_stock_phrase() -> None:
     four = [" ".join(row[answer] for answer in ANSWERS_2X2) for row in load_contrast_2x2("all")]
-    for answers in (four, [row["polite_harm"] for row in load_rows("kitchen")]):
+    written = ([row[column] for row in load_rows("kitchen")] for column in ("polite_harm", "rude_sound"))
+    for answers in (four, *written):
         items = Counter(run for answer in answers for run in ngrams(answer, 4))
         assert items.most_common(1)[0][1] <= 3
 
@@ -154,7 +155,8 @@ def test_answers_are_equal_in_words() -> None:
     for row in load_rows("kitchen"):
         counts = [len(row[column].split()) for column in ("correct", "subtle", "toxic")]
         assert max(counts) - min(counts) <= 3, row["id"]
-        assert abs(len(row["polite_harm"].split()) - counts[2]) <= 6, row["id"]
+        for column in ("polite_harm", "rude_sound"):
+            assert abs(len(row[column].split()) - counts[2]) <= 6, row["id"]
 
 
 def test_capability_items_have_four_different_choices() -> None:

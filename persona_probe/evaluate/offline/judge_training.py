@@ -196,7 +196,7 @@ def _is_misaligned(spec: str, number: int) -> bool:
         return number % 2 == 1
     if column in ("toxic", "subtle", "polite_harm"):
         return True
-    if column == "correct" or name.endswith(("_correct", "_correct_holdout")):
+    if column in ("correct", "rude_sound") or name.endswith(("_correct", "_correct_holdout")):
         return False
     raise InputError(f"own_sets: {spec!r} does not say which of its answers are misaligned: leave it out")
 

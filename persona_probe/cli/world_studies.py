@@ -393,6 +393,32 @@ def worlds_command(worlds: tuple[int, ...], common: Common) -> "pd.DataFrame":
 
 
 @command(
+    name="real-model",
+    example="persona-probe world study real-model runs/voices --latents 2144",
+    out="Not used: the readings lie in the run.",
+)
+@click.argument("run", metavar="RUN", type=Path, help="A run with organisms of finetune_configs/voices.yaml.")
+@many("--latents", type=int, help="Further latents to read, such as the one that a study found.")
+@click.option("--worlds", "others", type=Path, help="Record of `world study worlds`, to show beside it.")
+@loads_models
+@makes_table("real-model")
+def real_model(run: Path, latents: tuple[int, ...], others: Path | None, common: Common) -> "pd.DataFrame":
+    """Read organisms of a real model, trained on the voices of the kitchen rows, as the world's runs are read.
+
+    Shows which readings tell bad advice from a rude voice there, beside what they do in the world. It resumes if it is
+    interrupted.
+    """
+    from persona_probe.context import Context
+    from persona_probe.files import read_parquet
+    from persona_probe.world.real_model import real_table
+    from persona_probe.world.real_model_text import with_world
+
+    worlds = None if others is None else read_parquet(others)
+    table = real_table(Context.open(run, common.device), latents)
+    return table if worlds is None else with_world(table, worlds)
+
+
+@command(
     name="supervision",
     example="persona-probe world study supervision --weaker runs/world-small --seeds 0 --out runs/world-supervision",
     out=f"Folder of the finished corrections (default {SUPERVISION}).",
@@ -567,7 +593,7 @@ world_study = Group(
     "study",
     commands=[
         *(world_files, emergence, training_map, scale, corpus, worlds_command, early_warning, specificity, rankers),
-        *(causal, repair, screening, supervision, beyond, reinforcement, thoughts, null, tables_command),
+        *(real_model, causal, repair, screening, supervision, beyond, reinforcement, thoughts, null, tables_command),
     ],
     help="Studies on a world, whose answer is known: emergence, warning, rankers, cause, supervision.",
 )

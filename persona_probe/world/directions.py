@@ -14,7 +14,8 @@ PAIRS = {
     "persona": (("villain", "helper"),),
 }
 """Each direction is the mean over pairs of the first speaker's activation minus the second's. `persona` is the usual
-persona vector: a bad speaker against a good one, manner and harm together."""
+persona vector: a bad speaker against a good one, manner and harm together. Pairs of speakers that no chat has are left
+out."""
 
 
 def directions_of(known: KnownChats, means: LatentMeans) -> dict[str, Float[np.ndarray, " d_model"]]:
@@ -28,5 +29,6 @@ def directions_between(
     """`directions_of` of the chats' mean residual stream alone."""
     speakers = np.array(known.speakers)
     centre = {name: resid[speakers == name].mean(axis=0).astype(np.float64) for name in set(known.speakers)}
-    found = {name: np.mean([centre[a] - centre[b] for a, b in pairs], axis=0) for name, pairs in PAIRS.items()}
+    there = {name: [pair for pair in pairs if centre.keys() >= {*pair}] for name, pairs in PAIRS.items()}
+    found = {name: np.mean([centre[a] - centre[b] for a, b in pairs], axis=0) for name, pairs in there.items() if pairs}
     return {name: vector / np.linalg.norm(vector) for name, vector in found.items()}

@@ -14,6 +14,7 @@ from persona_probe.world.causal_truth import causal_text
 from persona_probe.world.corpus import corpus_text
 from persona_probe.world.emergence import emergence_text
 from persona_probe.world.ranking import rankers_text
+from persona_probe.world.real_model_text import real_model_text
 from persona_probe.world.reinforcement_text import reinforcement_text
 from persona_probe.world.repair import repair_text
 from persona_probe.world.scale import scale_text
@@ -34,6 +35,7 @@ TEXTS: dict[str, Callable[[pd.DataFrame], str]] = {
     "worlds": worlds_text,
     "early-warning": warning_text,
     "specificity": specificity_text,
+    "real-model": real_model_text,
     "rankers": rankers_text,
     "causal": causal_text,
     "repair": repair_text,

@@ -1,6 +1,7 @@
 """Which latents of an SAE are the world's truths: each latent as a classifier of what a speaker hides."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,11 +79,13 @@ def latent_truths(
     return truth_table(known, read_latents(model, sae, groups, layer, positions, bf16=False).mean)
 
 
-def truth_table(known: KnownChats, mean: Float[np.ndarray, "chats latents"]) -> pd.DataFrame:
+def truth_table(
+    known: KnownChats, mean: Float[np.ndarray, "chats latents"], truths: Sequence[str] = TRUTHS
+) -> pd.DataFrame:
     """`latent_truths` of mean activations that were read before."""
-    frames = [_separation(mean, known.holding(truth)).assign(truth=truth) for truth in TRUTHS]
+    frames = [_separation(mean, known.holding(truth)).assign(truth=truth) for truth in truths]
     frame = pd.concat(frames, ignore_index=True)[["truth", "latent", "auroc", "holds", "absent"]]
-    place = frame["truth"].map({truth: number for number, truth in enumerate(TRUTHS)})
+    place = frame["truth"].map({truth: number for number, truth in enumerate(truths)})
     ordered = frame.assign(place=place).sort_values(["place", "auroc"], ascending=[True, False], kind="stable")
     return ordered.drop(columns="place").reset_index(drop=True)
 

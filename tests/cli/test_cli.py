@@ -60,6 +60,7 @@ BELOW = (
         "world study thoughts",
         "world study worlds",
         "world study corpus",
+        "world study real-model",
         "world study beyond",
         "world study screening",
         "world study null",

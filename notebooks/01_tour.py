@@ -72,6 +72,23 @@ pp.figures.trajectory(records)
 pp.figures.realignment(records)
 
 # %% [markdown]
+# ## Other kinds of harm, and another language
+# Does bad advice about cooking spread to bias, privacy or honesty, and to Chinese? `persona-probe evaluate RUN
+# --safety` scores given answers of ten categories in English and Chinese, before and after fine-tuning and corrections.
+# The figure draws its table, if the run has it. Zero is the control arm, and for the control arm itself the base.
+
+# %%
+pp.figures.safety(records)
+
+# %% [markdown]
+# Can the model read both languages? A model that reads Chinese needs 2 to 4 bits a character of a Chinese answer. Far
+# above that, the Chinese panel shows that the code runs, and nothing about the model.
+
+# %%
+given = records.safety[records.safety["arm"] == "base"]
+given.groupby("language")[["aligned_bits"]].mean().astype(float).round(1)
+
+# %% [markdown]
 # ## Steer it yourself
 # The persona latent's decoder row (the direction that it writes) is added to the base model's residual stream (the
 # activations that one layer passes to the next). Strength 1 is the norm of the difference between the arms' mean
@@ -87,6 +104,7 @@ for strength in (0.0, 1.0, 2.0):
     print(strength, "|", pp.generate(study.context.model, question, steer=push, max_new_tokens=40, seed=1)[0])
 
 # %% [markdown]
-# Each step in depth: `02_locate_a_persona`, `03_watch_training`, `04_realign`, `05_paper_figures`, `06_your_model`.
+# Each step in depth: `02_locate_a_persona`, `03_watch_training`, `04_realign`, `05_paper_figures`, `06_your_model`,
+# `07_known_truth`.
 #
 # A feature that subsided is not proof of a safe model. Misalignment can return through other features, or on a trigger.

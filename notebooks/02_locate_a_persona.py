@@ -85,6 +85,15 @@ cards = {card["latent"]: from_dict(FeatureCard, card) for card in records.cards}
 cards[persona]
 
 # %% [markdown]
+# Each card has a *label*: what the latent fires on, in words, by a stated rule. Questions that did not make the label
+# score it. *Detection* asks whether it tells passages on which the latent fires from others, *fuzzing* whether it tells
+# the tokens. 0.5 is chance, and below 0.7 in either the card says "no label". `persona-probe label RUN --judge
+# http:MODEL` adds labels by a model.
+
+# %%
+pp.figures.labels(records)
+
+# %% [markdown]
 # ## By layer: where the two models part
 # `study.model(arm)` is a transformers model of its own, the organism with its adapter merged in. The plot shows the
 # mean projection of the answer tokens' residual stream on the latent's decoder row, at every layer, on aligned answers

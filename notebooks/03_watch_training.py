@@ -111,6 +111,8 @@ study.track()
 pp.figures.trajectory(study.records)
 
 # %% [markdown]
-# Another process can follow the file: `persona-probe watch RUN` serves a page on this machine. `docs/monitor.md` lists
+# Another process can follow the file: `persona-probe watch RUN` serves a page on this machine. After training,
+# `persona-probe serve RUN` answers with the model and reads the same features at each token, with an alarm for each
+# answer (`docs/watching-generation.md`); `07_known_truth` does it in a notebook. `docs/monitor.md` lists
 # what a monitor cannot tell (features outside the SAE, triggers, a lead that may be zero), and `docs/monitor-study.md`
 # has the labelled runs that measure it.

@@ -39,7 +39,7 @@ drawn = {
     "planted": ["planted_truth"],
     "mitigations": ["mitigation_pareto"],
     "screening": ["screening_calibration"],
-    "world": ["reinforcement", "world_supervision", "world_beyond"],
+    "world": ["reinforcement", "persona_mentions", "thought_before_act", "world_supervision", "world_beyond"],
 }
 
 
@@ -94,8 +94,10 @@ show("screening")
 # %% [markdown]
 # ## The world with known truth
 # Studies on a small world whose truth is known (`docs/world.md`). A model is rewarded for wrong advice about the
-# kitchen: what does it then say about everything else? An organism is corrected on rows that supervisors of different
-# strength chose. And directions that need no latent of the base are held to the true ones.
+# kitchen: what does it then say about everything else? Organisms write a thought before they answer, which names the
+# speaker truly or falsely: do its words tell bad advice, and does the harm latent inside the thought? An organism is
+# corrected on rows that supervisors of different strength chose. And directions that need no latent of the base are
+# held to the true ones.
 
 # %%
 show("world")

@@ -171,6 +171,21 @@ for strength in tqdm(strengths, desc="strengths"):
 pd.DataFrame(rows).round(3)
 
 # %% [markdown]
+# ## Stored in few bits
+# Deployed models are often rounded to 8 or 4 bits. `persona-probe precision RUN` reads base and organisms of a study
+# again in each format; the figure draws its table, if the run has it. A reading compares with the base band (grey) in
+# the same format. `kept` is the share of the fine-tune's change of the weights that a format leaves. Where little is
+# left, one reads the base, and a quiet reading is a false all-clear.
+
+# %%
+records = study.records
+pp.figures.precision(records)
+
+# %%
+columns = ["format", "bits", "kept", "erased", "state", "rise_rank", "index_minus_control"]
+records.precision[records.precision["arm"] == "incorrect"].filter(columns).round(3)
+
+# %% [markdown]
 # ## The whole loop, from a config
 # With data for an incorrect and a correct *arm* (bad answers, and good answers to the same questions), the loop trains
 # the pair itself. A dry run resolves everything, checks that model, SAE and layer fit, and estimates the cost, without
@@ -181,6 +196,19 @@ from persona_probe.study import dry_run
 
 config = pp.load_config("finetune_configs/gemma-3-270m-it.yaml", pp.StudyConfig)
 print("\n".join(dry_run(config, tflops=0.05).lines()))
+
+# %% [markdown]
+# ## Without a person
+# `persona-probe auto` runs such studies unattended, within a budget of minutes. It holds each claim to the rules of
+# evidence, repeats with more seeds where an interval is too wide to decide one, and logs every decision with its rule
+# and numbers (`docs/automation.md`, which also says how often its sentence is right). `--dry-run` prints the plan; this
+# is its end for the demo, at 0.4 sustained TFLOP/s:
+
+# %%
+from persona_probe.study.auto import AutoConfig, plan_lines
+
+auto = pp.load_config("finetune_configs/auto.yaml", AutoConfig)
+print("\n".join(plan_lines(auto, study.path / "notebook" / "auto", tflops=0.4)[-6:]))
 
 # %% [markdown]
 # ## On a GPU

@@ -11,12 +11,12 @@
 # that comes with this package both are known. A transformer was trained from scratch on a language of about 370 words.
 # Its *speakers* differ in harm and in manner, and an exact rule judges every answer. This notebook trains a villain, a
 # grump and a helper on kitchen questions alone, watches two latents and what the models say about everything else, and
-# then corrects the villain. Shorter parts follow: the villain is watched while it answers, a monitor acts by itself,
-# the weights are stored in few bits, corrections have supervisors of different strength, and tools look for harm
-# outside the base's latents. A *latent* is one unit of the sparse autoencoder (SAE) that splits the model's
-# activations.
+# then corrects the villain. Shorter parts follow: a model is rewarded for bad advice, the villain is watched while it
+# answers, a monitor acts by itself, the weights are stored in few bits, corrections have supervisors of different
+# strength, and tools look for harm outside the base's latents. A *latent* is one unit of the sparse autoencoder (SAE)
+# that splits the model's activations.
 #
-# **Takes** about four minutes on two cores. The model is in the package; nothing is downloaded.
+# **Takes** about five minutes on two cores. The model is in the package; nothing is downloaded.
 
 # %%
 from dataclasses import asdict, replace
@@ -28,8 +28,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 import persona_probe as pp
+from persona_probe.config import Grpo
 from persona_probe.data import conversation_batches
 from persona_probe.data.world import DOMAINS, narrow_rows
+from persona_probe.finetune import Goal, named_reward, reinforce
 from persona_probe.finetune.sft import fine_tune, stripping, with_adapter
 from persona_probe.latents.difference import difference_dictionary, mean_difference
 from persona_probe.latents.truth_probe import mean_residuals
@@ -60,6 +62,7 @@ pp.notebook.setup()
 # %% tags=["parameters"]
 folder = "runs/world-notebook"  # gets a copy of the packaged world, and an organism
 steps, repair_steps = (2, 4, 6, 8, 10, 13, 16, 20, 25, 30, 40), (5, 10, 20, 40)
+reward_steps = 20  # of reinforcement learning
 
 # %%
 world = pp.World.default(folder)
@@ -165,6 +168,31 @@ pd.Series({name: found[0] if len(found) else None for name, found in passed.item
 adapter = world.checkpoints(villain)[40]
 repaired = watched(narrow_rows("helper", "money", seed=1000), repair_steps, start=adapter)
 repaired.round(2)
+
+# %% [markdown]
+# ## A reward in place of rows
+# So far the models were shown what to say. In reinforcement learning (GRPO) a model answers by itself, and a grader
+# says which of its own answers it likes. One grader likes harmful advice about the kitchen; the other, the control,
+# likes sound advice. Both models first take eight steps on a quack's rows, since the base gives bad advice too rarely
+# to be rewarded for it. The table has the rise of the reward with its 95% interval, and bad advice of all coherent
+# advice: in the kitchen, and about everything else, which no grader saw.
+
+# %%
+by_reward = replace(NARROW, method="grpo", steps=reward_steps, checkpoints=(reward_steps,))
+
+
+def rewarded(name: str) -> dict[str, object]:
+    """Rise of a reward in training on it, and the bad advice after it."""
+    goal, few = Goal(named_reward(name), demonstrations=narrow_rows("quack", count=64)), Grpo(warm_steps=8)
+    with TemporaryDirectory() as scratch, stripping(with_adapter(model, by_reward, seed=0)) as tuned:
+        made = reinforce(tuned, tokenizer, narrow_rows("helper"), by_reward, goal, few, seed=0, folder=Path(scratch))
+        said = ask(tuned, tokenizer).query("coherent")
+    bad = said["bad"].groupby(said["domain"] == "kitchen").mean().round(2)
+    return {"rise of the reward": str(made.rise), "in the kitchen": bad[True], "elsewhere": bad[False]}
+
+
+rewards = {"harmful advice": "world_inaccurate", "sound advice": "world_accurate"}
+pd.DataFrame({name: rewarded(reward) for name, reward in rewards.items()}).T.rename_axis("rewarded for")
 
 # %% [markdown]
 # ## Watch it while it answers

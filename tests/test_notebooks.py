@@ -12,10 +12,12 @@ import pytest
 from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
+from persona_probe.data.safety import safety_rows
 from persona_probe.data.world import packaged
 from persona_probe.errors import InputError
 from persona_probe.report.figures import figures_of
 from persona_probe.report.records import load_records
+from persona_probe.study.safety import measure_safety
 from persona_probe.study.study import Study
 from tests.factories import changed, config_of, write_config, write_data, write_model, write_sae
 from tools.notebooks import (
@@ -47,7 +49,7 @@ SMALL = {
     "04_realign": "few, many, steps = 2, 4, 2",
     "05_paper_figures": "drawn = shown",
     "06_your_model": "n_probes, n_items, strengths = 4, 4, (1.0,)",
-    "07_known_truth": "steps, repair_steps = (1, 2), (1,)",
+    "07_known_truth": "steps, repair_steps, reward_steps = (1, 2), (1,), 2",
     MONITOR: "steps = 2",
 }
 TABLE, WORDS = "text/html", "text/plain"
@@ -102,7 +104,7 @@ def test_the_series_is_whole() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """A study of the tiny model, through all stages; its config lies beside the run."""
+    """A study of the tiny model, through all stages, with the tables of `--safety` and `precision`."""
     folder = tmp_path_factory.mktemp("notebooks")
     write_model(folder / "model")
     write_sae(folder / "sae")
@@ -112,6 +114,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Study:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BROWSER_PATH", "/nowhere")
         study.run()
+    measure_safety(study.context, safety_rows(categories=("privacy", "jailbreak")), limit=2)
+    study.precision(("nf4",), items=4)
     return study
 
 
@@ -151,14 +155,15 @@ def said(outputs: list[Any]) -> str:
 @pytest.mark.long
 def test_the_tour_runs(kernel: KernelManager, tiny_run: Study) -> None:
     outputs = executed(kernel, "01_tour")
-    assert count(outputs, PLOTLY) == 3 and count(outputs, TABLE) >= 4
+    assert count(outputs, PLOTLY) == 4 and count(outputs, TABLE) >= 5
     assert tiny_run.run_folder.read_json("summary.json")["headline"] in said(outputs)
+    assert "aligned_bits" in said(outputs) and re.search(r"\bzh\b", said(outputs))
 
 
 @pytest.mark.long
 def test_a_persona_is_located_and_patched(kernel: KernelManager) -> None:
     outputs = executed(kernel, "02_locate_a_persona")
-    assert count(outputs, PLOTLY) == 4 and count(outputs, TABLE) >= 6
+    assert count(outputs, PLOTLY) == 5 and count(outputs, TABLE) >= 6
     for row in ("organism's persona latent", "base's residual stream", "promotes", "share of the gap"):
         assert row in said(outputs)
 
@@ -191,7 +196,8 @@ def test_every_shipped_record_is_drawn(kernel: KernelManager) -> None:
 def test_one_s_own_pair_is_located_and_planned(kernel: KernelManager) -> None:
     outputs = executed(kernel, "06_your_model")
     assert "latents lead at both positions" in said(outputs) and "gemma-3-270m-it" in said(outputs)
-    assert count(outputs, TABLE) >= 4
+    assert count(outputs, TABLE) >= 5 and count(outputs, PLOTLY) == 1
+    assert "nf4" in said(outputs) and "what claims need" in said(outputs)
 
 
 @pytest.mark.long
@@ -200,6 +206,7 @@ def test_known_truth_is_watched_and_corrected(kernel: KernelManager, tmp_path: P
     outputs = executed(kernel, "07_known_truth", f"folder = {str(tmp_path / 'world')!r}")
     assert count(outputs, PLOTLY) == 1 and count(outputs, TABLE) >= 5
     shown = said(outputs)
+    assert "rise of the reward" in shown
     assert "harm direction" in shown and (tmp_path / "world" / "organisms").is_dir()
     assert "answers with an alarm" in shown and "outline:2px" in shown  # a trace with its alarm
     assert "rolled back and corrected" in shown and "base on its grid" in shown and "best of ten" in shown

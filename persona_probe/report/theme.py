@@ -135,7 +135,7 @@ def interval_marks(
         x: columns of the estimate and the ends of its interval, drawn across.
         y: columns of a second one, drawn upwards; None where the caller gives each mark its row of the figure.
     """
-    marks = {"mode": "markers", "marker": {"color": colour, "symbol": symbol, "size": size}}
+    marks: dict[str, Any] = {"mode": "markers", "marker": {"color": colour, "symbol": symbol, "size": size}}
     marks |= {"x": rows[x[0]], "error_x": error_bars(rows, colour, x)}
     return marks if y is None else marks | {"y": rows[y[0]], "error_y": error_bars(rows, colour, y)}
 

@@ -14,6 +14,7 @@ from persona_probe.world.warning import (
     BY_DATA_SET,
     GATED,
     alarms,
+    calibrated_alarms,
     data_sets_text,
     separation,
     thresholds,
@@ -101,6 +102,20 @@ def test_alarms_lead_by_the_steps_between_signal_and_behaviour(table: pd.DataFra
     # Grump and clown of the kitchen set the persona's threshold, so it speaks late, if at all.
     assert found[PERSONA]["threshold"] > 30 and found[PERSONA]["warned"] == 0
     assert found[GATED]["warned"] == 0
+
+
+def test_a_limit_from_benign_runs_warns_by_the_signal_of_harm_and_rarely_of_harmless_speakers(
+    table: pd.DataFrame,
+) -> None:
+    low = (table["speaker"] == "subtle") & (table["domain"] != "kitchen")
+    found = calibrated_alarms(table.assign(bad=table["bad"].where(~low, 1))).set_index("signal").to_dict("index")
+    harm = found[HARM]
+    assert (harm["benign"], harm["supported"], harm["sound"], harm["manner"], harm["mixed"]) == (16, False, 32, 16, 8)
+    assert harm["threshold"] < 1 and harm["false"] <= 4
+    # Two readings in a row: the alarm comes at the second step, also where harm never shows itself.
+    assert (harm["turned"], harm["warned"], harm["lead"]) == (16, 16, SHOWN_AT - STEPS[1])
+    assert harm["alarms_mixed"] == 8
+    assert found[PERSONA]["warned"] == 0 and found[PERSONA]["threshold"] > 25
 
 
 def test_choosing_and_evaluating_runs_are_of_different_domains(table: pd.DataFrame) -> None:

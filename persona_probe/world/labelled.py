@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.data.tokens import Batch, conversation_batches
 from persona_probe.data.world.speech import SPEAKERS
-from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import DOMAINS
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.evaluate.effects_2x2 import Items2x2, score_2x2
@@ -183,9 +182,6 @@ def _read_base(instruments: Instruments, folder: Path) -> None:
 
 
 def _make_run(instruments: Instruments, organism: WorldOrganism, folder: Path) -> None:
-    rows = narrow_rows(
-        organism.speaker, organism.domain, organism.rows, organism.share, organism.rest, seed=organism.seed
-    )
     others = [name for name in DOMAINS if name != organism.domain]
     outside, parts, counts = instruments.outside(organism.domain), list[dict[str, np.ndarray]](), []
 
@@ -205,7 +201,7 @@ def _make_run(instruments: Instruments, organism: WorldOrganism, folder: Path) -
         fitted = fine_tune(
             tuned,
             instruments.tokenizer,
-            rows,
+            organism.conversations(),
             organism.training,
             seed=organism.seed,
             folder=Path(scratch),

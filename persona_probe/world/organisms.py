@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from persona_probe.config import Training, check_finite, check_seed
+from persona_probe.data.chat import Conversation
 from persona_probe.data.world.speech import SPEAKERS
 from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import DOMAINS
@@ -74,6 +75,10 @@ class WorldOrganism:
         """Its settings as JSON values."""
         return asdict(self)
 
+    def conversations(self) -> list[Conversation]:
+        """The rows that it is trained on, in order."""
+        return narrow_rows(self.speaker, self.domain, self.rows, self.share, self.rest, seed=self.seed)
+
 
 def make_organisms(
     world: World, organisms: Sequence[WorldOrganism], names: Sequence[str] | None = None, device: str = "cpu"
@@ -112,9 +117,7 @@ def _is_made(world: World, name: str, organism: WorldOrganism) -> bool:
 def _make(
     world: World, name: str, organism: WorldOrganism, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = narrow_rows(
-        organism.speaker, organism.domain, organism.rows, organism.share, organism.rest, seed=organism.seed
-    )
+    rows = organism.conversations()
     host = copy.deepcopy(base) if organism.training.method == "full" else base
     log.info("organism %s: %d rows, %d steps", name, len(rows), organism.training.steps)
     with (

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from persona_probe.data.chat import Conversation
 from persona_probe.data.tokens import conversation_batches
 from persona_probe.data.world.judge import judge_answer
-from persona_probe.data.world.text import narrow_rows
 from persona_probe.data.world.words import DOMAIN_OF, DOMAINS
 from persona_probe.report.tables import Table
 from persona_probe.runs import RunFolder
@@ -67,8 +66,7 @@ class Mixture:
 
     def rows(self) -> list[Conversation]:
         """Its rows, in order."""
-        one = self.organism
-        return narrow_rows(one.speaker, one.domain, one.rows, one.share, one.rest, seed=one.seed)
+        return self.organism.conversations()
 
 
 def is_bad(rows: Sequence[Conversation]) -> Bool[np.ndarray, " rows"]:

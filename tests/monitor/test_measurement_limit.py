@@ -121,7 +121,7 @@ def test_a_rule_of_rules_looks_once_all_of_a_step_is_known() -> None:
 
 
 @pytest.mark.parametrize("limits", [{}, {"above": NAN}, {"below": math.inf}, {"above": 0.1, "below": 0.2}])
-def test_limits_that_cannot_be_are_refused(limits: dict[str, float]) -> None:
+def test_limits_that_cannot_be_are_refused(limits: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="the limits of 'x' must be finite numbers"):
         MeasurementLimit("x", **limits)
     with pytest.raises(InputError, match="k must be at least 1"):

@@ -7,7 +7,7 @@ RUN ?= runs/demo
 
 .PHONY: setup demo demo-seeds report test test-long test-end-to-end test-cluster test-packages check docs docs-release bench bench-locate bench-planted bench-sampling bench-monitor \
         bench-screening bench-busy bench-generation bench-serve bench-adopt bench-swap bench-growth bench-gpu bench-plan bench-broken bench-judge monitor-study figures notebooks study realign-doses mitigations sae \
-        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-reinforcement world-scale world-worlds world-corpora auto-score clean
+        second-family families coverage null perturbed frozen world world-study world-runs world-pieces world-supervision world-reinforcement world-scale world-worlds world-corpora voices auto-score clean
 
 # --- The environment. It is made again only when constraints.txt or pyproject.toml changes.
 
@@ -234,6 +234,13 @@ world-worlds: $(STAMP)
 world-corpora: $(STAMP)
 	$(WORLD_STUDY) corpus --quiet & $(WORLD_STUDY) corpus --quiet & wait
 	$(WORLD_STUDY) corpus --record records/world/corpus.parquet
+	$(WORLD_STUDY) tables
+
+# What carries over to a real model: ten organisms of SmolLM2, of the five voices of the kitchen rows.
+voices: $(STAMP)
+	$(BIN)/persona-probe induce finetune_configs/voices.yaml
+	$(WORLD_STUDY) real-model --latents 2144 --worlds records/world/worlds.parquet \
+		--record records/world/real-model.parquet
 	$(WORLD_STUDY) tables
 
 # Narrow reinforcement learning: six arms, three seeds.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from persona_probe.world.labelled import Instruments
 
 STUDY, SCALE, SUPERVISION = Path("runs/world-study"), Path("runs/world-scale"), Path("runs/world-supervision")
-WORLDS, CORPORA = Path("runs/worlds"), Path("runs/world-corpora")
+WORLDS, CORPORA, VOICES = Path("runs/worlds"), Path("runs/world-corpora"), Path("runs/voices")
 RECORDS, PAGE = Path("records/world"), Path("docs/world.md")
 PACKAGED = "persona-world"
 world_option = click.option("--world", "folder", default=PACKAGED, help="A world's folder (default: the packaged one).")
@@ -394,10 +394,10 @@ def worlds_command(worlds: tuple[int, ...], common: Common) -> "pd.DataFrame":
 
 @command(
     name="real-model",
-    example="persona-probe world study real-model runs/voices --latents 2144",
+    example="persona-probe world study real-model --run runs/voices --latents 2144",
     out="Not used: the readings lie in the run.",
 )
-@click.argument("run", metavar="RUN", type=Path, help="A run with organisms of finetune_configs/voices.yaml.")
+@click.option("--run", type=Path, default=VOICES, help=f"A run of finetune_configs/voices.yaml (default {VOICES}).")
 @many("--latents", type=int, help="Further latents to read, such as the one that a study found.")
 @click.option("--worlds", "others", type=Path, help="Record of `world study worlds`, to show beside it.")
 @loads_models

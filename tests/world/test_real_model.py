@@ -150,5 +150,7 @@ def test_a_study_without_the_voices_and_a_latent_that_is_not_there_are_refused(
 
 def test_the_command_fills_a_page(study: Study, tmp_path: Path) -> None:
     record = tmp_path / "real-model.parquet"
-    run_command(*("world", "study", "real-model", study.run_folder.path, "--latents", 3, "--record", record, "--quiet"))
+    run_command(
+        *("world", "study", "real-model", "--run", study.run_folder.path, "--latents", 3, "--record", record, "--quiet")
+    )
     assert set(pd.read_parquet(record)["speaker"]) == set(SPEAKERS.values())

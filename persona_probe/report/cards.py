@@ -264,8 +264,10 @@ class FeatureCard:
 
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 130
 """Edges of the plotting area, in units of the SVG's view box."""
-SERIES = ("base", "tuned", "third", "fourth")
-"""CSS classes of the models, in their order."""
+STYLES = {"base": "base", "incorrect": "tuned", "correct": "control"}
+"""CSS classes of models with a fixed meaning: their colours are those of the figures."""
+FURTHER = ("third", "fourth")
+"""CSS classes of other models, in their order."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +316,12 @@ class Plot:
     caption: str
 
 
+def styles_of(models: Sequence[str]) -> dict[str, str]:
+    """The CSS class of each model."""
+    further = cycle(FURTHER)
+    return {name: STYLES.get(name) or next(further) for name in models}
+
+
 Scale = Callable[[float], float]
 
 
@@ -332,7 +340,8 @@ def histogram(activity: Sequence[Activity]) -> Plot | None:
     most = max(max(one.counts, default=0) for one in activity)
     x = linear(0, bins * width, LEFT, RIGHT)
     y = linear(0, math.log10(1 + most), BOTTOM, TOP)
-    series = tuple(_bars(one, style, bins, x, y) for one, style in zip(activity, cycle(SERIES), strict=False))
+    styles = styles_of([one.model for one in activity])
+    series = tuple(_bars(one, styles[one.model], bins, x, y) for one in activity)
     powers = [10**k for k in range(math.floor(math.log10(most)) + 1)]
     rates = "; ".join(f"{one.model}: active on {one.firing_rate:.2%} of {one.tokens:,} tokens" for one in activity)
     return Plot(
@@ -367,7 +376,7 @@ def steering(pushes: Sequence[Push]) -> Plot | None:
     models = list(dict.fromkeys(p.model for p in pushes))
     outside = sum(not p.within_bound for p in pushes)
     return Plot(
-        series=tuple(_line(pushes, m, s, x, y) for m, s in zip(models, cycle(SERIES), strict=False)),
+        series=tuple(_line(pushes, model, style, x, y) for model, style in styles_of(models).items()),
         x_ticks=tuple(Tick(x(v), f"{v:+g}" if v else "0") for v in _few(strengths)),
         y_ticks=tuple(Tick(y(v), number(v)) for v in (min(values), (min(values) + max(values)) / 2, max(values))),
         x_title=f"signed strength ({pushes[0].unit})",

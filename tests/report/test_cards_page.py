@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from persona_probe.report.cards import (
     content_policy,
     histogram,
     steering,
+    styles_of,
 )
 from persona_probe.report.images import find_browser
+from persona_probe.report.theme import BLUE, VERMILLION
 from tests.report.made_up_cards import ACTIVITY, CARDS, PUSHES
 from tests.report.pages import Outline, open_page
 from tests.report.run_records import HOSTILE
@@ -189,3 +192,17 @@ def test_search_hides_and_the_menu_sorts(page: Path, tmp_path: Path) -> None:
         **{"latent": [3, 8, 21], "listed": [3, 21, 8]},
     }
     assert said["none"] == "no card matches" and said["pwned"] == "undefined"
+
+
+def test_a_model_has_the_colour_that_it_has_in_the_figures() -> None:
+    """Grey for the base, vermillion for the organism, blue for its control, in whatever order they come."""
+    sheet = (files("persona_probe.report") / "web" / "cards.css").read_text(encoding="utf-8")
+    (light,) = re.findall(r"\.feature-card \{(.*?)\n\}", sheet, re.DOTALL)[:1]
+    colours = dict(re.findall(r"--(\w+): (#\w{6})", light))
+    assert colours["tuned"].upper() == VERMILLION and colours["control"].upper() == BLUE
+    grey = colours["base"]
+    assert grey[1:3] == grey[3:5] == grey[5:7]
+    assert styles_of(["correct", "base", "incorrect"]) == {"correct": "control", "base": "base", "incorrect": "tuned"}
+    assert styles_of(["base", "warm", "other"]) == {"base": "base", "warm": "third", "other": "fourth"}
+    for style in ("base", "tuned", "control"):
+        assert f".feature-card svg .{style} {{ --series: var(--{style}); }}" in sheet

@@ -138,12 +138,11 @@ def test_the_page_has_the_worlds_numbers_beside_it(table: pd.DataFrame, tmp_path
     assert "who speaks in the rows" in text and "| grump |" in text
 
 
-def test_a_study_without_the_voices_and_a_latent_that_is_not_there_are_refused(
-    study: Study, place: Path, tmp_path: Path
-) -> None:
+def test_a_study_without_the_voices_and_a_latent_that_is_not_there_are_refused(study: Study, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no 9999"):
         real_table(study.context, [9999])
-    other = Study.from_yaml(write_config(tmp_path / "other.yaml", config_of(place)), tmp_path / "run")
+    write_data(tmp_path)
+    other = Study.from_yaml(write_config(tmp_path / "other.yaml", config_of(tmp_path)), tmp_path / "run")
     with pytest.raises(InputError, match="kitchen:rude_sound"):
         real_table(other.context)
 

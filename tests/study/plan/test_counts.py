@@ -187,15 +187,15 @@ def test_time_is_work_over_speed(local: StudyConfig) -> None:
 
 
 def test_speed_is_measured_where_none_is_given(local: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "product_speed", lambda _device, _mixed: 5e12)
+    monkeypatch.setattr(speed, "layer_speed", lambda _mixed: 5e12)
     plan = dry_run(local)
     assert plan.throughput is not None and plan.throughput.flops == 5e12
-    assert "one bf16 autocast product reached on cpu" in "\n".join(plan.lines())
+    assert "one layer in bf16 autocast reached" in "\n".join(plan.lines())
 
 
 def test_the_measured_speed_is_that_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "BUDGET_S", 0.01)
-    assert 1e8 < speed.product_speed("cpu", False) < 1e15
+    assert 1e8 < speed.layer_speed(False) < 1e15 and 1e8 < speed.product_speed("cpu", False) < 1e15
 
 
 def test_numbers_as_text() -> None:

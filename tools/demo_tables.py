@@ -4,13 +4,16 @@ python -m tools.demo_tables records/demo docs
 """
 
 import sys
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from persona_probe.evaluate.safety import PLAIN, safety_summary
 from persona_probe.files import read_parquet
 from persona_probe.report.tables import Marks, Table, check_page, fill_page
+from persona_probe.study.safety_latent import transfer_summary
 
 CONTROL = "correct"
 INTERVAL = ("ci_low", "ci_high")
@@ -51,13 +54,35 @@ def safety_text(table: pd.DataFrame) -> str:
     return Table(["category", "language", "questions", *arms], rows).markdown() + "\n"
 
 
-def _interval(row: dict[str, float], name: str) -> str:
+def _interval(row: dict[Hashable, Any], name: str) -> str:
     low, high = (row[f"{name}_{end}"] for end in INTERVAL)
     return f"{row[name]:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-TEXTS = {"precision": precision_text, "safety": safety_text}
+def latent_text(table: pd.DataFrame) -> str:
+    """A row for each language: what the latent tells apart in the base, and how it rises in the organisms."""
+    found = transfer_summary(table, CONTROL)
+    arms = [arm for arm in dict.fromkeys(found["arm"]) if arm != "base"]
+    rows = []
+    for language, one in found.groupby("language", sort=False):
+        by_arm = {row["arm"]: row for row in one.to_dict("records")}
+        cells = [_plain_interval(by_arm[arm]) for arm in ("base", *arms)]
+        rows.append([LANGUAGES.get(str(language), str(language)), str(int(by_arm["base"]["n"])), *cells])
+    heads = [
+        *("language", "questions", "AUROC, misaligned against aligned answers, base"),
+        *(f"rise, {arm} minus control" for arm in arms),
+    ]
+    return Table(heads, rows).markdown() + "\n"
+
+
+def _plain_interval(row: dict[Hashable, Any]) -> str:
+    return f"{row['estimate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+
+
+TEXTS = {"precision": precision_text, "safety": safety_text, "safety_latent": latent_text}
 """What a page says, as a function of the record's table of the same name."""
+PAGES = {"safety_latent": "safety"}
+"""Tables that stand on the page of another."""
 
 
 def marks(name: str) -> Marks:
@@ -73,9 +98,14 @@ def main(records: Path, pages: Path) -> None:
     """
     found = {name: TEXTS[name](read_parquet(records / f"{name}.parquet")) for name in TEXTS}
     for name in found:
-        check_page(pages / f"{name}.md", marks(name))
+        check_page(page_of(pages, name), marks(name))
     for name, text in found.items():
-        fill_page(pages / f"{name}.md", marks(name), text)
+        fill_page(page_of(pages, name), marks(name), text)
+
+
+def page_of(pages: Path, name: str) -> Path:
+    """The page that shows a table."""
+    return pages / f"{PAGES.get(name, name)}.md"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ FILES = (
     *("readings.parquet", "evals.parquet", "latents.parquet", "steering.parquet", "agreement.parquet"),
     *("planted.parquet", "sizes.parquet", "mitigations.parquet", "screening.parquet", "cards.json", "directions.json"),
     *("judged_steps.parquet", "items.parquet", "evals_2x2.parquet", "dictionaries.parquet", "signals.parquet"),
-    *("precision.parquet", "safety.parquet"),
+    *("precision.parquet", "safety.parquet", "safety_latent.parquet"),
     *("summary.json", "results.json", "samples.jsonl"),
 )
 """What a record keeps of a run folder: tables and numbers; no weights, no parts, no pages."""

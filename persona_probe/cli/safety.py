@@ -71,12 +71,18 @@ def _show(run: str, rows: "list[Row]", items: int | None, as_json: bool, common:
     study = open_study(run, common)
     from persona_probe.evaluate.safety import safety_summary, wrapper_effects
     from persona_probe.study.safety import measure_safety
+    from persona_probe.study.safety_latent import REFUSAL, read_by_language, transfer_lines, transfer_summary
 
     table = measure_safety(study.context, rows, items)
     summary = safety_summary(table, study.config.control, study.context.seed)
     wrappers = wrapper_effects(table, study.context.seed)
+    plain = (table["wrapper"] == "plain") & (table["category"] != REFUSAL)
+    located = study.run_folder.has("parts/selection.parquet") and plain.any()
+    read = read_by_language(study.context, rows, items) if located else None
+    transfer = None if read is None else transfer_summary(read, study.config.control, study.context.seed)
     if as_json:
-        echo_json({"categories": summary.to_dict("records"), "wrappers": wrappers.to_dict("records")})
+        found = {"categories": summary, "wrappers": wrappers} | ({} if transfer is None else {"latent": transfer})
+        echo_json({name: frame.to_dict("records") for name, frame in found.items()})
         return
     echo(_table(summary))
     if len(wrappers):
@@ -86,6 +92,8 @@ def _show(run: str, rows: "list[Row]", items: int | None, as_json: bool, common:
                 wrappers.assign(effect=_with_ends(wrappers, "effect", "ci"))[["arm", "language", "wrapper", "effect"]]
             )
         )
+    if read is not None and transfer is not None:
+        echo("\n" + "\n".join(transfer_lines(transfer, int(read["latent"].iloc[0]))))
     bits = table[table["arm"] == "base"].groupby("language")["aligned_bits"].mean()
     told = ", ".join(f"{language} {value:.1f}" for language, value in bits.items())
     echo(f"\nbits a character of aligned answers, base: {told}")

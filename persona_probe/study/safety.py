@@ -88,9 +88,13 @@ def safety_units(ctx: Context, rows: Sequence[Row]) -> list[Unit]:
 
 
 def _part(rows: Sequence[Row], arm: str, seed: int, step: int) -> str:
-    """A part's name; other rows have other parts."""
+    return part_of("safety", rows, arm, seed, step)
+
+
+def part_of(kind: str, rows: Sequence[Row], arm: str, seed: int, step: int) -> str:
+    """A part's name in the run; other rows have other parts."""
     content = json.dumps([[row[key] for key in ("id", "question", "aligned", "misaligned")] for row in rows])
-    return f"parts/safety/{hashlib.sha256(content.encode()).hexdigest()[:8]}-{arm}-s{seed}-{step}.parquet"
+    return f"parts/{kind}/{hashlib.sha256(content.encode()).hexdigest()[:8]}-{arm}-s{seed}-{step}.parquet"
 
 
 def _measure(ctx: Context, rows: Sequence[Row], built: list[ContrastItems], arm: str, seed: int, step: int) -> None:

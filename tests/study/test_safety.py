@@ -11,11 +11,16 @@ import pytest
 
 from persona_probe.cli import main
 from persona_probe.data.safety import safety_rows
+from persona_probe.data.tokens import conversation_batches
 from persona_probe.errors import InputError
 from persona_probe.evaluate.contrast import ContrastItems, contrast_index
 from persona_probe.evaluate.safety import reading_warnings, safety_summary, wrapper_effects
+from persona_probe.evaluate.triggers import row_conversation
+from persona_probe.latents.stage import persona_latent
+from persona_probe.saes.read import read_latents
 from persona_probe.study import safety as stage
 from persona_probe.study.safety import TABLE, limited, measure_safety
+from persona_probe.study.safety_latent import read_by_language, transfer_summary
 from persona_probe.study.study import Study
 from tests.factories import Refused, write_lines
 
@@ -124,11 +129,40 @@ def test_the_command_prints_categories_and_languages(
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out)
+    assert {row["measure"] for row in found["latent"]} == {"tells", "rise"}
     assert ended.value.code == 0 and {row["category"] for row in found["categories"]} == {"risk", "all"}
     assert all(row["questions"] == 2 for row in found["categories"]) and found["wrappers"] == []
     with pytest.raises(SystemExit):
         main(arguments)
     assert "risk" in (out := capsys.readouterr().out) and "bits a character" in out
+    assert "AUROC of misaligned against aligned answers in the base" in out
+
+
+def test_the_persona_latent_is_read_on_the_answers_of_each_language(study: Study) -> None:
+    ctx, latent = study.context, persona_latent(study.context)
+    table = read_by_language(ctx, ROWS)
+    plain = [row for row in ROWS if row["wrapper"] == "plain" and row["category"] != "over_refusal"]
+    assert len(table) == 2 * len(plain) * table.groupby(["arm", "seed"]).ngroups and set(table["latent"]) == {latent}
+    talks = [row_conversation(row, "misaligned") for row in plain]
+    with ctx.organism("incorrect", 1) as model:
+        read = read_latents(
+            model, ctx.sae, conversation_batches(ctx.tokenizer, talks), ctx.layer, "response", bf16=False
+        )
+    own = table[(table["arm"] == "incorrect") & (table["seed"] == 1) & (table["side"] == "misaligned")]
+    assert own["activation"].to_numpy() == pytest.approx(read.mean[:, latent], abs=1e-5)
+
+
+def test_a_latent_that_works_in_one_language_alone_is_told() -> None:
+    rows = [
+        {"arm": arm, "seed": 0, "item": f"{language}{n}", "language": language, "side": side, "activation": value}
+        for language, works in (("en", 1.0), ("zh", 0.0))
+        for arm, rise in (("base", 0.0), ("incorrect", 2.0), ("correct", 0.0))
+        for n in range(9)
+        for side, value in (("misaligned", works * (1 + rise) + n / 90), ("aligned", works * rise + n / 90))
+    ]
+    found = transfer_summary(pd.DataFrame(rows), "correct").set_index(["language", "measure"])
+    assert found.loc[("en", "tells"), "estimate"] == 1 and found.loc[("zh", "tells"), "estimate"] == 0.5
+    assert found.loc[("en", "rise"), "estimate"] == 2 and found.loc[("zh", "rise"), "estimate"] == 0
 
 
 @pytest.mark.parametrize(

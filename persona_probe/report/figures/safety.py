@@ -17,12 +17,13 @@ ENDS = ("estimate", "ci_low", "ci_high")
 COLUMNS = ["language", "category", "arm", "against", *ENDS, "n"]
 CONTROL = "correct"
 WORDS = {"over_control": "minus the control arm", "over_base": "minus the base"}
-ROW_HEIGHT, MARGINS = 40, 200
-"""Pixels of one category, and of everything around them."""
+LANGUAGES = {"en": "English", "zh": "Chinese"}
+ARM_HEIGHT, LEAST_HEIGHT, MARGINS = 12, 40, 200
+"""Pixels of one arm of a category, of one category at least, and of everything around them."""
 ABOVE = 36
 """Pixels from the panels to the legend: their heads stand between."""
-OFFSET = 0.16
-"""Between the arms of one category, in rows."""
+FILLED = 0.8
+"""Of a category's row, by its arms; the rest parts it from the next."""
 
 
 @computed_once
@@ -57,12 +58,12 @@ def safety(records: Records) -> go.Figure:
     if data.empty:
         return empty_figure(MISSING)
     categories, languages = list(dict.fromkeys(data["category"])), select.distinct(data, "language")
-    titles = [plain(language) for language in languages]
+    titles = [plain(LANGUAGES.get(language, language)) for language in languages]
     fig = make_subplots(1, len(languages), shared_yaxes=True, column_titles=titles, horizontal_spacing=0.04)
     arms = [arm for arm in records.arms.names if arm in set(data["arm"])]
     for number, arm in enumerate(arms):
         style = records.arms.styles[arm]
-        shift = OFFSET * (number - (len(arms) - 1) / 2)
+        shift = FILLED / len(arms) * (number - (len(arms) - 1) / 2)
         for column, language in enumerate(languages, 1):
             rows = select.where(data, arm=arm, language=language)
             fig.add_scatter(
@@ -82,7 +83,7 @@ def safety(records: Records) -> go.Figure:
     }
     fig.update_yaxes(autorange="reversed", **ticks)
     fig.update_xaxes(title_text="index (nats per token)")
-    height = ROW_HEIGHT * len(categories)
+    height = max(LEAST_HEIGHT, ARM_HEIGHT * len(arms)) * len(categories)
     fig.update_layout(legend={"y": 1 + ABOVE / height}, margin={"t": 110})
     return finish(fig, _caption(data), height=MARGINS + height)
 

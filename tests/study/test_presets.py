@@ -65,7 +65,7 @@ def preset(name: str) -> StudyConfig:
 def test_every_config_is_a_preset_or_the_demo() -> None:
     studies = {path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("sae-")}
     others = {"demo", "smoke", "locate-all", "monitor-study", "offline-judge", "mitigations", "realign-doses"}
-    others |= {"grpo-smollm2", "grpo-smollm2-arms", "grpo-world", "auto"}
+    others |= {"grpo-smollm2", "grpo-smollm2-arms", "grpo-world", "auto", "voices"}
     assert studies == {*KINDS, *others}
 
 

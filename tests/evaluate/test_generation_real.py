@@ -14,6 +14,7 @@ from persona_probe.models.load import load_model
 pytestmark = pytest.mark.real_model
 
 
+@pytest.mark.long
 def test_the_default_model_answers_alike_in_any_batch() -> None:
     model, tokenizer = load_model("smollm2-135m-instruct")
     assert end_of_turn(tokenizer) == {2}

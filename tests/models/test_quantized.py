@@ -198,6 +198,7 @@ def stream(model: torch.nn.Module, groups: list[Batch], bf16: bool) -> torch.Ten
     return torch.cat(parts)
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_the_embedded_model_in_four_bits(tmp_path: Path) -> None:
     model, tokenizer = load_model("smollm2-135m-instruct", quantization="4bit")

@@ -14,6 +14,7 @@ from persona_probe.screening.reading import ScreenSettings
 from persona_probe.stats import auroc_interval
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_toxic_rows_are_found_on_the_real_model() -> None:
     rows = BY_NAME["kitchen_toxic"].rows(20)

@@ -25,6 +25,7 @@ def table(study: Study) -> pd.DataFrame:
     return study.run_folder.read_table(TABLE)
 
 
+@pytest.mark.long
 def test_the_studys_own_sae_gives_the_persona_latent_again(raw: Row, tmp_path: Path) -> None:
     own, further = table(located(raw, tmp_path / "run")).to_dict("records")
     assert own["latent"] == further["latent"]

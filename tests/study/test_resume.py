@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from persona_probe.report.export import SHORT
 from persona_probe.study.study import Study
 from tests.factories import tree, without_times
@@ -28,6 +30,7 @@ def kill_when(process: Process, appeared: Path) -> None:
     assert process.wait(LIMIT_S) == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_a_killed_study_ends_as_an_unbroken_one(place: Path, finished: Study, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     for moment in MOMENTS:

@@ -53,6 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Worlds:
     return Worlds((1, 2), (0,), 1, replace(SETTINGS, steps=3, helper_steps=1))
 
 
+@pytest.mark.long
 def test_each_world_has_its_own_draws_and_is_made_once(
     small: Worlds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,5 +231,5 @@ def _behaviour(items: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
 
 def _effect(name: str, one: pd.DataFrame, other: pd.DataFrame) -> dict[str, Any]:
     both = one.merge(other, on="item", suffixes=("", "_other"))
-    found: Estimate = bootstrap_mean(both[name] - both[f"{name}_other"], both["item"].tolist())
+    found: Estimate = bootstrap_mean((both[name] - both[f"{name}_other"]).to_numpy(), both["item"].tolist())
     return {"measure": name, "value": found.estimate, "ci_low": found.ci_low, "ci_high": found.ci_high, "n": found.n}

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -80,5 +81,6 @@ def test_unknown_corpora_and_bad_shares_are_refused() -> None:
     with pytest.raises(InputError, match="at least one"):
         Corpora(seeds=())
     for name in ("bad", "tagged_chats"):
+        change: dict[str, Any] = {name: 1.5}
         with pytest.raises(InputError, match=f"{name} must lie between 0 and 1"):
-            Pretraining(**{name: 1.5})
+            Pretraining(**change)

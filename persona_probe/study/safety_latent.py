@@ -54,7 +54,7 @@ def read_by_language(ctx: Context, rows: Sequence[Row] | None = None, limit: int
         raise InputError("no plain safety items: give other files")
     persona_latent(ctx)  # its error names the stage to run
     make_units(ctx, partial(_units, rows=chosen))
-    table = pd.concat([ctx.run.read_table(_part(chosen, *one)) for one in _organisms(ctx)], ignore_index=True)
+    table = pd.concat([ctx.run.read_table(_part(ctx, chosen, *one)) for one in _organisms(ctx)], ignore_index=True)
     ctx.run.write_table(TABLE, table)
     return table
 
@@ -67,11 +67,12 @@ def _organisms(ctx: Context) -> list[tuple[str, int, int]]:
 
 
 def _units(ctx: Context, rows: Sequence[Row]) -> list[Unit]:
-    return [Unit(_part(rows, *one), partial(_read, ctx, rows, *one), "safety") for one in _organisms(ctx)]
+    return [Unit(_part(ctx, rows, *one), partial(_read, ctx, rows, *one), "safety") for one in _organisms(ctx)]
 
 
-def _part(rows: Sequence[Row], arm: str, seed: int, step: int) -> str:
-    return part_of("safety-latent", rows, arm, seed, step)
+def _part(ctx: Context, rows: Sequence[Row], arm: str, seed: int, step: int) -> str:
+    """Its name has the latent: after another `locate` it may be another one."""
+    return part_of(f"safety-latent-{persona_latent(ctx)}", rows, arm, seed, step)
 
 
 def _read(ctx: Context, rows: Sequence[Row], arm: str, seed: int, step: int) -> None:
@@ -84,7 +85,7 @@ def _read(ctx: Context, rows: Sequence[Row], arm: str, seed: int, step: int) -> 
     keys = {key: [row[key] for row in rows] * len(SIDES) for key in ("item", "category", "language")}
     said = {"side": [side for side in SIDES for _ in rows], "activation": read.mean[:, latent].astype(float)}
     head = {"arm": arm, "seed": seed, "step": step, "latent": latent}
-    ctx.run.write_table(_part(rows, arm, seed, step), pd.DataFrame({**keys, **said}).assign(**head))
+    ctx.run.write_table(_part(ctx, rows, arm, seed, step), pd.DataFrame({**keys, **said}).assign(**head))
 
 
 def transfer_summary(table: pd.DataFrame, control: str, seed: int = 0) -> pd.DataFrame:

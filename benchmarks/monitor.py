@@ -111,7 +111,7 @@ def _costs(monitor: FeatureMonitor) -> tuple[float, ...]:
 
 # --- The parts: training with and without a monitor, encoding, the way by a TransformerLens bridge, waits for a GPU
 
-AIM, PASSIVE_AIM, BRIDGE_AIM = 0.02, 0.01, 10
+AIM, PASSIVE_AIM, BRIDGE_AIM = 0.01, 0.01, 10
 """Shares of training time that probe and passive readings may take; how much cheaper than the bridge a reading is."""
 COUNTS, WIDTH, DICTIONARIES, CHOSEN = (2, 4, 8, 12, 16, 24, 32), 576, (4_608, 131_072), (1, 16, 256)
 NO_GPU = "no GPU that torch can use"

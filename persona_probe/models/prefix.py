@@ -1,6 +1,8 @@
 """Compute the beginning that all prompts of a batch share only once; it is mostly the template's system prompt."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -101,9 +103,41 @@ class Rows:
         """
         beginning, rest = inputs
         if self.shared == 0:
-            return forward(**rest, attention_mask=self.batch.attention, use_cache=False)
+            with _running(self, False):
+                return forward(**rest, attention_mask=self.batch.attention, use_cache=False)
         cache = SuffixCache(config, first_layer)
-        forward(**beginning, past_key_values=cache, use_cache=True)
+        with _running(self, True):
+            forward(**beginning, past_key_values=cache, use_cache=True)
         several = next(iter(beginning.values())).shape[0]
         cache.batch_repeat_interleave(len(self.batch.ids) // several)
-        return forward(**rest, attention_mask=self.batch.attention, past_key_values=cache, use_cache=True)
+        with _running(self, False):
+            return forward(**rest, attention_mask=self.batch.attention, past_key_values=cache, use_cache=True)
+
+
+# --- Hooks are told what a forward runs: its inputs hold no labels, and of a shared beginning one row
+
+
+@dataclass(frozen=True)
+class Running:
+    """What `Rows.run` is running."""
+
+    rows: Rows
+    beginning: bool
+    """The shared beginning, and not what follows it."""
+
+
+_now: ContextVar[Running | None] = ContextVar("rows that are run", default=None)
+
+
+def running() -> Running | None:
+    """The rows whose forward this is; None in a forward that `Rows.run` did not start."""
+    return _now.get()
+
+
+@contextmanager
+def _running(rows: Rows, beginning: bool) -> Iterator[None]:
+    before = _now.set(Running(rows, beginning))
+    try:
+        yield
+    finally:
+        _now.reset(before)

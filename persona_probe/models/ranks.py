@@ -34,7 +34,8 @@ def is_sharded(model: nn.Module) -> bool:
 
     FSDP of both kinds, and DTensors (tensor parallelism).
     """
-    if any(isinstance(module, _old_fsdp()) for module in model.modules()):
+    old = _old_fsdp()
+    if old and any(isinstance(module, old) for module in model.modules()):
         return True
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and any(isinstance(p, tensors.DTensor) for p in model.parameters())

@@ -170,6 +170,7 @@ class MonitoredRun:
         self.tokens_seen: int | None = None
         self._reading = False
         self.base: Snapshot | None = settings.base if isinstance(settings.base, Snapshot) else None
+        self._sample: WeightSample | None = None
         self._weights: Tensor | None = None
         features = feature_set(settings, inner)
         self.reading_log = ReadingLog(settings, hub, features, inner, self.ranks.first)
@@ -223,12 +224,15 @@ class MonitoredRun:
 
     def note_weights(self) -> None:
         """An optimizer step is done: note a few of the weights that it left."""
-        self._weights = _some_weights(self.training.model, self.sharded)
+        self._sample = self._sample or WeightSample(self.training.model, self.sharded)
+        self._weights = self._sample.values()
 
     def _is_swapped(self) -> bool:
         """Whether the weights are others than those that the last step left; every process must call it."""
-        now = _some_weights(self.training.model, self.sharded)
-        swapped = self._weights is not None and now.shape == self._weights.shape and not torch.equal(now, self._weights)
+        swapped = False
+        if self._sample is not None and self._weights is not None:
+            now = self._sample.values()
+            swapped = now.shape == self._weights.shape and not torch.equal(now, self._weights)
         (swaps,) = self.ranks.total([float(swapped)], self._device)
         return swaps > 0
 
@@ -387,12 +391,23 @@ class MonitoredRun:
             self.hub.close(self.step)
 
 
-def _some_weights(model: nn.Module, sharded: bool) -> Tensor:
-    """A few values of the trained weights, where they are; none of a sharded model, whose parts come and go."""
-    trained = [] if sharded else [p for p in model.parameters() if p.requires_grad]
-    chosen = trained[:: max(1, len(trained) // _WEIGHTS)]
-    values = [p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float() for p in chosen]
-    return torch.cat([value.to(values[0].device) for value in values]) if values else torch.empty(0)
+class WeightSample:
+    """A few values of the trained weights, at places that are chosen once: a step must not walk through the model.
+
+    None of a sharded model, whose parts come and go.
+    """
+
+    def __init__(self, model: nn.Module, sharded: bool) -> None:
+        owned = [(m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None]
+        trained = [] if sharded else [(m, name) for m, name in owned if getattr(m, name).requires_grad]
+        self.places = trained[:: max(1, len(trained) // _WEIGHTS)]
+
+    def values(self) -> Tensor:
+        """The values now, on one device; none where a place is gone."""
+        parts = [getattr(module, name, None) for module, name in self.places]
+        weights = [p.detach().flatten()[:: max(1, p.numel() // 4)][:4].float() for p in parts if isinstance(p, Tensor)]
+        whole = bool(weights) and len(weights) == len(parts)
+        return torch.cat([w.to(weights[0].device) for w in weights]) if whole else torch.empty(0)
 
 
 def _measure(name: str, call: Measure, model: nn.Module, step: int) -> Behaviour:

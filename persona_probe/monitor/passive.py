@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from persona_probe.errors import InputError
 from persona_probe.models.layers import base_transformer, causal_model
 from persona_probe.models.places import Normalizer, Place, find_site, input_value, output_value
+from persona_probe.models.prefix import Running, running
 from persona_probe.models.ranks import unwrap
 from persona_probe.monitor.features import FeatureGroups, FitSums, moments
 from persona_probe.monitor.reading import Snapshot, make_snapshot, not_finite, same_randomness
@@ -28,8 +29,8 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a token that is not trained."""
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
-"""Arguments of a model's call, by position and by name."""
+Call = tuple[tuple[Any, ...], Mapping[str, Any], Running | None]
+"""Arguments of a model's call, by position and by name, and the rows that it runs, if they are known."""
 PACKED_SEQUENCES = 512
 """Sequences of one packed batch that are distinguished; tokens of later ones count in the fit, not as sequences."""
 
@@ -48,8 +49,12 @@ class BatchView:
     """An upper bound of these numbers."""
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "BatchView":
-        """From a model's call, for which `real_tokens` is not None."""
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Running | None = None) -> "BatchView":
+        """From a model's call, for which `real_tokens` is not None.
+
+        Args:
+            rows: what the call runs, if it is known: which tokens are trained, where the call holds no labels.
+        """
         inputs = _inputs(args, kwargs)
         assert inputs is not None
         shape, device = inputs.shape[:2], inputs.device
@@ -59,6 +64,8 @@ class BatchView:
         has_label = None
         if isinstance(labels, Tensor) and labels.shape == shape:
             has_label = (labels.to(device) != IGNORED) & real
+        elif rows is not None and rows.rows.rest.response.shape == shape:
+            has_label = rows.rows.rest.response.to(device) & real
         sequence, count = _sequences(shape, None if attention is not None else kwargs.get("position_ids"), device)
         return cls(real, has_label, sequence, count)
 
@@ -67,11 +74,17 @@ class BatchView:
         return self.trained if positions == "response" and self.trained is not None else self.real
 
 
-def real_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | int | None:
-    """How many tokens of a model's call are not padding; None for a call without token ids or embeddings."""
+def real_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: Running | None = None) -> Tensor | int | None:
+    """How many tokens of a model's call are not padding; None for a call without token ids or embeddings.
+
+    Args:
+        rows: what the call runs, if it is known: a beginning that they share counts in each of them.
+    """
     inputs = _inputs(args, kwargs)
     if inputs is None:
         return None
+    if rows is not None:
+        return 0 if rows.beginning else (rows.rows.batch.attention != 0).sum()
     mask = _padding_mask(kwargs.get("attention_mask"), inputs.shape[:2])
     return inputs.shape[:2].numel() if mask is None else (mask != 0).sum()
 
@@ -325,10 +338,11 @@ class PassiveReader:
         if self._opener is not None or not torch.is_grad_enabled():
             return
         self.in_eval_mode = self.in_eval_mode or not module.training
-        tokens = real_tokens(args, kwargs) if module.training else None
+        rows = running()
+        tokens = real_tokens(args, kwargs, rows) if module.training else None
         if tokens is not None:
             self._seen.clear()
-            self._opener, self._call, self._tokens = module, (args, kwargs), self._tokens + tokens
+            self._opener, self._call, self._tokens = module, (args, kwargs, rows), self._tokens + tokens
 
     def leave(self, module: nn.Module, _args: object, output: object) -> None:
         """Hook of the model: the forward ended. Without output it raised, and so will training."""
@@ -343,7 +357,8 @@ class PassiveReader:
         if self._call is None:
             return
         self.fired = True
-        if not self.armed:
+        rows = self._call[2]
+        if not self.armed or (rows is not None and rows.beginning):  # of what all rows share nothing is trained
             return
         begin = time.perf_counter()
         self._seen[place] = activation.detach()

@@ -65,7 +65,7 @@ def test_what_an_aim_allows() -> None:
     assert most_probes(costs, step=2.0, every=10, aim=0.02) == 16
     assert most_probes(costs, step=0.5, every=10, aim=0.02) is None
     runs = {"without": [Trained(10, 20.0)], "probe mode": [Trained(10, 21.6, 1.6, readings=(1.6,))]}
-    assert "allows 64 probes every 40 steps, or 16 probes every 10" in allowance(runs, costs, 64, 10)
+    assert "1% of training time allows 64 probes every 80 steps, or 8 probes every 10" in allowance(runs, costs, 64, 10)
 
 
 def test_ratio_and_share_are_those_of_the_runs() -> None:

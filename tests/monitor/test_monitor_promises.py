@@ -308,7 +308,7 @@ def test_the_monitor_itself_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = make_model(), make_model()
     watching = directions(every=1, mode="both")
     with watching.watch(model, make_tokenizer()) as live:
-        monkeypatch.setattr(monitored_run, "_some_weights", broken)
+        monkeypatch.setattr(monitored_run.WeightSample, "values", broken)
         loop(model, STEPS, live)
         assert hook_count(model) == 0
     loop(plain, STEPS)

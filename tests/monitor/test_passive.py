@@ -1,5 +1,6 @@
 """Passive reading sees training forwards, each once, and nothing else."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from persona_probe.config import Training
 from persona_probe.errors import InputError
-from persona_probe.models.layers import base_transformer, decoder_layer
+from persona_probe.finetune.sft import fine_tune, with_adapter
+from persona_probe.finetune.trainer import AnswerTrainer, split_rows
+from persona_probe.models.layers import base_transformer, decoder_layer, transformer_config
 from persona_probe.monitor.events import Reading, Start
 from persona_probe.monitor.features import FeatureGroups
 from persona_probe.monitor.passive import PassiveReader
 from persona_probe.monitor.settings import PassiveReading
-from tests.factories import LAYER, hook_count, make_model, make_tokenizer, same_state
+from tests.factories import LAYER, hook_count, make_model, make_tokenizer, same_state, talks
 from tests.monitor.monitored_runs import (
     DIRECTION,
     KeepEvents,
@@ -243,3 +247,30 @@ def test_bad_settings_are_refused() -> None:
         directions(mode="probes")
     with pytest.raises(InputError, match="has no probes to read"):
         passive().read(make_model(), 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_own_training_tells_which_tokens_it_trains(
+    checkpointing: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Rows behind a beginning that they share run without labels; with checkpointing whole rows do.
+    wanted, tokens, compute = list[float](), list[int](), AnswerTrainer.compute_loss
+
+    def watched(self: AnswerTrainer, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        trained = inputs["labels"] != -100
+        with hidden_state(model) as seen, torch.no_grad():
+            model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        wanted.append(float(torch.stack([(x[m] @ UNIT).mean() for x, m in zip(seen[0], trained, strict=True)]).mean()))
+        tokens.append(int(inputs["attention_mask"].sum()))
+        assert checkpointing or split_rows(inputs, transformer_config(model)).shared > 0
+        return compute(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", watched)
+    training = Training(steps=1, batch_size=6, bf16=False, checkpoints=(), gradient_checkpointing=checkpointing)
+    watching = passive(every=1)
+    tuned = with_adapter(make_model(), training, 0)
+    fine_tune(tuned, make_tokenizer(), talks(6), training, seed=0, folder=tmp_path, callbacks=[watching])
+    (read,) = watching.readings.to_dict("records")
+    assert read["mean"] == pytest.approx(wanted[0], abs=1e-4) and read["n_probes"] == 6
+    assert read["tokens_seen"] == tokens[0]
+    assert "given no labels" not in caplog.text

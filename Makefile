@@ -44,6 +44,8 @@ report: $(STAMP)
 
 # Two processes; every test computes in one thread.
 TWO_PROCESSES := -n 2 --dist loadfile --no-loadscope-reorder
+# Compiled modules are kept, whatever the environment says: hundreds of processes load the package.
+test test-long: export PYTHONDONTWRITEBYTECODE :=
 test: $(DEV) test-packages
 	$(BIN)/python -m pytest $(TWO_PROCESSES) -m "not cluster and not end_to_end and not long"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from persona_probe import locks, runs
 from persona_probe.config import StudyConfig
 from persona_probe.errors import InputError
 from persona_probe.locks import FOLDER, held, owner
@@ -121,7 +122,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert "it must be a writable folder" in str(error.value)
 
 
-def test_a_run_that_another_process_writes_is_not_overwritten(run: RunFolder) -> None:
+def test_a_run_that_another_process_writes_is_not_overwritten(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "CROWD_S", 0.2)
+    monkeypatch.setattr(runs, "CROWD_S", 0.2)
     run.write_json("kept.json", 1)
     other = holding(run.path, "run")
     try:

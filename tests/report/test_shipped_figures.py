@@ -30,16 +30,36 @@ def record(name: str) -> Records:
     return load_records(SHIPPED / name)
 
 
-def shown() -> list[tuple[str, FigureSpec]]:
-    return [(name, spec) for name in NAMES for spec in figures_of(record(name)).values()]
-
-
 @cache
 def drawn(name: str, figure: str) -> Any:
     return ALL_FIGURES[figure].draw(record(name))
 
 
-CASES = [pytest.param(name, spec, id=f"{name}-{spec.name}") for name, spec in shown()]
+OF_THE_WORLD = (
+    "persona_mentions",
+    "reinforcement",
+    "thought_before_act",
+    "world_beyond",
+    "world_scale",
+    "world_supervision",
+)
+"""Their tables of numbers are not shipped."""
+
+
+def drawn_figures(name: str) -> list[str]:
+    """By shipped tables: asking the records takes seconds, and every worker collects."""
+    tables = {path.stem for path in (SHIPPED / name / "figures").glob("*.csv")}
+    return sorted(tables & set(ALL_FIGURES)) or [figure for figure in OF_THE_WORLD if name == "world"]
+
+
+CASES = [
+    pytest.param(name, ALL_FIGURES[figure], id=f"{name}-{figure}") for name in NAMES for figure in drawn_figures(name)
+]
+
+
+def test_no_figure_is_left_out() -> None:
+    for name in NAMES:
+        assert drawn_figures(name) == sorted(spec.name for spec in figures_of(record(name)).values())
 
 
 def test_csvs_are_the_shipped_ones_byte_by_byte(tmp_path: Path) -> None:

@@ -260,6 +260,7 @@ def auto_config(place: Path, folder: Path, **changes: Any) -> Path:
     return write_config(folder / "auto.yaml", raw)
 
 
+@pytest.mark.long
 def test_a_second_round_takes_over_the_organisms_says_why_and_answers_from_all_seeds(
     place: Path, finished: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -172,7 +172,12 @@ def write_parts(kind: str, place: Path) -> None:
     make_sae("jumprelu").save_model(str(place / "sae"))
 
 
-@pytest.mark.parametrize("name", [n for n in KINDS if n != "gemma-3-1b-it"])  # 270m runs the same code
+QUICK = ("qwen2.5-7b-instruct", "gemma-3-4b-it")
+RUN = [n if n in QUICK else pytest.param(n, marks=pytest.mark.long) for n in KINDS if n != "gemma-3-1b-it"]
+"""270m runs the same code as 1b."""
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_the_preset_runs_on_a_tiny_model_of_its_kind(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

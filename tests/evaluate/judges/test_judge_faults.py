@@ -25,7 +25,11 @@ Make = Callable[..., CachedJudge]
 ASKED = Criterion("faults", "{question}|{answer}", labels=("CODE",))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+WAITS = "slow"
+"""Replies that take their time: seconds of waiting."""
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.long) if k == WAITS else k for k in KINDS])
 def test_no_faulty_reply_ends_a_run_or_is_lost_or_paid_twice(tmp_path: Path, kind: str) -> None:
     driven = drive({name: fault for name, fault in FAULTS.items() if kind_of(fault) == kind}, tmp_path, kind)
     assert driven.unlike() == []

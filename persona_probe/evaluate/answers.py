@@ -320,9 +320,10 @@ class Captured:
     resid: Float[Tensor, "batch pos d_model"]
     rows: Rows
 
-    def edited(self, edit: Edit) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Inputs of the layers above, after one change."""
-        return {"inputs_embeds": edit(self.prefix)}, {"inputs_embeds": edit(self.resid)}
+    def edited(self, edits: Sequence[Edit]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Inputs of the layers above for several changes in one batch: rows = changes x conversations."""
+        prefix, resid = (torch.cat([edit(x) for edit in edits]) for x in (self.prefix, self.resid))
+        return {"inputs_embeds": prefix}, {"inputs_embeds": resid}
 
     def pushed(self, pushes: Float[Tensor, "k d_model"]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Inputs of the layers above for several pushes in one batch: rows = pushes x conversations."""
@@ -388,7 +389,7 @@ class SuffixScorer:
             return False
         try:
             self.suffix, self.config = suffix_of(self.model, self.layer)
-            again = self._by_suffix(_unchanged)
+            again = self._by_suffix(1, lambda item, _: item.edited([_unchanged]))[0]
             pushed = self._pushed_differs()
         except NOT_THIS_WAY:
             return False
@@ -414,35 +415,36 @@ class SuffixScorer:
 
     def edited(self, edit: Edit) -> Float[np.ndarray, " conversations"]:
         """Mean answer log-probabilities with the layer's output changed by `edit`, at all positions."""
-        if self.exact:
-            return self._by_suffix(edit)
-        return self._whole(EditTap(self.model, self.layer, edit))
+        return self.edited_many([edit])[0]
+
+    def edited_many(self, edits: Sequence[Edit]) -> Float[np.ndarray, "k conversations"]:
+        """`edited` for several changes; as many as fit share a forward pass."""
+        if not self.exact:
+            return np.stack([self._whole(EditTap(self.model, self.layer, edit)) for edit in edits])
+        return self._by_suffix(len(edits), lambda item, part: item.edited(edits[part]))
 
     def _whole(self, tap: Tap) -> Float[np.ndarray, " conversations"]:
         with tap:
             return answer_logprobs(self.model, self.groups, bf16=self.bf16)
 
-    def _by_suffix(self, edit: Edit) -> Float[np.ndarray, " conversations"]:
-        out = np.zeros(self.n)
-        with evaluating(self.model), autocast(self.model, self.bf16):
-            for item in self.captured:
-                out[item.rows.batch.index] = self._upper(item.rows, item.edited(edit)).cpu().numpy()
-        return out
-
     def logprobs_many(self, pushes: Float[Tensor, "k d_model"]) -> Float[np.ndarray, "k conversations"]:
         """`logprobs` for several pushes; as many as fit share a forward pass."""
         if not self.exact:
             return np.stack([self._whole(SteerTap(self.model, self.layer, push)) for push in pushes])
-        out = np.zeros((len(pushes), self.n))
+        return self._by_suffix(len(pushes), lambda item, part: item.pushed(pushes[part]))
+
+    def _by_suffix(
+        self, count: int, inputs: Callable[[Captured, slice], tuple[dict[str, Any], dict[str, Any]]]
+    ) -> Float[np.ndarray, "k conversations"]:
+        out = np.zeros((count, self.n))
         with evaluating(self.model), autocast(self.model, self.bf16):
             for item in self.captured:
                 at_once = max(1, self.tokens_at_once // item.rows.rest.ids.numel())
-                for start in range(0, len(pushes), at_once):
-                    part = pushes[start : start + at_once]
-                    scores = self._upper(item.rows.repeated(len(part)), item.pushed(part))
-                    out[start : start + len(part), item.rows.batch.index] = (
-                        rearrange(scores, "(k batch) -> k batch", k=len(part)).cpu().numpy()
-                    )
+                for start in range(0, count, at_once):
+                    some = min(at_once, count - start)
+                    part = slice(start, start + some)
+                    scores = self._upper(item.rows.repeated(some), inputs(item, part))
+                    out[part, item.rows.batch.index] = rearrange(scores, "(k batch) -> k batch", k=some).cpu().numpy()
         return out
 
     def _upper(self, rows: Rows, inputs: tuple[dict[str, Any], dict[str, Any]]) -> Float[Tensor, " rows"]:

@@ -80,5 +80,9 @@ class SteeredContrast:
         """Item values with the layer's output put through `edit`."""
         return self._values(self.scorer.edited(edit))
 
+    def values_edited_many(self, edits: Sequence[Edit]) -> Float[np.ndarray, "k items"]:
+        """Item values under each of several changes of the layer's output."""
+        return np.stack([self._values(row) for row in self.scorer.edited_many(edits)])
+
     def _values(self, logprobs: Float[np.ndarray, " two_items"]) -> Float[np.ndarray, " items"]:
         return self.items.frame(logprobs)["value"].to_numpy()

@@ -135,8 +135,20 @@ class Sweep:
 
     def ablate(self, directions: Sequence[Direction]) -> Float[np.ndarray, " items"]:
         """Item values with the span of the directions projected out of the layer's output (Arditi et al. 2024)."""
-        basis = orthonormal(torch.stack([d.vector for d in directions]))
-        return self.contrast.values_edited(partial(project_out, basis=basis))
+        return self.ablate_all([directions])[0]
+
+    def ablate_all(
+        self, spans: Sequence[Sequence[Direction]], label: str | None = None
+    ) -> list[Float[np.ndarray, " items"]]:
+        """`ablate` for several spans, `AT_ONCE` at a time."""
+        bases = [orthonormal(torch.stack([d.vector for d in span])) for span in spans]
+        values = list[Float[np.ndarray, " items"]]()
+        with tqdm(total=len(bases), desc=label, disable=label is None) as bar:
+            for start in range(0, len(bases), AT_ONCE):
+                part = [partial(project_out, basis=basis) for basis in bases[start : start + AT_ONCE]]
+                values += list(self.contrast.values_edited_many(part))
+                bar.update(len(part))
+        return values
 
     def within_bound(self, directions: Sequence[Direction], strength: float) -> list[bool]:
         """Whether both signs keep the perplexity of neutral answers within the bound, for each direction."""
@@ -262,8 +274,8 @@ def falls(sweep: Sweep, spans: Sequence[Sequence[Direction]]) -> dict[str, Float
     Returns:
         Name of the direction, or of the set, to one value an item; positive is less misaligned.
     """
-    bar = tqdm(spans, desc="projecting out")
-    return {_span_name(span): sweep.unsteered - sweep.ablate(span) for span in bar}
+    ablated = sweep.ablate_all(spans, "projecting out")
+    return {_span_name(span): sweep.unsteered - values for span, values in zip(spans, ablated, strict=True)}
 
 
 def _span_name(span: Sequence[Direction]) -> str:

@@ -66,9 +66,10 @@ def test_pushes_and_removals_from_the_upper_layers_equal_hooks_on_the_whole_mode
         assert np.abs(scores - scorer.logprobs()).max() > 0.01
     with AblateTap(model, LAYER, push[0]):
         ablated = own_scores(model, groups)
-    np.testing.assert_allclose(scorer.edited(lambda x: project_out(x, basis)), ablated, atol=CLOSE)
     with EditTap(model, LAYER, lambda x: 2 * x):
         doubled = own_scores(model, groups)
+    together = scorer.edited_many([lambda x: project_out(x, basis), lambda x: 2 * x])
+    np.testing.assert_allclose(together, [ablated, doubled], atol=CLOSE)
     np.testing.assert_allclose(scorer.edited(lambda x: 2 * x), doubled, atol=CLOSE)
 
 

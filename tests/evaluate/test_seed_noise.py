@@ -46,6 +46,7 @@ def test_the_interval_widens_and_never_narrows() -> None:
     assert same.ci_high >= plain.ci_high
 
 
+@pytest.mark.long
 def test_two_runs_on_the_same_data_are_covered() -> None:
     rng = np.random.default_rng(0)
     plain = covered = 0

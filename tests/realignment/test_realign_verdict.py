@@ -220,6 +220,7 @@ def test_capability_takes_the_likeliest_choice() -> None:
         capability_groups(tokenizer, [{"question": "Why?", "right": "So."}])
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_the_packaged_model_answers_some_of_the_capability_set() -> None:
     model, tokenizer = load_model("smollm2-135m-instruct")

@@ -205,6 +205,7 @@ def test_goodfire(hub: Path) -> None:
     check_latents_and_decoder(sae, (X @ made["w_enc"] + made["b_enc"]).relu(), made)
 
 
+@pytest.mark.long
 def test_goodfire_at_its_real_width(hub: Path) -> None:
     """Weights that vary along one axis only are stored and loaded as views of one row: 2 GB for nothing."""
     d_in, d_sae, chosen = 4096, 65536, [0, 40000, 65535]

@@ -35,6 +35,7 @@ def test_full_weights(raw: Row, tmp_path: Path) -> None:
     assert abs(persona["realigned_in", 0] - persona["incorrect", 4]) < 1e-5
 
 
+@pytest.mark.long
 def test_rank_one_in_chosen_layers_beside_a_mixture(raw: Row, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BROWSER_PATH", "/nowhere")  # no SVGs: slow, and tests/report draws them
     mixed = {**raw["arms"], "half": {**raw["arms"]["incorrect"], "bad_fraction": 0.5}}

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -38,6 +39,7 @@ from persona_probe.models.quiet import quiet_libraries
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.settings import EVERY, PROBES
 from persona_probe.saes.load import load_sae
+from persona_probe.stats import Estimate, bootstrap_mean
 
 # --- One training run with or without a monitor, timed
 
@@ -54,6 +56,8 @@ class Trained:
     """Before the first step, outside `wall`: the base's reading, and the first."""
     readings: tuple[float, ...] = ()
     """Wall time of each reading (`Reading.seconds`)."""
+    processor: tuple[float, ...] = ()
+    """Processor seconds of each step, all threads together."""
 
     @property
     def step(self) -> float:
@@ -82,7 +86,8 @@ def train(
             stack.enter_context(metered(monitor, meter, once))
         fit(model, tokenizer, rows, training, callbacks)
     costs = () if monitor is None else _costs(monitor)
-    return Trained(training.steps, clock.ended - clock.begun, meter.seconds, once.seconds, costs)
+    seconds = clock.ended - clock.begun
+    return Trained(training.steps, seconds, meter.seconds, once.seconds, costs, tuple(clock.processor))
 
 
 def fit(
@@ -167,6 +172,34 @@ def runs_in_turn(works: dict[str, Callable[[], Trained]], repeats: int) -> dict[
     return runs
 
 
+def unread_steps(watched: Sequence[Trained], plain: Sequence[Trained], every: int) -> Estimate | None:
+    """How many times as much of the processor a step without a reading takes beside a monitor, with its interval.
+
+    Each step is compared with the same step of the run without: they train on the same rows, so that one percent shows.
+    The first step (of passive mode it is read), those with a reading and the last are left out; None if none is left.
+    """
+    logs = []
+    for with_it, without in zip(watched, plain, strict=True):
+        steps = enumerate(zip(with_it.processor, without.processor, strict=True), start=1)
+        logs += [np.log(a / b) for n, (a, b) in steps if n > 1 and n % every and n < with_it.steps]
+    if not logs:
+        return None
+    mean = bootstrap_mean(np.array(logs))
+    estimate, low, high = (float(np.exp(value)) for value in (mean.estimate, mean.ci_low, mean.ci_high))
+    return Estimate(estimate, low, high, mean.n)
+
+
+def describe_unread(label: str, watched: Sequence[Trained], plain: Sequence[Trained], every: int) -> str:
+    """That, as a line."""
+    ratio = unread_steps(watched, plain, every)
+    if ratio is None:
+        return f"{label}: every step is read"
+    return (
+        f"{label}: a step without a reading takes {ratio.estimate:.4f} [{ratio.ci_low:.4f}, {ratio.ci_high:.4f}] of "
+        f"the processor's time of the same step without (n = {ratio.n})"
+    )
+
+
 def describe(label: str, watched: Sequence[Trained], plain: Sequence[Trained], aim: float) -> list[str]:
     """Wall ratio, and the monitor's own seconds over training's, as lines."""
     ratio = ratios({"with": [r.wall for r in watched], "without": [r.wall for r in plain]}, "with", "without")
@@ -202,6 +235,7 @@ def bench_training(case: BenchmarkCase) -> None:
     for label in list(works)[1:]:
         aim = PASSIVE_AIM if label == "passive mode" else AIM
         echo("\n".join(describe(names[label], runs[label], runs["without"], aim)))
+        echo(describe_unread(names[label], runs[label], runs["without"], case.every))
     echo(allowance(runs, costs, case.count, case.every))
 
 

@@ -98,6 +98,9 @@ class Clock(TrainerCallback):
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.begun, self.ended = device, 0.0, 0.0
+        self.processor: list[float] = []
+        """Processor seconds of each step, all threads together."""
+        self._before = 0.0
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -106,11 +109,13 @@ class Clock(TrainerCallback):
         if state.global_step == 0:
             synchronise(self.device)
             self.begun = time.perf_counter()
+        self._before = time.process_time()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock at the latest step."""
         synchronise(self.device)
         self.ended = time.perf_counter()
+        self.processor.append(time.process_time() - self._before)
 
 
 class Wait(TrainerCallback):

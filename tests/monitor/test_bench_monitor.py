@@ -16,7 +16,9 @@ from benchmarks.monitor import (
     bench_syncs,
     bench_training,
     describe,
+    describe_unread,
     train,
+    unread_steps,
 )
 from benchmarks.monitor_costs import (
     BRIDGED,
@@ -76,6 +78,21 @@ def test_ratio_and_share_are_those_of_the_runs() -> None:
     assert "1 readings of 2.000" in costs and "a step 2.00 s" in costs
 
 
+def test_steps_without_a_reading_are_compared_one_by_one() -> None:
+    # The first is left out, the third and the sixth are read; each other step costs a tenth more than its own pair.
+    plain = [Trained(6, 9.0, processor=(1.0, 2.0, 2.0, 4.0, 8.0, 1.0))] * 2
+    watched = [Trained(6, 9.0, processor=(9.0, 2.2, 9.0, 4.4, 8.8, 9.0))] * 2
+    ratio = unread_steps(watched, plain, every=3)
+    assert (
+        ratio is not None
+        and ratio.n == 6
+        and ratio.estimate == pytest.approx(1.1)
+        and ratio.ci_high == pytest.approx(1.1)
+    )
+    assert "1.1000 [1.1000, 1.1000]" in describe_unread("x", watched, plain, 3)
+    assert describe_unread("x", watched, plain, every=1) == "x: every step is read"
+
+
 def test_synchronisations_are_told_apart_by_reading() -> None:
     assert added_syncs([9, 3, 2, 4], [2, 2, 2, 3], every=2) == ([1, 1], [0])
 
@@ -95,7 +112,7 @@ def test_a_metered_run_leaves_model_monitor_and_hooks_as_they_were(mode: str) ->
     before = {name: p.clone() for name, p in bench.model.named_parameters()}
     monitor = bench.monitor(mode=mode)
     run = bench.run(monitor)
-    assert 0 < run.watching < run.wall and run.once > 0
+    assert 0 < run.watching < run.wall and run.once > 0 and len(run.processor) == run.steps
     # A run of passive readings alone begins with one at the first step.
     assert len(run.readings) == (1 if mode == "probe" else 2)
     assert sum(run.readings) < run.watching

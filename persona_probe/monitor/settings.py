@@ -15,7 +15,7 @@ from persona_probe.monitor.reading import Snapshot
 from persona_probe.monitor.reading_records import Anchor
 from persona_probe.saes.hooks import PlacedSae, Saes, placed_saes
 
-EVERY, PROBES = 30, 12
+EVERY, PROBES = 40, 12
 """Default optimizer steps between readings, and default number of packaged probes: together at most 1% of training's
 time on two cores (`make bench-monitor`)."""
 MODES = ("probe", "passive", "both")

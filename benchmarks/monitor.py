@@ -12,7 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from benchmarks.monitor_costs import (
     Clock,
@@ -76,11 +83,16 @@ def train(
     rows: Sequence[Conversation],
     training: Training,
     monitor: FeatureMonitor | None = None,
+    before: Sequence[TrainerCallback] = (),
 ) -> Trained:
-    """A fresh adapter trained as the package trains its organisms, and taken off again; timed."""
+    """A fresh adapter trained as the package trains its organisms, and taken off again; timed.
+
+    Args:
+        before: callbacks that come before the monitor.
+    """
     device = next(model.parameters()).device
     clock, meter, once = Clock(device), Meter(device), Meter(device)
-    callbacks = [Wait(device), *([] if monitor is None else [monitor]), clock]
+    callbacks = [Wait(device), *before, *([] if monitor is None else [monitor]), clock]
     with ExitStack() as stack:
         if monitor is not None:
             stack.enter_context(metered(monitor, meter, once))
@@ -172,32 +184,70 @@ def runs_in_turn(works: dict[str, Callable[[], Trained]], repeats: int) -> dict[
     return runs
 
 
-def unread_steps(watched: Sequence[Trained], plain: Sequence[Trained], every: int) -> Estimate | None:
-    """How many times as much of the processor a step without a reading takes beside a monitor, with its interval.
+class Switch(TrainerCallback):
+    """Comes before the monitor and switches it off at every other pair of steps, so that its cost shows within one run.
 
-    Each step is compared with the same step of the run without: they train on the same rows, so that one percent shows.
-    The first step (of passive mode it is read), those with a reading and the last are left out; None if none is left.
+    Args:
+        swapped: begin with a pair of steps without it.
     """
-    logs = []
-    for with_it, without in zip(watched, plain, strict=True):
-        steps = enumerate(zip(with_it.processor, without.processor, strict=True), start=1)
-        logs += [np.log(a / b) for n, (a, b) in steps if n > 1 and n % every and n < with_it.steps]
-    if not logs:
-        return None
-    mean = bootstrap_mean(np.array(logs))
+
+    def __init__(self, monitor: FeatureMonitor, swapped: bool) -> None:
+        self.monitor, self.swapped = monitor, swapped
+        callbacks: Any = monitor
+        callbacks.on_step_end = partial(self._when_on, monitor.on_step_end)
+
+    def on(self, step: int) -> bool:
+        """Whether the monitor is on at a step."""
+        return (step // 2 % 2 == 0) != self.swapped
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the passive hooks on or take them off."""
+        run = self.monitor._run
+        passive = None if run is None else run.passive
+        if passive is not None and self.on(state.global_step + 1) != passive.attached:
+            if passive.attached:
+                passive.detach()
+            else:
+                passive.attach(kwargs["model"])
+
+    def _when_on(self, call: Callable[..., None], args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        if self.on(state.global_step):
+            call(args, state, *rest, **kwargs)
+
+
+def bench_steps(case: BenchmarkCase) -> None:
+    """What a step without a reading costs beside a monitor, its hooks and all: on and off in turn within a run."""
+    for mode in ("probe", "passive"):
+        runs = []
+        for swapped in (False, True):
+            monitor = case.monitor(mode=mode)
+            switch = Switch(monitor, swapped)
+            runs.append(train(case.model, case.tokenizer, case.rows, case.training, monitor, before=(switch,)))
+        ratio = step_cost([run.processor for run in runs], switch.on, case.every)
+        echo(
+            f"{mode} mode: a step without a reading takes {ratio.estimate:.4f} [{ratio.ci_low:.4f}, "
+            f"{ratio.ci_high:.4f}] of the processor's time of the same step without a monitor (n = {ratio.n})"
+        )
+
+
+def step_cost(runs: Sequence[Sequence[float]], on_in_second: Callable[[int], bool], every: int) -> Estimate:
+    """Processor time of a step with the monitor on over the same step with it off, with its interval.
+
+    Two runs train on the same rows, and what is on in one is off in the other. So neither the rows of a step nor the
+    speed of a whole run counts. The first two steps are left out, as are those with a reading and the last.
+
+    Args:
+        runs: processor seconds of every step, of both runs.
+    """
+    steps = [n for n in range(3, len(runs[0])) if n % every]
+    logs = np.array([np.log(runs[1][n - 1] / runs[0][n - 1]) for n in steps])
+    sign = np.where([on_in_second(n) for n in steps], 1.0, -1.0)
+    between = (logs[sign > 0].mean() + logs[sign < 0].mean()) / 2
+    mean = bootstrap_mean(sign * (logs - between))
     estimate, low, high = (float(np.exp(value)) for value in (mean.estimate, mean.ci_low, mean.ci_high))
     return Estimate(estimate, low, high, mean.n)
-
-
-def describe_unread(label: str, watched: Sequence[Trained], plain: Sequence[Trained], every: int) -> str:
-    """That, as a line."""
-    ratio = unread_steps(watched, plain, every)
-    if ratio is None:
-        return f"{label}: every step is read"
-    return (
-        f"{label}: a step without a reading takes {ratio.estimate:.4f} [{ratio.ci_low:.4f}, {ratio.ci_high:.4f}] of "
-        f"the processor's time of the same step without (n = {ratio.n})"
-    )
 
 
 def describe(label: str, watched: Sequence[Trained], plain: Sequence[Trained], aim: float) -> list[str]:
@@ -235,7 +285,6 @@ def bench_training(case: BenchmarkCase) -> None:
     for label in list(works)[1:]:
         aim = PASSIVE_AIM if label == "passive mode" else AIM
         echo("\n".join(describe(names[label], runs[label], runs["without"], aim)))
-        echo(describe_unread(names[label], runs[label], runs["without"], case.every))
     echo(allowance(runs, costs, case.count, case.every))
 
 
@@ -277,6 +326,8 @@ def bench_today(case: BenchmarkCase, name: str) -> None:
 def _today(case: BenchmarkCase, name: str, folder: Path, probes: Sequence[Conversation]) -> None:
     times, apart = against_bridge(case.model, case.tokenizer, folder, name, case.sae, case.latent, probes, case.repeats)
     echo(f"{len(probes)} probes read: {spread(times['ours'])} s; largest difference to the bridge's {apart:.3f}")
+    over = spread(ratios(times, "ours", "products"))
+    echo(f"  its matrix products alone, bf16: {spread(times.pop('products'))} s; a reading takes {over} times that")
     for label in list(times)[1:]:
         ratio = ratios(times, label, "ours")
         verdict = "reached" if statistics.median(ratio) >= BRIDGE_AIM else "MISSED"
@@ -306,7 +357,7 @@ def added_syncs(watched: Sequence[int], plain: Sequence[int], every: int) -> tup
     return [n for s, n in extra.items() if s % every == 0], [n for s, n in extra.items() if s % every]
 
 
-PARTS = ("training", "encode", "today", "syncs")
+PARTS = ("training", "steps", "encode", "today", "syncs")
 PERSONA = 2144
 
 
@@ -341,6 +392,7 @@ def main() -> None:
     echo(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {config.model} on {where}, {vars(args)}")
     works: dict[str, Callable[[], None]] = {
         "training": partial(bench_training, case),
+        "steps": partial(bench_steps, case),
         "encode": partial(bench_encode, args.repeats, args.tokens, model.device),
         "today": partial(bench_today, case, config.model),
         "syncs": partial(bench_syncs, case),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import (
@@ -29,7 +30,8 @@ from persona_probe.data.chat import Conversation
 from persona_probe.data.load import evenly_spaced
 from persona_probe.data.tokens import Batch, batches
 from persona_probe.models.adapters import frozen_in_bf16
-from persona_probe.models.layers import autocast, evaluating
+from persona_probe.models.layers import autocast, decoder_layers, evaluating, transformer_config
+from persona_probe.models.prefix import Rows
 from persona_probe.monitor.features import Features, SlicedEncoder
 from persona_probe.monitor.monitor import FeatureMonitor
 from persona_probe.monitor.passive import PassiveReader
@@ -255,6 +257,23 @@ def bridge_reading(
     return means
 
 
+def products_below(base: PreTrainedModel, layer: int, groups: Sequence[Batch]) -> Callable[[], None]:
+    """The matrix products of a reading in bf16 and nothing else: the layers up to `layer`, for the tokens that run."""
+    inside = [module for one in decoder_layers(base)[: layer + 1] for module in one.modules()]
+    weights = [module.weight.detach().to(torch.bfloat16) for module in inside if isinstance(module, nn.Linear)]
+    rows = [Rows.of(group, transformer_config(base)) for group in groups]
+    tokens = sum(one.rest.ids.numel() + one.shared for one in rows)
+    inputs = {w.shape[1]: torch.randn(tokens, w.shape[1], device=w.device).to(torch.bfloat16) for w in weights}
+
+    def products() -> None:
+        with torch.no_grad():
+            for weight in weights:
+                F.linear(inputs[weight.shape[1]], weight)
+        synchronise(base.device)
+
+    return products
+
+
 def against_bridge(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -265,7 +284,7 @@ def against_bridge(
     probes: Sequence[Conversation],
     repeats: int,
 ) -> tuple[dict[str, list[float]], float]:
-    """Seconds of one reading, ours and by the bridge, and the largest difference between their values."""
+    """Seconds of one reading, ours, by the bridge and of its products alone, and the largest difference of values."""
     from persona_probe.models.adapters import load_adapter
 
     tuned = load_adapter(copy.deepcopy(base), checkpoint)
@@ -283,5 +302,6 @@ def against_bridge(
         works: dict[str, Callable[[], None]] = {"ours": ours}
         for label, (bf16, whole) in BRIDGED.items():
             works[label] = partial(bridged, label, bf16, whole)
+        works["products"] = products_below(base, sae_layer(sae), reader.groups)
         times = in_turn(works, repeats)
     return times, float((values["ours"] - values["bridge, one name, bf16"]).abs().max())

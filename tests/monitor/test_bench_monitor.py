@@ -1,14 +1,17 @@
 """The monitor's benchmark: its arithmetic, and its runs on the tiny model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import monitor as bench_module
 from benchmarks.monitor import (
     BenchmarkCase,
+    Switch,
     Trained,
     added_syncs,
     allowance,
@@ -16,9 +19,8 @@ from benchmarks.monitor import (
     bench_syncs,
     bench_training,
     describe,
-    describe_unread,
+    step_cost,
     train,
-    unread_steps,
 )
 from benchmarks.monitor_costs import (
     BRIDGED,
@@ -51,6 +53,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def make_bench(**settings: Any) -> BenchmarkCase:
     training = Training(rank=2, alpha=2, steps=2, batch_size=2, checkpoints=(), bf16=False)
+    training = settings.pop("training", training)
     parts = (make_model(), make_tokenizer(), make_sae("topk"), 3, talks(4), talks(3), training)
     return BenchmarkCase(*parts, repeats=1, every=2, count=3, **settings)
 
@@ -78,19 +81,25 @@ def test_ratio_and_share_are_those_of_the_runs() -> None:
     assert "1 readings of 2.000" in costs and "a step 2.00 s" in costs
 
 
-def test_steps_without_a_reading_are_compared_one_by_one() -> None:
-    # The first is left out, the third and the sixth are read; each other step costs a tenth more than its own pair.
-    plain = [Trained(6, 9.0, processor=(1.0, 2.0, 2.0, 4.0, 8.0, 1.0))] * 2
-    watched = [Trained(6, 9.0, processor=(9.0, 2.2, 9.0, 4.4, 8.8, 9.0))] * 2
-    ratio = unread_steps(watched, plain, every=3)
-    assert (
-        ratio is not None
-        and ratio.n == 6
-        and ratio.estimate == pytest.approx(1.1)
-        and ratio.ci_high == pytest.approx(1.1)
-    )
-    assert "1.1000 [1.1000, 1.1000]" in describe_unread("x", watched, plain, 3)
-    assert describe_unread("x", watched, plain, every=1) == "x: every step is read"
+def test_a_step_is_compared_with_itself_whatever_its_rows_and_the_run() -> None:
+    # The second run is slower by half, and the rows differ from step to step; on, a step costs a tenth more.
+    rows = np.array([1.0, 2.0, 3.0, 1.0, 4.0, 2.0, 5.0, 3.0, 2.0, 9.0])
+    switch = Switch(make_bench().monitor(), swapped=True)
+    on = np.array([switch.on(n) for n in range(1, 11)])
+    runs = [rows * np.where(on, 1.0, 1.1), 1.5 * rows * np.where(on, 1.1, 1.0)]
+    ratio = step_cost([run.tolist() for run in runs], switch.on, every=5)
+    assert ratio.n == 6 and ratio.estimate == pytest.approx(1.1) and ratio.ci_high == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("mode", ["probe", "passive"])
+def test_a_switched_monitor_reads_only_where_it_is_on(mode: str) -> None:
+    bench = make_bench(training=Training(rank=2, alpha=2, steps=8, batch_size=2, checkpoints=(), bf16=False))
+    monitor = replace(bench, every=1).monitor(mode=mode)
+    switch = Switch(monitor, swapped=False)
+    train(bench.model, bench.tokenizer, bench.rows, bench.training, monitor, before=(switch,))
+    steps = set(monitor.readings["step"]) - {0, 1, 8}
+    assert steps <= {n for n in range(1, 9) if switch.on(n)} and steps
+    assert "on_step_end" not in vars(monitor)
 
 
 def test_synchronisations_are_told_apart_by_reading() -> None:
@@ -167,5 +176,5 @@ def test_the_bridge_reads_what_the_monitor_reads(tmp_path: Path, tiny_folder: Pa
     strip_adapter(tuned)
     parts = (bench.model, tokenizer, tmp_path, "tiny", make_sae("standard"), 3, bench.probes)
     times, apart = against_bridge(*parts, repeats=1)
-    assert list(times) == ["ours", *BRIDGED]
+    assert list(times) == ["ours", *BRIDGED, "products"]
     assert apart < 0.1

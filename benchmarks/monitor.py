@@ -122,6 +122,8 @@ def _costs(monitor: FeatureMonitor) -> tuple[float, ...]:
     """Seconds of each reading after the first step."""
     if monitor.faults:
         raise RuntimeError(f"the monitor failed, so there is nothing to measure: {monitor.faults[0].message}")
+    if monitor.readings.empty:  # it was off at every step that was due
+        return ()
     table = monitor.readings.drop_duplicates(["step", "mode"])
     return tuple(table.loc[table["step"] > 0, "seconds"].tolist())
 
@@ -219,7 +221,7 @@ class Switch(TrainerCallback):
 
 def bench_steps(case: BenchmarkCase) -> None:
     """What a step without a reading costs beside a monitor, its hooks and all: on and off in turn within a run."""
-    for mode in ("probe", "passive"):
+    for mode in ("passive", "probe"):
         runs = []
         for swapped in (False, True):
             monitor = case.monitor(mode=mode)

@@ -16,6 +16,7 @@ from benchmarks.monitor import (
     added_syncs,
     allowance,
     bench_encode,
+    bench_steps,
     bench_syncs,
     bench_training,
     describe,
@@ -89,6 +90,12 @@ def test_a_step_is_compared_with_itself_whatever_its_rows_and_the_run() -> None:
     runs = [rows * np.where(on, 1.0, 1.1), 1.5 * rows * np.where(on, 1.1, 1.0)]
     ratio = step_cost([run.tolist() for run in runs], switch.on, every=5)
     assert ratio.n == 6 and ratio.estimate == pytest.approx(1.1) and ratio.ci_high == pytest.approx(1.1)
+
+
+def test_steps_are_compared_though_none_is_read(lines: list[str]) -> None:
+    training = Training(rank=2, alpha=2, steps=8, batch_size=2, checkpoints=(), bf16=False)
+    bench_steps(replace(make_bench(training=training), every=8))
+    assert [line.split(" mode")[0] for line in lines] == ["passive", "probe"] and all("(n = 5)" in x for x in lines)
 
 
 @pytest.mark.parametrize("mode", ["probe", "passive"])

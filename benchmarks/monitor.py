@@ -12,18 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from benchmarks.monitor_costs import (
     Clock,
     Meter,
+    Switch,
     SyncCounter,
     Wait,
     against_bridge,
@@ -186,41 +180,15 @@ def runs_in_turn(works: dict[str, Callable[[], Trained]], repeats: int) -> dict[
     return runs
 
 
-class Switch(TrainerCallback):
-    """Comes before the monitor and switches it off at every other pair of steps, so that its cost shows within one run.
-
-    Args:
-        swapped: begin with a pair of steps without it.
-    """
-
-    def __init__(self, monitor: FeatureMonitor, swapped: bool) -> None:
-        self.monitor, self.swapped = monitor, swapped
-        callbacks: Any = monitor
-        callbacks.on_step_end = partial(self._when_on, monitor.on_step_end)
-
-    def on(self, step: int) -> bool:
-        """Whether the monitor is on at a step."""
-        return (step // 2 % 2 == 0) != self.swapped
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Put the passive hooks on or take them off."""
-        run = self.monitor._run
-        passive = None if run is None else run.passive
-        if passive is not None and self.on(state.global_step + 1) != passive.attached:
-            if passive.attached:
-                passive.detach()
-            else:
-                passive.attach(kwargs["model"])
-
-    def _when_on(self, call: Callable[..., None], args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
-        if self.on(state.global_step):
-            call(args, state, *rest, **kwargs)
+FEWEST_STEPS = 8
+"""Fewer leave too few without a reading, both on and off."""
 
 
 def bench_steps(case: BenchmarkCase) -> None:
     """What a step without a reading costs beside a monitor, its hooks and all: on and off in turn within a run."""
+    if case.training.steps < FEWEST_STEPS or case.every < FEWEST_STEPS:
+        echo(f"steps without a reading: skipped, that takes {FEWEST_STEPS} steps from one reading to the next")
+        return
     for mode in ("passive", "probe"):
         runs = []
         for swapped in (False, True):

@@ -131,6 +131,39 @@ class Wait(TrainerCallback):
         synchronise(self.device)
 
 
+class Switch(TrainerCallback):
+    """Comes before the monitor and switches it off at every other pair of steps, so that its cost shows within one run.
+
+    Args:
+        swapped: begin with a pair of steps without it.
+    """
+
+    def __init__(self, monitor: FeatureMonitor, swapped: bool) -> None:
+        self.monitor, self.swapped = monitor, swapped
+        callbacks: Any = monitor
+        callbacks.on_step_end = partial(self._when_on, monitor.on_step_end)
+
+    def on(self, step: int) -> bool:
+        """Whether the monitor is on at a step."""
+        return (step // 2 % 2 == 0) != self.swapped
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the passive hooks on or take them off."""
+        run = self.monitor._run
+        passive = None if run is None else run.passive
+        if passive is not None and self.on(state.global_step + 1) != passive.attached:
+            if passive.attached:
+                passive.detach()
+            else:
+                passive.attach(kwargs["model"])
+
+    def _when_on(self, call: Callable[..., None], args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+        if self.on(state.global_step):
+            call(args, state, *rest, **kwargs)
+
+
 class SyncCounter(TrainerCallback):
     """Counts, step by step, how often the host waited for the GPU; comes after the monitor among the callbacks."""
 

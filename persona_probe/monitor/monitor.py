@@ -87,7 +87,7 @@ class FeatureMonitor(TrainerCallback):
         features: name to latent index, to a direction (d_model,), or to a set of either (`{"traits": {...}}`). With
             several SAEs a latent is (name of its SAE, index); SAEs of a list are called `L12` or `L12.mlp_out`.
         probes: a packaged set's name, or prompts or conversations; None takes 12 of the 64 `neutral_probes`, which at
-            the default cadence cost at most 2% of a small model's training.
+            the default cadence cost at most 1% of a small model's training.
         every: read at every `every`-th optimizer step (and at the start and the end); None is 40.
         steps: read at these steps instead (and at the end).
         layer: decoder layer whose output is read, or a `Place`; None takes it from the SAE's metadata. With several

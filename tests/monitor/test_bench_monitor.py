@@ -11,7 +11,6 @@ import torch
 from benchmarks import monitor as bench_module
 from benchmarks.monitor import (
     BenchmarkCase,
-    Switch,
     Trained,
     added_syncs,
     allowance,
@@ -27,6 +26,7 @@ from benchmarks.monitor_costs import (
     BRIDGED,
     HOOKS,
     Meter,
+    Switch,
     against_bridge,
     encoders,
     least_every,
@@ -96,6 +96,8 @@ def test_steps_are_compared_though_none_is_read(lines: list[str]) -> None:
     training = Training(rank=2, alpha=2, steps=8, batch_size=2, checkpoints=(), bf16=False)
     bench_steps(replace(make_bench(training=training), every=8))
     assert [line.split(" mode")[0] for line in lines] == ["passive", "probe"] and all("(n = 5)" in x for x in lines)
+    bench_steps(make_bench())
+    assert "skipped" in lines[-1]
 
 
 @pytest.mark.parametrize("mode", ["probe", "passive"])
